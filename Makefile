@@ -1,0 +1,49 @@
+# Needs Python 3.11 or later with venv, make, and a package index. uv is used when it is on PATH.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+STAMP := $(VENV)/.installed
+INSTALL := -c $(CONSTRAINTS) -e '.[plot,test]'
+
+# uv does not read PIP_FIND_LINKS. Without local wheels it picks the torch build that fits this machine's GPU, or the CPU one.
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+else
+export UV_TORCH_BACKEND ?= auto
+endif
+# Without byte-compiling every `import torch` takes twice as long.
+export UV_COMPILE_BYTECODE ?= 1
+
+.PHONY: setup demo test test-slow test-gpu lint
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if command -v uv >/dev/null; then \
+		set -ex; \
+		test -x $(VENV)/bin/python || uv venv --python $(PYTHON) $(VENV); \
+		uv pip install --python $(VENV)/bin/python $(INSTALL); \
+	else \
+		set -ex; \
+		$(PYTHON) -m venv $(VENV); \
+		$(VENV)/bin/python -m pip install $(INSTALL); \
+	fi
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/mythos demo
+
+# One thread: on a shared machine two OpenMP threads are slower than one, and results do not depend on the core count.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(VENV)/bin/python -m pytest -m gpu
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ty check
