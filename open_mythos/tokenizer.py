@@ -1,0 +1,304 @@
+"""Text to ids and back: raw bytes, a BPE trained on a file, the symbols of a synthetic task, or a published vocabulary.
+
+    tokenizer = BPETokenizer.train_from_text(novel(), vocab_size=2048)
+    tokenizer.save(folder)
+    tokenizer = load_tokenizer(folder)
+
+`encode` adds no begin or end token; `decode` leaves special tokens out and ignores ids that no token has.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
+HUB_ROLES = "tokenizer_config.json"
+OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer; an id that has no such token is None."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model needs at least this many rows in its embedding."""
+        ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file that `load_tokenizer(folder)` reads; the folder is made if it is absent."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then <bos>, <eos> and <pad>. Bytes that are not UTF-8 decode to U+FFFD."""
+
+    vocab_size = 259
+    bos_id, eos_id, pad_id = 256, 257, 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        _write(folder, OWN_FILE, {"type": "bytes"})
+
+
+class SymbolTokenizer:
+    """A fixed list of symbols; a symbol's id is its place in the list.
+
+    Text is read from the left, the longest symbol first; white space between symbols means nothing.
+
+    Args:
+        symbols: different, non-empty strings without white space.
+        bos, eos, pad: which of the symbols are the special tokens.
+        separator: put between symbols when ids become text; " " where symbols have several characters.
+    """
+
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        separator: str = "",
+    ) -> None:
+        bad = [s for s in symbols if not s or re.search(r"\s", s) or list(symbols).count(s) > 1]
+        if bad or not symbols:
+            raise ValueError(f"symbols={bad or list(symbols)!r} must be different and without white space; rename them")
+        self.symbols = list(symbols)
+        self.separator = separator
+        self._roles = {"bos": bos, "eos": eos, "pad": pad}
+        self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        for role, symbol in self._roles.items():
+            if symbol is not None and symbol not in self._ids:
+                raise ValueError(f"{role}={symbol!r} must be one of the symbols; add it to them")
+        self.vocab_size = len(self.symbols)
+        self.bos_id, self.eos_id, self.pad_id = (None if s is None else self._ids[s] for s in self._roles.values())
+        longest_first = sorted(self.symbols, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the symbols in `text`.
+
+        Raises:
+            ValueError: part of the text is no symbol.
+        """
+        ids, at = [], 0
+        while at < len(text):
+            match = self._pattern.match(text, at)
+            if match is None:
+                raise ValueError(
+                    f"{text[at]!r} at position {at} of {text!r} starts no symbol; use {' '.join(self.symbols)}"
+                )
+            if match[0] in self._ids:
+                ids.append(self._ids[match[0]])
+            at = match.end()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = (self.bos_id, self.eos_id, self.pad_id)
+        return self.separator.join(self.symbols[i] for i in ids if 0 <= i < self.vocab_size and i not in special)
+
+    def save(self, folder: str | Path) -> None:
+        fields = {"symbols": self.symbols, "separator": self.separator, **self._roles}
+        _write(folder, OWN_FILE, {"type": "symbols", **fields})
+
+
+class BPETokenizer:
+    """A vocabulary of the `tokenizers` library. Special tokens written out in a text become their ids.
+
+    Args:
+        backend: the library's tokenizer.
+        bos, eos, pad: names of the special tokens; one that the vocabulary lacks has the id None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = "<bos>",
+        eos: str | None = "<eos>",
+        pad: str | None = "<pad>",
+    ) -> None:
+        self.backend = backend
+        self._roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        # Not the number of tokens: published vocabularies have gaps below their special tokens.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if name is None else backend.token_to_id(name) for name in self._roles.values()
+        )
+
+    @staticmethod
+    def train_from_text(text: str, vocab_size: int) -> "BPETokenizer":
+        """Train a byte-level BPE with <bos>, <eos> and <pad> as ids 0 to 2; other text comes back exactly.
+
+        Args:
+            text: what to train on; short or repetitive text gives fewer tokens than asked for.
+            vocab_size: at least 259 (256 bytes and three special tokens).
+        """
+        if type(vocab_size) is not int or vocab_size < ByteTokenizer.vocab_size:
+            raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 259; use vocab_size=4096")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<bos>", "<eos>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator([text], trainer)
+        return BPETokenizer(backend)
+
+    @staticmethod
+    def load(path: str | Path) -> "BPETokenizer":
+        """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
+        path = Path(path)
+        return BPETokenizer(_backend(path), **_roles(path.with_name(HUB_ROLES)))
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`; transformers' AutoTokenizer reads them too."""
+        _write(folder, HUB_ROLES, {"tokenizer_class": "PreTrainedTokenizerFast", **self._roles})
+        self.backend.save(str(Path(folder) / HUB_FILE))
+
+
+class MythosTokenizer(BPETokenizer):
+    """A published vocabulary, by default the one of the 0.5.0 training script.
+
+    Args:
+        model_id: a folder with `tokenizer.json`, such a file, or the name of a model on the Hugging Face hub.
+
+    Raises:
+        OSError: the name is no local path and the hub does not give the file.
+    """
+
+    def __init__(self, model_id: str = "openai/gpt-oss-20b") -> None:
+        path = Path(model_id)
+        if path.is_dir():
+            path /= HUB_FILE
+        if path.is_file():
+            roles = path.with_name(HUB_ROLES)
+        else:
+            path, roles = _download(model_id)
+        super().__init__(_backend(path), **_roles(roles))
+
+
+class TextStream:
+    """Turns ids that arrive one at a time into text, never showing half a character.
+
+    The pieces that `push` and the final `flush` return join to the `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # since the last piece that ended in a whole character, and that piece's own ids
+        self._whole = 0  # how many of them belong to that piece: some vocabularies decode a token by what precedes it
+        self._shown = ""  # the text of `_ids` that was given out
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        # Of a run of U+FFFD only the last can still become a character: the ones before it are invalid bytes.
+        ready = text.removesuffix("\ufffd")
+        piece = ready[len(self._shown) :]
+        self._shown = ready
+        if piece and ready == text:
+            self._ids = self._ids[self._whole :]
+            self._whole = len(self._ids)
+            self._shown = self._tokenizer.decode(self._ids)
+        return piece
+
+    def flush(self) -> str:
+        """The text still held back, once no id follows."""
+        return self._tokenizer.decode(self._ids)[len(self._shown) :]
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that was saved in a folder, such as a model folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: the file is none that this version writes.
+    """
+    folder = Path(folder)
+    if (folder / HUB_FILE).is_file():
+        return BPETokenizer.load(folder / HUB_FILE)
+    if not (folder / OWN_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
+        )
+    match json.loads((folder / OWN_FILE).read_text("utf-8")):
+        case {"type": "bytes"}:
+            return ByteTokenizer()
+        case {"type": "symbols", "symbols": symbols, **rest}:
+            return SymbolTokenizer(symbols, **rest)
+    raise ValueError(f"{folder / OWN_FILE} has no type 'bytes' or 'symbols'; save the tokenizer again")
+
+
+def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no {HUB_FILE} of the tokenizers library ({error}); save it again") from error
+
+
+def _roles(path: Path) -> dict[str, str | None]:
+    """The special tokens' names in a `tokenizer_config.json`, as arguments of BPETokenizer; empty without the file."""
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text("utf-8"))
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+
+
+def _download(model_id: str) -> tuple[Path, Path]:
+    """Local copies of a hub model's tokenizer and of its special tokens' names (that one may be missing)."""
+    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(model_id, HUB_FILE))
+        try:
+            return path, Path(hf_hub_download(model_id, HUB_ROLES))
+        except RemoteEntryNotFoundError:
+            return path, path.with_name(HUB_ROLES)
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f"model_id={model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "
+            "name and the connection, or pass a folder that holds the file"
+        ) from error
