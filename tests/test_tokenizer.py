@@ -134,13 +134,15 @@ def test_mythos_tokenizer_reads_a_folder_and_a_file(tmp_path) -> None:
 
 def test_published_vocabulary_with_gaps_and_named_roles(tmp_path) -> None:
     """gpt-oss: special tokens lie above a gap, and tokenizer_config.json names them, as text or as an object."""
-    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str().replace('"id":2,', '"id":900,'))
-    backend.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads(BPE.backend.to_str())
+    content["model"]["vocab"]["<pad>"] = content["added_tokens"][2]["id"] = 900
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     roles = {"eos_token": {"content": "<eos>", "lstrip": False}, "pad_token": "<pad>", "bos_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
     tokenizer = MythosTokenizer(str(tmp_path))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
-    assert tokenizer.vocab_size > max(tokenizer.encode("Anne<pad>"))
+    assert tokenizer.encode("<pad>") == [900]
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (900, 901)
 
 
 def test_hub_download(tmp_path, monkeypatch) -> None:
