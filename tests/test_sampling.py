@@ -1,0 +1,165 @@
+"""Sampling against a reference in plain Python that works on one row."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from open_mythos.sampling import SamplingParams, sample
+
+SETTINGS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=3.0, top_k=3),
+    SamplingParams(top_p=0.6),
+    SamplingParams(min_p=0.2),
+    SamplingParams(repetition_penalty=1.7),
+    SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=0.5),
+]
+
+
+def reference(logits: list[float], params: SamplingParams, previous: list[int]) -> list[float]:
+    """The probabilities of the next token of one row, filter by filter."""
+    scores = list(logits)
+    for i in {i for i in previous if i >= 0}:
+        scores[i] = scores[i] / params.repetition_penalty if scores[i] > 0 else scores[i] * params.repetition_penalty
+    if params.temperature == 0:
+        return [float(i == scores.index(max(scores))) for i in range(len(scores))]
+    weights = [math.exp((s - max(scores)) / params.temperature) for s in scores]
+    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: params.top_k or len(weights)]
+    total, before, kept = sum(weights[i] for i in ranked), 0.0, []
+    for i in ranked:
+        if before < params.top_p:
+            kept.append(i)
+        before += weights[i] / total
+    kept = [i for i in kept if weights[i] >= params.min_p * max(weights)]
+    return [weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(len(weights))]
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=lambda p: " ".join(f"{v:g}" if v else "-" for v in vars(p).values()))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_draws_follow_the_reference(params: SamplingParams, dtype: torch.dtype) -> None:
+    draws = 40_000
+    logits = (torch.randn(13, dtype=torch.float64) * 2).to(dtype)
+    previous = [3, 3, 7, 0, -1]
+    expected = torch.tensor(reference(logits.tolist(), params, previous), dtype=torch.float64)
+    tokens = sample(logits.expand(draws, -1), params, previous_ids=torch.tensor(previous).expand(draws, -1))
+    share = torch.bincount(tokens, minlength=13) / draws
+    assert tokens.dtype == torch.int64
+    assert (share[expected == 0] == 0).all()
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    vocab_size=st.sampled_from([1, 2, 7, 63]),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0, 1e-320, 1e-4, 1, 1e30]),
+        top_k=st.none() | st.integers(0, 70),
+        top_p=st.sampled_from([1e-300, 0.3, 0.999999, 1]),
+        min_p=st.sampled_from([0, 1e-300, 0.5, 1]),
+        repetition_penalty=st.sampled_from([1e-4, 0.7, 1, 1e4]),
+    ),
+)
+def test_every_row_gets_a_token_that_the_reference_allows(seed, vocab_size, scale, params) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, vocab_size, generator=generator) * scale
+    if vocab_size > 2:
+        logits[:, 1] = -torch.inf
+    previous = torch.randint(-1, vocab_size, (5, 4), generator=generator)
+    tokens = sample(logits, params, generator, previous)
+    assert ((tokens >= 0) & (tokens < vocab_size)).all()
+    penalty = params.repetition_penalty
+    seen = (previous[:, :, None] == torch.arange(vocab_size)).any(1)
+    scores = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    chosen = scores.gather(1, tokens[:, None])
+    assert torch.isfinite(chosen).all()
+    better = (scores > chosen).sum(1)
+    if params.top_k:
+        assert (better < params.top_k).all()
+    if params.temperature in (0, 1e-320) or params.top_p == 1e-300 or params.min_p == 1:
+        # Two scores closer than float32 resolves at this temperature are one.
+        assert ((scores.amax(1) - chosen[:, 0]) <= 1e-6 * params.temperature).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    logits = torch.randn(6, 40) * 2
+    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    previous = torch.randint(-1, 40, (6, 9))
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(6)]
+
+    together = sample(logits, params, generators(), previous)
+    alone = [sample(logits[i : i + 1], params, [g], previous[i : i + 1]) for i, g in enumerate(generators())]
+    assert together.tolist() == torch.cat(alone).tolist()
+    assert len(set(together.tolist())) > 1
+
+
+def test_a_seed_repeats_and_greedy_draws_nothing() -> None:
+    logits = torch.randn(64, 100)
+    drawn = [sample(logits, SamplingParams(), torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    generator = torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    assert sample(logits, SamplingParams(temperature=0), generator).tolist() == logits.argmax(-1).tolist()
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24], ids=["lowest", "highest"])
+def test_the_ends_of_the_uniform_range_choose_a_kept_token(monkeypatch, uniform: float) -> None:
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, **_: torch.full((n,), uniform, dtype=dtype))
+    logits = torch.randn(2000, 50)
+    logits[:, [0, -1]] = -torch.inf
+    tokens = sample(logits, SamplingParams(min_p=0.3))
+    probabilities = logits.softmax(-1)
+    assert (probabilities.gather(1, tokens[:, None]) >= 0.299 * probabilities.amax(1, keepdim=True)).all()
+
+
+def test_large_vocabulary_draws_the_right_tail_token(monkeypatch) -> None:
+    """200,000 equal tokens share half the mass; at 0.75 lies the middle one."""
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, **_: torch.full((n,), 0.75, dtype=dtype))
+    logits = torch.zeros(1, 200_001)
+    logits[0, 0] = math.log(200_000)
+    assert abs(sample(logits, SamplingParams()).item() - 100_000) <= 1
+
+
+def test_generators_must_fit_the_rows() -> None:
+    with pytest.raises(ValueError, match="2 generators do not fit logits of 3 rows; pass one, or one per row"):
+        sample(torch.zeros(3, 4), SamplingParams(), [torch.Generator(), torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("temperature", -1, ValueError),
+        ("temperature", math.nan, ValueError),
+        ("temperature", math.inf, ValueError),
+        ("temperature", True, TypeError),
+        ("temperature", "0.7", TypeError),
+        ("temperature", None, TypeError),
+        ("top_k", -1, ValueError),
+        ("top_k", 5.0, TypeError),
+        ("top_k", False, TypeError),
+        ("top_p", 0, ValueError),
+        ("top_p", 1.01, ValueError),
+        ("top_p", math.nan, ValueError),
+        ("top_p", True, TypeError),
+        ("min_p", -0.1, ValueError),
+        ("min_p", 1.5, ValueError),
+        ("min_p", math.nan, ValueError),
+        ("repetition_penalty", 0, ValueError),
+        ("repetition_penalty", -2.0, ValueError),
+        ("repetition_penalty", math.inf, ValueError),
+        ("repetition_penalty", True, TypeError),
+    ],
+)
+def test_bad_parameters_name_field_value_and_remedy(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{field}={re.escape(repr(value))} must be .+; use .+"):
+        dataclasses.replace(SamplingParams(), **{field: value})
