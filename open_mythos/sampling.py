@@ -94,7 +94,8 @@ def sample(
     mass = scores.softmax(-1)
     keep = scores >= (log(params.min_p) if params.min_p else -inf)
     if params.top_p < 1:
-        keep &= mass.cumsum(-1) - mass < max(params.top_p, tiny)  # what comes before a token, so the best one always stays
+        # Compares what comes before a token, so the best one always stays.
+        keep &= mass.cumsum(-1) - mass < max(params.top_p, tiny)
     choice = _draw(mass * keep, generator)
     return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
 

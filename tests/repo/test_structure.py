@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "variants": 2,
     "sampling": 2,
     "tokenizer": 2,
+    "weights": 2,
     "model": 3,
     "generate": 4,
     "train": 4,
@@ -40,6 +41,7 @@ LAYERS: dict[str, int] = {
     "experiments": 6,
     "cli": 7,
 }
+UPWARD = {("model", "generate")}  # OpenMythos.generate hands over to generate.py; the import stands in the method
 FACADES = {"__init__", "main"}  # the public names, and the 0.5.0 import path: they hold no logic and may import all
 HEAVY = ["transformers", "huggingface_hub", "fastapi", "uvicorn", "matplotlib", "pyarrow", "tyro", "rich", "pandas"]
 
@@ -72,7 +74,8 @@ def test_imports_point_down(path: Path) -> None:
         return
     assert own in LAYERS, f"{relative(path)}: give {own!r} a layer in LAYERS"
     for part in imported_parts(path) - {own}:
-        assert LAYERS.get(part, 99) < LAYERS[own], f"{relative(path)} may not import {PACKAGE}.{part}"
+        below = LAYERS.get(part, 99) < LAYERS[own]
+        assert below or (own, part) in UPWARD, f"{relative(path)} may not import {PACKAGE}.{part}"
 
 
 def test_import_is_light() -> None:
