@@ -1,0 +1,74 @@
+"""Recipes for multi-digit addition."""
+
+from open_mythos.config import MythosConfig
+from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.train.tasks import Addition
+
+
+def addition_dgx() -> TrainConfig:
+    """The published addition experiment: 3,386,658 parameters, 2 to 5 digits, 30,000 steps at a fixed depth of 4.
+
+    Plain AdamW over every parameter, as there; ACT weighs the loops, without a ponder cost.
+    """
+    return TrainConfig(
+        model=MythosConfig(
+            vocab_size=16,
+            dim=256,
+            n_heads=8,
+            n_kv_heads=2,
+            max_seq_len=32,
+            max_loop_iters=4,
+            prelude_layers=1,
+            coda_layers=1,
+            attn_type="gqa",
+            n_experts=4,
+            n_shared_experts=1,
+            n_experts_per_tok=2,
+            expert_dim=512,
+            lora_rank=8,
+        ),
+        data=Addition(2, 5),
+        steps=30_000,
+        batch_size=128,
+        optim=OptimConfig("adamw", lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, decay="all", clip_norm=1.0),
+        schedule=ScheduleConfig(warmup_steps=2000, shape="cosine", final_ratio=1e-5 / 3e-4),
+        loops=LoopsConfig("fixed", 4),
+        eval=EvalConfig(every=1000, rows=512, loops=(4,)),
+        log_every=50,
+    )
+
+
+def tiny_addition() -> TrainConfig:
+    """2- and 3-digit addition in minutes on one CPU thread, at a sampled depth so that more loops do no harm."""
+    return TrainConfig(
+        model=MythosConfig(
+            vocab_size=16,
+            dim=128,
+            n_heads=4,
+            n_kv_heads=4,
+            max_seq_len=32,
+            max_loop_iters=4,
+            prelude_layers=1,
+            coda_layers=1,
+            attn_type="gqa",
+            n_experts=0,
+            expert_dim=256,
+            lora_rank=0,
+            rope_theta=100.0,
+            injection="diagonal",
+            initial_state="zero",
+            loop_embedding=False,
+            halting="none",
+            prelude_norm=True,
+        ),
+        data=Addition(2, 3),
+        steps=800,
+        batch_size=128,
+        optim=OptimConfig("muon", lr=3e-3, weight_decay=0.0, muon_lr=5e-3),
+        schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
+        loops=LoopsConfig("poisson", 4, max_loops=12),
+        eval=EvalConfig(every=100, rows=512, loops=(1, 4, 8, 32)),
+    )

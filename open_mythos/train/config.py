@@ -1,0 +1,180 @@
+"""A run's configuration: nested dataclasses, checked when made, that round-trip through YAML exactly."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from open_mythos.config import MythosConfig
+from open_mythos.train.checks import check_choice, check_int, check_number
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.losses import LossConfig
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.train.tasks import TASKS, Addition, KHop, Text
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation during training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 never evaluates."""
+    rows: int = 256
+    loops: tuple[int, ...] = (4,)
+    """Loop counts to evaluate at; each gives its own metrics."""
+
+    def __post_init__(self) -> None:
+        check_int("eval.every", self.every, 0)
+        check_int("eval.rows", self.rows, 1)
+        if not isinstance(self.loops, tuple):
+            raise ValueError(f"eval.loops={self.loops!r} must be a list of loop counts; use eval.loops=(4,)")
+        for n_loops in self.loops:
+            check_int("eval.loops", n_loops, 1, 4096)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result. Device and threads are not in it: they belong to the machine."""
+
+    model: MythosConfig
+    data: Addition | KHop | Text
+    steps: int
+    batch_size: int
+    """Rows of one optimizer step."""
+    seed: int = 0
+    dtype: Dtype = "float32"
+    """float32; bfloat16: autocast over float32 weights, slow on CPUs without bf16 units; float64: weights too."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loops: LoopsConfig = field(default_factory=LoopsConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    expert_bias_rate: float = 1e-3
+    """How far one step moves the balancing bias of an expert; models with experts only."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        check_int("steps", self.steps, 1)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("seed", self.seed, 0)
+        check_choice("dtype", self.dtype, get_args(Dtype))
+        check_number("expert_bias_rate", self.expert_bias_rate, 0)
+        check_int("log_every", self.log_every, 1)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Fields of different sections that have to fit each other."""
+        model, data = self.model, self.data
+        if data.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={model.vocab_size} is too small for data {data.name!r}, which has "
+                f"{data.vocab_size} tokens; use model.vocab_size={data.vocab_size}"
+            )
+        if data.seq_len > model.max_seq_len:
+            raise ValueError(
+                f"model.max_seq_len={model.max_seq_len} is shorter than the {data.seq_len} tokens of a row of data "
+                f"{data.name!r}; use model.max_seq_len={data.seq_len}"
+            )
+        if model.halting == "act" and self.loops.backprop_depth is not None:
+            raise ValueError(
+                f"loops.backprop_depth={self.loops.backprop_depth} must be None with model.halting='act', which needs "
+                "the gradient of every loop; use loops.backprop_depth=None or model.halting='none'"
+            )
+        if self.losses.ponder and model.halting != "act":
+            raise ValueError(
+                f"losses.ponder={self.losses.ponder:g} needs model.halting='act', not {model.halting!r}; "
+                "use losses.ponder=0"
+            )
+        if self.losses.router_z and not model.n_experts:
+            raise ValueError(
+                f"losses.router_z={self.losses.router_z:g} needs experts, but model.n_experts=0; use losses.router_z=0"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `data` carries the name of its task under "task"."""
+        values = dataclasses.asdict(self)
+        values["data"] = {"task": self.data.name, **values["data"]}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Inverse of `to_dict`; sections and fields may be left out where they have defaults.
+
+        Raises:
+            ValueError: an unknown section, field or task (with the nearest known one), or a value out of range.
+        """
+        values = dict(values)
+        for name in ("model", "data"):
+            if not isinstance(values.get(name), dict):
+                raise ValueError(f"section {name!r} is missing; a run needs `model` and `data`")
+        data = dict(values["data"])
+        check_choice("data.task", data.get("task"), tuple(TASKS))
+        values["data"] = _build(TASKS[data.pop("task")], data, "data.")
+        values["model"] = MythosConfig.from_dict(values["model"])
+        return _build(cls, values, "")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "TrainConfig":
+        """Read what `to_yaml` wrote, or the same written by hand."""
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise ValueError("the configuration must be a YAML mapping with the sections `model` and `data`")
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainConfig":
+        """Read a run's config.yaml."""
+        return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
+    """An instance of dataclass `cls` from plain values; nested dataclasses from nested mappings."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"the fields are {', '.join(names)}"
+            raise ValueError(f"{prefix}{name} is no field of the configuration; {remedy}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is missing; set it")
+    return cls(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Undo what YAML does to a value: lists were tuples, and YAML 1.1 reads 3e-4 as text."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r} must be a section with fields; leave it out for the defaults")
+        return _build(hint, value, f"{name}.")
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and float in (hint, *get_args(hint)):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value!r} must be a number") from None
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what safe YAML can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value

@@ -1,0 +1,70 @@
+"""What a task stream gives the trainer: batches that are a pure function of (seed, step).
+
+    batch = task.batch(stream(seed, step, Purpose.DATA), rows=64)
+
+A stream has no hidden state: its position is the step, so resuming it is asking for the next step.
+Shape letters: B rows, T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from open_mythos.tokenizer import Tokenizer
+
+IGNORE = -100  # label of a position without loss, the default of torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train or evaluate on.
+
+    input_ids: (B, T) int64.
+    labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE.
+    min_loops: loops that row b needs at least, or None when the task does not ask for any.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    min_loops: tuple[int, ...] | None = None
+
+
+class Task(Protocol):
+    """A source of batches, which is also its section of the configuration."""
+
+    name: ClassVar[str]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the model must at least have."""
+        ...
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a row."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of validation text per token, for bits per byte; None where bytes mean nothing."""
+        ...
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Draw `rows` rows to train on; everything random comes from `rng`."""
+        ...
+
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Draw `rows` rows that training does not see."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer between a user's text and this task's ids."""
+        ...
+
+
+def to_tensor(ids: np.ndarray) -> Tensor:
+    """int64 tensor of an integer array."""
+    return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))

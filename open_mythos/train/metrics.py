@@ -1,0 +1,58 @@
+"""Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
+
+import json
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, in order."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+class ProgressLine:
+    """A bar with steps, the latest numbers and the time left; silent where the output is no terminal."""
+
+    def __init__(self, n_steps: int, label: str, enabled: bool = True) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task(label, total=n_steps, numbers="")
+
+    def advance(self, numbers: dict[str, float] | None = None) -> None:
+        """One step is done; `numbers` replaces what the line shows."""
+        self._progress.advance(self._task)
+        if numbers is not None:
+            shown = " ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in numbers.items())
+            self._progress.update(self._task, numbers=shown)
+
+    def __enter__(self) -> "ProgressLine":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

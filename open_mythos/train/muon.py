@@ -1,0 +1,108 @@
+"""Muon for 2-D weights and for stacks of them, batched by shape.
+
+Each update is the momentum with its singular values pushed towards 1 by five Newton-Schulz iterations
+(Jordan et al. 2024, kellerjordan.github.io/posts/muon). `torch.optim.Muon` takes 2-D parameters only, one at a
+time, and iterates in bfloat16 everywhere, which is about 100 times slower than float32 on a CPU without bf16 units.
+Shape letters: N matrices of one shape, R rows, C columns.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from open_mythos.train.checks import check_choice, check_number
+
+AdjustLR = Literal["match_rms_adamw", "original"]
+
+# Quintic coefficients of Jordan et al.: the steepest slope at 0 that keeps singular values within about 0.7 .. 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Push the singular values of every matrix towards 1: U S V^T -> about U V^T.
+
+    Args:
+        x: (N, R, C). On a GPU the iteration runs in bfloat16, elsewhere in at least float32.
+    """
+    dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    tall = x.size(-2) > x.size(-1)
+    y = x.to(dtype)
+    if tall:
+        y = y.mT
+    # A matrix without gradient (an expert that saw no token) stays 0 instead of becoming NaN.
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    if tall:
+        y = y.mT
+    return y.to(x.dtype)
+
+
+def lr_factor(rows: int, columns: int, adjust_lr: AdjustLR) -> float:
+    """What the learning rate is multiplied by for an (R, C) matrix.
+
+    "match_rms_adamw" gives every shape the update size that AdamW would have, so both can share a rate
+    (Liu et al. 2025, arXiv 2502.16982); "original" is sqrt(max(1, R / C)).
+    """
+    if adjust_lr == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay.
+
+    A parameter of shape (..., R, C) is a stack of matrices, each orthogonalised on its own: stacked experts
+    get the update that separate experts would get. Parameters with fewer than two dimensions are refused.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        adjust_lr: AdjustLR = "match_rms_adamw",
+    ) -> None:
+        check_number("lr", lr, 0)
+        check_number("momentum", momentum, 0, 1)
+        check_number("weight_decay", weight_decay, 0)
+        check_choice("adjust_lr", adjust_lr, ("match_rms_adamw", "original"))
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adjust_lr": adjust_lr})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim < 2:
+                    raise ValueError(f"parameter of shape {tuple(p.shape)} is no matrix; give it to AdamW")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[(*p.shape[-2:], p.dtype, p.device)].append(p)
+            for (rows, columns, *_), params in by_shape.items():
+                self._step_shape(params, rows, columns, group)
+
+    def _step_shape(self, params: list[Tensor], rows: int, columns: int, group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+        updates = orthogonalize(torch.cat([u.reshape(-1, rows, columns) for u in nesterov]))
+        pieces = updates.split([p.numel() // (rows * columns) for p in params])
+
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * lr_factor(rows, columns, group["adjust_lr"])
+        torch._foreach_add_(params, [u.view_as(p) for u, p in zip(pieces, params, strict=True)], alpha=-rate)

@@ -1,0 +1,184 @@
+"""The training loop: data -> loop plan -> model -> losses -> backward -> clip -> optimizers -> expert bias -> metrics.
+
+    Trainer(recipe(), "runs/first").run()
+
+A run is decided by its TrainConfig alone: the same configuration on the same machine gives the same weights bit for
+bit. On another machine, or with another number of threads, sums may round differently.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from open_mythos.model import OpenMythos
+from open_mythos.nn.injection import DiagonalInjection, LTIInjection
+from open_mythos.train.checkpoint import save_model_folder
+from open_mythos.train.checks import check_int
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.device import Device, setup_device
+from open_mythos.train.evaluate import evaluate
+from open_mythos.train.loops import loop_plan
+from open_mythos.train.losses import total_loss
+from open_mythos.train.metrics import MetricsWriter, ProgressLine
+from open_mythos.train.optim import build_optimizers, set_lr
+from open_mythos.train.rng import Purpose, stream
+
+Metrics = dict[str, float]
+Hook = Callable[["Trainer", int], Metrics | None]
+
+SHOWN = ("train/loss", "loop/mean", "perf/tok_s")  # what the live line has room for
+
+
+class Trainer:
+    """One run of a configuration into one folder.
+
+    Writes `config.yaml` at the start, `metrics.jsonl` as it goes and the model folder `final/` at the end.
+
+    Args:
+        cfg: the run.
+        out_dir: made if absent; refused if it already holds a run.
+        progress: whether to show the live line in a terminal.
+
+    Raises:
+        ValueError: `out_dir` holds a run, the device is not there, or the data cannot be read. Nothing is written then.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        out_dir: str | Path,
+        *,
+        device: Device = "auto",
+        threads: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.cfg = cfg
+        self.out_dir = Path(out_dir)
+        for name in ("config.yaml", "metrics.jsonl", "final"):
+            if (self.out_dir / name).exists():
+                raise ValueError(f"{self.out_dir} already holds a run ({name}); use another folder or remove this one")
+        self.device = setup_device(device, threads)
+        self.progress = progress
+        self.tokenizer = cfg.data.tokenizer()
+        self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
+
+        torch.manual_seed(cfg.seed)
+        weights_dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
+        self.model = OpenMythos(cfg.model).to(self.device, weights_dtype)
+        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self._hooks: list[tuple[Hook, int]] = []
+        if cfg.eval.every:
+            self.add_hook(Trainer.validate, cfg.eval.every)
+
+    def add_hook(self, fn: Hook, every: int) -> None:
+        """Call `fn(trainer, steps_done)` after every `every` steps; what it returns goes into metrics.jsonl."""
+        check_int("every", every, 1)
+        self._hooks.append((fn, every))
+
+    def run(self) -> Path:
+        """Train for `cfg.steps` steps and return the folder of the final model.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite at a logged step.
+        """
+        cfg = self.cfg
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        (self.out_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
+        with (
+            MetricsWriter(self.out_dir / "metrics.jsonl") as writer,
+            ProgressLine(cfg.steps, cfg.data.name, self.progress) as line,
+        ):
+            tokens, seconds = 0, 0.0
+            for step in range(cfg.steps):
+                log = step % cfg.log_every == 0 or step == cfg.steps - 1
+                started = time.perf_counter()
+                n_tokens, values = self.train_step(step, log)
+                tokens, seconds = tokens + n_tokens, seconds + time.perf_counter() - started
+                if log:
+                    values["perf/tok_s"] = tokens / seconds
+                    tokens, seconds = 0, 0.0
+                    writer.write(step, values)
+                line.advance({name: values[name] for name in SHOWN} if log else None)
+                for hook, every in self._hooks:
+                    if (step + 1) % every == 0 and (extra := hook(self, step + 1)):
+                        writer.write(step, extra)
+        final = self.out_dir / "final"
+        save_model_folder(self.model, self.tokenizer, final)
+        return final
+
+    def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
+        """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics."""
+        cfg = self.cfg
+        batch = cfg.data.batch(stream(cfg.seed, step, Purpose.DATA), cfg.batch_size)
+        plan = loop_plan(cfg.loops, cfg.seed, step, cfg.batch_size, batch.min_loops)
+        factor = cfg.schedule.factor(step, cfg.steps)
+        set_lr(self.optimizers, factor)
+        # Dropout and noisy initial states then depend on the step alone, as the data does.
+        torch.manual_seed(int(stream(cfg.seed, step, Purpose.MODEL).integers(2**63)))
+
+        self.model.train()
+        with self._autocast():
+            out = self.model(batch.input_ids.to(self.device), plan=plan)
+        loss, parts = total_loss(out, batch.labels.to(self.device), cfg.losses)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        # An infinite limit only measures the norm.
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip_norm or math.inf)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        max_load = None
+        if out.tokens_per_expert is not None:
+            max_load = self.model.update_expert_bias(out.tokens_per_expert, cfg.expert_bias_rate)
+
+        n_tokens = batch.input_ids.numel()
+        if not log:
+            return n_tokens, {}
+        values = {
+            "train/loss": loss.item(),
+            **{f"train/{name}": value.item() for name, value in parts.items()},
+            "train/grad_norm": grad_norm.item(),
+            "train/lr": factor * cfg.optim.lr,
+            "loop/mean": out.loops.double().mean().item(),
+        }
+        if max_load is not None:
+            values["moe/max_load"] = max_load
+        if (rho := self._rho()) is not None:
+            values["lti/rho"] = rho
+        _check_finite(step, values)
+        return n_tokens, values
+
+    def validate(self, steps_done: int) -> Metrics:
+        """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
+        values: Metrics = {}
+        for n_loops in self.cfg.eval.loops:
+            with self._autocast():
+                score = evaluate(self.model, self.validation, n_loops, self.cfg.batch_size)
+            values[f"val/loss@{n_loops}"] = score.loss
+            if self.cfg.data.bytes_per_token is None:
+                values[f"val/accuracy@{n_loops}"] = score.accuracy
+            else:
+                values[f"val/bpb@{n_loops}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
+        return values
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.cfg.dtype != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _rho(self) -> float | None:
+        """Spectral radius of the state's linear update, where the injection has one."""
+        injection = None if self.model.recurrent is None else self.model.recurrent.injection
+        return injection.get_A().max().item() if isinstance(injection, LTIInjection | DiagonalInjection) else None
+
+
+def _check_finite(step: int, values: Metrics) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name}={value} at step {step} must be finite; lower optim.lr or lengthen schedule.warmup_steps"
+            )
