@@ -1,0 +1,115 @@
+"""Checks of what a call to the model is given, made before any work is done."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.config import MAX_LOOPS, MythosConfig, check_int
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.depth import LoopPlan
+
+REMOVED = {
+    "kv_cache": "cache=model.make_cache(batch_size, max_len, n_loops)",
+    "start_pos": "cache=, which counts its tokens itself",
+}
+"""Arguments of open-mythos 0.5.0 that are gone, and what to write instead."""
+
+
+def refuse_unknown(given: dict[str, Any]) -> None:
+    """Raise for arguments that `forward` does not have."""
+    for name in given:
+        if name in REMOVED:
+            raise TypeError(f"{name}= was an argument of open-mythos 0.5.0; use {REMOVED[name]}")
+        raise TypeError(f"forward() has no argument {name!r}; see help(OpenMythos.forward)")
+
+
+def check_ids(input_ids: Tensor, cfg: MythosConfig) -> None:
+    """input_ids has to be (B, T) integers inside the vocabulary, with at least one row and one token."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a (B, T) tensor of int64, not {type(input_ids).__name__}; use torch.tensor([ids])"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids has dtype {input_ids.dtype}, but token ids are integers; use input_ids.long()")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, but (B, T) with at least one row of at least one token is "
+            "needed; give an empty prompt a start token"
+        )
+    if torch.compiler.is_compiling() or input_ids.is_meta:
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= cfg.vocab_size:
+        raise ValueError(
+            f"input_ids has the id {low if low < 0 else high}, outside 0 to {cfg.vocab_size - 1} of "
+            f"vocab_size={cfg.vocab_size}; check that tokenizer and model belong together"
+        )
+
+
+def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """attention_mask has to have the shape of input_ids."""
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            f"attention_mask must be a tensor, not {type(attention_mask).__name__}; use torch.ones_like(input_ids)"
+        )
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but it covers the new tokens and so has "
+            f"input_ids' shape {tuple(input_ids.shape)}"
+        )
+
+
+def check_room(input_ids: Tensor, n_loops: int | None, cache: KVCache | None, cfg: MythosConfig) -> None:
+    """The tokens have to fit the context, or the cache's slots and levels."""
+    B, T = input_ids.shape
+    if cache is None:
+        if T > cfg.max_seq_len:
+            raise ValueError(
+                f"input_ids has {T} tokens, more than max_seq_len={cfg.max_seq_len}; shorten the prompt or build the "
+                "model with a larger max_seq_len"
+            )
+        return
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must come from model.make_cache, not {type(cache).__name__}")
+    if cache.batch_size != B:
+        raise ValueError(
+            f"cache was made for batch_size={cache.batch_size} but input_ids has {B} rows; make one of {B} rows"
+        )
+    if cache.length + T > cache.max_len:
+        raise ValueError(
+            f"cache holds {cache.length} of max_len={cache.max_len} tokens and cannot take {T} more; "
+            f"make it with max_len={cache.length + T} or more"
+        )
+    if n_loops is not None and n_loops > cache.n_loops:
+        raise ValueError(
+            f"n_loops={n_loops} is deeper than the cache, which has {cache.n_loops} levels; "
+            f"make it with make_cache(..., n_loops={n_loops})"
+        )
+
+
+def check_n_loops(n_loops: int | None, cfg: MythosConfig, default: int | None = None) -> int:
+    """The loops a call means: an int in [1, 4096], or for None `default`, else `max_loop_iters`."""
+    if n_loops is None:
+        return default or (cfg.max_loop_iters if cfg.recurrent_layers else 1)
+    if not cfg.recurrent_layers:
+        raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
+    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or None for max_loop_iters")
+    return n_loops
+
+
+def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, others: dict[str, Any]) -> None:
+    """A plan has to fit the batch and the halting, and stands alone: `others` are arguments that do not go with it."""
+    for name, given in others.items():
+        if given is not None:
+            raise ValueError(f"{name}={given!r} does not go with plan=, which is for training; leave {name} out")
+    if len(plan.depths) != input_ids.shape[0]:
+        raise ValueError(f"plan.depths has {len(plan.depths)} depths for {input_ids.shape[0]} rows; give one per row")
+    deepest = max(plan.depths)
+    if cfg.halting == "act" and plan.n_grad is not None and plan.n_grad < deepest:
+        raise ValueError(
+            f"plan.n_grad={plan.n_grad} is below the plan's {deepest} loops, but halting='act' learns from every loop; "
+            "use n_grad=None or halting='none'"
+        )

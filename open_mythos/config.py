@@ -1,0 +1,230 @@
+"""The model's configuration: one flat dataclass, validated when it is made and again when a model is built from it.
+
+The first 23 fields keep the names, defaults and meanings of open-mythos 0.5.0; everything after `dropout` is new here.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LOOPS = 4096
+"""The most loops one call may ask for. A call costs time and cache in proportion, so there has to be an end."""
+
+ATTN_TYPES = ("mla", "gqa")
+INJECTIONS = ("lti", "diagonal", "concat", "add")
+INITIAL_STATES = ("e", "zero", "normal")
+HALTINGS = ("act", "none")
+BLOCK_NORMS = ("pre", "sandwich")
+
+
+@dataclass
+class MythosConfig:
+    """Everything that decides a model's shape and mathematics.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or two fields do not fit; the message names both and a value that works.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 2048
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    """Key and value heads of `gqa`; has to divide `n_heads`. `mla` has none and ignores it."""
+    max_seq_len: int = 4096
+    max_loop_iters: int = 16
+    """Loops of a call that names none, and rows of the depth LoRA. More may be asked for, up to 4096."""
+    prelude_layers: int = 2
+    coda_layers: int = 2
+    attn_type: str = "mla"
+    kv_lora_rank: int = 512
+    q_lora_rank: int = 1536
+    qk_rope_head_dim: int = 64
+    qk_nope_head_dim: int = 128
+    v_head_dim: int = 128
+    n_experts: int = 64
+    """Routed experts of the recurrent block; 0 makes its feed-forward one dense SwiGLU of width `expert_dim`."""
+    n_shared_experts: int = 2
+    """Shared experts, each `expert_dim * n_experts_per_tok` wide as in 0.5.0; they are stored as one fused SwiGLU."""
+    n_experts_per_tok: int = 4
+    expert_dim: int = 512
+    act_threshold: float = 0.99
+    rope_theta: float = 500000.0
+    lora_rank: int = 16
+    """Rank of the depth LoRA; 0 leaves it out."""
+    max_output_tokens: int = 4096
+    """The most tokens one `generate` call may ask for."""
+    dropout: float = 0.0
+
+    injection: str = "lti"
+    """How the prelude's output e enters every loop: lti, diagonal, concat or add (see nn/injection.py)."""
+    initial_state: str = "e"
+    """The state before the first loop: e, zero, or normal (noise that depends on the row's seed and the position)."""
+    loop_embedding: bool = True
+    halting: str = "act"
+    """act: learned halting, the output is the weighted sum of states. none: the output is the last state."""
+    min_loops: int = 1
+    """No token exits before this many loops, whatever the rule."""
+    recurrent_layers: int = 1
+    """Blocks inside the loop; 0 makes a plain transformer of prelude and coda, which takes no `n_loops`."""
+    prelude_norm: bool = False
+    """RMSNorm on the prelude's output before it is injected."""
+    block_norm: str = "pre"
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one `gqa` head."""
+        return self.dim // self.n_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of one head that the rotary embedding turns."""
+        return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MythosConfig":
+        """Build from plain values; an unknown field is an error that suggests the nearest known one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise ValueError(f"{name!r} is not a field of MythosConfig; " + _nearest(near, names))
+        return cls(**values)
+
+    def validate(self) -> None:
+        """Check every field, then the fields that have to fit each other."""
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, type(field.default))
+        for name in (
+            "vocab_size",
+            "dim",
+            "n_heads",
+            "n_kv_heads",
+            "max_seq_len",
+            "kv_lora_rank",
+            "q_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "n_experts_per_tok",
+            "expert_dim",
+            "max_output_tokens",
+        ):
+            self._check_range(name, 1)
+        for name in ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank"):
+            self._check_range(name, 0)
+        self._check_range("max_loop_iters", 1, MAX_LOOPS)
+        self._check_range("min_loops", 1, self.max_loop_iters)
+        for name, allowed in (
+            ("attn_type", ATTN_TYPES),
+            ("injection", INJECTIONS),
+            ("halting", HALTINGS),
+            ("initial_state", INITIAL_STATES),
+            ("block_norm", BLOCK_NORMS),
+        ):
+            self._check_choice(name, allowed)
+        if not 0 < self.act_threshold <= 1:
+            raise ValueError(f"act_threshold={self.act_threshold} must be above 0 and at most 1; use 0.99")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.0")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 1; use 500000.0")
+        self._check_attention()
+        self._check_layers()
+
+    def _check_attention(self) -> None:
+        if self.attn_type == "mla":
+            if self.qk_rope_head_dim % 2:
+                raise ValueError(
+                    f"qk_rope_head_dim={self.qk_rope_head_dim} must be even; use {self.qk_rope_head_dim + 1}"
+                )
+            if self.qk_norm:
+                raise ValueError(
+                    "qk_norm=True needs attn_type='gqa': mla already normalises its latents; use qk_norm=False"
+                )
+            return
+        if self.dim % self.n_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} must divide dim={self.dim}; use n_heads={_divisor(self.dim, self.n_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} / n_heads={self.n_heads} gives an odd head width {self.head_dim}, which cannot "
+                f"be rotated; use dim={2 * self.dim} or fewer heads"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}; "
+                f"use n_kv_heads={_divisor(self.n_heads, self.n_kv_heads)}"
+            )
+
+    def _check_layers(self) -> None:
+        if self.n_experts and self.n_experts_per_tok > self.n_experts:
+            raise ValueError(
+                f"n_experts_per_tok={self.n_experts_per_tok} must be at most n_experts={self.n_experts}; "
+                f"use n_experts_per_tok={self.n_experts}"
+            )
+        if self.recurrent_layers == 0 and self.prelude_layers + self.coda_layers == 0:
+            raise ValueError(
+                "recurrent_layers=0, prelude_layers=0 and coda_layers=0 leave no layer; use prelude_layers=1"
+            )
+        if self.loop_embedding and self.dim < 8:
+            raise ValueError(
+                f"dim={self.dim} is too narrow for loop_embedding=True, which uses dim//8 channels; "
+                "use dim=8 or loop_embedding=False"
+            )
+
+    def _check_type(self, name: str, expected: type) -> None:
+        value = getattr(self, name)
+        if expected is float and type(value) is int:
+            value = float(value)
+            setattr(self, name, value)
+        if type(value) is not expected:
+            raise TypeError(
+                f"{name}={value!r} must be {expected.__name__}, not {type(value).__name__}; "
+                f"the default is {type(self).__dataclass_fields__[name].default!r}"
+            )
+        if expected is float and not math.isfinite(value):
+            raise ValueError(
+                f"{name}={value} must be finite; the default is {type(self).__dataclass_fields__[name].default!r}"
+            )
+
+    def _check_range(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if value < low or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{name}={value} must be {allowed}; use {name}={low if value < low else high}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.4)
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}={value!r} must be one of {choices}; use {near[0] if near else allowed[0]!r}")
+
+
+def check_int(name: str, value: object, low: int, high: int, remedy: str) -> None:
+    """Refuse anything but an int in [low, high]; a bool is no int here."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; {remedy}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must be between {low} and {high}; {remedy}")
+
+
+def _divisor(whole: int, near: int) -> int:
+    """The divisor of `whole` nearest to `near`."""
+    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - near))
+
+
+def _nearest(near: list[str], names: list[str]) -> str:
+    return f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(names)}"

@@ -1,0 +1,271 @@
+"""Text from a model: one prompt, a padded batch, or a list of prompts of different lengths.
+
+Shapes: B rows, T prompt tokens, N new tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_mythos.arguments import check_ids, check_mask, check_n_loops
+from open_mythos.config import check_int
+from open_mythos.model import OpenMythos
+from open_mythos.nn.halting import HaltingRule
+from open_mythos.sampling import SamplingParams, sample
+from open_mythos.tokenizer import TextStream, Tokenizer
+
+OnToken = Callable[[int, int, int], Any]
+"""on_token(row, token_id, loops), called for every new token as soon as it is chosen."""
+
+
+def generate(
+    model: OpenMythos,
+    input_ids: Any,
+    max_new_tokens: int = 64,
+    n_loops: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    *,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    attention_mask: Tensor | None = None,
+    exit: str | HaltingRule | None = None,
+    exit_threshold: float | None = None,
+    stop: int | str | Sequence[int | str] = (),
+    tokenizer: Tokenizer | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    on_token: OnToken | None = None,
+    return_loops: bool = False,
+    pad_id: int = 0,
+) -> Any:
+    """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
+
+    Args:
+        input_ids: a tensor (B, T), a string or a list of ids for one prompt, or a list of such prompts of any lengths.
+            Strings need a `tokenizer`.
+        max_new_tokens: tokens to add, at most `max_output_tokens`; prompt and new tokens have to fit `max_seq_len`.
+        n_loops: loops per token; None: `max_loop_iters`.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; temperature 0 is greedy.
+        attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
+        exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
+        stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
+        seed: one per row, or one int s that gives row i the seed s + i. A row's draws do not depend on the other rows.
+        generator: one generator for all rows, instead of seeds.
+        on_token: called with (row, token_id, loops) for every new token.
+        return_loops: also return the loops that each new token took, meaning those of the position it was read from.
+        pad_id: fills the rows of a tensor that stopped before the longest.
+
+    Returns:
+        Prompts with their continuations, of the same kind as came in: a (B, T + N) tensor, one string, one list of ids,
+        or a list of them. Text is cut before a stop string. With `return_loops`, (that, loops), where loops is a (B, N)
+        int64 tensor with 0 for padding if a tensor came in, else a list per prompt.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
+    """
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = _read_prompts(input_ids, attention_mask, tokenizer, model)
+    limit = min(model.cfg.max_output_tokens, model.cfg.max_seq_len - prompts.ids.shape[1])
+    if limit < 1:
+        raise ValueError(
+            f"the prompt's {prompts.ids.shape[1]} tokens fill max_seq_len={model.cfg.max_seq_len}; shorten the prompt"
+        )
+    remedy = (
+        f"the prompt has {prompts.ids.shape[1]} tokens, max_seq_len={model.cfg.max_seq_len} and "
+        f"max_output_tokens={model.cfg.max_output_tokens}, so use max_new_tokens={limit} or less, or a shorter prompt"
+    )
+    check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
+    depth = check_n_loops(n_loops, model.cfg)
+    rule = model.exit_rule(exit, exit_threshold)
+    stops = _Stops(stop, tokenizer, prompts.ids.shape[0], model.cfg.vocab_size)
+    generators = _generators(seed, generator, prompts.ids.shape[0])
+    with _evaluating(model):
+        new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token)
+    return prompts.answer(new, loops, stops, pad_id, return_loops)
+
+
+@dataclass
+class _Prompts:
+    """Prompts as one left-padded batch, and the kind they came in."""
+
+    ids: Tensor
+    mask: Tensor | None
+    kind: str
+    single: bool
+    tokenizer: Tokenizer | None
+
+    def answer(
+        self, new: list[list[int]], loops: list[list[int]], stops: "_Stops", pad_id: int, with_loops: bool
+    ) -> Any:
+        if self.kind == "tensor":
+            width = max(map(len, new))
+            tail = torch.tensor([row + [pad_id] * (width - len(row)) for row in new], device=self.ids.device)
+            out = torch.cat((self.ids, tail.to(self.ids.dtype)), dim=1)
+            used = torch.tensor([row + [0] * (width - len(row)) for row in loops], device=self.ids.device)
+            return (out, used) if with_loops else out
+        lengths = [self.ids.shape[1]] * len(new) if self.mask is None else self.mask.sum(1).tolist()
+        rows: list[Any] = [
+            ids[len(ids) - n :] + row for ids, n, row in zip(self.ids.tolist(), lengths, new, strict=True)
+        ]
+        if self.tokenizer is not None and self.kind == "text":
+            rows = [
+                self.tokenizer.decode(ids[:n]) + stops.text(i, self.tokenizer.decode(ids[n:]))
+                for i, (ids, n) in enumerate(zip(rows, lengths, strict=True))
+            ]
+        answer, used = (rows[0], loops[0]) if self.single else (rows, loops)
+        return (answer, used) if with_loops else answer
+
+
+def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None, model: OpenMythos) -> _Prompts:
+    if isinstance(prompts, Tensor):
+        check_ids(prompts, model.cfg)
+        check_mask(prompts, mask)
+        if mask is not None:
+            mask = mask.bool()
+            if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+                raise ValueError("attention_mask must be zeros, then ones in every row: pad prompts on the left")
+        return _Prompts(prompts, mask, "tensor", False, tokenizer)
+    if mask is not None:
+        raise ValueError(
+            "attention_mask goes with a tensor of prompts; a list of prompts is padded here, so leave it out"
+        )
+    single = isinstance(prompts, str) or (isinstance(prompts, Sequence) and all(isinstance(x, int) for x in prompts))
+    rows = [prompts] if single else prompts
+    if not isinstance(rows, Sequence) or not rows:
+        raise TypeError(f"input_ids={prompts!r} must be a (B, T) tensor, a string, a list of ids, or a list of prompts")
+    kind = "text" if isinstance(rows[0], str) else "ids"
+    ids = [_encode(row, tokenizer, kind, i) for i, row in enumerate(rows)]
+    width = max(map(len, ids))
+    batch = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
+    check_ids(batch, model.cfg)
+    lengths = torch.tensor([len(row) for row in ids], device=model.device)
+    padded = torch.arange(width, device=model.device) >= width - lengths[:, None]
+    return _Prompts(batch, None if min(map(len, ids)) == width else padded, kind, single, tokenizer)
+
+
+def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> list[int]:
+    if isinstance(prompt, str) != (kind == "text"):
+        raise TypeError("input_ids mixes strings and ids; give prompts of one kind")
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(
+                "input_ids holds text, which needs tokenizer=; use load_tokenizer(folder) of the model's folder"
+            )
+        prompt = tokenizer.encode(prompt)
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    if not ids:
+        raise ValueError(f"prompt {row} of input_ids is empty; give it a start token")
+    return ids
+
+
+class _Stops:
+    """What ends a row."""
+
+    def __init__(self, stop: Any, tokenizer: Tokenizer | None, n_rows: int, vocab_size: int) -> None:
+        items = [stop] if isinstance(stop, int | str) else list(stop)
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, int | str):
+                raise TypeError(f"stop={item!r} must be a token id or a string; use stop=[0] or stop=['.']")
+            if isinstance(item, int) and not 0 <= item < vocab_size:
+                raise ValueError(f"stop={item} is no id of the vocabulary; use 0 to {vocab_size - 1}")
+            if item == "":
+                raise ValueError("stop='' would end every row at once; use a string of at least one character")
+        self.ids = {item for item in items if isinstance(item, int)}
+        self.strings = [item for item in items if isinstance(item, str)]
+        if self.strings and tokenizer is None:
+            raise ValueError(
+                f"stop={self.strings[0]!r} is a string, which needs tokenizer=; pass it, or stop on a token id"
+            )
+        self.streams = [TextStream(tokenizer) for _ in range(n_rows)] if self.strings and tokenizer is not None else []
+        self.texts = [""] * n_rows
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.strings)
+
+    def hit(self, row: int, token: int) -> bool:
+        if self.streams:
+            self.texts[row] += self.streams[row].push(token)
+        return token in self.ids or any(string in self.texts[row] for string in self.strings)
+
+    def text(self, row: int, text: str) -> str:
+        """`text`, the row's continuation, up to the first stop string."""
+        ends = [text.index(string) for string in self.strings if string in text]
+        return text[: min(ends, default=len(text))]
+
+
+def _generators(
+    seed: Any, generator: torch.Generator | None, n_rows: int
+) -> torch.Generator | list[torch.Generator] | None:
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed and generator both say where randomness comes from; give one of them")
+    seeds = [seed + i for i in range(n_rows)] if isinstance(seed, int) and not isinstance(seed, bool) else seed
+    if isinstance(seeds, bool) or not isinstance(seeds, Sequence) or not all(type(s) is int for s in seeds):
+        raise TypeError(f"seed={seed!r} must be an int, or one int per row; use seed=0")
+    if len(seeds) != n_rows:
+        raise ValueError(f"seed has {len(seeds)} values for {n_rows} rows; give one per row, or one int")
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+@contextmanager
+def _evaluating(model: OpenMythos) -> Iterator[None]:
+    """eval mode and no gradients inside; every module's own mode is back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _decode(
+    model: OpenMythos,
+    prompts: _Prompts,
+    max_new_tokens: int,
+    depth: int,
+    rule: HaltingRule | None,
+    params: SamplingParams,
+    generators: torch.Generator | list[torch.Generator] | None,
+    stops: _Stops,
+    on_token: OnToken | None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The new tokens of every row, and the loops each took. A row that has stopped leaves the batch."""
+    n_rows, T = prompts.ids.shape
+    # The last token is never fed back.
+    cache = model.make_cache(n_rows, T + max_new_tokens - 1, depth if model.recurrent is not None else None)
+    ids = prompts.ids.long()
+    seen = ids if prompts.mask is None else ids.where(prompts.mask, -1)
+    mask = prompts.mask
+    rows = list(range(n_rows))
+    new: list[list[int]] = [[] for _ in rows]
+    used: list[list[int]] = [[] for _ in rows]
+    for _ in range(max_new_tokens):
+        view = model.make_view((len(rows), ids.shape[1]), mask, cache)
+        logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
+        tokens = sample(logits[:, -1], params, generators, seen)
+        for row, token, loops in zip(rows, tokens.tolist(), result.loops[:, -1].tolist(), strict=True):
+            new[row].append(token)
+            used[row].append(loops)
+            if on_token is not None:
+                on_token(row, token, loops)
+        keep = [i for i, row in enumerate(rows) if not (stops and stops.hit(row, new[row][-1]))]
+        if not keep:
+            break
+        ids, mask, seen = tokens[:, None], None, torch.cat((seen, tokens[:, None]), dim=1)
+        if len(keep) < len(rows):
+            rows = [rows[i] for i in keep]
+            index = torch.tensor(keep, device=model.device)
+            ids, seen = ids[index], seen[index]
+            cache.keep_rows(index)
+            if isinstance(generators, list):
+                generators = [generators[i] for i in keep]
+    return new, used

@@ -1,0 +1,348 @@
+"""OpenMythos: a recurrent-depth transformer. Prelude, a block that is looped, coda; the head is tied to the embedding.
+
+The stages `encode`, `recur`, `readout` and the whole loop `recurrent` are what everything above the model calls;
+`forward` composes them.
+
+Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos import weights
+from open_mythos.arguments import check_ids, check_mask, check_n_loops, check_plan, check_room, refuse_unknown
+from open_mythos.config import MythosConfig, check_int
+from open_mythos.nn.block import ATTENTIONS, TransformerBlock
+from open_mythos.nn.cache import KVCache, View, make_view
+from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.halting import HaltingRule, make_rule
+from open_mythos.nn.init import init_weights
+from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
+from open_mythos.nn.state import initial_state
+
+
+@dataclass
+class LoopTrace:
+    """One forward pass with everything the loop did. L counts executed loops; a token that exited repeats its state."""
+
+    logits: Tensor
+    """(B, T, V)"""
+    hidden: Tensor
+    """(L, B, T, D), the state after each loop."""
+    halt_weight: Tensor
+    """(L, B, T), the weight of each loop's state in the output; sums to 1 over L."""
+    exit_loop: Tensor
+    """(B, T) int64, the last loop each token ran, 0-based; -1 for padding."""
+
+
+@dataclass
+class TrainOutput:
+    """What a training step needs of one forward pass."""
+
+    logits: Tensor
+    """(B, T, V)"""
+    loops: Tensor
+    """(B, T) int64, loops each token ran."""
+    ponder_cost: Tensor | None
+    """Scalar, mean over tokens of loops plus remainder (Graves 2016); only with halting="act"."""
+    router_z_loss: Tensor | None
+    """Scalar, mean over routed tokens of logsumexp(router logits)^2 (Zoph et al. 2022); only with experts."""
+    tokens_per_expert: Tensor | None
+    """(recurrent_layers, n_experts), for `update_expert_bias`; only with experts."""
+
+
+class OpenMythos(nn.Module):
+    """The model. Built on the meta device and initialised in one pass; under `torch.device("meta")` it stays there."""
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+            self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
+            self.prelude_norm = RMSNorm(cfg.dim) if cfg.prelude_norm else nn.Identity()
+            self.recurrent = RecurrentBlock(cfg) if cfg.recurrent_layers else None
+            self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
+            self.norm = RMSNorm(cfg.dim)
+            self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            init_weights(self, cfg)
+        # After to_empty, which gives every parameter memory of its own.
+        self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    # The stages.
+
+    def encode(self, input_ids: Tensor, view: View) -> Tensor:
+        """Embedding and prelude: (B, T) int64 -> e (B, T, D)."""
+        x = self.embed(input_ids)
+        for layer, block in enumerate(self.prelude):
+            x = block(x, view, layer)
+        return self.prelude_norm(x)
+
+    def recur(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
+        """One loop: h, e (B, T, D) and loop_index (B,) int64, 0-based, one per row -> the next h (B, T, D)."""
+        return self._recurrent().loop(h, e, loop_index, view.at_loop(loop_index, view.lockstep, view.active))
+
+    def readout(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
+        """Coda, norm and head: (B, T, D) -> logits (B, T, V), or (B, 1, V) of the last position."""
+        first = self.cfg.prelude_layers + self.cfg.recurrent_layers
+        for i, block in enumerate(self.coda):
+            out = block(out, view, first + i)
+        return self.head(self.norm(out[:, -1:] if last_only else out))
+
+    def make_view(
+        self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> View:
+        """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
+        return make_view(shape, self.cfg.rope_dim, self.cfg.rope_theta, self.dtype, self.device, attention_mask, cache)
+
+    def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None) -> KVCache:
+        """An empty, preallocated key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
+
+        Raises:
+            ValueError: `max_len` is beyond `max_seq_len`, or a size is not positive.
+        """
+        cfg = self.cfg
+        check_int("batch_size", batch_size, 1, 2**31, "use batch_size=1")
+        check_int("max_len", max_len, 1, cfg.max_seq_len, f"use max_len={cfg.max_seq_len} (max_seq_len) or less")
+        levels = check_n_loops(n_loops, cfg)
+        shapes = ATTENTIONS[cfg.attn_type].cache_shapes(cfg)
+        layers = (
+            [(1, shapes)] * cfg.prelude_layers
+            + [(levels, shapes)] * cfg.recurrent_layers
+            + [(1, shapes)] * cfg.coda_layers
+        )
+        return KVCache(layers, batch_size, max_len, levels, self.dtype, self.device)
+
+    # The whole model.
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = ...,
+        *,
+        attention_mask: Tensor | None = ...,
+        cache: KVCache | None = ...,
+        plan: None = ...,
+        exit: str | HaltingRule | None = ...,
+        exit_threshold: float | None = ...,
+        trace: Literal[False] = ...,
+        last_only: bool = ...,
+        generator: torch.Generator | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = ...,
+        *,
+        attention_mask: Tensor | None = ...,
+        plan: None = ...,
+        exit: str | HaltingRule | None = ...,
+        exit_threshold: float | None = ...,
+        trace: Literal[True],
+        generator: torch.Generator | None = ...,
+    ) -> LoopTrace: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = ...,
+        plan: LoopPlan,
+        generator: torch.Generator | None = ...,
+    ) -> TrainOutput: ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        plan: LoopPlan | None = None,
+        exit: str | HaltingRule | None = None,
+        exit_threshold: float | None = None,
+        trace: bool = False,
+        last_only: bool = False,
+        generator: torch.Generator | None = None,
+        **removed: Any,
+    ) -> Tensor | LoopTrace | TrainOutput:
+        """Logits of every position.
+
+        Args:
+            input_ids: (B, T) int64, T new tokens per row.
+            n_loops: loops for every row, 1 to 4096; None takes the cache's depth, else `max_loop_iters`. Beyond
+                `max_loop_iters` the depth LoRA and the loop embedding stay at their last index.
+            attention_mask: (B, T), nonzero for tokens and zero for padding (on the left for generation). It covers the
+                new tokens only: a cache remembers the earlier ones. None: no padding.
+            cache: from `make_cache`. The call appends its tokens (any number at a time), runs without gradients, and
+                may use fewer loops than the cache has levels: the last loop run then stands for the deeper ones.
+            plan: training. One depth per row and the window of back-propagation; the result is a `TrainOutput`.
+            exit: a rule that replaces the model's halting for this call: "fixed", "act", "latent_diff",
+                "second_difference", "kl" or a `HaltingRule`. The output is then the last state ("act" keeps its sum).
+            exit_threshold: of that rule; None takes its default.
+            trace: return a `LoopTrace` instead of logits.
+            last_only: logits of the last position only, (B, 1, V): all that sampling needs.
+            generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
+                generator in training.
+
+        Raises:
+            TypeError, ValueError: an argument is unusable; nothing has been computed and the cache is untouched.
+        """
+        refuse_unknown(removed)
+        check_ids(input_ids, self.cfg)
+        check_mask(input_ids, attention_mask)
+        check_room(input_ids, n_loops, cache, self.cfg)
+        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, default=cache.n_loops if cache is not None else None)
+        if plan is not None:
+            others = {"n_loops": n_loops, "cache": cache, "exit": exit, "trace": trace or None}
+            check_plan(plan, input_ids, self.cfg, others)
+            depth = plan
+        if trace:
+            self._recurrent()
+        rule = self.exit_rule(exit, exit_threshold)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache)
+            logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
+        if plan is not None:
+            return _train_output(logits, result, view)
+        if result.hidden is not None and result.halt_weight is not None:
+            return LoopTrace(logits, result.hidden, result.halt_weight, result.loops - 1)
+        return logits
+
+    def run(
+        self,
+        input_ids: Tensor,
+        view: View,
+        depth: int | LoopPlan,
+        rule: HaltingRule | None = None,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+        trace: bool = False,
+        last_only: bool = False,
+    ) -> tuple[Tensor, RecurrentOutput]:
+        """What `forward` does once its arguments are checked: logits, and what the loop left besides."""
+        e = self.encode(input_ids, view)
+        if self.recurrent is None:
+            result = RecurrentOutput(e, torch.zeros_like(input_ids))
+        else:
+            h = initial_state(self.cfg.initial_state, e, view, cache, generator, self.training)
+            result = self.recurrent(h, e, view, depth, rule, self._probe, trace)
+        logits = self.readout(result.out, view, last_only)
+        if cache is not None:
+            cache.advance(input_ids.shape[1], view.valid)
+        return logits, result
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        **options: Any,
+    ) -> Any:
+        """Continue one prompt, a padded batch or a list of prompts; the options are those of `open_mythos.generate`."""
+        from open_mythos.generate import generate
+
+        return generate(self, input_ids, max_new_tokens, n_loops, temperature, top_k, **options)
+
+    def exit_rule(self, exit: str | HaltingRule | None, threshold: float | None = None) -> HaltingRule | None:
+        """The rule object that `exit` and `exit_threshold` of a call mean; None: the model's own halting."""
+        if exit is None:
+            if threshold is not None:
+                raise ValueError(
+                    f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' or another rule too"
+                )
+            return None
+        if isinstance(exit, HaltingRule):
+            if threshold is not None:
+                raise ValueError(
+                    f"exit_threshold={threshold} is for a rule given by name; set the rule's own threshold"
+                )
+            return exit
+        if not isinstance(exit, str):
+            raise TypeError(
+                f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
+            )
+        act = self._recurrent().act
+        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg.vocab_size, act, self.cfg.act_threshold)
+
+    @torch.no_grad()
+    def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> float:
+        """Move every expert's bias by `rate` towards an even load; call it after each optimizer step.
+
+        Args:
+            tokens_per_expert: (recurrent_layers, n_experts), `TrainOutput.tokens_per_expert` summed over the step's
+                micro-batches (and ranks).
+
+        Returns:
+            The largest expert's load over the mean, the worst layer's; 1 is even.
+
+        Source: Wang et al. 2024, arXiv 2408.15664.
+        """
+        mean = tokens_per_expert.mean(dim=-1, keepdim=True)
+        experts = [block.ffn for block in self._recurrent().blocks if isinstance(block.ffn, MoEFFN)]
+        for ffn, error in zip(experts, mean - tokens_per_expert, strict=True):
+            ffn.router_bias += rate * error.sign()
+        return (tokens_per_expert / mean).max().item()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, each complete or not at all."""
+        weights.save(folder, self.cfg, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> "OpenMythos":
+        """Load a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: the folder lacks a file.
+            ValueError: the file's tensors are not exactly those of the configuration; the message names them.
+        """
+        cfg, state = weights.load(folder_or_repo)
+        with torch.device("meta"):
+            model = cls(cfg)
+        weights.check(state, model.state_dict())
+        model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
+        model.head.weight = model.embed.weight
+        return model.to(device=device, dtype=dtype).eval()
+
+    def _recurrent(self) -> RecurrentBlock:
+        if self.recurrent is None:
+            raise ValueError("recurrent_layers=0 makes a plain transformer without loops; leave n_loops and exit out")
+        return self.recurrent
+
+    def _probe(self, h: Tensor) -> Tensor:
+        """The prediction read off a state, (B, T, D) -> (B, T, V), without the coda: it sees one token and no cache."""
+        return F.linear(self.norm(h), self.head.weight)
+
+
+def _train_output(logits: Tensor, result: RecurrentOutput, view: View) -> TrainOutput:
+    ponder = result.ponder_cost
+    if ponder is not None:
+        ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum()
+    return TrainOutput(logits, result.loops, ponder, result.router_z, result.tokens_per_expert)

@@ -1,0 +1,1 @@
+"""The layers, on torch alone. Start with `recurrent` (the loop), `injection` and `halting`."""

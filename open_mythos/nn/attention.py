@@ -1,0 +1,57 @@
+"""Grouped-query attention, and the softmax product that both attentions share.
+
+Shapes: B rows, T query tokens, S key tokens, H query heads, G key/value heads, K head width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.nn.cache import View
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.rope import apply_rope
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:
+    """softmax(scale * q k^T) v, masked by the view: q (B, T, H, K), k (B, S, G, K), v (B, S, G, W) -> (B, T, H, W)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=view.mask,
+        is_causal=view.is_causal,
+        scale=scale,
+        dropout_p=dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+class GQAttention(nn.Module):
+    """Causal attention; H / G query heads share a key/value head. Source: Ainslie et al. 2023, arXiv 2305.13245."""
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = cfg.head_dim, cfg.dropout
+        self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
+        self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
+        self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+
+    @staticmethod
+    def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
+        """Shapes per token of what is kept: keys, values."""
+        return [(cfg.n_kv_heads, cfg.head_dim)] * 2
+
+    def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
+        heads = (-1, self.head_dim)
+        q = apply_rope(self.q_norm(self.wq(x).unflatten(-1, heads)), *view.rope)
+        k = apply_rope(self.k_norm(self.wk(x).unflatten(-1, heads)), *view.rope)
+        v = self.wv(x).unflatten(-1, heads)
+        k, v = view.store.write(layer, (k, v), view)
+        dropout = self.dropout if self.training else 0.0
+        return self.wo(attend(q, k, v, view, self.head_dim**-0.5, dropout).flatten(-2))

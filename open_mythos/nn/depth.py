@@ -1,0 +1,77 @@
+"""What tells one loop from another: how many each row runs (`LoopPlan`), and the parts that see the loop's index.
+
+Shapes: B rows, T tokens, D width, R rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MAX_LOOPS, check_int
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How deep each row of a training batch goes. The trainer draws it; the model only follows.
+
+    Rows are right-aligned: with T = max(depths), a row of depth d joins at tick T - d. So every row is inside the
+    window of the last `n_grad` ticks, and a row that has not joined costs nothing.
+
+    Raises:
+        TypeError, ValueError: a depth or `n_grad` is not an int in [1, 4096], or there is no row.
+    """
+
+    depths: tuple[int, ...]
+    n_grad: int | None = None
+    """Back-propagate through the last `n_grad` ticks; None: through all of them."""
+
+    def __post_init__(self) -> None:
+        if not self.depths:
+            raise ValueError("depths=() must name one depth for each row of the batch; use depths=(8,) * batch_size")
+        for depth in self.depths:
+            check_int("depths", depth, 1, MAX_LOOPS, "use depths=(8,) * batch_size")
+        if self.n_grad is not None:
+            check_int("n_grad", self.n_grad, 1, MAX_LOOPS, "use n_grad=None for all")
+
+
+def loop_index_embedding(h: Tensor, loop_index: Tensor | int, loop_dim: int, theta: float = 10000.0) -> Tensor:
+    """h plus the sines, then cosines, of loop_index * theta^(-2i/loop_dim) in its first `loop_dim` channels.
+
+    Args:
+        h: (B, T, D).
+        loop_index: (B,) int64, or one int for every row.
+    """
+    index = torch.as_tensor(loop_index, device=h.device).expand(h.shape[0])
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    frequency = theta ** (-torch.arange(0, loop_dim, 2, device=h.device, dtype=dtype) / loop_dim)
+    angle = index[:, None].to(dtype) * frequency
+    embedding = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :loop_dim]
+    padded = nn.functional.pad(embedding, (0, h.shape[-1] - loop_dim))
+    return (h + padded[:, None]).to(h.dtype)
+
+
+class LoRAAdapter(nn.Module):
+    """The depth LoRA: (down(x) * scale[loop]) @ B, one low-rank map whose R directions each loop weighs differently.
+
+    Loops beyond the last row of `scale` use that row. B starts at zero, so a fresh model has no adapter.
+    Source: Bae et al. 2024, arXiv 2410.20672.
+    """
+
+    def __init__(self, dim: int, rank: int, max_loops: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.scale = nn.Embedding(max_loops, rank)
+        self.B = nn.Parameter(torch.empty(rank, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down.weight, std=0.02)
+        nn.init.ones_(self.scale.weight)
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Tensor, loop_index: Tensor | int) -> Tensor:
+        """x (B, T, D), loop_index (B,) int64 or one int -> (B, T, D)."""
+        index = torch.as_tensor(loop_index, device=x.device).expand(x.shape[0])
+        scale = self.scale(index.clamp(max=self.scale.num_embeddings - 1))
+        return (self.down(x) * scale[:, None]) @ self.B

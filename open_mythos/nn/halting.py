@@ -1,0 +1,223 @@
+"""When a token leaves the loop. A rule is pure: its state is tensors with a leading row dimension, free to be indexed.
+
+A rule sees its own token only, never another token and never the coda, so it decides the same in prefill, in decode and
+in any batch. The caller freezes the tokens that have exited and ignores what a rule says of them afterwards.
+
+Shapes: B rows, T tokens, D width, V vocabulary.
+"""
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.nn.numerics import wide, wide_linear
+
+State = dict[str, Tensor]
+Decision = tuple[State, Tensor, Tensor | None]
+"""The next state, exit_mask (B, T) bool, and for a weighted rule the halt_weight (B, T) of this loop's state."""
+
+
+class HaltingRule(ABC):
+    """One way to decide. Every rule lets a token out at the last loop of its row, and none before `min_loops`."""
+
+    needs_probe = False
+    """Whether `update` wants head(norm(h)) logits."""
+    weighted = False
+    """Whether the output is the sum of states by halt_weight; otherwise it is the last state."""
+
+    def __init__(self, threshold: float, min_loops: int = 1) -> None:
+        self.threshold, self.min_loops = threshold, min_loops
+
+    @abstractmethod
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        """The state before the first loop. h (B, T, D); n_loops (B,) int64, the most loops each row may run."""
+
+    @abstractmethod
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        """Decide after a loop that took h_prev to h, both (B, T, D). loop_index (B,) is 0-based; probe (B, T, V)."""
+
+    def _exit(self, done: Tensor, loop_index: Tensor, n_loops: Tensor) -> Tensor:
+        n_done = (loop_index + 1)[:, None]
+        return (done & (n_done >= self.min_loops)) | (n_done >= n_loops[:, None])
+
+
+class Fixed(HaltingRule):
+    """Every token runs every loop."""
+
+    def __init__(self, min_loops: int = 1) -> None:
+        super().__init__(0.0, min_loops)
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        return {"n_loops": n_loops}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        never = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+        return state, self._exit(never, loop_index, state["n_loops"]), None
+
+
+class ACTHalting(nn.Module):
+    """The learned halting probability of a state: sigmoid(w . h + b), (B, T, D) -> (B, T), in at least float32.
+
+    The weight starts at zero and the bias at logit(1 / max(2, max_loops)), so the depth of a fresh model depends on
+    `max_loops` and not on the width.
+    """
+
+    def __init__(self, dim: int, max_loops: int = 2) -> None:
+        super().__init__()
+        self.halt = nn.Linear(dim, 1)
+        self.max_loops = max_loops
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, -math.log(max(2, self.max_loops) - 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return wide_linear(h, self.halt.weight, self.halt.bias).squeeze(-1).sigmoid()
+
+
+class ACT(HaltingRule):
+    """Adaptive computation time: exit when the halting probabilities add up to the threshold.
+
+    The weight of a loop is min(p, 1 - sum so far), and the exit loop takes the remainder, so that a token's weights sum
+    to one at any number of loops. Source: Graves 2016, arXiv 1603.08983.
+    """
+
+    weighted = True
+
+    def __init__(self, act: ACTHalting, threshold: float, min_loops: int = 1) -> None:
+        super().__init__(threshold, min_loops)
+        self.act = act
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        return {"n_loops": n_loops, "sum": wide(h).new_zeros(h.shape[:2])}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        before = state["sum"]
+        after = (before + self.act(h)).clamp(max=1)
+        exit_mask = self._exit(after >= self.threshold, loop_index, state["n_loops"])
+        # The difference of two sums, not p itself: then the rounding of each addition is given back by the next.
+        weight = torch.where(exit_mask, 1 - before, after - before)
+        return {**state, "sum": after}, exit_mask, weight
+
+
+class LatentDiff(HaltingRule):
+    """Exit when the loop's step is small against the state: |h - h_prev| / |h| < threshold."""
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        return {"n_loops": n_loops}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        done = _norm(h - h_prev) < self.threshold * _norm(h)
+        return state, self._exit(done, loop_index, state["n_loops"]), None
+
+
+class SecondDifference(HaltingRule):
+    """Exit when two consecutive steps changed little: |step - previous step| / |h| < threshold, twice in a row.
+
+    Source: after Pappone et al. 2025, arXiv 2509.23314; the division by |h| makes the threshold independent of width.
+    """
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        # No step before the first: an infinite one is never near the next.
+        return {
+            "n_loops": n_loops,
+            "step": torch.full_like(h, torch.inf),
+            "near": torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device),
+        }
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        step = h - h_prev
+        near = _norm(step - state["step"]) < self.threshold * _norm(h)
+        exit_mask = self._exit(near & state["near"], loop_index, state["n_loops"])
+        return {**state, "step": step, "near": near}, exit_mask, None
+
+
+class KL(HaltingRule):
+    """Exit when one more loop hardly moves the prediction read off the state: KL(p_t || p_t-1) < threshold, in nats.
+
+    Source: Geiping et al. 2025, arXiv 2502.05171, section on zero-shot adaptive compute.
+    """
+
+    needs_probe = True
+
+    def __init__(self, threshold: float, min_loops: int, vocab_size: int) -> None:
+        super().__init__(threshold, min_loops)
+        self.vocab_size = vocab_size
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        return {"n_loops": n_loops, "log_p": wide(h).new_zeros(*h.shape[:2], self.vocab_size)}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        if probe is None:
+            raise ValueError("probe=None, but the rule 'kl' compares predictions; pass probe=head(norm(h))")
+        log_p = wide(probe).log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - state["log_p"])).sum(-1)
+        # The first loop has no prediction to compare with.
+        done = (divergence < self.threshold) & (loop_index > 0)[:, None]
+        return {**state, "log_p": log_p}, self._exit(done, loop_index, state["n_loops"]), None
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(wide(x), dim=-1)
+
+
+EXIT_THRESHOLDS = {"latent_diff": 0.03, "second_difference": 0.03, "kl": 5e-4}
+"""Default threshold of each rule that needs no training."""
+
+
+def make_rule(
+    name: str, threshold: float | None, min_loops: int, vocab_size: int, act: ACTHalting | None, act_threshold: float
+) -> HaltingRule:
+    """The rule called `name`: fixed, act, latent_diff, second_difference or kl. `threshold` None takes its default.
+
+    Raises:
+        TypeError, ValueError: the name or threshold is not usable, or the model has no learned halting to use.
+    """
+    names = ("fixed", "act", *EXIT_THRESHOLDS)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+        raise ValueError(
+            f"exit={name!r} must be one of {', '.join(map(repr, names))}; use exit={near[0] if near else 'kl'!r}"
+        )
+    if threshold is not None:
+        check_threshold(name, threshold)
+    if name == "fixed":
+        return Fixed(min_loops)
+    if name == "act":
+        if act is None:
+            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
+        return ACT(act, act_threshold if threshold is None else threshold, min_loops)
+    value = EXIT_THRESHOLDS[name] if threshold is None else threshold
+    if name == "kl":
+        return KL(value, min_loops, vocab_size)
+    return (LatentDiff if name == "latent_diff" else SecondDifference)(value, min_loops)
+
+
+def check_threshold(name: str, threshold: object) -> None:
+    """Refuse an `exit_threshold` that is no positive finite number, or that `name` cannot use."""
+    default = EXIT_THRESHOLDS.get(name, 0.99)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"exit_threshold={threshold!r} must be a number, not {type(threshold).__name__}; use {default}")
+    if name == "fixed":
+        raise ValueError(f"exit_threshold={threshold} means nothing to exit='fixed'; leave it out")
+    if not 0 < threshold < math.inf or (name == "act" and threshold > 1):
+        raise ValueError(
+            f"exit_threshold={threshold} must be above 0{' and at most 1' if name == 'act' else ' and finite'}; "
+            f"use {default}"
+        )

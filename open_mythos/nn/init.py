@@ -1,0 +1,56 @@
+"""Initial values, all in one place.
+
+| parameters                                            | value                                                    |
+|-------------------------------------------------------|----------------------------------------------------------|
+| embedding (the head is tied to it), every other matrix | N(0, 0.02)                                              |
+| output projections: attention wo, feed-forward down   | N(0, 0.02 / sqrt(2 * unrolled depth at max_loop_iters))  |
+| norms                                                 | 1                                                        |
+| depth LoRA                                            | down N(0, 0.02), scale 1, B 0                            |
+| lti injection                                         | log_A 0, log_dt 0, B 0.1 (so A = exp(-1))                |
+| diagonal injection                                    | A = sqrt(1/5), dt to match, B the identity               |
+| concat injection                                      | N(0, sqrt(2 / (5 dim)))                                  |
+| halting                                               | weight 0, bias logit(1 / max(2, max_loop_iters))         |
+| router bias (a buffer)                                | 0                                                        |
+"""
+
+import math
+
+from torch import nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.nn.attention import GQAttention
+from open_mythos.nn.depth import LoRAAdapter
+from open_mythos.nn.halting import ACTHalting
+from open_mythos.nn.injection import ConcatInjection, DiagonalInjection, LTIInjection
+from open_mythos.nn.mla import MLAttention
+from open_mythos.nn.mlp import Expert
+from open_mythos.nn.moe import MoEFFN, StackedExperts
+from open_mythos.nn.norm import RMSNorm
+
+STD = 0.02
+OWN_RESET = (LoRAAdapter, LTIInjection, DiagonalInjection, ConcatInjection, ACTHalting)
+"""Modules with values unlike a plain matrix's; users build them alone too, so they carry the values themselves."""
+
+
+def init_weights(model: nn.Module, cfg: MythosConfig) -> None:
+    """Set every parameter and buffer of `model`, whatever it holds now (it may come from `to_empty`)."""
+    depth = cfg.prelude_layers + cfg.recurrent_layers * cfg.max_loop_iters + cfg.coda_layers
+    out_std = STD / math.sqrt(2 * depth)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=STD)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, StackedExperts):
+            nn.init.normal_(module.gate_up, std=STD)
+            nn.init.normal_(module.down, std=out_std)
+        elif isinstance(module, MoEFFN):
+            nn.init.zeros_(module.router_bias)
+    # After the matrices above, which these modules contain.
+    for module in model.modules():
+        if isinstance(module, GQAttention | MLAttention):
+            nn.init.normal_(module.wo.weight, std=out_std)
+        elif isinstance(module, Expert):
+            nn.init.normal_(module.down.weight, std=out_std)
+        elif isinstance(module, OWN_RESET):
+            module.reset_parameters()

@@ -1,0 +1,151 @@
+"""How the prelude's output e enters every loop: u = before(h, e), y = core(u), h' = after(h, e, y).
+
+| name     | before                          | after                              | source                      |
+|----------|---------------------------------|------------------------------------|-----------------------------|
+| lti      | h + e (normalised by the block) | A*h + B*e + y, A diagonal in (0,1) | OpenMythos                  |
+| diagonal | A*h + dt*(B e), B a matrix      | y                                  | Parcae, arXiv 2604.12946    |
+| concat   | W [h; e]                        | RMSNorm(y)                         | Huginn, arXiv 2502.05171    |
+| add      | h + e                           | y                                  | ablation                    |
+
+Shapes: h, e, y and u are (B, T, D).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.numerics import wide
+
+A_MAX = 1 - 2**-8
+"""No decay exceeds this. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""
+
+# The margin of 1e-4 (4e-7 in A) keeps the rounding of two exponentials below A_MAX in every kernel and dtype.
+_LOW = math.log(-math.log(A_MAX)) + 1e-4
+_HIGH = math.log(16.0)
+
+
+class _Bounded(torch.autograd.Function):
+    """x limited to [_LOW, _HIGH]. At a limit only the gradient that leads back inside passes, so a channel can return.
+
+    Written out because clamp drops both directions, and clamp-and-detach arithmetic is inf - inf at infinity.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(_LOW, _HIGH)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads  # ty: ignore[missing-attribute]
+        # A descent step moves x by -grad, so at the lower limit a positive gradient leads out.
+        leads_out = ((x <= _LOW) & (grad > 0)) | ((x >= _HIGH) & (grad < 0))
+        return grad.masked_fill(leads_out, 0)
+
+
+def bounded_decay(exponent: Tensor) -> Tensor:
+    """A = exp(-exp(exponent)) in (1e-7, A_MAX], in at least float32; also for an infinite exponent."""
+    return torch.exp(-torch.exp(_Bounded.apply(wide(exponent))))
+
+
+class LTIInjection(nn.Module):
+    """h' = A*h + B*e + y with A = exp(-exp(log_A + log_dt)) per channel; A = exp(-1) at initialisation."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.log_A = nn.Parameter(torch.empty(dim))
+        self.log_dt = nn.Parameter(torch.empty(1))
+        self.B = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.log_A)
+        nn.init.zeros_(self.log_dt)
+        nn.init.constant_(self.B, 0.1)
+
+    def get_A(self) -> Tensor:
+        """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
+        return bounded_decay(wide(self.log_A) + wide(self.log_dt))
+
+    def before(self, h: Tensor, e: Tensor) -> Tensor:
+        return h + e
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return (self.get_A() * h + wide(self.B) * e + y).to(h.dtype)
+
+
+class DiagonalInjection(nn.Module):
+    """The block works on A*h + dt*(B e): A = exp(-dt * exp(A_log)) and dt = softplus(dt_bias) per channel, B a matrix.
+
+    Initialised to A = sqrt(1/5) and B the identity. Source: Prairie et al. 2026, arXiv 2604.12946.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(dim))
+        self.dt_bias = nn.Parameter(torch.empty(dim))
+        self.B = nn.Parameter(torch.empty(dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        dt = -math.log(math.sqrt(1 / 5))
+        nn.init.zeros_(self.A_log)
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(dt)))
+        nn.init.eye_(self.B)
+
+    def get_A(self) -> Tensor:
+        """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
+        bias = wide(self.dt_bias)
+        # log(softplus(x)) tends to x, where softplus itself underflows to log 0.
+        log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())
+        return bounded_decay(log_dt + wide(self.A_log))
+
+    def before(self, h: Tensor, e: Tensor) -> Tensor:
+        return (self.get_A() * h + F.softplus(wide(self.dt_bias)) * F.linear(e, self.B)).to(h.dtype)
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+class ConcatInjection(nn.Module):
+    """The block works on W [h; e], and its output is normalised. Source: Geiping et al. 2025, arXiv 2502.05171."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(2 * dim, dim, bias=False)
+        self.norm = RMSNorm(dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.adapter.weight, std=math.sqrt(2 / (5 * self.adapter.out_features)))
+
+    def before(self, h: Tensor, e: Tensor) -> Tensor:
+        return self.adapter(torch.cat((h, e), dim=-1))
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return self.norm(y)
+
+
+class AddInjection(nn.Module):
+    """The block works on h + e: the plainest injection, without parameters."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def before(self, h: Tensor, e: Tensor) -> Tensor:
+        return h + e
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return y
+
+
+Injection = LTIInjection | DiagonalInjection | ConcatInjection | AddInjection
+INJECTIONS: dict[str, type[Injection]] = {
+    "lti": LTIInjection,
+    "diagonal": DiagonalInjection,
+    "concat": ConcatInjection,
+    "add": AddInjection,
+}

@@ -1,0 +1,69 @@
+"""Multi-head latent attention: one latent and one rotary key per token are kept, whatever the number of heads.
+
+Shapes: B rows, T query tokens, S key tokens, H heads, R latent width, N and P unrotated and rotated key width, W value.
+Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.nn.attention import attend
+from open_mythos.nn.cache import View
+from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.rope import apply_rope
+
+
+class MLAttention(nn.Module):
+    """Causal attention through low-rank queries, keys and values.
+
+    Many query tokens expand the latents into keys and values per head. Few of them (decode) instead fold `kv_up` into
+    the query and the output and attend in the latent: the same mathematics, and the past is never expanded.
+    """
+
+    def __init__(self, cfg: MythosConfig) -> None:
+        super().__init__()
+        self.n_heads, self.rank, self.dropout = cfg.n_heads, cfg.kv_lora_rank, cfg.dropout
+        self.nope, self.rope, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
+        self.q_norm = RMSNorm(cfg.q_lora_rank)
+        self.q_up = nn.Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope + self.rope), bias=False)
+        self.kv_down = nn.Linear(cfg.dim, self.rank + self.rope, bias=False)
+        self.kv_norm = RMSNorm(self.rank)
+        self.kv_up = nn.Linear(self.rank, cfg.n_heads * (self.nope + self.v_dim), bias=False)
+        self.wo = nn.Linear(cfg.n_heads * self.v_dim, cfg.dim, bias=False)
+
+    @staticmethod
+    def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
+        """Shapes per token of what is kept: the normed latent, the rotated key that all heads share."""
+        return [(cfg.kv_lora_rank,), (cfg.qk_rope_head_dim,)]
+
+    def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
+        q_nope, q_rope = (
+            self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
+        )
+        q_rope = apply_rope(q_rope, *view.rope)
+        latent, k_rope = self.kv_down(x).split((self.rank, self.rope), -1)
+        k_rope = apply_rope(k_rope[:, :, None], *view.rope)[:, :, 0]
+        latent, k_rope = view.store.write(layer, (self.kv_norm(latent), k_rope), view)
+        attend_here = self._absorbed if self._absorbing_is_cheaper(x.shape[1]) else self._expanded
+        return self.wo(attend_here(q_nope, q_rope, latent, k_rope, view).flatten(-2))
+
+    def _absorbing_is_cheaper(self, n_queries: int) -> bool:
+        """Compare multiplications per key and head: attend in the latent, or expand it once for all queries."""
+        return n_queries * (2 * self.rank - self.nope - self.v_dim) < self.rank * (self.nope + self.v_dim)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view: View) -> Tensor:
+        k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.v_dim), -1)
+        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
+        return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view: View) -> Tensor:
+        up_k, up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split((self.nope, self.v_dim), 1)
+        q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, up_k), q_rope), dim=-1)
+        k = torch.cat((latent, k_rope), dim=-1)[:, :, None]
+        return torch.einsum("bthr,hwr->bthw", self._attend(q, k, latent[:, :, None], view), up_v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+        return attend(q, k, v, view, (self.nope + self.rope) ** -0.5, self.dropout if self.training else 0.0)

@@ -1,0 +1,60 @@
+"""The state before the first loop.
+
+Shapes: B rows, T tokens, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from open_mythos.nn.cache import KVCache, View
+
+NOISE_STD = math.sqrt(2 / 5)
+"""Standard deviation of the noise. Source: Geiping et al. 2025, arXiv 2502.05171."""
+
+
+def initial_state(
+    kind: str,
+    e: Tensor,
+    view: View,
+    cache: KVCache | None = None,
+    generator: torch.Generator | None = None,
+    training: bool = False,
+) -> Tensor:
+    """h_0 (B, T, D): the prelude's output itself, zero, or noise.
+
+    The noise of a token is a function of its row's seed, its position and the channel, so it does not depend on the
+    other rows, on padding, or on how a prompt was cut into chunks. A cache keeps the seeds of its rows.
+    """
+    if kind == "e":
+        return e
+    if kind == "zero":
+        return torch.zeros_like(e)
+    seeds = None if cache is None else cache.row_seed
+    if seeds is None:
+        seeds = _draw_seeds(e.shape[0], e.device, generator, training)
+        if cache is not None:
+            cache.row_seed = seeds
+    channels = torch.arange(2 * e.shape[-1], device=e.device)
+    counter = _mix(_mix(_mix(seeds)[:, None] ^ view.positions)[..., None] ^ channels)
+    # 24 random bits each, moved off zero for the logarithm.
+    uniform = (((counter >> 24) & 0xFFFFFF).double() + 0.5) / 2**24
+    radius, angle = uniform.chunk(2, dim=-1)
+    noise = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    return (NOISE_STD * noise.clamp(-3, 3)).to(e.dtype)
+
+
+def _draw_seeds(n: int, device: torch.device, generator: torch.Generator | None, training: bool) -> Tensor:
+    if generator is None and not training:
+        return torch.zeros(n, dtype=torch.int64, device=device)
+    where = device if generator is None else generator.device
+    return torch.randint(2**62, (n,), generator=generator, device=where).to(device)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int64 that scatters neighbouring values (the finaliser of SplitMix64, wrapping arithmetic)."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & (2**33 - 1))
