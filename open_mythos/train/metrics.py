@@ -12,9 +12,9 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, steps_done: int, values: dict[str, float]) -> None:
         # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> "MetricsWriter":

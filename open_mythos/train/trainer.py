@@ -94,18 +94,19 @@ class Trainer:
         ):
             tokens, seconds = 0, 0.0
             for step in range(cfg.steps):
-                log = step % cfg.log_every == 0 or step == cfg.steps - 1
+                done = step + 1
+                log = done == 1 or done % cfg.log_every == 0 or done == cfg.steps
                 started = time.perf_counter()
                 n_tokens, values = self.train_step(step, log)
                 tokens, seconds = tokens + n_tokens, seconds + time.perf_counter() - started
                 if log:
                     values["perf/tok_s"] = tokens / seconds
                     tokens, seconds = 0, 0.0
-                    writer.write(step, values)
+                    writer.write(done, values)
                 line.advance({name: values[name] for name in SHOWN} if log else None)
                 for hook, every in self._hooks:
-                    if (step + 1) % every == 0 and (extra := hook(self, step + 1)):
-                        writer.write(step, extra)
+                    if done % every == 0 and (extra := hook(self, done)):
+                        writer.write(done, extra)
         final = self.out_dir / "final"
         save_model_folder(self.model, self.tokenizer, final)
         return final

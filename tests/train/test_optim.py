@@ -13,11 +13,12 @@ from open_mythos.train.optim import OptimConfig, build_optimizers, is_hidden_mat
 
 
 def tiny(**changes) -> MythosConfig:
-    fields = dict(
-        vocab_size=16, dim=16, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=2, prelude_layers=1,
-        coda_layers=1, attn_type="gqa", n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=8, lora_rank=2,
-        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
-    )  # fmt: skip
+    fields = {
+        "vocab_size": 16, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16, "max_loop_iters": 2,
+        "prelude_layers": 1, "coda_layers": 1, "attn_type": "gqa", "n_experts": 4, "n_shared_experts": 1,
+        "n_experts_per_tok": 2, "expert_dim": 8, "lora_rank": 2, "kv_lora_rank": 8, "q_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+    }  # fmt: skip
     return MythosConfig(**(fields | changes))
 
 
