@@ -8,5 +8,5 @@ __all__ = ["novel"]
 
 def novel() -> str:
     """Jane Austen's *Persuasion* (1818): 466,854 ASCII characters, lines wrapped at about 70 columns."""
-    packed = files(__package__).joinpath("persuasion.txt.gz").read_bytes()
+    packed = files(__name__).joinpath("persuasion.txt.gz").read_bytes()
     return gzip.decompress(packed).decode("ascii")
