@@ -11,7 +11,8 @@ from open_mythos.train.tasks import Addition
 def addition_dgx() -> TrainConfig:
     """The published addition experiment: 3,386,658 parameters, 2 to 5 digits, 30,000 steps at a fixed depth of 4.
 
-    Plain AdamW over every parameter, as there; ACT weighs the loops, without a ponder cost.
+    As there: plain AdamW over every parameter, ACT without a ponder cost, and router biases that never move (0.5.0
+    has no code that moves them).
     """
     return TrainConfig(
         model=MythosConfig(
@@ -36,6 +37,7 @@ def addition_dgx() -> TrainConfig:
         optim=OptimConfig("adamw", lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, decay="all", clip_norm=1.0),
         schedule=ScheduleConfig(warmup_steps=2000, shape="cosine", final_ratio=1e-5 / 3e-4),
         loops=LoopsConfig("fixed", 4),
+        expert_bias_rate=0.0,
         eval=EvalConfig(every=1000, rows=512, loops=(4,)),
         log_every=50,
     )
@@ -65,9 +67,9 @@ def tiny_addition() -> TrainConfig:
             prelude_norm=True,
         ),
         data=Addition(2, 3),
-        steps=800,
+        steps=700,
         batch_size=128,
-        optim=OptimConfig("muon", lr=3e-3, weight_decay=0.0, muon_lr=5e-3),
+        optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=1e-2),
         schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
         loops=LoopsConfig("poisson", 4, max_loops=12),
         eval=EvalConfig(every=100, rows=512, loops=(1, 4, 8, 32)),

@@ -1,0 +1,41 @@
+"""Recipes for language modelling."""
+
+from open_mythos.config import MythosConfig
+from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.train.tasks import Text
+
+
+def tiny_text() -> TrainConfig:
+    """Bytes of the embedded novel, about a minute on one CPU thread, at a sampled depth of 4 loops on average."""
+    return TrainConfig(
+        model=MythosConfig(
+            vocab_size=259,
+            dim=128,
+            n_heads=4,
+            n_kv_heads=4,
+            max_seq_len=512,
+            max_loop_iters=4,
+            prelude_layers=1,
+            coda_layers=1,
+            attn_type="gqa",
+            n_experts=0,
+            expert_dim=256,
+            lora_rank=0,
+            rope_theta=10000.0,
+            injection="diagonal",
+            initial_state="zero",
+            loop_embedding=False,
+            halting="none",
+            prelude_norm=True,
+        ),
+        data=Text(seq_len=128),
+        steps=400,
+        batch_size=16,
+        optim=OptimConfig("muon", lr=3e-3, weight_decay=0.0, muon_lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
+        loops=LoopsConfig("poisson", 4, max_loops=12),
+        eval=EvalConfig(every=100, rows=64, loops=(1, 2, 4, 8)),
+    )

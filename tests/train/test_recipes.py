@@ -1,0 +1,31 @@
+"""Every recipe builds, and what is published about a recipe is exact."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_mythos.model import OpenMythos
+from open_mythos.recipes import RECIPES
+from open_mythos.train.config import EvalConfig
+from open_mythos.train.metrics import read_metrics
+from open_mythos.train.trainer import Trainer
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_takes_a_step(name: str, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(RECIPES[name](), steps=1, batch_size=2, eval=EvalConfig())
+    Trainer(cfg, tmp_path, device="cpu", progress=False).run()
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["train/loss"] > 0
+
+
+def test_addition_dgx_is_the_published_experiment() -> None:
+    cfg = RECIPES["addition-dgx"]()
+    with torch.device("meta"):
+        model = OpenMythos(cfg.model)
+    assert sum(p.numel() for p in model.parameters()) == 3_386_658
+    assert (cfg.steps, cfg.batch_size, cfg.dtype) == (30_000, 128, "float32")
+    assert (cfg.data.min_digits, cfg.data.max_digits) == (2, 5)
+    assert cfg.schedule.factor(30_000, 30_000) * cfg.optim.lr == pytest.approx(1e-5)
+    assert list(cfg.loops.depths(0, 0, 3)) == [4, 4, 4]
