@@ -3,7 +3,7 @@
 Shapes: B rows, T prompt tokens, N new tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -215,7 +215,7 @@ def _generators(
 
 
 @contextmanager
-def _evaluating(model: OpenMythos) -> Iterator[None]:
+def _evaluating(model: OpenMythos) -> Generator[None]:
     """eval mode and no gradients inside; every module's own mode is back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,0 +1,206 @@
+"""The command `mythos`. Each command imports what it needs when it runs, so that --help answers at once."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 when something has to be given differently."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        print(f"mythos: {command!r} is no command\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[command](rest)
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+        print(f"mythos {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:10s}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        ["usage: mythos COMMAND [options]", "", *lines, "", "mythos COMMAND --help tells the options of a command."]
+    )
+
+
+@dataclass
+class DemoArgs:
+    """Train a model that answers longer questions by looping more, then a small text model, and draw both."""
+
+    out: Path = Path("demo")
+    """Folder for the figures, the table and both models; an earlier demo in it is replaced."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    threads: int = 1
+    """CPU threads. On a busy machine one is fastest."""
+    seed: int = 0
+
+
+def demo(rest: list[str]) -> None:
+    """train from nothing in minutes, and see more loops answer longer questions"""
+    args = tyro.cli(DemoArgs, prog="mythos demo", args=rest)
+    from open_mythos.demo import run_demo
+
+    run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
+
+
+@dataclass
+class TrainArgs:
+    """Train a recipe into a folder: config.yaml, metrics.jsonl, and the model with its tokenizer in final/.
+
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text. Any field of one can be given, as in --steps 100
+    --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional] = ""
+    """Name of a recipe; left out with --config."""
+    out: Path | None = None
+    """Folder of the run; it must not hold one yet."""
+    config: Path | None = None
+    """A run's config.yaml, which reproduces that run."""
+    device: Device = "auto"
+    threads: int | None = None
+    """CPU threads; left out: torch's choice."""
+
+
+def train(rest: list[str]) -> None:
+    """train a recipe, or reproduce a run from its config.yaml"""
+    wants_help = any(arg in ("-h", "--help") for arg in rest)
+    has_recipe = bool(rest) and not rest[0].startswith("-")
+    if wants_help and not has_recipe:
+        tyro.cli(TrainArgs, prog="mythos train", args=["--help"])
+    kept = [arg for arg in rest if arg not in ("-h", "--help")]
+    args, overrides = tyro.cli(TrainArgs, prog="mythos train", args=kept, return_unknown_args=True)
+
+    from open_mythos.recipes import load_recipe
+    from open_mythos.train.config import TrainConfig
+
+    if bool(args.recipe) == (args.config is not None):
+        raise ValueError("give either a recipe or --config FILE; the recipes are in mythos train --help")
+    base = load_recipe(args.recipe) if args.config is None else TrainConfig.load(args.config)
+    cfg = tyro.cli(
+        TrainConfig,
+        prog=f"mythos train {args.recipe or '--config FILE'}",
+        args=[*overrides, "--help"] if wants_help else overrides,
+        default=base,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if args.out is None:
+        raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
+
+    from open_mythos.train.trainer import Trainer
+
+    final = Trainer(cfg, args.out, device=args.device, threads=args.threads).run()
+    print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
+    print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')
+
+
+@dataclass
+class GenerateArgs:
+    """Continue a prompt with the model of a folder, and print the text as it comes."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of the model and its tokenizer, such as RUN/final."""
+    prompt: Annotated[str, tyro.conf.Positional]
+    max_new_tokens: int = 64
+    n_loops: int | None = None
+    """Loops per token; left out: the model's max_loop_iters."""
+    exit: Exit | None = None
+    """Rule that lets a token leave the loop early; left out: the model's own."""
+    exit_threshold: float | None = None
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 50
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Strings that end the text."""
+    seed: int | None = None
+    show_loops: bool = False
+    """Colour every token by the loops it took."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    threads: int | None = None
+
+
+def generate(rest: list[str]) -> None:
+    """continue a prompt, with as many loops as you like"""
+    args = tyro.cli(GenerateArgs, prog="mythos generate", args=rest)
+    import torch
+    from rich.console import Console
+
+    from open_mythos.train.device import setup_device
+    from open_mythos.model import OpenMythos
+    from open_mythos.terminal import loop_legend, shaded
+    from open_mythos.tokenizer import TextStream, load_tokenizer
+
+    device = setup_device(args.device, args.threads)
+    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(args.folder)
+    most = args.n_loops or model.cfg.max_loop_iters
+    console, stream = Console(highlight=False, soft_wrap=True), TextStream(tokenizer)
+
+    def show(_: int, token: int, loops: int) -> None:
+        piece = stream.push(token)
+        console.print(shaded([(piece, loops)], most) if args.show_loops else piece, end="", markup=False)
+
+    console.print(args.prompt, end="", markup=False)
+    _, loops = model.generate(
+        args.prompt,
+        args.max_new_tokens,
+        args.n_loops,
+        args.temperature,
+        args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        exit=args.exit,
+        exit_threshold=args.exit_threshold,
+        stop=args.stop,
+        tokenizer=tokenizer,
+        seed=args.seed,
+        on_token=show,
+        return_loops=True,
+    )
+    console.print(stream.flush(), markup=False)
+    if args.show_loops:
+        console.print(loop_legend(most), f"   {sum(loops) / len(loops):.2f} loops per token on average")
+
+
+@dataclass
+class InfoArgs:
+    """What a model costs: parameters, compute and memory, from its configuration alone."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
+    gpu_gb: float = 80.0
+    """Memory of one GPU in GB, for the count of GPUs."""
+
+
+def info(rest: list[str]) -> None:
+    """count a model's parameters, FLOPs per token, cache and memory"""
+    args = tyro.cli(InfoArgs, prog="mythos info", args=rest)
+    from open_mythos.info import print_info
+
+    print_info(args.model, args.gpu_gb)
+
+
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "info": info}

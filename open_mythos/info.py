@@ -1,0 +1,114 @@
+"""The report of `mythos info`."""
+
+import difflib
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token
+from open_mythos.config import MythosConfig
+from open_mythos.variants import VARIANTS
+
+LOOPS = (1, 4, 16)
+TRAINING_BYTES = 16
+"""Per parameter with Adam in mixed precision: float32 weight and two moments, bf16 weight and gradient."""
+
+
+def print_info(model: str, gpu_gb: float) -> None:
+    """Print the costs of a variant or of a model folder.
+
+    Raises:
+        ValueError: neither a variant nor a folder has that name, or `gpu_gb` is not positive.
+    """
+    if not gpu_gb > 0:
+        raise ValueError(f"gpu_gb={gpu_gb} must be above 0; use 80")
+    name, cfg = _find(model)
+    console = Console(highlight=False)
+    console.print(_parameters(name, cfg))
+    console.print(_per_token(cfg))
+    console.print(_memory(cfg, gpu_gb))
+
+
+def _find(model: str) -> tuple[str, MythosConfig]:
+    if (Path(model) / "config.json").is_file():
+        from open_mythos.weights import read_config
+
+        return model, read_config(model)
+    short = model.removeprefix("mythos_")
+    if short not in VARIANTS:
+        near = difflib.get_close_matches(short, VARIANTS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the variants are {', '.join(VARIANTS)}"
+        raise ValueError(f"{model!r} is no variant and no folder with a config.json; {remedy}")
+    return f"mythos_{short}", VARIANTS[short]()
+
+
+def _parameters(name: str, cfg: MythosConfig) -> Table:
+    counts = count_parameters(cfg)
+    table = Table(title=f"{name}: parameters", title_justify="left", show_header=False)
+    rows = [
+        ("total", counts.total, "100 %"),
+        ("  embedding, tied to the head", counts.embedding, _share(counts.embedding, counts.total)),
+        ("  prelude", counts.prelude, _share(counts.prelude, counts.total)),
+        ("  routed experts", counts.routed_experts, _share(counts.routed_experts, counts.total)),
+        ("  rest of the recurrent block", counts.core + counts.loop, _share(counts.core + counts.loop, counts.total)),
+        ("  coda and norms", counts.coda + counts.norms, _share(counts.coda + counts.norms, counts.total)),
+        ("active for one token, without the embedding", counts.active, _share(counts.active, counts.total)),
+    ]
+    if cfg.recurrent_layers:
+        n_loops = cfg.max_loop_iters
+        unrolled = counts.unrolled(n_loops)
+        rows.append((f"unrolled: applied to one token at {n_loops} loops", unrolled, _share(unrolled, counts.total)))
+    for label, count, share in rows:
+        table.add_row(label, f"{count:,}", share)
+    return table
+
+
+def _per_token(cfg: MythosConfig) -> Table:
+    table = Table(title="per token", title_justify="left")
+    table.add_column("loops", justify="right")
+    table.add_column("FLOPs, forward")
+    table.add_column(f"FLOPs with {cfg.max_seq_len:,} tokens of context")
+    table.add_column("cache in bf16")
+    table.add_column("cache of a full context")
+    for n_loops in LOOPS if cfg.recurrent_layers else (1,):
+        kv = kv_bytes_per_token(cfg, n_loops)
+        table.add_row(
+            str(n_loops),
+            _scaled(flops_per_token(cfg, n_loops), 1000, "FLOP"),
+            _scaled(flops_per_token(cfg, n_loops, cfg.max_seq_len), 1000, "FLOP"),
+            _scaled(kv, 1024, "B"),
+            _scaled(kv * cfg.max_seq_len, 1024, "B"),
+        )
+    return table
+
+
+def _memory(cfg: MythosConfig, gpu_gb: float) -> Table:
+    total = count_parameters(cfg).total
+    full_context = kv_bytes_per_token(cfg, cfg.max_loop_iters) * cfg.max_seq_len
+    table = Table(title="memory", title_justify="left")
+    table.add_column("for")
+    table.add_column("bytes", justify="right")
+    table.add_column(f"GPUs of {gpu_gb:g} GB", justify="right")
+    rows = [
+        ("weights in float32", 4 * total),
+        ("weights in bf16", 2 * total),
+        ("weights in int8", total),
+        (f"serving in bf16: weights and one full context at {cfg.max_loop_iters} loops", 2 * total + full_context),
+        (f"training with Adam, {TRAINING_BYTES} bytes a parameter, without activations", TRAINING_BYTES * total),
+    ]
+    for label, n_bytes in rows:
+        table.add_row(label, _scaled(n_bytes, 1024, "B"), f"{math.ceil(n_bytes / (gpu_gb * 1e9)):,}")
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _scaled(value: float, base: int, unit: str) -> str:
+    """`value` with a unit prefix: powers of 1000 for FLOPs, of 1024 (KiB) for bytes."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
+    power = min(len(prefixes) - 1, int(math.log(value, base))) if value >= 1 else 0
+    return f"{value / base**power:.4g} {prefixes[power]}{unit}"
