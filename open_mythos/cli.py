@@ -147,7 +147,7 @@ def generate(rest: list[str]) -> None:
     import torch
     from rich.console import Console
 
-    from open_mythos.train.device import setup_device
+    from open_mythos.device import setup_device
     from open_mythos.model import OpenMythos
     from open_mythos.terminal import loop_legend, shaded
     from open_mythos.tokenizer import TextStream, load_tokenizer
