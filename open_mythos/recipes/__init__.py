@@ -1,5 +1,6 @@
 """Recipes: a run is a function that returns its TrainConfig. A new one is one function and one line in this table."""
 
+import difflib
 from collections.abc import Callable
 
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
@@ -11,3 +12,16 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
 }
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """The configuration of a recipe by name.
+
+    Raises:
+        ValueError: no such recipe; the message names the nearest one.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "use one of them"
+        raise ValueError(f"recipe={name!r} must be one of {', '.join(RECIPES)}; {remedy}")
+    return RECIPES[name]()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from open_mythos.model import OpenMythos
-from open_mythos.recipes import RECIPES
+from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import EvalConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.trainer import Trainer
@@ -21,7 +21,7 @@ def test_recipe_takes_a_step(name: str, tmp_path: Path) -> None:
 
 
 def test_addition_dgx_is_the_published_experiment() -> None:
-    cfg = RECIPES["addition-dgx"]()
+    cfg = load_recipe("addition-dgx")
     with torch.device("meta"):
         model = OpenMythos(cfg.model)
     assert sum(p.numel() for p in model.parameters()) == 3_386_658
@@ -29,3 +29,10 @@ def test_addition_dgx_is_the_published_experiment() -> None:
     assert (cfg.data.min_digits, cfg.data.max_digits) == (2, 5)
     assert cfg.schedule.factor(30_000, 30_000) * cfg.optim.lr == pytest.approx(1e-5)
     assert list(cfg.loops.depths(0, 0, 3)) == [4, 4, 4]
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean tiny-text"):
+        load_recipe("tinytext")
+    with pytest.raises(ValueError, match="tiny-addition, addition-dgx"):
+        load_recipe("x")

@@ -1,10 +1,8 @@
-"""Choice of the machine's part of a run: device and threads."""
+"""Choice of the machine's part of a command: device and threads."""
 
 from typing import Literal, get_args
 
 import torch
-
-from open_mythos.train.checks import check_choice, check_int
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -17,9 +15,11 @@ def setup_device(device: Device = "auto", threads: int | None = None) -> torch.d
     Raises:
         ValueError: an unknown device, one that this machine or this build of torch does not have, or threads below 1.
     """
-    check_choice("device", device, get_args(Device))
+    if device not in get_args(Device):
+        raise ValueError(f"device={device!r} must be one of {', '.join(get_args(Device))}; use device='auto'")
     if threads is not None:
-        check_int("threads", threads, 1)
+        if type(threads) is not int or threads < 1:
+            raise ValueError(f"threads={threads!r} must be an integer of at least 1; use threads=1")
         torch.set_num_threads(threads)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
