@@ -47,7 +47,7 @@ class ProgressLine:
         """One step is done; `numbers` replaces what the line shows."""
         self._progress.advance(self._task)
         if numbers is not None:
-            shown = " ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in numbers.items())
+            shown = " ".join(f"{label} {value:.4g}" for label, value in numbers.items())
             self._progress.update(self._task, numbers=shown)
 
     def __enter__(self) -> "ProgressLine":

@@ -30,7 +30,7 @@ from open_mythos.train.rng import Purpose, stream
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
 
-SHOWN = ("train/loss", "loop/mean", "perf/tok_s")  # what the live line has room for
+SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tok/s": "perf/tok_s"}  # what the live line has room for
 
 
 class Trainer:
@@ -103,7 +103,7 @@ class Trainer:
                     values["perf/tok_s"] = tokens / seconds
                     tokens, seconds = 0, 0.0
                     writer.write(done, values)
-                line.advance({name: values[name] for name in SHOWN} if log else None)
+                line.advance({label: values[name] for label, name in SHOWN.items()} if log else None)
                 for hook, every in self._hooks:
                     if done % every == 0 and (extra := hook(self, done)):
                         writer.write(done, extra)
