@@ -185,3 +185,12 @@ def test_other_models(tmp_path: Path, changes: dict) -> None:
     )  # fmt: skip
     Trainer(cfg, tmp_path, device="cpu", progress=False).run()
     assert ("train/ponder" in read_metrics(tmp_path / "metrics.jsonl")[0]) == bool(ponder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learns_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    cfg = run_config(steps=40, dtype=dtype)
+    Trainer(cfg, tmp_path, device="cuda", progress=False).run()
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.3
