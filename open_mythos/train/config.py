@@ -26,14 +26,14 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 never evaluates."""
     rows: int = 256
-    loops: tuple[int, ...] = (4,)
-    """Loop counts to evaluate at; each gives its own metrics."""
+    loops: tuple[int, ...] = ()
+    """Loop counts to evaluate at, each with its own metrics; none: once, at the model's `max_loop_iters`."""
 
     def __post_init__(self) -> None:
         check_int("eval.every", self.every, 0)
         check_int("eval.rows", self.rows, 1)
         if not isinstance(self.loops, tuple):
-            raise ValueError(f"eval.loops={self.loops!r} must be a list of loop counts; use eval.loops=(4,)")
+            raise ValueError(f"eval.loops={self.loops!r} must be a list of loop counts; use eval.loops=(1, 4)")
         for n_loops in self.loops:
             check_int("eval.loops", n_loops, 1, 4096)
 
@@ -85,6 +85,10 @@ class TrainConfig:
             raise ValueError(
                 f"loops.backprop_depth={self.loops.backprop_depth} must be None with model.halting='act', which needs "
                 "the gradient of every loop; use loops.backprop_depth=None or model.halting='none'"
+            )
+        if self.eval.loops and not model.recurrent_layers:
+            raise ValueError(
+                f"eval.loops={self.eval.loops} needs a block to loop, but model.recurrent_layers=0; use eval.loops=()"
             )
         if self.losses.ponder and model.halting != "act":
             raise ValueError(

@@ -156,14 +156,15 @@ class Trainer:
     def validate(self, steps_done: int) -> Metrics:
         """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
-        for n_loops in self.cfg.eval.loops:
+        for n_loops in self.cfg.eval.loops or (None,):
             with self._autocast():
                 score = evaluate(self.model, self.validation, n_loops, self.cfg.batch_size)
-            values[f"val/loss@{n_loops}"] = score.loss
+            at = "" if n_loops is None else f"@{n_loops}"
+            values[f"val/loss{at}"] = score.loss
             if self.cfg.data.bytes_per_token is None:
-                values[f"val/accuracy@{n_loops}"] = score.accuracy
+                values[f"val/accuracy{at}"] = score.accuracy
             else:
-                values[f"val/bpb@{n_loops}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
+                values[f"val/bpb{at}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
         return values
 
     def _autocast(self) -> contextlib.AbstractContextManager:

@@ -92,6 +92,7 @@ def test_a_frozen_run() -> None:
         ({"model": model(max_seq_len=17)}, "use model.max_seq_len=18"),
         ({"data": Text(kind="bpe", bpe_vocab_size=301)}, "use model.vocab_size=301"),
         ({"model": model(halting="act"), "loops": LoopsConfig(backprop_depth=2)}, "loops.backprop_depth=2"),
+        ({"model": model(recurrent_layers=0), "eval": EvalConfig(loops=(1,))}, r"use eval.loops=\(\)"),
         ({"losses": LossConfig(ponder=0.1)}, "losses.ponder=0.1"),
         ({"model": model(n_experts=0), "losses": LossConfig(router_z=0.1)}, "losses.router_z=0.1"),
     ],

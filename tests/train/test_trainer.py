@@ -181,10 +181,12 @@ def test_other_models(tmp_path: Path, changes: dict) -> None:
     ponder = 0.01 if changes["halting"] == "act" else 0.0
     cfg = dataclasses.replace(
         base, steps=3, model=dataclasses.replace(base.model, **changes), losses=LossConfig(ponder=ponder),
-        loops=LoopsConfig("poisson", 3), eval=EvalConfig(), log_every=1,
+        loops=LoopsConfig("poisson", 3), eval=EvalConfig(every=3, rows=5), log_every=1,
     )  # fmt: skip
     Trainer(cfg, tmp_path, device="cpu", progress=False).run()
-    assert ("train/ponder" in read_metrics(tmp_path / "metrics.jsonl")[0]) == bool(ponder)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert ("train/ponder" in lines[0]) == bool(ponder)
+    assert set(lines[-1]) == {"step", "val/loss", "val/accuracy"}
 
 
 @pytest.mark.gpu
