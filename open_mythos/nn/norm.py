@@ -1,13 +1,12 @@
 """Root-mean-square normalisation."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from open_mythos.nn.numerics import wide
 
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; the statistics are taken in at least float32.
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; torch takes the statistics in at least float32.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
@@ -18,6 +17,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_wide = wide(x)
-        scale = x_wide.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
-        return (x_wide * scale).to(x.dtype) * self.weight
+        # Under autocast x may be bf16 beside a float32 weight, which the fused kernel does not take.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
