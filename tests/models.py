@@ -1,5 +1,6 @@
 """Small models with weights large enough that attention, experts and halting matter: a fresh model hides cache bugs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,3 +100,9 @@ def worst(a: Tensor, b: Tensor) -> float:
     """The largest difference of a from b, in units of b's largest magnitude (at least 1e-30)."""
     assert a.shape == b.shape
     return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+
+
+def worst_of(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """`worst` over a list, in units of the largest magnitude in it: for gradients, some of which are zero in exact terms."""
+    scale = max(b.abs().max().item() for b in expected)
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, expected, strict=True)) / scale
