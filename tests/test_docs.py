@@ -1,0 +1,264 @@
+"""The documents against the code: blocks run, commands work, tables and numbers are what the code says."""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import open_mythos
+from open_mythos import VARIANTS, MythosConfig, OpenMythos
+from open_mythos.accounting import count_parameters
+from open_mythos.cli import main
+from open_mythos.generate import generate
+from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.recipes import RECIPES, load_recipe
+from open_mythos.sampling import sample
+from open_mythos.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+README, REFERENCE, TRAINING = ROOT / "README.md", ROOT / "docs/open_mythos.md", ROOT / "docs/training.md"
+GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+"""What is executed."""
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+"""What may link."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[tuple[int, str]]:
+    """(line number, text) of the fenced blocks of a language, in order."""
+    text = path.read_text("utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
+
+
+def rows(path: Path) -> Iterator[list[str]]:
+    """The cells of every table row whose first cell is `code`."""
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("| `"):
+            yield [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def code(cell: str) -> str:
+    """The text of a cell that is nothing but `code`."""
+    assert cell.startswith("`") and cell.endswith("`"), f"{cell} is no code"
+    return cell[1:-1]
+
+
+def defaults(path: Path, columns: int) -> dict[str, str]:
+    """Field -> default, of the tables of that many columns with a default in the second; "required" for none."""
+    found = (cells for cells in rows(path) if len(cells) == columns)
+    return {
+        cells[0].strip("`"): cells[1].strip("`") for cells in found if cells[1][:1] == "`" or cells[1] == "required"
+    }
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name_of)
+def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    found = blocks(path, "python")
+    assert found or path.name not in ("README.md", "open_mythos.md", "training.md")
+    for line, source in found:
+        # The line numbers of a traceback are then those of the document.
+        exec(compile("\n" * (line - 1) + source, name_of(path), "exec"), namespace)
+
+
+def commands(path: Path) -> list[list[str]]:
+    lines = [line for _, block in blocks(path, "console") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name_of)
+def test_mythos_commands_work(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each document's commands, one after the other in an empty folder; training is cut to two steps."""
+    monkeypatch.chdir(tmp_path)
+    for program, *args in commands(path):
+        if program != "mythos":
+            continue
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            if args[0] == "demo":
+                # It takes minutes, and has a test of its own.
+                with pytest.raises(SystemExit, match="0"):
+                    main([*args, "--help"])
+                continue
+            if args[0] == "train" and "--config" not in args:
+                args += ["--steps", "2", "--eval.rows", "8", "--device", "cpu", "--threads", "1"]
+            status = main(args)
+        assert status == 0, f"mythos {shlex.join(args)}\n{out.getvalue()}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for program, *args in commands(path):
+        if program == "make":
+            assert {arg for arg in args if "=" not in arg} <= targets
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{target} does not exist"
+        if anchor:
+            assert anchor in anchors(there), f"{target} names no heading"
+
+
+def anchors(path: Path) -> set[str]:
+    """Headings as the hosts of repositories make them into anchors."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_named_files_exist(path: Path) -> None:
+    """Every `path/like/this` whose first part is a folder of the repository or of the package, and every `name.py`."""
+    tops = {p.name for base in (ROOT, ROOT / "open_mythos") for p in base.iterdir() if p.is_dir()} - {"demo"}
+    modules = {p.name for p in ROOT.glob("**/*.py")}
+    for named in re.findall(r"`([\w./-]+)`", path.read_text("utf-8")):
+        is_path = named.endswith("/") or "." in named.split("/")[-1]
+        if is_path and named.split("/")[0] in tops:
+            assert (ROOT / named).exists() or (ROOT / "open_mythos" / named).exists(), f"{named} does not exist"
+        elif re.fullmatch(r"\w+\.py", named) and named != "utils.py":
+            assert named in modules, f"{named} does not exist"
+
+
+def test_readme_is_short_and_names_every_module() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) < 250
+    tree = next(block for _, block in blocks(README, "text") if block.startswith("open_mythos/"))
+    named, folder = set(), ""
+    for line in tree.splitlines()[1:]:
+        name = line.split()[0]
+        if line.startswith("    "):
+            name = folder + name
+        else:
+            folder = name if name.endswith("/") else ""
+        named.add(name)
+    there = {
+        path.relative_to(ROOT / "open_mythos").as_posix()
+        for path in (ROOT / "open_mythos").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert {name for name in named if not name.endswith("/")} == there
+
+
+def test_every_public_name_is_documented() -> None:
+    text = REFERENCE.read_text("utf-8")
+    assert not [name for name in open_mythos.__all__ if not re.search(rf"\b{name}\b", text)]
+
+
+def test_configuration_table_has_every_field_and_default() -> None:
+    table = defaults(REFERENCE, 4)
+    fields = {field.name: field.default for field in dataclasses.fields(MythosConfig)}
+    assert list(fields) == [name for name in table if name in fields]
+    for name, default in fields.items():
+        told = ast.literal_eval(table[name])
+        assert (told, type(told)) == (default, type(default)), name
+
+
+def training_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a TrainConfig but those of the model, with its default; `...` where it has none."""
+    for field in dataclasses.fields(value):
+        name = prefix + field.name
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            yield from training_fields(default, name + ".")
+        elif name not in ("model", "data"):
+            yield name, ... if default is dataclasses.MISSING else default
+
+
+def test_training_table_has_every_field_and_default() -> None:
+    table = defaults(TRAINING, 3)
+    for name, default in training_fields(TrainConfig):
+        assert name in table, f"{name} is not documented"
+        told = ... if table[name] == "required" else ast.literal_eval(table[name])
+        assert told == default, f"{name} is {default!r}"
+
+
+def test_task_tables_have_every_field_and_default() -> None:
+    from open_mythos.train.tasks import TASKS
+
+    table = defaults(TRAINING, 3)
+    for task in TASKS.values():
+        for field in dataclasses.fields(task):
+            assert ast.literal_eval(table[f"{task.__name__}.{field.name}"]) == field.default, field.name
+
+
+def test_recipe_table_is_what_the_recipes_say() -> None:
+    table = {code(cells[0]): cells for cells in rows(TRAINING) if len(cells) == 6}
+    assert set(table) == set(RECIPES)
+    for name, (_, task, steps, rows_per_step, parameters, _) in table.items():
+        cfg = load_recipe(name)
+        assert code(task) == cfg.data.name
+        assert [int(cell.replace(",", "")) for cell in (steps, rows_per_step, parameters)] == [
+            cfg.steps, cfg.batch_size, count_parameters(cfg.model).total,
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [README, REFERENCE], ids=name_of)
+def test_variant_numbers_are_those_of_accounting(path: Path) -> None:
+    table = {code(cells[0]).removeprefix("mythos_"): cells for cells in rows(path) if cells[0].startswith("`mythos_")}
+    assert list(table) == list(VARIANTS)
+    for name, cells in table.items():
+        cfg = VARIANTS[name]()
+        counts = count_parameters(cfg)
+        assert cells[1] == f"{counts.total:,}"
+        assert f"{100 * counts.active_share:.1f} %" in cells
+        if path == REFERENCE:
+            assert cells[2] == f"{counts.active:,}" and cells[4] == f"{counts.unrolled(cfg.max_loop_iters):,}"
+            shared = f"{cfg.n_experts}, {cfg.n_experts_per_tok} + {cfg.n_shared_experts} shared"
+            sizes = [cfg.dim, shared, cfg.expert_dim, cfg.max_loop_iters, f"{cfg.max_seq_len:,}"]
+            assert cells[5:] == [*map(str, sizes), f"{cfg.max_output_tokens:,}"]
+        else:
+            assert cells[3:] == [str(cfg.max_loop_iters), f"{cfg.max_seq_len:,}"]
+
+
+def told_signature(path: Path, start: str) -> inspect.Signature:
+    """The signature written as a call in a fenced block that begins with `start(`."""
+    source = next(block for _, block in blocks(path, "") if block.startswith(start + "("))
+    return inspect.signature(eval(f"lambda {source.strip()[len(start) + 1 : -1]}: None".replace("\n", " ")))
+
+
+@pytest.mark.parametrize(
+    ("start", "function", "own"),
+    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", generate, ["model"])],
+)
+def test_signatures_are_those_of_the_code(start: str, function: Callable, own: list[str]) -> None:
+    """Names, order, defaults and what is keyword-only; and each argument is explained in a table."""
+
+    def shape(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values() if p.name not in own]
+
+    assert shape(told_signature(REFERENCE, start)) == shape(inspect.signature(function))
+    explained = {name for cells in rows(REFERENCE) for name in re.findall(r"`(\w+)`", cells[0])}
+    assert {name for name, _, _ in shape(inspect.signature(function))} <= explained
+
+
+def test_thresholds_are_those_of_the_code() -> None:
+    table = {cells[0].strip("`").removeprefix('"').removesuffix('"'): cells for cells in rows(REFERENCE)}
+    for name, threshold in EXIT_THRESHOLDS.items():
+        assert float(table[name][2]) == threshold
+
+
+def test_sampling_is_told_as_it_runs() -> None:
+    """The table lists the filters in the order in which `sample` applies them."""
+    names = [code(cells[0]) for cells in rows(REFERENCE) if cells[0].strip("`") in ("temperature", "top_k", "top_p")]
+    source = inspect.getsource(sample)
+    assert names == sorted(names, key=lambda name: source.index(f"params.{name}"))
