@@ -230,6 +230,13 @@ def test_variant_numbers_are_those_of_accounting(path: Path) -> None:
             assert cells[3:] == [str(cfg.max_loop_iters), f"{cfg.max_seq_len:,}"]
 
 
+@pytest.mark.parametrize("path", [README, REFERENCE], ids=name_of)
+def test_range_of_active_shares_is_told_right(path: Path) -> None:
+    published = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
+    shares = [100 * count_parameters(VARIANTS[name]()).active_share for name in published]
+    assert f"{min(shares):.1f} to {max(shares):.1f} %" in path.read_text("utf-8")
+
+
 def told_signature(path: Path, start: str) -> inspect.Signature:
     """The signature written as a call in a fenced block that begins with `start(`."""
     source = next(block for _, block in blocks(path, "") if block.startswith(start + "("))
