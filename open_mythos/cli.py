@@ -62,14 +62,12 @@ def demo(rest: list[str]) -> None:
 
 @dataclass
 class TrainArgs:
-    """Train a recipe into a folder: config.yaml, metrics.jsonl, and the model with its tokenizer in final/.
+    """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/. The recipe comes first.
 
     Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text. Any field of one can be given, as in --steps 100
     --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
-    recipe: Annotated[str, tyro.conf.Positional] = ""
-    """Name of a recipe; left out with --config."""
     out: Path | None = None
     """Folder of the run; it must not hold one yet."""
     config: Path | None = None
@@ -81,24 +79,24 @@ class TrainArgs:
 
 def train(rest: list[str]) -> None:
     """train a recipe, or reproduce a run from its config.yaml"""
-    wants_help = any(arg in ("-h", "--help") for arg in rest)
-    has_recipe = bool(rest) and not rest[0].startswith("-")
-    if wants_help and not has_recipe:
-        tyro.cli(TrainArgs, prog="mythos train", args=["--help"])
-    kept = [arg for arg in rest if arg not in ("-h", "--help")]
-    args, overrides = tyro.cli(TrainArgs, prog="mythos train", args=kept, return_unknown_args=True)
+    recipe = rest[0] if rest and not rest[0].startswith("-") else ""
+    options = rest[1:] if recipe else rest
+    wants_help = any(arg in ("-h", "--help") for arg in options)
+    if wants_help and not recipe:
+        tyro.cli(TrainArgs, prog="mythos train RECIPE", args=["--help"])
+    kept = [arg for arg in options if arg not in ("-h", "--help")]
+    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
+    if bool(recipe) == (args.config is not None):
+        raise ValueError("give either a recipe, first, or --config FILE; mythos train --help names the recipes")
 
     from open_mythos.recipes import load_recipe
     from open_mythos.train.config import TrainConfig
 
-    if bool(args.recipe) == (args.config is not None):
-        raise ValueError("give either a recipe or --config FILE; the recipes are in mythos train --help")
-    base = load_recipe(args.recipe) if args.config is None else TrainConfig.load(args.config)
     cfg = tyro.cli(
         TrainConfig,
-        prog=f"mythos train {args.recipe or '--config FILE'}",
+        prog=f"mythos train {recipe or '--config FILE'} --out DIR",
         args=[*overrides, "--help"] if wants_help else overrides,
-        default=base,
+        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
         config=(tyro.conf.AvoidSubcommands,),
     )
     if args.out is None:
@@ -132,7 +130,7 @@ class GenerateArgs:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    """Strings that end the text."""
+    """Strings that end the text; the tokenizer's end token always does."""
     seed: int | None = None
     show_loops: bool = False
     """Colour every token by the loops it took."""
@@ -174,7 +172,7 @@ def generate(rest: list[str]) -> None:
         repetition_penalty=args.repetition_penalty,
         exit=args.exit,
         exit_threshold=args.exit_threshold,
-        stop=args.stop,
+        stop=args.stop if tokenizer.eos_id is None else (*args.stop, tokenizer.eos_id),
         tokenizer=tokenizer,
         seed=args.seed,
         on_token=show,

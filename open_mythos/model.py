@@ -157,6 +157,7 @@ class OpenMythos(nn.Module):
         n_loops: int | None = ...,
         *,
         attention_mask: Tensor | None = ...,
+        cache: KVCache | None = ...,
         plan: None = ...,
         exit: str | HaltingRule | None = ...,
         exit_threshold: float | None = ...,
@@ -217,7 +218,13 @@ class OpenMythos(nn.Module):
         check_room(input_ids, n_loops, cache, self.cfg)
         depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, default=cache.n_loops if cache is not None else None)
         if plan is not None:
-            others = {"n_loops": n_loops, "cache": cache, "exit": exit, "trace": trace or None}
+            others = {
+                "n_loops": n_loops,
+                "cache": cache,
+                "exit": exit,
+                "trace": trace or None,
+                "last_only": last_only or None,
+            }
             check_plan(plan, input_ids, self.cfg, others)
             depth = plan
         if trace:

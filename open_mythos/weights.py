@@ -33,7 +33,9 @@ def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
     folder = Path(folder_or_repo)
     if not folder.exists() and str(folder_or_repo).count("/") == 1:
         folder = _download(str(folder_or_repo))
-    return read_config(folder), load_file(_file(folder, WEIGHTS_FILE))
+    cfg, tensors = read_config(folder), load_file(_file(folder, WEIGHTS_FILE))
+    # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
+    return cfg, {name: x.clone() for name, x in tensors.items()}
 
 
 def read_config(folder: str | Path) -> MythosConfig:
