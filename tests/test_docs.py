@@ -93,7 +93,7 @@ def test_mythos_commands_work(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 with pytest.raises(SystemExit, match="0"):
                     main([*args, "--help"])
                 continue
-            if args[0] == "train" and "--config" not in args:
+            if args[0] == "train":
                 args += ["--steps", "2", "--eval.rows", "8", "--device", "cpu", "--threads", "1"]
             status = main(args)
         assert status == 0, f"mythos {shlex.join(args)}\n{out.getvalue()}"
