@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Callable
 
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
+from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.text import tiny_text
 from open_mythos.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "tiny-khop": tiny_khop,
     "tiny-addition": tiny_addition,
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.train.checks import check_choice, check_int, check_number
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
@@ -35,7 +35,7 @@ class EvalConfig:
         if not isinstance(self.loops, tuple):
             raise ValueError(f"eval.loops={self.loops!r} must be a list of loop counts; use eval.loops=(1, 4)")
         for n_loops in self.loops:
-            check_int("eval.loops", n_loops, 1, 4096)
+            check_int("eval.loops", n_loops, 1, MAX_LOOPS)
 
 
 @dataclass(frozen=True)

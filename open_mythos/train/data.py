@@ -24,12 +24,10 @@ class Batch:
 
     input_ids: (B, T) int64.
     labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE.
-    min_loops: loops that row b needs at least, or None when the task does not ask for any.
     """
 
     input_ids: Tensor
     labels: Tensor
-    min_loops: tuple[int, ...] | None = None
 
 
 class Task(Protocol):
@@ -52,8 +50,12 @@ class Task(Protocol):
         """Bytes of validation text per token, for bits per byte; None where bytes mean nothing."""
         ...
 
-    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Draw `rows` rows to train on; everything random comes from `rng`."""
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+        """Draw `rows` rows to train on; everything random comes from `rng`.
+
+        Args:
+            depths: (rows,) loops that each row is going to run; a task may fit its questions to them.
+        """
         ...
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:

@@ -1,4 +1,4 @@
-"""How many loops each row of a batch runs: depth laws and the plan handed to the model.
+"""How many loops each row of a batch runs: the depth laws.
 
 The depth of a row is a pure function of (seed, step, index of the row in the global batch), so it does not
 depend on micro-batches, processes or what ran before.
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from open_mythos.nn.depth import LoopPlan
+from open_mythos.config import MAX_LOOPS
 from open_mythos.train.checks import check_choice, check_int, check_number
 from open_mythos.train.rng import Purpose, stream
 
@@ -38,17 +38,24 @@ class LoopsConfig:
     per: Literal["sequence", "batch"] = "sequence"
     """Whether every row has its own depth or all rows of a step share one."""
     max_loops: int | None = None
-    """Depths above are cut to this; None does not cut."""
+    """Depths above are cut to this; None does not cut below 4096."""
+    ramp_steps: int = 0
+    """Steps over which the cut rises from 1 to max_loops, each depth for as many steps; 0 starts at max_loops."""
     backprop_depth: int | None = None
     """Back-propagate through the last so many loops only; None goes through all."""
 
     def __post_init__(self) -> None:
         check_choice("loops.law", self.law, get_args(Law))
-        check_number("loops.mean", self.mean, 1, 4096)
+        check_number("loops.mean", self.mean, 1, MAX_LOOPS)
         check_number("loops.sigma", self.sigma, 0)
         check_choice("loops.per", self.per, ("sequence", "batch"))
         if self.max_loops is not None:
-            check_int("loops.max_loops", self.max_loops, 1, 4096)
+            check_int("loops.max_loops", self.max_loops, 1, MAX_LOOPS)
+        check_int("loops.ramp_steps", self.ramp_steps, 0)
+        if self.ramp_steps and self.max_loops is None:
+            raise ValueError(
+                f"loops.ramp_steps={self.ramp_steps} needs a depth to rise to; use loops.max_loops={int(2 * self.mean)}"
+            )
         if self.backprop_depth is not None:
             check_int("loops.backprop_depth", self.backprop_depth, 1)
         steps = {"fixed": 1, "uniform": 2}.get(self.law)
@@ -72,19 +79,7 @@ class LoopsConfig:
             # A generator of its own, so that row i does not depend on how many normals were drawn before it.
             tau = rng.spawn(1)[0].normal(np.log(self.mean) - self.sigma**2 / 2, self.sigma, size=n)
             depth = 1 + rng.poisson(np.exp(tau))
-        if self.max_loops is not None:
-            depth = np.minimum(depth, self.max_loops)
-        return np.broadcast_to(depth, rows)
-
-
-def loop_plan(cfg: LoopsConfig, seed: int, step: int, rows: int, min_loops: tuple[int, ...] | None = None) -> LoopPlan:
-    """The plan of a step: sampled depths, raised to what the task says a row needs at least.
-
-    Args:
-        rows: size of the global batch.
-        min_loops: per row, from `Batch.min_loops`. With `per="batch"` the largest of them holds for every row.
-    """
-    depths = cfg.depths(seed, step, rows)
-    if min_loops is not None:
-        depths = np.maximum(depths, min_loops if cfg.per == "sequence" else max(min_loops))
-    return LoopPlan(tuple(int(d) for d in depths), cfg.backprop_depth)
+        limit = self.max_loops or MAX_LOOPS
+        if step < self.ramp_steps:
+            limit = 1 + limit * step // self.ramp_steps
+        return np.broadcast_to(np.minimum(depth, limit), rows)

@@ -1,4 +1,4 @@
-"""The training loop: data -> loop plan -> model -> losses -> backward -> clip -> optimizers -> expert bias -> metrics.
+"""The training loop: depths -> data -> model -> losses -> backward -> clip -> optimizers -> expert bias -> metrics.
 
     Trainer(recipe(), "runs/first").run()
 
@@ -16,12 +16,12 @@ import torch
 
 from open_mythos.device import Device, setup_device
 from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.train.checkpoint import save_model_folder
 from open_mythos.train.checks import check_int
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
-from open_mythos.train.loops import loop_plan
 from open_mythos.train.losses import total_loss
 from open_mythos.train.metrics import MetricsWriter, ProgressLine
 from open_mythos.train.optim import build_optimizers, set_lr
@@ -114,8 +114,9 @@ class Trainer:
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics."""
         cfg = self.cfg
-        batch = cfg.data.batch(stream(cfg.seed, step, Purpose.DATA), cfg.batch_size)
-        plan = loop_plan(cfg.loops, cfg.seed, step, cfg.batch_size, batch.min_loops)
+        depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
+        batch = cfg.data.batch(stream(cfg.seed, step, Purpose.DATA), cfg.batch_size, depths)
+        plan = LoopPlan(tuple(depths.tolist()), cfg.loops.backprop_depth)
         factor = cfg.schedule.factor(step, cfg.steps)
         set_lr(self.optimizers, factor)
         # Dropout and noisy initial states then depend on the step alone, as the data does.

@@ -1,4 +1,4 @@
-"""Pointer chasing: answers by walking the pairs one hop at a time, and what every row must contain."""
+"""Pointer chasing: answers by walking the table one hop at a time, and what every row must contain."""
 
 import numpy as np
 import pytest
@@ -6,67 +6,98 @@ import pytest
 from open_mythos.train.data import IGNORE
 from open_mythos.train.tasks import KHop
 
-
-def rows_of(task: KHop, rows: int = 100) -> list[tuple[dict[int, int], list[int], list[int], int]]:
-    """(successor table, queries, answers, min_loops) of each row, read back from the ids."""
-    batch = task.batch(np.random.default_rng(0), rows)
-    assert batch.min_loops is not None
-    n = 2 * task.n_symbols
-    out = []
-    for ids, labels, loops in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.min_loops, strict=True):
-        assert set(labels[:n]) == {IGNORE}
-        out.append((dict(zip(ids[0:n:2], ids[1:n:2], strict=True)), ids[n:], labels[n:], loops))
-    return out
+Row = tuple[list[int], int, int]
+"""What each symbol points to, the question, and the answer."""
 
 
-def walk(successor: dict[int, int], symbol: int) -> tuple[int, int]:
-    """The root of `symbol` and the number of hops to it."""
+def rows_of(task: KHop, rows: int = 300, depths: np.ndarray | None = None) -> list[Row]:
+    """The rows of a batch, read back from its ids."""
+    batch = task.batch(np.random.default_rng(0), rows, depths)
+    assert set(batch.labels[:, :-1].flatten().tolist()) == {IGNORE}
+    return [
+        (ids[:-1], ids[-1], labels[-1])
+        for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True)
+    ]
+
+
+def walk(table: list[int], symbol: int, hops: int) -> int:
+    for _ in range(hops):
+        symbol = table[symbol]
+    return symbol
+
+
+def distance(table: list[int], symbol: int) -> int:
+    """Hops from `symbol` to its root."""
     hops = 0
-    while successor[symbol] != symbol:
-        symbol, hops = successor[symbol], hops + 1
-    return symbol, hops
+    while table[symbol] != symbol:
+        symbol, hops = table[symbol], hops + 1
+    return hops
 
 
-TASKS = [KHop(), KHop(n_symbols=5, long_chain=3, max_distance=2), KHop(min_distance=16, max_distance=16, n_queries=1)]
+SHAPES = [
+    KHop(),
+    KHop(n_symbols=5, long_chain=3, short_chain=2, max_distance=2),
+    KHop(min_distance=16, max_distance=16),
+]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_answers_and_distances(task: KHop) -> None:
-    for successor, queries, answers, min_loops in rows_of(task):
-        assert len(successor) == task.n_symbols
-        walked = [walk(successor, q) for q in queries]
-        assert [root for root, _ in walked] == answers
-        hops = [h for _, h in walked]
-        assert task.min_distance <= min(hops) and max(hops) <= task.max_distance
-        assert min_loops == max(hops)
+@pytest.mark.parametrize("task", SHAPES)
+def test_answer_is_the_root(task: KHop) -> None:
+    asked = set()
+    for table, question, answer in rows_of(task):
+        assert len(table) == task.n_symbols
+        assert answer == walk(table, question, task.n_symbols)
+        asked.add(distance(table, question))
+    assert asked == set(range(task.min_distance, task.max_distance + 1))
 
 
-def test_every_distance_is_drawn() -> None:
-    hops = [walk(successor, q)[1] for successor, queries, _, _ in rows_of(KHop()) for q in queries]
-    assert set(hops) == {1, 2, 3, 4}
+@pytest.mark.parametrize("depth", [1, 2, 3, 7])
+def test_hop_target_is_as_far_as_the_row_loops(depth: int) -> None:
+    for table, question, answer in rows_of(KHop(max_distance=5), depths=np.full(300, depth)):
+        assert answer == walk(table, question, min(depth, distance(table, question)))
+
+
+def test_root_target_asks_no_farther_than_the_row_loops() -> None:
+    depths = np.resize([1, 2, 3, 7], 300)
+    asked: dict[int, set[int]] = {}
+    for depth, (table, question, answer) in zip(
+        depths.tolist(), rows_of(KHop(target="root"), depths=depths), strict=True
+    ):
+        assert answer == walk(table, question, 24)
+        asked.setdefault(depth, set()).add(distance(table, question))
+    assert asked == {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 7: {1, 2, 3, 4}}
 
 
 def test_chains() -> None:
     task = KHop()
-    for successor, *_ in rows_of(task):
+    for table, *_ in rows_of(task):
         # A chain: no two symbols but a root and the symbol before it point to the same one.
-        inner = [t for s, t in successor.items() if s != t]
+        inner = [successor for symbol, successor in enumerate(table) if symbol != successor]
         assert len(set(inner)) == len(inner)
-        lengths = sorted(
-            1 + max(walk(successor, s)[1] for s in successor if walk(successor, s)[0] == root)
-            for root in successor
-            if successor[root] == root
-        )
-        assert lengths[-1] == task.long_chain
-        assert lengths[-2] <= task.short_chain
+        lengths: dict[int, int] = {}
+        for symbol in range(task.n_symbols):
+            root = walk(table, symbol, task.n_symbols)
+            lengths[root] = max(lengths.get(root, 0), 1 + distance(table, symbol))
+        assert max(lengths.values()) == task.long_chain
+        assert sorted(lengths.values())[-2] <= task.short_chain
 
 
 def test_the_prompt_gives_nothing_away() -> None:
-    """Pairs, symbols and queries are in random order: neither ids nor places say how far a symbol is from its root."""
+    """A symbol says nothing about its place in a chain: questions, answers and roots are uniform."""
+    task, rows = KHop(), 6000
+    read = rows_of(task, rows)
+    roots = [symbol for table, *_ in read for symbol in range(task.n_symbols) if table[symbol] == symbol]
+    for drawn in ([q for _, q, _ in read], [a for *_, a in read], roots):
+        counts = np.bincount(drawn, minlength=task.n_symbols)
+        mean = len(drawn) / task.n_symbols
+        assert np.abs(counts - mean).max() < 5 * np.sqrt(mean)
+
+
+def test_example_is_a_prompt_and_its_meaning() -> None:
     task = KHop()
-    batch = task.batch(np.random.default_rng(1), 4000)
-    keys = batch.input_ids[:, 0 : 2 * task.n_symbols : 2].numpy()
-    mean = (task.n_symbols - 1) / 2
-    spread = 5 * task.n_symbols / np.sqrt(12 * 4000)
-    assert np.abs(keys.mean(0) - mean).max() < spread
-    assert abs(batch.labels.numpy()[:, -1].mean() - mean) < spread
+    prompt, meaning, answer = task.example(seed=3).splitlines()
+    ids = task.tokenizer().encode(prompt.removeprefix("prompt: "))
+    hops = distance(ids[:-1], ids[-1])
+    root = "abcdefghijklmnopqrstuvwx"[walk(ids[:-1], ids[-1], hops)]
+    assert answer.startswith(f"answer: {root}, {hops} hop")
+    assert f"b>{prompt.removeprefix('prompt: ')[1]} " in meaning

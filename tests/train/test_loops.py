@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from open_mythos.train.loops import LoopsConfig, loop_plan
+from open_mythos.train.loops import LoopsConfig
 
 LAWS = {
     "fixed": LoopsConfig("fixed", 4),
@@ -67,16 +67,19 @@ def test_max_loops_cuts() -> None:
     assert (depths == np.minimum(LoopsConfig("poisson", 8).depths(0, 0, 1000), 9)).all()
 
 
-def test_plan_raises_depths_to_the_tasks_need() -> None:
-    cfg = LoopsConfig("poisson", 4, backprop_depth=3)
-    need = tuple(range(1, 9))
-    plan = loop_plan(cfg, 0, 0, 8, need)
-    assert plan.n_grad == 3
-    assert plan.depths == tuple(int(d) for d in np.maximum(cfg.depths(0, 0, 8), need))
-    assert all(type(d) is int for d in plan.depths)
-    shared = loop_plan(LoopsConfig("fixed", 2, per="batch"), 0, 0, 8, need)
-    assert shared.depths == (8,) * 8
-    assert loop_plan(LoopsConfig(), 0, 0, 3).depths == (4, 4, 4)
+def test_ramp_raises_the_cut() -> None:
+    cfg = LoopsConfig("uniform", 3.5, max_loops=6, ramp_steps=60)
+    without = LoopsConfig("uniform", 3.5)
+    for step in range(80):
+        cut = min(6, 1 + step // 10)
+        depths = cfg.depths(0, step, 100)
+        assert depths.max() == cut
+        assert (depths == np.minimum(without.depths(0, step, 100), cut)).all()
+
+
+def test_no_depth_is_beyond_what_the_model_takes() -> None:
+    depths = LoopsConfig("poisson_lognormal", 4096).depths(0, 0, 1000)
+    assert depths.max() == 4096
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,8 @@ def test_plan_raises_depths_to_the_tasks_need() -> None:
         ({"per": "row"}, "loops.per='row'"),
         ({"max_loops": 0}, "loops.max_loops=0"),
         ({"max_loops": 4097}, "loops.max_loops=4097"),
+        ({"ramp_steps": -1}, "loops.ramp_steps=-1"),
+        ({"ramp_steps": 5}, "loops.ramp_steps=5 needs a depth to rise to; use loops.max_loops=8"),
         ({"backprop_depth": 0}, "loops.backprop_depth=0"),
         ({"backprop_depth": True}, "loops.backprop_depth=True"),
     ],

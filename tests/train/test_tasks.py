@@ -24,7 +24,6 @@ def test_batch_is_a_function_of_seed_and_step(task: Task) -> None:
     a, b = draw(task, 7, step=3), draw(task, 7, step=3)
     assert torch.equal(a.input_ids, b.input_ids)
     assert torch.equal(a.labels, b.labels)
-    assert a.min_loops == b.min_loops
     for other in (draw(task, 7, step=4), draw(task, 7, step=3, seed=1)):
         assert not torch.equal(a.input_ids, other.input_ids)
 
@@ -39,7 +38,6 @@ def test_batch_has_the_promised_shape(task: Task, rows: int) -> None:
         assert batch.input_ids.max() < task.vocab_size
         assert batch.labels[batch.labels != IGNORE].max() < task.vocab_size
         assert (batch.labels != IGNORE).any(dim=1).all()
-        assert batch.min_loops is None or len(batch.min_loops) == rows
 
 
 @pytest.mark.parametrize("task", TASKS, ids=IDS)
@@ -127,7 +125,9 @@ def test_bytes_per_token() -> None:
         (lambda: KHop(n_symbols=63), "data.n_symbols=63"),
         (lambda: KHop(n_symbols=10), "data.long_chain=17"),
         (lambda: KHop(max_distance=17), "data.max_distance=17"),
-        (lambda: KHop(n_queries=0), "data.n_queries=0"),
+        (lambda: KHop(min_distance=0), "data.min_distance=0"),
+        (lambda: KHop(min_distance=5), "data.min_distance=5"),
+        (lambda: KHop(target="tail"), "data.target='tail'"),
         (lambda: Text(kind="byte"), "data.kind='byte'"),
         (lambda: Text(bpe_vocab_size=258), "data.bpe_vocab_size=258"),
         (lambda: Text(seq_len=0), "data.seq_len=0"),

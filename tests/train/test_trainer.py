@@ -18,7 +18,7 @@ from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Addition, Text
+from open_mythos.train.tasks import Addition, KHop, Text
 from open_mythos.train.trainer import Trainer
 
 
@@ -92,8 +92,8 @@ def test_one_step_equals_plain_torch(tmp_path: Path) -> None:
     seen: list[Batch] = []
 
     class Recorder(Addition):
-        def batch(self, rng, rows):
-            seen.append(super().batch(rng, rows))
+        def batch(self, rng, rows, depths=None):
+            seen.append(super().batch(rng, rows, depths))
             return seen[-1]
 
     trainer.cfg = dataclasses.replace(cfg, data=Recorder(1, 2))
@@ -196,3 +196,32 @@ def test_learns_on_a_gpu(tmp_path: Path, dtype: str) -> None:
     Trainer(cfg, tmp_path, device="cuda", progress=False).run()
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.3
+
+
+def test_the_task_sees_the_depths_of_its_rows(tmp_path: Path) -> None:
+    """Every row of a hop-by-hop task is asked for as many hops as the model loops."""
+    plans: list[tuple[int, ...]] = []
+    batches: list[Batch] = []
+
+    class Recorder(KHop):
+        def batch(self, rng, rows, depths=None):
+            batches.append(super().batch(rng, rows, depths))
+            return batches[-1]
+
+    base = run_config(loops=LoopsConfig("uniform", 3), losses=LossConfig())
+    model = dataclasses.replace(base.model, vocab_size=24, n_experts=0)
+    cfg = dataclasses.replace(base, model=model, data=Recorder(), batch_size=64)
+    trainer = Trainer(cfg, tmp_path, device="cpu", progress=False)
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: plans.append(kwargs["plan"].depths), with_kwargs=True
+    )
+    batches.clear()
+    trainer.train_step(0)
+    assert set(plans[0]) == {1, 2, 3, 4, 5}
+    for ids, answer, depth in zip(
+        batches[0].input_ids.tolist(), batches[0].labels[:, -1].tolist(), plans[0], strict=True
+    ):
+        symbol = ids[-1]
+        for _ in range(depth):
+            symbol = ids[symbol]
+        assert symbol == answer

@@ -36,13 +36,13 @@ class Addition:
     def seq_len(self) -> int:
         return 3 * self.max_digits + 3
 
-    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
         digits = rng.integers(self.min_digits, self.max_digits + 1, size=rows)
         a, b = rng.integers(10 ** (digits - 1), 10**digits, size=(2, rows))
         return self.encode(a, b, digits)
 
-    # Problems are drawn fresh, so validation needs a stream of its own and no other source.
-    validation_batch = batch
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        return self.batch(rng, rows)
 
     def encode(self, a: np.ndarray, b: np.ndarray, digits: np.ndarray) -> Batch:
         """Rows for given operands; `digits[i]` is the number of digits of a[i] and of b[i]."""

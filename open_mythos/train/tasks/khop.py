@@ -1,39 +1,42 @@
 """Pointer chasing: who is at the end of the chain?
 
-The prompt writes a random forest of chains as pairs "s f(s)" in random order; a root points to itself. Then come
-queries, each one symbol; the answer to a query is the root of its chain, and its distance is the number of hops.
-A model that loops longer than the distance is never wrong for that: from the root every further hop is the root.
-Shape letters: B rows, N symbols, Q queries.
+The prompt is a table by position and a question: token i is the symbol that symbol i points to, and the last token is
+the symbol asked about. The pointers form a random forest of chains whose roots point to themselves; the answer is the
+root of the question's chain, and its distance the number of hops. Looping longer than the distance is never wrong
+for that: from the root every further hop is the root.
+Shape letters: B rows, N symbols.
 """
 
 import string
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from open_mythos.tokenizer import SymbolTokenizer
-from open_mythos.train.checks import check_int
+from open_mythos.train.checks import check_choice, check_int
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
 ALPHABET = string.ascii_letters + string.digits
+Target = Literal["hop", "root"]
 
 
 @dataclass(frozen=True)
 class KHop:
-    """Chains over `n_symbols` symbols, and `n_queries` questions with distances of 1 to `max_distance`.
+    """Forests over `n_symbols` symbols and one question each, at a distance of `min_distance` to `max_distance`.
 
-    One chain has `long_chain` symbols, so every distance below that occurs in every row; the others are random and
-    have at most `short_chain`.
+    One chain has `long_chain` symbols, so every distance below that occurs in every row; the others are random.
     """
 
-    n_symbols: int = 32
+    n_symbols: int = 24
     long_chain: int = 17
     short_chain: int = 6
-    n_queries: int = 16
-    """Questions per row. They share the forest and one row answers them all, which costs little more than one."""
+    """Most symbols of each other chain."""
     min_distance: int = 1
     max_distance: int = 4
+    target: Target = "hop"
+    """What a row that runs L loops is trained to answer. hop: the symbol min(L, distance) hops away, so that every loop
+    is one hop. root: always the root, with questions no farther than L (or min_distance, if that is more)."""
 
     name: ClassVar[str] = "khop"
     bytes_per_token: ClassVar[None] = None
@@ -42,9 +45,9 @@ class KHop:
         check_int("data.n_symbols", self.n_symbols, 2, len(ALPHABET))
         check_int("data.long_chain", self.long_chain, 2, self.n_symbols)
         check_int("data.short_chain", self.short_chain, 1)
-        check_int("data.n_queries", self.n_queries, 1)
-        check_int("data.max_distance", self.max_distance, 0, self.long_chain - 1)
-        check_int("data.min_distance", self.min_distance, 0, self.max_distance)
+        check_int("data.max_distance", self.max_distance, 1, self.long_chain - 1)
+        check_int("data.min_distance", self.min_distance, 1, self.max_distance)
+        check_choice("data.target", self.target, get_args(Target))
 
     @property
     def vocab_size(self) -> int:
@@ -52,28 +55,32 @@ class KHop:
 
     @property
     def seq_len(self) -> int:
-        return 2 * self.n_symbols + self.n_queries
+        return self.n_symbols + 1
 
-    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+        """Rows whose answer fits their depth; without `depths` the answer is the root, whatever the distance."""
         symbol, distance = self._forest(rng, rows)
         slot = np.arange(self.n_symbols)
-        successor = np.where(distance == 0, slot, slot - 1)
-        order = rng.permuted(np.broadcast_to(slot, symbol.shape), axis=1)
-        take = np.take_along_axis
-        pairs = np.stack([take(symbol, order, 1), take(symbol, take(successor, order, 1), 1)], axis=2)
+        successor = np.take_along_axis(symbol, np.where(distance == 0, slot, slot - 1), axis=1)
+        table = np.empty_like(symbol)
+        np.put_along_axis(table, symbol, successor, axis=1)
 
-        limit = rng.integers(self.min_distance, self.max_distance + 1, size=(rows, 1))
-        hops = rng.integers(self.min_distance, limit + 1, size=(rows, self.n_queries))
-        # A symbol at the drawn distance, all of them equally likely: 1 for a fitting slot, below 1 for none.
-        score = rng.random((rows, self.n_queries, self.n_symbols)) + (distance[:, None] == hops[:, :, None])
-        query = score.argmax(axis=2)
+        farthest = np.full(rows, self.max_distance)
+        if depths is not None and self.target == "root":
+            farthest = np.clip(depths, self.min_distance, self.max_distance)
+        asked = rng.integers(self.min_distance, farthest + 1)
+        # All slots at the asked distance are equally likely: they score 1 to 2, the others less than 1.
+        question = (rng.random(symbol.shape) + (distance == asked[:, None])).argmax(axis=1)
+        hops = asked if depths is None or self.target == "root" else np.minimum(asked, depths)
 
-        ids = np.concatenate([pairs.reshape(rows, -1), take(symbol, query, 1)], axis=1)
+        row = np.arange(rows)
+        ids = np.concatenate([table, symbol[row, question][:, None]], axis=1)
         labels = np.full(ids.shape, IGNORE)
-        labels[:, 2 * self.n_symbols :] = take(symbol, query - hops, 1)
-        return Batch(to_tensor(ids), to_tensor(labels), tuple(hops.max(axis=1, initial=1).tolist()))
+        labels[:, -1] = symbol[row, question - hops]
+        return Batch(to_tensor(ids), to_tensor(labels))
 
-    validation_batch = batch
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        return self.batch(rng, rows)
 
     def _forest(self, rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, N) symbol in each slot, and (B, N) distance of each slot to its root.
@@ -93,3 +100,18 @@ class KHop:
 
     def tokenizer(self) -> SymbolTokenizer:
         return SymbolTokenizer(list(ALPHABET[: self.n_symbols]))
+
+    def example(self, seed: int = 0) -> str:
+        """One prompt as the model reads it, and what it means."""
+        batch = self.batch(np.random.default_rng(seed), 1)
+        *table, question = self.tokenizer().decode(batch.input_ids[0].tolist())
+        points_to = dict(zip(ALPHABET, table, strict=False))
+        path = [question]
+        while points_to[path[-1]] != path[-1]:
+            path.append(points_to[path[-1]])
+        pointers = " ".join(f"{symbol}>{successor}" for symbol, successor in points_to.items())
+        return (
+            f"prompt: {''.join(table)}{question}\n"
+            f"it says: {pointers}, and asks: {question}\n"
+            f"answer: {path[-1]}, {len(path) - 1} hop{'s' * (len(path) > 2)} away: {'>'.join(path)}"
+        )
