@@ -9,7 +9,7 @@ from open_mythos.train.tasks import KHop
 
 
 def tiny_khop() -> TrainConfig:
-    """Questions of up to 4 hops with up to 6 loops; the depth rises one loop at a time, and a loop learns to be a hop."""
+    """Questions of up to 4 hops with up to 6 loops; the depth rises by one loop at a time."""
     return TrainConfig(
         model=MythosConfig(
             vocab_size=24,
