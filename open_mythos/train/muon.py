@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"parameter of shape {tuple(p.shape)} is no matrix; give it to AdamW")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
