@@ -1,0 +1,185 @@
+"""generate against a loop over full forward passes, and its promises on seeds, stops, padding and modes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from open_mythos import OpenMythos
+from open_mythos.sampling import SamplingParams, sample
+from open_mythos.tokenizer import ByteTokenizer
+from tests.models import ATTENTIONS, RULES, THRESHOLDS, random_ids, scaled, tiny
+
+
+@pytest.fixture(params=ATTENTIONS)
+def model(request: pytest.FixtureRequest) -> OpenMythos:
+    return scaled(tiny(attn_type=request.param), dtype=torch.float64)
+
+
+@pytest.fixture
+def text_model() -> OpenMythos:
+    return scaled(tiny(vocab_size=259))
+
+
+@torch.no_grad()
+def without_cache(model: OpenMythos, row: list[int], n: int, **options: Any) -> list[int]:
+    for _ in range(n):
+        row = [*row, int(model(torch.tensor([row]), **options)[0, -1].argmax())]
+    return row
+
+
+@pytest.mark.parametrize("exit", RULES)
+def test_greedy_is_argmax_of_full_passes(model: OpenMythos, exit: str | None) -> None:
+    ids = random_ids(model.cfg, 3, 5)
+    options = {"n_loops": 6, "exit": exit, "exit_threshold": THRESHOLDS.get(exit or "")}
+    out = model.generate(ids, max_new_tokens=9, temperature=0, **options)
+    assert out.tolist() == [without_cache(model, row, 9, **options) for row in ids.tolist()]
+
+
+def test_plain_transformer_generates() -> None:
+    model = scaled(tiny(recurrent_layers=0), dtype=torch.float64)
+    ids = random_ids(model.cfg, 2, 5)
+    out, loops = model.generate(ids, max_new_tokens=6, temperature=0, return_loops=True)
+    assert out.tolist() == [without_cache(model, row, 6) for row in ids.tolist()]
+    assert not loops.any()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_prompts_of_any_length_as_if_alone(model: OpenMythos, temperature: float) -> None:
+    """A list, a padded tensor, and one at a time; with a seed per row, whatever the company."""
+    prompts = [random_ids(model.cfg, n, seed=n).tolist() for n in (1, 7, 3, 5)]
+    options: dict[str, Any] = {"max_new_tokens": 6, "n_loops": 5, "temperature": temperature, "top_p": 0.9}
+    alone = [model.generate(prompt, seed=40 + i, **options) for i, prompt in enumerate(prompts)]
+    assert all(row[: len(prompt)] == prompt for row, prompt in zip(alone, prompts, strict=True))
+    assert model.generate(prompts, seed=40, **options) == alone
+    assert model.generate(prompts[::-1], seed=[43, 42, 41, 40], **options) == alone[::-1]
+    ids = torch.zeros(4, 7, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, 7 - len(prompt) :], mask[i, 7 - len(prompt) :] = torch.tensor(prompt), 1
+    padded = model.generate(ids, attention_mask=mask, seed=40, **options)
+    assert [row[7 - len(prompt) :] for row, prompt in zip(padded.tolist(), prompts, strict=True)] == alone
+
+
+def test_seeds_and_generators() -> None:
+    model = scaled(tiny())
+    ids = random_ids(model.cfg, 3, 4)
+    outs = [model.generate(ids, max_new_tokens=12, seed=s) for s in (7, 7, 8)]
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    drawn = [model.generate(ids, max_new_tokens=12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model.generate(ids, max_new_tokens=4, seed=0)
+    assert torch.equal(torch.get_rng_state(), before), "a seed must not touch the global generator"
+
+
+@torch.no_grad()
+def test_sampling_is_that_of_the_logits(model: OpenMythos) -> None:
+    """Every option reaches the sampler: the same tokens as sampling from full forward passes."""
+    row = random_ids(model.cfg, 5).tolist()
+    for options in (
+        {"temperature": 1.3, "top_k": None},
+        {"temperature": 1.0, "top_k": 3},
+        {"top_k": 10_000},
+        {"top_p": 0.5},
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.8, "temperature": 0.7},
+    ):
+        got = model.generate(row, max_new_tokens=6, n_loops=3, seed=11, **options)
+        params = SamplingParams(**{"temperature": 1.0, "top_k": 50, **options})
+        generator, ids = torch.Generator().manual_seed(11), torch.tensor([row])
+        for _ in range(6):
+            token = sample(model(ids, 3)[:, -1], params, generator, ids)
+            ids = torch.cat((ids, token[:, None]), 1)
+        assert got == ids[0].tolist(), options
+
+
+def test_stop_on_an_id(model: OpenMythos) -> None:
+    ids = random_ids(model.cfg, 4, 5)
+    free = model.generate(ids, max_new_tokens=10, temperature=0)
+    stop = int(free[0, 7])
+    out, loops = model.generate(ids, max_new_tokens=10, temperature=0, stop=stop, pad_id=52, return_loops=True)
+    for row, unstopped, used in zip(out.tolist(), free.tolist(), loops.tolist(), strict=True):
+        end = next((i + 1 for i in range(5, 15) if unstopped[i] == stop), 15)
+        assert row == (unstopped[:end] + [52] * 15)[: out.shape[1]]
+        assert all(used[: end - 5]) and not any(used[end - 5 :])
+    as_list = model.generate([row.tolist() for row in ids], max_new_tokens=10, temperature=0, stop=[stop, 51])
+    assert as_list[0] == free[0, : free[0].tolist().index(stop, 5) + 1].tolist()
+
+
+def test_stop_on_a_string(text_model: OpenMythos) -> None:
+    tokenizer = ByteTokenizer()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": 5, "top_k": None}
+    free = text_model.generate("a river", max_new_tokens=40, **options)
+    assert free.startswith("a river")
+    new = free[len("a river") :]
+    marker = next(new[i : i + 2] for i in range(4, len(new) - 2) if "\ufffd" not in new[i : i + 2])
+    cut = text_model.generate("a river", max_new_tokens=40, stop=marker, **options)
+    assert cut == "a river" + new[: new.index(marker)]
+    both = text_model.generate(["a river", "so"], max_new_tokens=40, stop=[marker, 0], **options)
+    assert both[0] == cut and both[1].startswith("so")
+
+
+def test_on_token_and_loops(model: OpenMythos) -> None:
+    """Loops are those of the trace at the position each token was read from."""
+    ids = random_ids(model.cfg, 3, 5)
+    heard: list[tuple[int, int, int]] = []
+    out, loops = model.generate(
+        ids, 7, n_loops=6, temperature=0, on_token=lambda *x: heard.append(x), return_loops=True
+    )
+    assert loops.shape == (3, 7) and loops.dtype == torch.int64
+    trace = model(out[:, :-1], 6, trace=True)
+    assert torch.equal(loops, trace.exit_loop[:, 4:] + 1)
+    assert len(loops.unique()) > 1
+    order = [(row, int(out[row, 5 + i]), int(loops[row, i])) for i in range(7) for row in range(3)]
+    assert heard == order
+
+
+def test_kinds_of_answers(text_model: OpenMythos) -> None:
+    model, tokenizer = text_model, ByteTokenizer()
+    ids = random_ids(model.cfg, 2, 4)
+    assert isinstance(model.generate(ids, 3), torch.Tensor)
+    assert isinstance(model.generate(ids.tolist(), 3)[0], list) and isinstance(model.generate([1, 2], 3)[0], int)
+    assert isinstance(model.generate("ab", 3, tokenizer=tokenizer), str)
+    assert isinstance(model.generate(["ab", "c"], 3, tokenizer=tokenizer)[1], str)
+    text, loops = model.generate("ab", 3, tokenizer=tokenizer, return_loops=True)
+    assert isinstance(text, str) and len(loops) == 3
+    assert torch.equal(model.generate(ids.int(), 3, temperature=0), model.generate(ids, 3, temperature=0).int())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_are_restored(training: bool) -> None:
+    model = scaled(tiny(dropout=0.5)).train(training)
+    model.coda.train(not training)
+    ids = random_ids(model.cfg, 1, 4)
+    outs = [model.generate(ids, max_new_tokens=8, temperature=0) for _ in range(2)]
+    assert torch.equal(*outs), "dropout must be off inside"
+    assert not outs[0].requires_grad
+    assert model.training == training and model.coda.training != training and model.prelude.training == training
+
+    def fail(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=8, on_token=fail)
+    assert model.training == training and model.coda.training != training and torch.is_grad_enabled()
+
+
+def test_the_context_may_be_filled_to_the_end() -> None:
+    model = scaled(tiny(max_seq_len=12))
+    ids = random_ids(model.cfg, 1, 5)
+    assert model.generate(ids, max_new_tokens=7).shape == (1, 12)
+
+
+def test_finished_tokens_save_compute() -> None:
+    """With an exit rule the loop stops when every token of the call is done: fewer calls of the block."""
+    model = scaled(tiny(halting="none"))
+    ids, calls = random_ids(model.cfg, 1, 5), []
+    model.recurrent.block.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(ids, max_new_tokens=4, n_loops=64, temperature=0)
+    fixed = len(calls)
+    calls.clear()
+    _, loops = model.generate(ids, 4, n_loops=64, temperature=0, exit="latent_diff", exit_threshold=0.5, return_loops=True)
+    assert fixed == 4 * 64 and len(calls) < fixed / 4
+    assert sum(loops[0].tolist()) <= len(calls)
