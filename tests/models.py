@@ -76,7 +76,7 @@ def scaled(cfg: MythosConfig, seed: int = 0, dtype: torch.dtype = torch.float32)
         x.copy_(torch.randn(x.shape, generator=generator) * std + mean)
 
     for module in model.modules():
-        for name, x in module.named_parameters(recurse=False):
+        for _name, x in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm):
                 draw(x, 0.2, 1.0)
             elif isinstance(module, nn.Embedding):
@@ -103,6 +103,6 @@ def worst(a: Tensor, b: Tensor) -> float:
 
 
 def worst_of(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """`worst` over a list, in units of the largest magnitude in it: for gradients, some of which are zero in exact terms."""
+    """`worst` over a list, in units of the largest magnitude in all of it: some gradients are zero in exact terms."""
     scale = max(b.abs().max().item() for b in expected)
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, expected, strict=True)) / scale

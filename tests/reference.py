@@ -4,6 +4,7 @@ It reads a model's own float64 parameters, so gradients can be compared too. It 
 at loop s is frozen, and its keys and values of loop s stand for every deeper loop.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -168,7 +169,7 @@ class Oracle:
                 now, before = (self.read(h).log_softmax(0) for h in states[:-3:-1])
                 done = self.decide((now.exp() * (now - before)).sum(), self.threshold, may, must)
             return done or must, one
-        steps = [b - a for a, b in zip(states, states[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(states)]
         if rule == "latent_diff":
             return self.decide(steps[-1].norm() / states[-1].norm(), self.threshold, may, must), one
         done = len(steps) > 2
@@ -224,7 +225,9 @@ class Oracle:
 
     def mla(self, w: dict[str, Tensor], x: Tensor, name: str, level: int) -> Tensor:
         cfg, N = self.cfg, self.cfg.qk_nope_head_dim
-        q = (w["attn.q_up.weight"] @ rms_norm(w["attn.q_down.weight"] @ x, w["attn.q_norm.weight"])).view(cfg.n_heads, -1)
+        q = (w["attn.q_up.weight"] @ rms_norm(w["attn.q_down.weight"] @ x, w["attn.q_norm.weight"])).view(
+            cfg.n_heads, -1
+        )
         kv = w["attn.kv_down.weight"] @ x
         latent = rms_norm(kv[: cfg.kv_lora_rank], w["attn.kv_norm.weight"])
         L, P = self.remember(name, level, (latent, rope(kv[cfg.kv_lora_rank :], self.n_seen, cfg.rope_theta)))

@@ -60,7 +60,11 @@ WRONG: list[tuple[dict, type[Exception], list[str]]] = [
     ({"attn_type": "mla", "qk_norm": True}, ValueError, ["qk_norm", "attn_type='gqa'"]),
     ({"n_experts_per_tok": 5}, ValueError, ["n_experts_per_tok=5", "n_experts=4"]),
     ({"dim": 4, "n_heads": 2}, ValueError, ["dim=4", "loop_embedding"]),
-    ({"recurrent_layers": 0, "prelude_layers": 0, "coda_layers": 0}, ValueError, ["recurrent_layers", "prelude_layers"]),
+    (
+        {"recurrent_layers": 0, "prelude_layers": 0, "coda_layers": 0},
+        ValueError,
+        ["recurrent_layers", "prelude_layers"],
+    ),
 ]
 
 
@@ -124,9 +128,24 @@ def test_refusal_comes_before_allocation() -> None:
 def test_odd_but_possible_shapes_build_and_run() -> None:
     for changes in (
         {"dim": 8, "n_heads": 4, "n_kv_heads": 1},
-        {"dim": 8, "n_heads": 1, "n_kv_heads": 1, "expert_dim": 1, "vocab_size": 1, "max_seq_len": 1, "max_loop_iters": 1},
+        {
+            "dim": 8,
+            "n_heads": 1,
+            "n_kv_heads": 1,
+            "expert_dim": 1,
+            "vocab_size": 1,
+            "max_seq_len": 1,
+            "max_loop_iters": 1,
+        },
         {"attn_type": "mla", "dim": 9, "n_heads": 5, "n_kv_heads": 3, "kv_lora_rank": 1, "q_lora_rank": 1},
-        {"attn_type": "mla", "dim": 1, "loop_embedding": False, "v_head_dim": 1, "qk_nope_head_dim": 1, "qk_rope_head_dim": 2},
+        {
+            "attn_type": "mla",
+            "dim": 1,
+            "loop_embedding": False,
+            "v_head_dim": 1,
+            "qk_nope_head_dim": 1,
+            "qk_rope_head_dim": 2,
+        },
         {"dim": 2, "n_heads": 1, "n_kv_heads": 1, "loop_embedding": False, "lora_rank": 64},
     ):
         cfg = tiny(**changes)

@@ -180,6 +180,8 @@ def test_finished_tokens_save_compute() -> None:
     model.generate(ids, max_new_tokens=4, n_loops=64, temperature=0)
     fixed = len(calls)
     calls.clear()
-    _, loops = model.generate(ids, 4, n_loops=64, temperature=0, exit="latent_diff", exit_threshold=0.5, return_loops=True)
+    _, loops = model.generate(
+        ids, 4, n_loops=64, temperature=0, exit="latent_diff", exit_threshold=0.5, return_loops=True
+    )
     assert fixed == 4 * 64 and len(calls) < fixed / 4
     assert sum(loops[0].tolist()) <= len(calls)

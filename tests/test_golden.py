@@ -38,7 +38,9 @@ def test_logits(golden: Golden) -> None:
     model = golden.model()
     assert sum(p.numel() for p in model.parameters()) == golden.meta["parameters"]
     for n_loops in golden.meta["n_loops"]:
-        assert worst(model(golden.ids, n_loops=n_loops), golden.expected[f"logits.n_loops_{n_loops}"]) < TOLERANCE
+        error = worst(model(golden.ids, n_loops=n_loops), golden.expected[f"logits.n_loops_{n_loops}"])
+        print(f"{golden.cfg.attn_type}, {n_loops} loops: logits within {error:.1e}")
+        assert error < TOLERANCE
 
 
 @torch.no_grad()
@@ -46,8 +48,9 @@ def test_states_and_halting_probabilities(golden: Golden) -> None:
     model = golden.model()
     states = golden.expected["hidden_trace"]
     trace = model(golden.ids, n_loops=len(states), trace=True)
-    for ours, theirs in zip(trace.hidden, states, strict=True):
-        assert worst(ours, theirs) < TOLERANCE
+    errors = [worst(ours, theirs) for ours, theirs in zip(trace.hidden, states, strict=True)]
+    print(f"{golden.cfg.attn_type}: states within {max(errors):.1e}")
+    assert max(errors) < TOLERANCE
     assert worst(model.recurrent.act(trace.hidden), golden.expected["halt_prob_trace"]) < TOLERANCE
     assert (trace.halt_weight.sum(0) - 1).abs().max() < 1e-6
 
@@ -61,7 +64,8 @@ def test_cached_decode(golden: Golden) -> None:
         cache = model.make_cache(*golden.ids.shape, n_loops)
         logits = torch.cat([model(token, cache=cache) for token in golden.ids.split(1, 1)], 1)
         errors[n_loops] = worst(logits, expected)
-    assert min(errors.values()) < TOLERANCE, errors
+    print(f"{golden.cfg.attn_type}: cached decode within {max(errors.values()):.1e}")
+    assert max(errors.values()) < TOLERANCE
 
 
 def test_greedy_tokens(golden: Golden) -> None:
@@ -73,7 +77,7 @@ def test_greedy_tokens(golden: Golden) -> None:
         model.generate(golden.ids[:1], max_new_tokens=expected.shape[1] - T, n_loops=n, temperature=0)
         for n in golden.meta["n_loops"]
     ]
-    assert any(torch.equal(run, expected) for run in runs)
+    assert all(torch.equal(run, expected) for run in runs)
 
 
 @torch.no_grad()

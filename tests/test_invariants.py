@@ -1,9 +1,10 @@
-"""Cached, chunked, padded and batched calls give what one full forward pass gives, with tokens exiting at different loops.
+"""Cached, chunked, padded and batched calls give what one full forward pass gives, tokens exiting at different loops.
 
 Each case runs in float64, where the ways must agree to rounding, and in float32, where they must agree to 1e-5 of the
 logits' scale. The cases' decisions are further from a tie than that, which is checked.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ def in_chunks(model: OpenMythos, ids: Tensor, n_loops: int, sizes: list[int], le
     mask = kwargs.pop("attention_mask", None)
     cache = model.make_cache(ids.shape[0], ids.shape[1], levels)
     out = []
-    for chunk in zip(ids.split(sizes, 1), mask.split(sizes, 1) if mask is not None else [None] * len(sizes), strict=True):
+    for chunk in zip(
+        ids.split(sizes, 1), mask.split(sizes, 1) if mask is not None else [None] * len(sizes), strict=True
+    ):
         out.append(model(chunk[0], n_loops, cache=cache, attention_mask=chunk[1], **kwargs))
     assert cache.length == ids.shape[1]
     return torch.cat(out, 1)
@@ -64,17 +67,21 @@ def test_every_way_to_feed_a_prompt(attn_type: str, part: str, exit: str | None)
     for dtype, tolerance in TOLERANCE.items():
         model, ids = scaled(cfg, dtype=dtype), random_ids(cfg, 2, T, seed=3)
         full = model(ids, n_loops, **options(exit))
-        for split in range(1, T):
+        errors = []
+        # The arithmetic of a split is the same in float32; a few show its rounding.
+        for split in range(1, T) if dtype == torch.float64 else (1, T // 2):
             chunked = in_chunks(model, ids, n_loops, [split, T - split], n_loops, **options(exit))
-            assert worst(chunked, full) < tolerance, split
+            errors.append(worst(chunked, full))
         for sizes, levels in (([1] * T, n_loops), ([1] * T, n_loops + 2), ([3, 1, 4], n_loops)):
-            assert worst(in_chunks(model, ids, n_loops, sizes, levels, **options(exit)), full) < tolerance, sizes
+            errors.append(worst(in_chunks(model, ids, n_loops, sizes, levels, **options(exit)), full))
         padded, mask = left_pad([ids[0], ids[1, :4], ids[1, :1], ids[1]])
         together = model(padded, n_loops, attention_mask=mask, **options(exit))
         cached = in_chunks(model, padded, n_loops, [5, 2, 1], n_loops, attention_mask=mask, **options(exit))
         for logits in (together, cached):
             for row, source, length in ((0, 0, T), (1, 1, 4), (2, 1, 1), (3, 1, T)):
-                assert worst(logits[row, T - length :], full[source, :length]) < tolerance, row
+                errors.append(worst(logits[row, T - length :], full[source, :length]))
+        print(f"largest difference in {dtype}: {max(errors):.1e} of the logits' scale")
+        assert max(errors) < tolerance, errors
     assert min(margin(model, row, n_loops, exit)[0] for row in ids) > 1e-5, "too near a tie: take another seed"
 
 
@@ -125,6 +132,35 @@ def test_noise_depends_on_row_and_position_only(attn_type: str, state: str) -> N
     drawn = [model(ids, 5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2]) == (state != "normal")
+
+
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@torch.no_grad()
+def test_rows_at_different_loops_share_a_cache(attn_type: str) -> None:
+    """One loop of an engine: rows at different loops, one of them exited, write and read what each would alone."""
+    cfg = tiny(attn_type=attn_type)
+    model, ids = scaled(cfg, dtype=torch.float64), random_ids(cfg, 4, 5)
+    loop_index, active = torch.tensor([2, 0, 1, 3]), torch.tensor([True, True, True, False])[:, None]
+    h, e = torch.randn(2, 4, 1, cfg.dim, dtype=torch.float64)
+
+    def loop(rows: slice) -> tuple[Tensor, list[Tensor]]:
+        n = len(ids[rows])
+        cache = model.make_cache(n, 6, 4)
+        model(ids[rows], cache=cache)
+        for store in cache.layers[1]:
+            # What the new token left at its earlier loops.
+            store[:, :, 5] = torch.arange(1.0, 5).double().view(4, *[1] * (store.ndim - 2))
+        view = dataclasses.replace(model.make_view((n, 1), cache=cache), active=active[rows])
+        out = model.recur(h[rows], e[rows], loop_index[rows], view)
+        return out, [store[loop_index[rows], torch.arange(n)] for store in cache.layers[1]]
+
+    together, written = loop(slice(0, 4))
+    for row in range(4):
+        alone, alone_written = loop(slice(row, row + 1))
+        assert worst(together[row], alone[0]) < 1e-13
+        assert all(worst(a[row], b[0]) < 1e-13 for a, b in zip(written, alone_written, strict=True))
+    # The exited row shows its level 2 at level 3.
+    assert all((store[3, 5] == 3).all() for store in written)
 
 
 @torch.no_grad()

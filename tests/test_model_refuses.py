@@ -13,7 +13,9 @@ from open_mythos import LoopPlan, OpenMythos
 from open_mythos.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny, worst
 
-REMEDY = re.compile(r"\b(use|leave|make|give|pass|shorten|set|check|pad|one per row|see|stop on|covers|must come from)\b")
+REMEDY = re.compile(
+    r"\b(use|leave|make|give|pass|shorten|set|check|pad|one per row|see|stop on|covers|must come from)\b"
+)
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 ONE = torch.tensor([[1, 2, 3]])
 
@@ -40,9 +42,10 @@ def plan(depths: tuple[int, ...], n_grad: int | None = None, **kwargs: Any) -> C
     return lambda model: model(IDS, plan=LoopPlan(depths, n_grad), **kwargs)
 
 
-BAD_LOOPS = ((0, ValueError), (-5, ValueError), (4097, ValueError), (10**9, ValueError)) + tuple(
-    (x, TypeError) for x in (True, False, 2.5, 2.0, "3", math.nan)
-)
+BAD_LOOPS: list[tuple[Any, type[Exception]]] = [
+    *((n, ValueError) for n in (0, -5, 4097, 10**9)),
+    *((n, TypeError) for n in (True, False, 2.5, 2.0, "3", math.nan)),
+]
 BAD_IDS: list[tuple[Any, type[Exception], list[str]]] = [
     (torch.tensor([[1, 53]]), ValueError, ["53", "vocab_size=53"]),
     (torch.tensor([[-1, 3]]), ValueError, ["-1", "vocab_size=53"]),
@@ -56,9 +59,10 @@ BAD_IDS: list[tuple[Any, type[Exception], list[str]]] = [
     (torch.ones(1, 3, dtype=torch.bool), TypeError, ["bool"]),
     (torch.ones(1, 3, dtype=torch.bfloat16), TypeError, ["bfloat16"]),
 ]
-BAD_THRESHOLDS = ((0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError)) + tuple(
-    (x, TypeError) for x in (True, "0.1", [0.1])
-)
+BAD_THRESHOLDS: list[tuple[Any, type[Exception]]] = [
+    *((x, ValueError) for x in (0.0, -1.0, math.nan, math.inf)),
+    *((x, TypeError) for x in (True, "0.1", [0.1])),
+]
 BAD_SAMPLING: list[tuple[str, Any, type[Exception]]] = [
     ("temperature", -1, ValueError),
     ("temperature", math.nan, ValueError),
@@ -193,7 +197,9 @@ CALLS: list[tuple[Callable, type[Exception], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "named"), CALLS, ids=[f"{i}-{'-'.join(n)}" for i, (_, _, n) in enumerate(CALLS)])
+@pytest.mark.parametrize(
+    ("call", "error", "named"), CALLS, ids=[f"{i}-{'-'.join(n)}" for i, (_, _, n) in enumerate(CALLS)]
+)
 def test_bad_calls_are_refused(call: Callable, error: type[Exception], named: list[str]) -> None:
     model = scaled(tiny())
     blocks: list[Any] = []

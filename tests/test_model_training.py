@@ -21,7 +21,14 @@ def step(model: OpenMythos, optimizer: torch.optim.Optimizer, ids: torch.Tensor,
 
 @pytest.mark.parametrize(
     ("attn_type", "part"),
-    [("gqa", "default"), ("mla", "default"), ("gqa", "diagonal"), ("mla", "concat"), ("gqa", "no-experts"), ("mla", "two-layers")],
+    [
+        ("gqa", "default"),
+        ("mla", "diagonal"),
+        pytest.param("mla", "default", marks=pytest.mark.slow),
+        pytest.param("gqa", "concat", marks=pytest.mark.slow),
+        pytest.param("gqa", "no-experts", marks=pytest.mark.slow),
+        pytest.param("mla", "two-layers", marks=pytest.mark.slow),
+    ],
 )
 def test_every_parameter_gets_gradient(attn_type: str, part: str) -> None:
     """From fresh weights, over 100 steps: every tensor, and every loop's row of loop-specific parameters."""

@@ -12,7 +12,7 @@ import open_mythos.main
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from tests.models import ATTENTIONS
 
-USAGE = '''
+USAGE = """
 import torch
 from open_mythos.main import OpenMythos, MythosConfig
 
@@ -63,7 +63,7 @@ A = model.recurrent.injection.get_A()
 print(
     f"[{attn_type.upper()}] Spectral radius \u03c1(A) max: {A.max().item():.4f} (must be < 1)"
 )
-'''
+"""
 
 VARIANTS_SNIPPET = """
 from open_mythos import (
@@ -147,7 +147,13 @@ def test_star_import_brings_every_public_name() -> None:
     names: dict = {}
     exec("from open_mythos import *", names)
     assert set(open_mythos.__all__) <= set(names)
-    assert {"OpenMythos", "MythosConfig", "MythosTokenizer", "load_tokenizer", *(f.__name__ for f in VARIANTS.values())} <= set(names)
+    assert {
+        "OpenMythos",
+        "MythosConfig",
+        "MythosTokenizer",
+        "load_tokenizer",
+        *(f.__name__ for f in VARIANTS.values()),
+    } <= set(names)
 
 
 def test_old_import_path_is_the_new_one() -> None:

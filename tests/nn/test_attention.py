@@ -23,7 +23,9 @@ def naive(attn: nn.Module, cfg: MythosConfig, x: Tensor, positions: Tensor, seen
     """Head by head, query by query. x (B, T, D)."""
 
     def turn(x: Tensor, b: int) -> Tensor:
-        return torch.stack([reference.rope(row, int(p), cfg.rope_theta) for row, p in zip(x, positions[b], strict=True)])
+        return torch.stack(
+            [reference.rope(row, int(p), cfg.rope_theta) for row, p in zip(x, positions[b], strict=True)]
+        )
 
     rows = []
     for b, row in enumerate(x):

@@ -79,6 +79,6 @@ def test_plans_are_checked() -> None:
         ((2,), 1.5, TypeError),
         ((2,), True, TypeError),
     ):
-        with pytest.raises(error, match="use (depths|n_grad)=") as caught:
+        with pytest.raises(error, match=r"use (depths|n_grad)=") as caught:
             LoopPlan(depths, n_grad)
         assert ("n_grad" if n_grad is not None else "depths") in str(caught.value)

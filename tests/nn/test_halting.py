@@ -22,7 +22,9 @@ def path(n_loops: int, B: int, T: int, D: int) -> Tensor:
     return steps.cumsum(0).double()
 
 
-def plain(name: str, states: list[list[float]], p: list[float], probe: list[list[float]], n: int, min_loops: int) -> int:
+def plain(
+    name: str, states: list[list[float]], p: list[float], probe: list[list[float]], n: int, min_loops: int
+) -> int:
     """The loop (counted from one) at which one token exits."""
 
     def norm(x: list[float]) -> float:
@@ -49,9 +51,9 @@ def plain(name: str, states: list[list[float]], p: list[float], probe: list[list
             done, near_before = near and near_before, near
         elif name == "kl":
             now = softmax(probe[t])
-            done = t > 1 and sum(
-                a * math.log(a / b) for a, b in zip(now, softmax(probe[t - 1]), strict=True)
-            ) < threshold
+            done = (
+                t > 1 and sum(a * math.log(a / b) for a, b in zip(now, softmax(probe[t - 1]), strict=True)) < threshold
+            )
         else:
             done = False
         if done and t >= min_loops:
@@ -77,7 +79,9 @@ def drive(rule: HaltingRule, states: Tensor, n_loops: Tensor, probe: Tensor | No
     active, loops = torch.ones(states.shape[1:3], dtype=torch.bool), torch.zeros(states.shape[1:3], dtype=torch.int64)
     for t in range(int(n_loops.max())):
         index = torch.full_like(n_loops, t)
-        state, out, weight = rule.update(state, states[t], states[t + 1], index, None if probe is None else probe[t + 1])
+        state, out, weight = rule.update(
+            state, states[t], states[t + 1], index, None if probe is None else probe[t + 1]
+        )
         loops += active
         weights.append(torch.zeros(loops.shape) if weight is None else weight * active)
         active = active & ~out
@@ -92,7 +96,9 @@ def test_rules_are_the_plain_ones(name: str, min_loops: int) -> None:
     n_loops = torch.tensor([9, 4, 1])
     states, p = path(9, B, T, D), torch.rand(9, B, T) * 0.6
     probe = states @ torch.randn(D, V).double()
-    rule = make_rule(name, THRESHOLDS[name], min_loops, V, None, 0.9) if name != "act" else ACT(Given(p), 0.9, min_loops)
+    rule = (
+        make_rule(name, THRESHOLDS[name], min_loops, V, None, 0.9) if name != "act" else ACT(Given(p), 0.9, min_loops)
+    )
     loops, _ = drive(rule, states, n_loops, probe)
     for b in range(B):
         for t in range(T):

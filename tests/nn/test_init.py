@@ -34,7 +34,13 @@ EXACT = {
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 def test_table(attn_type: str, injection: str) -> None:
     cfg = tiny(
-        dim=64, vocab_size=211, attn_type=attn_type, injection=injection, max_loop_iters=8, recurrent_layers=2, coda_layers=2
+        dim=64,
+        vocab_size=211,
+        attn_type=attn_type,
+        injection=injection,
+        max_loop_iters=8,
+        recurrent_layers=2,
+        coda_layers=2,
     )
     model = OpenMythos(cfg)
     # Whatever stood in the memory before: init_weights sets every parameter and buffer.

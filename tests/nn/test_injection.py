@@ -70,20 +70,26 @@ def test_every_16_bit_pattern(kind: str, name: str, held_in: torch.dtype) -> Non
     """Each held in every dtype that can hold it, with the other parameter at finite values over the whole range."""
     values = patterns(held_in)
     assert len(values) == 2**16 - (254 if held_in is torch.bfloat16 else 2046)
-    for dtype in FLOATS if held_in is torch.float16 else (torch.bfloat16, torch.float32, torch.float64):
-        for other in FINITE:
-            if abs(other) < torch.finfo(dtype).max:
-                check_bound(injection(kind, name, values.to(dtype), other))
+    largest = [
+        check_bound(injection(kind, name, values.to(dtype), other))
+        for dtype in (FLOATS if held_in is torch.float16 else (torch.bfloat16, torch.float32, torch.float64))
+        for other in FINITE
+        if abs(other) < torch.finfo(dtype).max
+    ]
+    print(f"{len(values)} patterns of {held_in} as {name}, {len(largest)} ways: largest A {max(largest):.8f}")
 
 
 def check_float32(kind: str, name: str, n: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    for _ in range(n // 500_000):
+    largest, n_tried = 0.0, 0
+    for _ in range(n // 490_000):
         bits = torch.randint(-(2**31), 2**31, (250_000,), generator=generator).to(torch.int32).view(torch.float32)
         near = torch.empty(250_000).uniform_(-30, 30, generator=generator)
         values = torch.cat((bits[~bits.isnan()], near))
+        n_tried += len(values)
         for other in (0.0, -5.0, 2.0):
-            check_bound(injection(kind, name, values, other))
+            largest = max(largest, check_bound(injection(kind, name, values, other)))
+    print(f"{n_tried} float32 as {name}: largest A {largest:.8f}")
     # Every float32 around the place where A reaches its bound, with nothing added to it.
     edge = torch.tensor(math.log(-math.log(A_MAX))).view(torch.int32) + torch.arange(-50_000, 50_000)
     assert float(bounded_decay(edge.to(torch.int32).view(torch.float32)).max()) <= BOUND

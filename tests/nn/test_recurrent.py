@@ -8,7 +8,9 @@ from open_mythos import LoopPlan, OpenMythos
 from tests.models import ATTENTIONS, random_ids, scaled, tiny, worst, worst_of
 
 
-def gradients(model: OpenMythos, ids: Tensor, plan: LoopPlan, weight: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def gradients(
+    model: OpenMythos, ids: Tensor, plan: LoopPlan, weight: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The loss with every auxiliary term in it, and its gradients."""
     out = model.train()(ids, plan=plan)
     loss = out.logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)

@@ -58,6 +58,10 @@ def test_a_whole_model_sees_distances_only(attn_type: str) -> None:
 
 
 def test_table_is_at_least_float32() -> None:
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         cos, sin = rotary_table(torch.arange(5), 8, 10000.0, dtype)
         assert cos.dtype == sin.dtype == expected and cos.shape == (5, 4)
