@@ -1,8 +1,9 @@
 """Greedy tokens in random cases, decided in float64 by the token-by-token reference.
 
 A case is a random model (attention, one part, weights), exit rule, depth, and a batch of one to three prompts. Its
-tokens have to come out of generate (left-padded, cached), of one full forward pass, and of a cache fed in random chunks. In
-float32 too, except where the float64 run comes within 1e-5 of an exit, expert or argmax tie: those are counted apart.
+tokens have to come out of generate (left-padded, cached), of one full forward pass, and of a cache fed in random
+chunks. In float32 too, except where the float64 run comes within 1e-5 of an exit, expert or argmax tie: those are
+counted apart.
 """
 
 import random
