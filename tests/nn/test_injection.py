@@ -63,6 +63,20 @@ def test_published_value_at_initialisation() -> None:
     assert worst(DiagonalInjection(7).get_A(), torch.full((7,), math.sqrt(1 / 5))) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@torch.no_grad()
+def test_decay_is_computed_wide(dtype: torch.dtype) -> None:
+    """From parameters in 16 bits too: the sum of the two exponents is not rounded to 16 bits."""
+    values = torch.linspace(-4, 2, 97).to(dtype)
+    for other in (0.013, -1.7):
+        lti = injection("lti", "log_A", values, other)
+        exponent = values.double() + lti.log_dt.double()
+        assert (lti.get_A().double() - torch.exp(-torch.exp(exponent))).abs().max() < 1e-6
+        diagonal = injection("diagonal", "A_log", values, other)
+        exponent = values.double() + torch.log1p(torch.exp(diagonal.dt_bias.double())).log()
+        assert (diagonal.get_A().double() - torch.exp(-torch.exp(exponent))).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("held_in", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "name"), EXPONENTS)
 @torch.no_grad()
