@@ -38,6 +38,11 @@ def with_cache(ids: Tensor, rows: int = 2, room: int = 8, levels: int = 4, used:
     return call
 
 
+def with_cache_of_another_dtype(model: OpenMythos) -> Any:
+    cache = model.make_cache(2, 8)
+    return model.double()(IDS, cache=cache)
+
+
 def plan(depths: tuple[int, ...], n_grad: int | None = None, **kwargs: Any) -> Callable:
     return lambda model: model(IDS, plan=LoopPlan(depths, n_grad), **kwargs)
 
@@ -123,6 +128,7 @@ CALLS: list[tuple[Callable, type[Exception], list[str]]] = [
     (lambda m: m.make_cache(1, 65), ValueError, ["max_len=65", "max_len=64"]),
     (lambda m: m.make_cache(1, 10**12), ValueError, ["max_len"]),
     (lambda m: m.make_cache(1, "8"), TypeError, ["max_len"]),
+    (with_cache_of_another_dtype, ValueError, ["cache", "float32", "float64"]),
     # Arguments of 0.5.0, and misspelt ones.
     (forward(IDS, kv_cache={}), TypeError, ["kv_cache", "cache=model.make_cache"]),
     (forward(IDS, start_pos=0), TypeError, ["start_pos", "cache="]),
@@ -174,6 +180,7 @@ CALLS: list[tuple[Callable, type[Exception], list[str]]] = [
     (generate([1.5, 2]), TypeError, ["input_ids"]),
     (generate([[1, 2.5]]), TypeError, ["input_ids"]),
     (generate([True, False]), TypeError, ["input_ids"]),
+    (generate([1, 2, None]), TypeError, ["input_ids"]),
     (generate(IDS, stop=53), ValueError, ["stop=53", "52"]),
     (generate(IDS, stop=-1), ValueError, ["stop=-1"]),
     (generate(IDS, stop=True), TypeError, ["stop"]),

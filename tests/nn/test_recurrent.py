@@ -104,6 +104,16 @@ def test_padding_counts_nowhere() -> None:
     assert out.loops[0].tolist()[:4] == [0] * 4
 
 
+def test_a_batch_of_padding_only_is_no_nan() -> None:
+    """A shard of a batch may hold no token at all; its losses are then zero, not 0 / 0."""
+    cfg = tiny()
+    model, ids = scaled(cfg).train(), random_ids(cfg, 2, 7)
+    out = model(ids, plan=LoopPlan((3, 5)), attention_mask=torch.zeros_like(ids))
+    assert float(out.ponder_cost.detach()) == float(out.router_z_loss.detach()) == 0
+    (out.ponder_cost + out.router_z_loss + 0 * out.logits.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_eval_mode_and_training_mode_agree() -> None:
     cfg = tiny()
     model, ids = scaled(cfg, dtype=torch.float64), random_ids(cfg, 2, 7)
