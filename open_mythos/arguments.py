@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.config import MAX_LOOPS, MythosConfig, check_int
+from open_mythos.checks import check_int
+from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.depth import LoopPlan
 

@@ -4,10 +4,10 @@ The first 23 fields keep the names, defaults and meanings of open-mythos 0.5.0; 
 """
 
 import dataclasses
-import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 
 MAX_LOOPS = 4096
 """The most loops one call may ask for. A call costs time and cache in proportion, so there has to be an end."""
@@ -96,15 +96,11 @@ class MythosConfig:
         """Build from plain values; an unknown field is an error that suggests the nearest known one."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                raise ValueError(f"{name!r} is not a field of MythosConfig; " + _nearest(near, names))
+            check_field(name, names)
         return cls(**values)
 
     def validate(self) -> None:
         """Check every field, then the fields that have to fit each other."""
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, type(field.default))
         for name in (
             "vocab_size",
             "dim",
@@ -120,11 +116,11 @@ class MythosConfig:
             "expert_dim",
             "max_output_tokens",
         ):
-            self._check_range(name, 1)
+            check_int(name, getattr(self, name), 1)
         for name in ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank"):
-            self._check_range(name, 0)
-        self._check_range("max_loop_iters", 1, MAX_LOOPS)
-        self._check_range("min_loops", 1, self.max_loop_iters)
+            check_int(name, getattr(self, name), 0)
+        check_int("max_loop_iters", self.max_loop_iters, 1, MAX_LOOPS)
+        check_int("min_loops", self.min_loops, 1, self.max_loop_iters)
         for name, allowed in (
             ("attn_type", ATTN_TYPES),
             ("injection", INJECTIONS),
@@ -132,13 +128,14 @@ class MythosConfig:
             ("initial_state", INITIAL_STATES),
             ("block_norm", BLOCK_NORMS),
         ):
-            self._check_choice(name, allowed)
-        if not 0 < self.act_threshold <= 1:
-            raise ValueError(f"act_threshold={self.act_threshold} must be above 0 and at most 1; use 0.99")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1; use 0.0")
-        if self.rope_theta <= 1:
-            raise ValueError(f"rope_theta={self.rope_theta} must be above 1; use 500000.0")
+            check_choice(name, getattr(self, name), allowed)
+        for name in ("loop_embedding", "prelude_norm", "qk_norm"):
+            check_bool(name, getattr(self, name))
+        check_number("act_threshold", self.act_threshold, 0, 1, above=True, remedy="use act_threshold=0.99")
+        check_number("rope_theta", self.rope_theta, 1, above=True, remedy="use rope_theta=500000.0")
+        check_number("dropout", self.dropout, 0, 1, below=True, remedy="use dropout=0.0")
+        for name in ("act_threshold", "rope_theta", "dropout"):
+            setattr(self, name, float(getattr(self, name)))
         self._check_attention()
         self._check_layers()
 
@@ -184,47 +181,7 @@ class MythosConfig:
                 "use dim=8 or loop_embedding=False"
             )
 
-    def _check_type(self, name: str, expected: type) -> None:
-        value = getattr(self, name)
-        if expected is float and type(value) is int:
-            value = float(value)
-            setattr(self, name, value)
-        if type(value) is not expected:
-            raise TypeError(
-                f"{name}={value!r} must be {expected.__name__}, not {type(value).__name__}; "
-                f"the default is {type(self).__dataclass_fields__[name].default!r}"
-            )
-        if expected is float and not math.isfinite(value):
-            raise ValueError(
-                f"{name}={value} must be finite; the default is {type(self).__dataclass_fields__[name].default!r}"
-            )
-
-    def _check_range(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ValueError(f"{name}={value} must be {allowed}; use {name}={low if value < low else high}")
-
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.4)
-            choices = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name}={value!r} must be one of {choices}; use {near[0] if near else allowed[0]!r}")
-
-
-def check_int(name: str, value: object, low: int, high: int, remedy: str) -> None:
-    """Refuse anything but an int in [low, high]; a bool is no int here."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}; {remedy}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} must be between {low} and {high}; {remedy}")
-
 
 def _divisor(whole: int, near: int) -> int:
     """The divisor of `whole` nearest to `near`."""
     return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - near))
-
-
-def _nearest(near: list[str], names: list[str]) -> str:
-    return f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(names)}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.arguments import check_ids, check_mask, check_n_loops
-from open_mythos.config import check_int
+from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.sampling import SamplingParams, sample

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from open_mythos import weights
 from open_mythos.arguments import check_ids, check_mask, check_n_loops, check_plan, check_room, refuse_unknown
-from open_mythos.config import MythosConfig, check_int
+from open_mythos.checks import check_int
+from open_mythos.config import MythosConfig
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache, View, make_view
 from open_mythos.nn.depth import LoopPlan

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from open_mythos.config import MAX_LOOPS, check_int
+from open_mythos.checks import check_int
+from open_mythos.config import MAX_LOOPS
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ in any batch. The caller freezes the tokens that have exited and ignores what a 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
+from open_mythos.checks import check_choice, check_number
 from open_mythos.nn.numerics import wide, wide_linear
 
 State = dict[str, Tensor]
@@ -190,11 +190,7 @@ def make_rule(
         TypeError, ValueError: the name or threshold is not usable, or the model has no learned halting to use.
     """
     names = ("fixed", "act", *EXIT_THRESHOLDS)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-        raise ValueError(
-            f"exit={name!r} must be one of {', '.join(map(repr, names))}; use exit={near[0] if near else 'kl'!r}"
-        )
+    check_choice("exit", name, names)
     if threshold is not None:
         check_threshold(name, threshold)
     if name == "fixed":
@@ -211,13 +207,7 @@ def make_rule(
 
 def check_threshold(name: str, threshold: object) -> None:
     """Refuse an `exit_threshold` that is no positive finite number, or that `name` cannot use."""
-    default = EXIT_THRESHOLDS.get(name, 0.99)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise TypeError(f"exit_threshold={threshold!r} must be a number, not {type(threshold).__name__}; use {default}")
     if name == "fixed":
-        raise ValueError(f"exit_threshold={threshold} means nothing to exit='fixed'; leave it out")
-    if not 0 < threshold < math.inf or (name == "act" and threshold > 1):
-        raise ValueError(
-            f"exit_threshold={threshold} must be above 0{' and at most 1' if name == 'act' else ' and finite'}; "
-            f"use {default}"
-        )
+        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit='fixed'; leave it out")
+    remedy = f"use exit_threshold={EXIT_THRESHOLDS.get(name, 0.99)}"
+    check_number("exit_threshold", threshold, 0, 1 if name == "act" else math.inf, above=True, remedy=remedy)

@@ -1,15 +1,14 @@
 """A run's configuration: nested dataclasses, checked when made, that round-trip through YAML exactly."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from open_mythos.checks import check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
-from open_mythos.train.checks import check_choice, check_int, check_number
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
@@ -111,6 +110,7 @@ class TrainConfig:
         """Inverse of `to_dict`; sections and fields may be left out where they have defaults.
 
         Raises:
+            TypeError: a value of another type.
             ValueError: an unknown section, field or task (with the nearest known one), or a value out of range.
         """
         values = dict(values)
@@ -118,7 +118,7 @@ class TrainConfig:
             if not isinstance(values.get(name), dict):
                 raise ValueError(f"section {name!r} is missing; a run needs `model` and `data`")
         data = dict(values["data"])
-        check_choice("data.task", data.get("task"), tuple(TASKS))
+        check_choice("data.task", data.get("task", ""), tuple(TASKS))
         values["data"] = _build(TASKS[data.pop("task")], data, "data.")
         values["model"] = MythosConfig.from_dict(values["model"])
         return _build(cls, values, "")
@@ -145,10 +145,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"the fields are {', '.join(names)}"
-            raise ValueError(f"{prefix}{name} is no field of the configuration; {remedy}")
+        check_field(name, names, prefix)
     missing = [
         f.name
         for f in dataclasses.fields(cls)

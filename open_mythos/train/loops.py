@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.config import MAX_LOOPS
-from open_mythos.train.checks import check_choice, check_int, check_number
 from open_mythos.train.rng import Purpose, stream
 
 Law = Literal["fixed", "uniform", "poisson", "poisson_lognormal"]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.checks import check_number
 from open_mythos.model import TrainOutput
-from open_mythos.train.checks import check_number
 from open_mythos.train.data import IGNORE
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from open_mythos.train.checks import check_choice, check_number
+from open_mythos.checks import check_choice, check_number
 
 AdjustLR = Literal["match_rms_adamw", "original"]
 
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         adjust_lr: AdjustLR = "match_rms_adamw",
     ) -> None:
         check_number("lr", lr, 0)
-        check_number("momentum", momentum, 0, 1)
+        check_number("momentum", momentum, 0, 1, below=True)
         check_number("weight_decay", weight_decay, 0)
         check_choice("adjust_lr", adjust_lr, ("match_rms_adamw", "original"))
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adjust_lr": adjust_lr})

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from open_mythos.train.checks import check_choice, check_number
+from open_mythos.checks import check_choice, check_number
 from open_mythos.train.muon import AdjustLR, Muon
 
 
@@ -43,12 +43,12 @@ class OptimConfig:
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise ValueError(f"optim.betas={self.betas!r} must be two numbers; use optim.betas=(0.9, 0.95)")
         for i, beta in enumerate(self.betas):
-            check_number(f"optim.betas[{i}]", beta, 0, 1)
+            check_number(f"optim.betas[{i}]", beta, 0, 1, below=True)
         check_number("optim.eps", self.eps, 0, above=True)
         check_number("optim.weight_decay", self.weight_decay, 0)
         check_choice("optim.decay", self.decay, ("matrices", "all"))
         check_number("optim.muon_lr", self.muon_lr, 0, above=True)
-        check_number("optim.momentum", self.momentum, 0, 1)
+        check_number("optim.momentum", self.momentum, 0, 1, below=True)
         check_choice("optim.adjust_lr", self.adjust_lr, get_args(AdjustLR))
         if self.clip_norm is not None:
             check_number("optim.clip_norm", self.clip_norm, 0, above=True)

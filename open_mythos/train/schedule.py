@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from open_mythos.train.checks import check_choice, check_int, check_number
+from open_mythos.checks import check_choice, check_int, check_number
 
 Shape = Literal["cosine", "linear", "constant"]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from open_mythos.checks import check_int
 from open_mythos.device import Device, setup_device
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.train.checkpoint import save_model_folder
-from open_mythos.train.checks import check_int
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.losses import total_loss

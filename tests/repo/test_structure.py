@@ -22,20 +22,23 @@ TEXTS = sorted(
 # A module may import from its own part and from the layers below. What is not named here stands between nn and model.
 LAYERS: dict[str, int] = {
     "assets": 0,
-    "config": 0,
-    "nn": 1,
-    "model": 3,
-    "generate": 4,
-    "train": 4,
-    "serve": 4,
-    "analysis": 4,
-    "evals": 4,
-    "hf": 4,
-    "recipes": 5,
-    "experiments": 6,
-    "cli": 7,
+    "checks": 0,
+    "config": 1,
+    "nn": 2,
+    "model": 4,
+    "info": 4,
+    "generate": 5,
+    "train": 5,
+    "serve": 5,
+    "analysis": 5,
+    "evals": 5,
+    "hf": 5,
+    "recipes": 6,
+    "experiments": 7,
+    "demo": 8,
+    "cli": 9,
 }
-UNNAMED = 2
+UNNAMED = 3
 UPWARD = {("model", "generate")}  # OpenMythos.generate hands over to generate.py; the import stands in the method
 FACADES = {"__init__", "main"}  # the public names, and the 0.5.0 import path: they hold no logic and may import all
 HEAVY = ["transformers", "huggingface_hub", "fastapi", "uvicorn", "matplotlib", "pyarrow", "tyro", "rich", "pandas"]

@@ -98,9 +98,22 @@ def test_no_depth_is_beyond_what_the_model_takes() -> None:
         ({"ramp_steps": -1}, "loops.ramp_steps=-1"),
         ({"ramp_steps": 5}, "loops.ramp_steps=5 needs a depth to rise to; use loops.max_loops=8"),
         ({"backprop_depth": 0}, "loops.backprop_depth=0"),
-        ({"backprop_depth": True}, "loops.backprop_depth=True"),
     ],
 )
 def test_refuses(kwargs: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
+        LoopsConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"law": 3}, "loops.law=3 must be one of 'fixed'"),
+        ({"mean": "4"}, "loops.mean='4' must be a finite number"),
+        ({"max_loops": 2.0}, "loops.max_loops=2.0 must be int"),
+        ({"backprop_depth": True}, "loops.backprop_depth=True must be int"),
+    ],
+)
+def test_refuses_types(kwargs: dict, named: str) -> None:
+    with pytest.raises(TypeError, match=named):
         LoopsConfig(**kwargs)

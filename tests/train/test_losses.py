@@ -1,6 +1,5 @@
 """The loss against a position-by-position sum, and how its parts are weighed."""
 
-import dataclasses
 import math
 
 import pytest
@@ -64,8 +63,8 @@ def test_absent_parts_stay_absent() -> None:
     assert set(total_loss(out, labels, LossConfig())[1]) == {"ce"}
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(LossConfig)])
+@pytest.mark.parametrize("field", ["ponder", "router_z"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True])
 def test_refuses(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"losses.{field}="):
+    with pytest.raises(TypeError if value is True else ValueError, match=f"losses.{field}="):
         LossConfig(**{field: value})

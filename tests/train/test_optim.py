@@ -100,7 +100,7 @@ def test_set_lr_scales_every_peak() -> None:
         ({"lr": float("nan")}, "optim.lr=nan"),
         ({"betas": (0.9,)}, "optim.betas"),
         ({"betas": 0.9}, "optim.betas"),
-        ({"betas": (0.9, 1.5)}, r"optim.betas\[1\]=1.5"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas\[1\]=1.0"),
         ({"eps": 0.0}, "optim.eps=0"),
         ({"weight_decay": -0.1}, "optim.weight_decay=-0.1"),
         ({"decay": "some"}, "optim.decay='some'"),

@@ -36,7 +36,6 @@ def test_every_step_learns(shape: str, n_steps: int, warmup_steps: int) -> None:
     ("kwargs", "named"),
     [
         ({"warmup_steps": -1}, "schedule.warmup_steps=-1"),
-        ({"warmup_steps": 2.5}, "schedule.warmup_steps=2.5"),
         ({"shape": "cos"}, "schedule.shape='cos'"),
         ({"cooldown": 0.0}, "schedule.cooldown=0.0"),
         ({"cooldown": 1.1}, "schedule.cooldown=1.1"),
@@ -46,3 +45,8 @@ def test_every_step_learns(shape: str, n_steps: int, warmup_steps: int) -> None:
 def test_refuses(kwargs: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ScheduleConfig(**kwargs)
+
+
+def test_refuses_half_a_step() -> None:
+    with pytest.raises(TypeError, match=r"schedule.warmup_steps=2.5 must be int"):
+        ScheduleConfig(warmup_steps=2.5)  # ty: ignore[invalid-argument-type]

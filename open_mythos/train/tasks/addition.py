@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from open_mythos.checks import check_int
 from open_mythos.tokenizer import SymbolTokenizer
-from open_mythos.train.checks import check_int
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
 PLUS, EQUALS, PAD, END = 10, 11, 12, 13  # ids after the ten digits

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
+from open_mythos.checks import check_choice, check_int
 from open_mythos.tokenizer import SymbolTokenizer
-from open_mythos.train.checks import check_choice, check_int
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
 ALPHABET = string.ascii_letters + string.digits

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from open_mythos.assets import novel
+from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
-from open_mythos.train.checks import check_choice, check_int, check_number
 from open_mythos.train.data import Batch, to_tensor
 
 Kind = Literal["bytes", "bpe"]
