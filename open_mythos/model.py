@@ -352,5 +352,5 @@ class OpenMythos(nn.Module):
 def _train_output(logits: Tensor, result: RecurrentOutput, view: View) -> TrainOutput:
     ponder = result.ponder_cost
     if ponder is not None:
-        ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum()
+        ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
     return TrainOutput(logits, result.loops, ponder, result.router_z, result.tokens_per_expert)

@@ -195,8 +195,7 @@ class _Run:
         if isinstance(store, Scratch):
             self.scratch = store
         if log:
-            # A copy: recomputation in the backward pass appends to `log` once more.
-            self.routers.append(list(log))
+            self.routers.append(log)
         if self.adaptive:
             self._exit(h, h_new, loop_index)
         else:
@@ -238,7 +237,8 @@ class _Run:
             z, load = (
                 torch.stack([torch.stack([layer[i] for layer in loop]) for loop in self.routers]) for i in (0, 1)
             )
-            routed = load.sum() / self.block.cfg.n_experts_per_tok
+            # A batch of nothing but padding routes no token.
+            routed = (load.sum() / self.block.cfg.n_experts_per_tok).clamp(min=1)
             result.router_z, result.tokens_per_expert = z.sum() / routed, load.sum(0).detach()
         if self.hidden is not None:
             result.hidden = torch.stack(self.hidden)
