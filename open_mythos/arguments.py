@@ -63,8 +63,10 @@ def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def check_room(input_ids: Tensor, n_loops: int | None, cache: KVCache | None, cfg: MythosConfig) -> None:
-    """The tokens have to fit the context, or the cache's slots and levels."""
+def check_room(
+    input_ids: Tensor, cache: KVCache | None, cfg: MythosConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The tokens have to fit the context, or the cache's slots; and the cache has to be of the model's kind."""
     B, T = input_ids.shape
     if cache is None:
         if T > cfg.max_seq_len:
@@ -75,6 +77,10 @@ def check_room(input_ids: Tensor, n_loops: int | None, cache: KVCache | None, cf
         return
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must come from model.make_cache, not {type(cache).__name__}")
+    if (cache.dtype, cache.device) != (dtype, device):
+        raise ValueError(
+            f"cache holds {cache.dtype} on {cache.device}, but the model is {dtype} on {device}; make a new one"
+        )
     if cache.batch_size != B:
         raise ValueError(
             f"cache was made for batch_size={cache.batch_size} but input_ids has {B} rows; make one of {B} rows"
@@ -84,25 +90,29 @@ def check_room(input_ids: Tensor, n_loops: int | None, cache: KVCache | None, cf
             f"cache holds {cache.length} of max_len={cache.max_len} tokens and cannot take {T} more; "
             f"make it with max_len={cache.length + T} or more"
         )
-    if n_loops is not None and n_loops > cache.n_loops:
+
+
+def check_n_loops(n_loops: int | None, cfg: MythosConfig, cache: KVCache | None = None) -> int:
+    """The loops a call means: an int in [1, 4096] within the cache's levels; for None those, else `max_loop_iters`."""
+    if n_loops is None:
+        if cache is not None:
+            return cache.n_loops
+        return cfg.max_loop_iters if cfg.recurrent_layers else 1
+    if not cfg.recurrent_layers:
+        raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
+    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or None for max_loop_iters")
+    if cache is not None and n_loops > cache.n_loops:
         raise ValueError(
             f"n_loops={n_loops} is deeper than the cache, which has {cache.n_loops} levels; "
             f"make it with make_cache(..., n_loops={n_loops})"
         )
-
-
-def check_n_loops(n_loops: int | None, cfg: MythosConfig, default: int | None = None) -> int:
-    """The loops a call means: an int in [1, 4096], or for None `default`, else `max_loop_iters`."""
-    if n_loops is None:
-        return default or (cfg.max_loop_iters if cfg.recurrent_layers else 1)
-    if not cfg.recurrent_layers:
-        raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
-    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or None for max_loop_iters")
     return n_loops
 
 
 def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, others: dict[str, Any]) -> None:
     """A plan has to fit the batch and the halting, and stands alone: `others` are arguments that do not go with it."""
+    if not isinstance(plan, LoopPlan):
+        raise TypeError(f"plan={plan!r} must be a LoopPlan; use plan=LoopPlan(depths=(8,) * batch_size)")
     for name, given in others.items():
         if given is not None:
             raise ValueError(f"{name}={given!r} does not go with plan=, which is for training; leave {name} out")
@@ -113,4 +123,24 @@ def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, others: dic
         raise ValueError(
             f"plan.n_grad={plan.n_grad} is below the plan's {deepest} loops, but halting='act' learns from every loop; "
             "use n_grad=None or halting='none'"
+        )
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """generator has to be one of torch's."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r} must be a torch.Generator; use torch.Generator().manual_seed(0)")
+
+
+def check_load(tokens_per_expert: Tensor, cfg: MythosConfig) -> None:
+    """tokens_per_expert has to have a row for each block of the core and a column for each expert."""
+    if not isinstance(tokens_per_expert, Tensor):
+        raise TypeError(
+            f"tokens_per_expert must be a tensor, not {type(tokens_per_expert).__name__}; pass that of a TrainOutput"
+        )
+    shape = (cfg.recurrent_layers, cfg.n_experts)
+    if tuple(tokens_per_expert.shape) != shape:
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, but (recurrent_layers, n_experts) is "
+            f"{shape}; pass that of a TrainOutput"
         )

@@ -3,7 +3,7 @@
 Shapes: B rows, T prompt tokens, N new tokens.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.arguments import check_ids, check_mask, check_n_loops
+from open_mythos.arguments import check_generator, check_ids, check_mask, check_n_loops
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
@@ -55,7 +55,8 @@ def generate(
         attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
         exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
         stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
-        seed: one per row, or one int s that gives row i the seed s + i. A row's draws do not depend on the other rows.
+        seed: one per row, or one int s that gives row i the seed s + i; from 0 to 2^63 - 1. A row's draws do not depend
+            on the other rows.
         generator: one generator for all rows, instead of seeds.
         on_token: called with (row, token_id, loops) for every new token.
         return_loops: also return the loops that each new token took, meaning those of the position it was read from.
@@ -85,6 +86,9 @@ def generate(
     rule = model.exit_rule(exit, exit_threshold)
     stops = _Stops(stop, tokenizer, prompts.ids.shape[0], model.cfg.vocab_size)
     generators = _generators(seed, generator, prompts.ids.shape[0])
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
+    check_int("pad_id", pad_id, 0, model.cfg.vocab_size - 1)
     with _evaluating(model):
         new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token)
     return prompts.answer(new, loops, stops, pad_id, return_loops)
@@ -138,7 +142,10 @@ def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None
     single = isinstance(prompts, str) or (isinstance(prompts, Sequence) and all(isinstance(x, int) for x in prompts))
     rows = [prompts] if single else prompts
     if not isinstance(rows, Sequence) or not rows:
-        raise TypeError(f"input_ids={prompts!r} must be a (B, T) tensor, a string, a list of ids, or a list of prompts")
+        raise TypeError(
+            f"input_ids={prompts!r} must be a (B, T) tensor, a string, a list of ids, or a list of prompts; "
+            "use torch.tensor([ids])"
+        )
     kind = "text" if isinstance(rows[0], str) else "ids"
     ids = [_encode(row, tokenizer, kind, i) for i, row in enumerate(rows)]
     width = max(map(len, ids))
@@ -158,17 +165,19 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> li
                 "input_ids holds text, which needs tokenizer=; use load_tokenizer(folder) of the model's folder"
             )
         prompt = tokenizer.encode(prompt)
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    if not isinstance(ids, Sequence) or not all(type(i) is int for i in ids):
+        raise TypeError(f"prompt {row} of input_ids is {prompt!r:.60}, which is no list of ids; use [1, 2, 3]")
     if not ids:
         raise ValueError(f"prompt {row} of input_ids is empty; give it a start token")
-    return ids
+    return list(ids)
 
 
 class _Stops:
     """What ends a row."""
 
     def __init__(self, stop: Any, tokenizer: Tokenizer | None, n_rows: int, vocab_size: int) -> None:
-        items = [stop] if isinstance(stop, int | str) else list(stop)
+        items = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int | str):
                 raise TypeError(f"stop={item!r} must be a token id or a string; use stop=[0] or stop=['.']")
@@ -202,15 +211,18 @@ class _Stops:
 def _generators(
     seed: Any, generator: torch.Generator | None, n_rows: int
 ) -> torch.Generator | list[torch.Generator] | None:
+    check_generator(generator)
     if seed is None:
         return generator
     if generator is not None:
         raise ValueError("seed and generator both say where randomness comes from; give one of them")
-    seeds = [seed + i for i in range(n_rows)] if isinstance(seed, int) and not isinstance(seed, bool) else seed
-    if isinstance(seeds, bool) or not isinstance(seeds, Sequence) or not all(type(s) is int for s in seeds):
+    seeds = [seed + i for i in range(n_rows)] if type(seed) is int else seed
+    if not isinstance(seeds, Sequence) or not all(type(s) is int for s in seeds):
         raise TypeError(f"seed={seed!r} must be an int, or one int per row; use seed=0")
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} values for {n_rows} rows; give one per row, or one int")
+    for s in seeds:
+        check_int("seed", s, 0, 2**63 - 1)
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos import weights
-from open_mythos.arguments import check_ids, check_mask, check_n_loops, check_plan, check_room, refuse_unknown
-from open_mythos.checks import check_int
+from open_mythos.arguments import (
+    check_generator,
+    check_ids,
+    check_load,
+    check_mask,
+    check_n_loops,
+    check_plan,
+    check_room,
+    refuse_unknown,
+)
+from open_mythos.checks import check_int, check_number
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache, View, make_view
@@ -216,8 +225,9 @@ class OpenMythos(nn.Module):
         refuse_unknown(removed)
         check_ids(input_ids, self.cfg)
         check_mask(input_ids, attention_mask)
-        check_room(input_ids, n_loops, cache, self.cfg)
-        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, default=cache.n_loops if cache is not None else None)
+        check_room(input_ids, cache, self.cfg, self.dtype, self.device)
+        check_generator(generator)
+        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, cache)
         if plan is not None:
             others = {
                 "n_loops": n_loops,
@@ -309,8 +319,13 @@ class OpenMythos(nn.Module):
         Returns:
             The largest expert's load over the mean, the worst layer's; 1 is even.
 
+        Raises:
+            TypeError, ValueError: the shape is another, or `rate` is no finite number of at least 0; nothing has moved.
+
         Source: Wang et al. 2024, arXiv 2408.15664.
         """
+        check_load(tokens_per_expert, self.cfg)
+        check_number("rate", rate, 0)
         mean = tokens_per_expert.mean(dim=-1, keepdim=True)
         experts = [block.ffn for block in self._recurrent().blocks if isinstance(block.ffn, MoEFFN)]
         for ffn, error in zip(experts, mean - tokens_per_expert, strict=True):

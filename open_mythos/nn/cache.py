@@ -176,6 +176,7 @@ class KVCache:
     ) -> None:
         """Args: layers: for each layer its number of levels and the shape per token of each tensor it keeps."""
         self.batch_size, self.max_len, self.n_loops = batch_size, max_len, n_loops
+        self.dtype, self.device = dtype, device
         self.length = 0
         self.padded = False
         self.valid = torch.zeros(batch_size, max_len, dtype=torch.bool, device=device)
