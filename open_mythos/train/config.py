@@ -85,19 +85,27 @@ class TrainConfig:
                 f"loops.backprop_depth={self.loops.backprop_depth} must be None with model.halting='act', which needs "
                 "the gradient of every loop; use loops.backprop_depth=None or model.halting='none'"
             )
-        if self.eval.loops and not model.recurrent_layers:
+        for name, value, none in (
+            ("eval.loops", self.eval.loops, ()),
+            ("loops.backprop_depth", self.loops.backprop_depth, None),
+        ):
+            if value and not model.recurrent_layers:
+                raise ValueError(
+                    f"{name}={value} needs a block to loop, but model.recurrent_layers=0; use {name}={none}"
+                )
+        layers = f"model.recurrent_layers={model.recurrent_layers}"
+        if self.losses.ponder and not (model.recurrent_layers and model.halting == "act"):
             raise ValueError(
-                f"eval.loops={self.eval.loops} needs a block to loop, but model.recurrent_layers=0; use eval.loops=()"
+                f"losses.ponder={self.losses.ponder:g} needs a block with model.halting='act', not {layers} with "
+                f"{model.halting!r}; use losses.ponder=0"
             )
-        if self.losses.ponder and model.halting != "act":
-            raise ValueError(
-                f"losses.ponder={self.losses.ponder:g} needs model.halting='act', not {model.halting!r}; "
-                "use losses.ponder=0"
-            )
-        if self.losses.router_z and not model.n_experts:
-            raise ValueError(
-                f"losses.router_z={self.losses.router_z:g} needs experts, but model.n_experts=0; use losses.router_z=0"
-            )
+        # The default rate says nothing about whether there are experts.
+        rate = 0 if self.expert_bias_rate == TrainConfig.expert_bias_rate else self.expert_bias_rate
+        for name, value in (("losses.router_z", self.losses.router_z), ("expert_bias_rate", rate)):
+            if value and not (model.recurrent_layers and model.n_experts):
+                raise ValueError(
+                    f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use {name}=0"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `data` carries the name of its task under "task"."""

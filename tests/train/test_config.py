@@ -91,8 +91,13 @@ def test_a_frozen_run() -> None:
         ({"data": Text(kind="bpe", bpe_vocab_size=301)}, "use model.vocab_size=301"),
         ({"model": model(halting="act"), "loops": LoopsConfig(backprop_depth=2)}, "loops.backprop_depth=2"),
         ({"model": model(recurrent_layers=0), "eval": EvalConfig(loops=(1,))}, r"use eval.loops=\(\)"),
+        ({"model": model(recurrent_layers=0), "loops": LoopsConfig(backprop_depth=2)}, "use loops.backprop_depth=None"),
         ({"losses": LossConfig(ponder=0.1)}, "losses.ponder=0.1"),
+        ({"model": model(recurrent_layers=0, halting="act"), "losses": LossConfig(ponder=0.1)}, "use losses.ponder=0"),
         ({"model": model(n_experts=0), "losses": LossConfig(router_z=0.1)}, "losses.router_z=0.1"),
+        ({"model": model(recurrent_layers=0), "losses": LossConfig(router_z=0.1)}, "use losses.router_z=0"),
+        ({"model": model(n_experts=0), "expert_bias_rate": 0.1}, "use expert_bias_rate=0"),
+        ({"model": model(recurrent_layers=0), "expert_bias_rate": 0.1}, "use expert_bias_rate=0"),
     ],
 )
 def test_refuses(changes: dict, named: str) -> None:
