@@ -109,7 +109,7 @@ def check_n_loops(n_loops: int | None, cfg: MythosConfig, cache: KVCache | None 
     return n_loops
 
 
-def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, others: dict[str, Any]) -> None:
+def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, trace: bool, others: dict[str, Any]) -> None:
     """A plan has to fit the batch and the halting, and stands alone: `others` are arguments that do not go with it."""
     if not isinstance(plan, LoopPlan):
         raise TypeError(f"plan={plan!r} must be a LoopPlan; use plan=LoopPlan(depths=(8,) * batch_size)")
@@ -119,6 +119,11 @@ def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, others: dic
     if len(plan.depths) != input_ids.shape[0]:
         raise ValueError(f"plan.depths has {len(plan.depths)} depths for {input_ids.shape[0]} rows; give one per row")
     deepest = max(plan.depths)
+    if trace and min(plan.depths) != deepest:
+        raise ValueError(
+            f"plan.depths goes from {min(plan.depths)} to {deepest}, but trace=True needs one depth for all rows; give "
+            "every row the same depth or leave trace out"
+        )
     if cfg.halting == "act" and plan.n_grad is not None and plan.n_grad < deepest:
         raise ValueError(
             f"plan.n_grad={plan.n_grad} is below the plan's {deepest} loops, but halting='act' learns from every loop; "

@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+    except (TypeError, ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"mythos {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

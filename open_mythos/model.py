@@ -58,6 +58,8 @@ class TrainOutput:
 
     logits: Tensor
     """(B, T, V)"""
+    loop_logits: Tensor | None
+    """(L, B, T, V), what coda and head read off the state after each loop; only with trace."""
     loops: Tensor
     """(B, T) int64, loops each token ran."""
     ponder_cost: Tensor | None
@@ -182,6 +184,7 @@ class OpenMythos(nn.Module):
         *,
         attention_mask: Tensor | None = ...,
         plan: LoopPlan,
+        trace: bool = ...,
         generator: torch.Generator | None = ...,
     ) -> TrainOutput: ...
 
@@ -214,7 +217,8 @@ class OpenMythos(nn.Module):
             exit: a rule that replaces the model's halting for this call: "fixed", "act", "latent_diff",
                 "second_difference", "kl" or a `HaltingRule`. The output is then the last state ("act" keeps its sum).
             exit_threshold: of that rule; None takes its default.
-            trace: return a `LoopTrace` instead of logits.
+            trace: return a `LoopTrace` instead of logits. With `plan`, whose depths then have to be equal, the
+                `TrainOutput` holds logits of every loop.
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
             generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
                 generator in training.
@@ -233,10 +237,9 @@ class OpenMythos(nn.Module):
                 "n_loops": n_loops,
                 "cache": cache,
                 "exit": exit,
-                "trace": trace or None,
                 "last_only": last_only or None,
             }
-            check_plan(plan, input_ids, self.cfg, others)
+            check_plan(plan, input_ids, self.cfg, trace, others)
             depth = plan
         if trace:
             self._recurrent()
@@ -245,7 +248,7 @@ class OpenMythos(nn.Module):
             view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache)
             logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
         if plan is not None:
-            return _train_output(logits, result, view)
+            return self._train_output(logits, result, view)
         if result.hidden is not None and result.halt_weight is not None:
             return LoopTrace(logits, result.hidden, result.halt_weight, result.loops - 1)
         return logits
@@ -354,6 +357,15 @@ class OpenMythos(nn.Module):
         model.head.weight = model.embed.weight
         return model.to(device=device, dtype=dtype).eval()
 
+    def _train_output(self, logits: Tensor, result: RecurrentOutput, view: View) -> TrainOutput:
+        loop_logits = None
+        if result.hidden is not None:
+            loop_logits = torch.stack([*(self.readout(h, view) for h in result.hidden[:-1]), logits])
+        ponder = result.ponder_cost
+        if ponder is not None:
+            ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
+        return TrainOutput(logits, loop_logits, result.loops, ponder, result.router_z, result.tokens_per_expert)
+
     def _recurrent(self) -> RecurrentBlock:
         if self.recurrent is None:
             raise ValueError("recurrent_layers=0 makes a plain transformer without loops; leave n_loops and exit out")
@@ -362,10 +374,3 @@ class OpenMythos(nn.Module):
     def _probe(self, h: Tensor) -> Tensor:
         """The prediction read off a state, (B, T, D) -> (B, T, V), without the coda: it sees one token and no cache."""
         return F.linear(self.norm(h), self.head.weight)
-
-
-def _train_output(logits: Tensor, result: RecurrentOutput, view: View) -> TrainOutput:
-    ponder = result.ponder_cost
-    if ponder is not None:
-        ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
-    return TrainOutput(logits, result.loops, ponder, result.router_z, result.tokens_per_expert)

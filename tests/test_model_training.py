@@ -125,3 +125,20 @@ def test_statistics_belong_to_training() -> None:
     assert out.tokens_per_expert.sum() == 2 * 5 * (3 + 2) and not out.tokens_per_expert.requires_grad
     out = OpenMythos(tiny(n_experts=0, halting="none")).train()(ids, plan=LoopPlan((3, 2)))
     assert out.tokens_per_expert is None and out.router_z_loss is None and out.ponder_cost is None
+
+
+def test_traced_plan_gives_the_logits_of_every_shallower_call() -> None:
+    torch.manual_seed(0)
+    model = OpenMythos(tiny(halting="none")).double().train()
+    ids = torch.randint(0, model.cfg.vocab_size, (3, 7))
+    out = model(ids, plan=LoopPlan((4, 4, 4)), trace=True)
+    assert out.loop_logits is not None
+    for n_loops, logits in enumerate(out.loop_logits, start=1):
+        torch.testing.assert_close(logits, model(ids, n_loops=n_loops))
+    torch.testing.assert_close(out.loop_logits[-1], out.logits)
+
+
+def test_traced_plan_refuses_uneven_depths() -> None:
+    model = OpenMythos(tiny(halting="none"))
+    with pytest.raises(ValueError, match=r"plan.depths .* leave trace out"):
+        model(torch.zeros(2, 5, dtype=torch.long), plan=LoopPlan((1, 2)), trace=True)

@@ -93,6 +93,16 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={value} needs a block to loop, but model.recurrent_layers=0; use {name}={none}"
                 )
+        if isinstance(data, KHop) and (data.target == "hop") != self.losses.per_loop:
+            raise ValueError(
+                f"losses.per_loop={self.losses.per_loop} does not fit data.target={data.target!r}: 'hop' has answers "
+                "after every loop, 'root' one at the end; use losses.per_loop=true with 'hop' and false with 'root'"
+            )
+        if self.losses.per_loop and (self.loops.per != "batch" or not model.recurrent_layers):
+            raise ValueError(
+                f"losses.per_loop=true needs loops.per='batch' and a recurrent block, not loops.per={self.loops.per!r} "
+                f"and model.recurrent_layers={model.recurrent_layers}; use losses.per_loop=false"
+            )
         layers = f"model.recurrent_layers={model.recurrent_layers}"
         if self.losses.ponder and not (model.recurrent_layers and model.halting == "act"):
             raise ValueError(

@@ -3,7 +3,7 @@
     batch = task.batch(stream(seed, step, Purpose.DATA), rows=64)
 
 A stream has no hidden state: its position is the step, so resuming it is asking for the next step.
-Shape letters: B rows, T tokens.
+Shape letters: B rows, T tokens, L loops.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class Batch:
     """Rows to train or evaluate on.
 
     input_ids: (B, T) int64.
-    labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE.
+    labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE. With labels
+    of their own for every loop, (L, B, T).
     """
 
     input_ids: Tensor

@@ -13,7 +13,10 @@ from open_mythos.train.data import IGNORE
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the auxiliary losses; 0 leaves a part out."""
+    """Where the cross-entropy is taken, and weights of the auxiliary losses; 0 leaves a part out."""
+
+    per_loop: bool = False
+    """Cross-entropy after every loop, averaged, not only after the last (deep supervision); needs loops.per="batch"."""
 
     ponder: float = 0.0
     """Weight of the ponder cost (loops used plus remainder, mean over tokens); needs halting="act"."""
@@ -29,16 +32,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats over the positions that have a label.
 
     Args:
-        logits: (B, T, V); computed in at least float32.
-        labels: (B, T) int64, IGNORE where there is no loss.
+        logits: (..., V); computed in at least float32.
+        labels: (...) int64, IGNORE where there is no loss.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
 
 
 def total_loss(out: TrainOutput, labels: Tensor, cfg: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum to minimise, and its unweighted parts by name (detached scalars)."""
-    parts = {"ce": cross_entropy(out.logits, labels)}
+    logits = out.logits if out.loop_logits is None else out.loop_logits
+    parts = {"ce": cross_entropy(logits, labels.expand(logits.shape[:-1]))}
     total = parts["ce"]
     for name, weight, value in (
         ("ponder", cfg.ponder, out.ponder_cost),

@@ -124,7 +124,7 @@ class Trainer:
 
         self.model.train()
         with self._autocast():
-            out = self.model(batch.input_ids.to(self.device), plan=plan)
+            out = self.model(batch.input_ids.to(self.device), plan=plan, trace=cfg.losses.per_loop)
         loss, parts = total_loss(out, batch.labels.to(self.device), cfg.losses)
         for optimizer in self.optimizers:
             optimizer.zero_grad()

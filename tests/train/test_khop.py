@@ -52,9 +52,13 @@ def test_answer_is_the_root(task: KHop) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 7])
-def test_hop_target_is_as_far_as_the_row_loops(depth: int) -> None:
-    for table, question, answer in rows_of(KHop(max_distance=5), depths=np.full(300, depth)):
-        assert answer == walk(table, question, min(depth, distance(table, question)))
+def test_hop_target_moves_on_by_one_symbol_a_loop(depth: int) -> None:
+    batch = KHop(max_distance=5, target="hop").batch(np.random.default_rng(0), 300, np.full(300, depth))
+    assert batch.labels.shape == (depth, *batch.input_ids.shape)
+    assert set(batch.labels[:, :, :-1].flatten().tolist()) == {IGNORE}
+    for row, (*table, question) in enumerate(batch.input_ids.tolist()):
+        walked = [walk(table, question, loop + 1) for loop in range(depth)]
+        assert batch.labels[:, row, -1].tolist() == walked
 
 
 def test_root_target_asks_no_farther_than_the_row_loops() -> None:

@@ -39,7 +39,7 @@ def test_cross_entropy_keeps_precision() -> None:
 def output(ponder: float | None = 3.0, router_z: float | None = 2.0) -> tuple[TrainOutput, Tensor]:
     logits, labels = sample()
     scalars = [None if x is None else torch.tensor(x, dtype=torch.float64) for x in (ponder, router_z)]
-    return TrainOutput(logits, torch.ones(3, 7), scalars[0], scalars[1], None), labels
+    return TrainOutput(logits, None, torch.ones(3, 7), scalars[0], scalars[1], None), labels
 
 
 def test_total_is_the_weighted_sum() -> None:

@@ -4,7 +4,7 @@ The prompt is a table by position and a question: token i is the symbol that sym
 the symbol asked about. The pointers form a random forest of chains whose roots point to themselves; the answer is the
 root of the question's chain, and its distance the number of hops. Looping longer than the distance is never wrong
 for that: from the root every further hop is the root.
-Shape letters: B rows, N symbols.
+Shape letters: B rows, N symbols, T tokens, L loops.
 """
 
 import string
@@ -28,15 +28,16 @@ class KHop:
     One chain has `long_chain` symbols, so every distance below that occurs in every row; the others are random.
     """
 
-    n_symbols: int = 24
+    n_symbols: int = 20
     long_chain: int = 17
     short_chain: int = 6
     """Most symbols of each other chain."""
     min_distance: int = 1
     max_distance: int = 4
-    target: Target = "hop"
-    """What a row that runs L loops is trained to answer. hop: the symbol min(L, distance) hops away, so that every loop
-    is one hop. root: always the root, with questions no farther than L (or min_distance, if that is more)."""
+    target: Target = "root"
+    """What training asks for. hop: after each loop l the symbol min(l, distance) hops away, so that a loop is a hop; it
+    needs losses.per_loop. root: the root after the last loop, with questions no farther than the row's loops (or
+    min_distance, if that is more)."""
 
     name: ClassVar[str] = "khop"
     bytes_per_token: ClassVar[None] = None
@@ -58,7 +59,10 @@ class KHop:
         return self.n_symbols + 1
 
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
-        """Rows whose answer fits their depth; without `depths` the answer is the root, whatever the distance."""
+        """Rows whose answers fit their depth: labels (L, B, T) of every loop for `hop`, (B, T) for `root`.
+
+        Without `depths` the answer is the root, whatever the distance.
+        """
         symbol, distance = self._forest(rng, rows)
         slot = np.arange(self.n_symbols)
         successor = np.take_along_axis(symbol, np.where(distance == 0, slot, slot - 1), axis=1)
@@ -71,12 +75,15 @@ class KHop:
         asked = rng.integers(self.min_distance, farthest + 1)
         # All slots at the asked distance are equally likely: they score 1 to 2, the others less than 1.
         question = (rng.random(symbol.shape) + (distance == asked[:, None])).argmax(axis=1)
-        hops = asked if depths is None or self.target == "root" else np.minimum(asked, depths)
-
         row = np.arange(rows)
         ids = np.concatenate([table, symbol[row, question][:, None]], axis=1)
-        labels = np.full(ids.shape, IGNORE)
-        labels[:, -1] = symbol[row, question - hops]
+        if depths is None or self.target == "root":
+            labels = np.full(ids.shape, IGNORE)
+            labels[:, -1] = symbol[row, question - asked]
+        else:
+            hops = np.minimum(asked, np.arange(1, depths.max() + 1)[:, None])
+            labels = np.full((len(hops), *ids.shape), IGNORE)
+            labels[:, :, -1] = symbol[row, question - hops]
         return Batch(to_tensor(ids), to_tensor(labels))
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:

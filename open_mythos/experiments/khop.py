@@ -1,0 +1,208 @@
+"""Does a looped model answer questions with more hops than it was trained on, when it may loop more?
+
+    python -m open_mythos.experiments.khop --out docs/results/khop
+
+Protocol: the recipe `tiny-khop` for each seed; it sees distances up to 4 with few loops. Then exact accuracy of fresh
+questions at every distance and number of loops. Null control, in the same grid: with fewer loops than hops the answer
+is out of reach. Baseline: a plain transformer with a block of its own for every loop the looped one runs in training (6
+times its block parameters), trained for as many steps on questions of the same distances. It is not told the hops on
+the way to the answer, as it has no loops to learn them in.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from open_mythos.model import OpenMythos
+from open_mythos.plots import heat_map
+from open_mythos.recipes import load_recipe
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.data import IGNORE, Batch
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.losses import LossConfig
+from open_mythos.train.rng import Purpose, stream
+from open_mythos.train.tasks import KHop
+from open_mythos.train.trainer import Trainer
+
+DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
+LOOPS = (1, 2, 4, 8, 12, 16, 24, 32)
+Grid = list[list[float]]
+"""Accuracy by distance (outer) and loops (inner)."""
+
+
+def accuracy_grid(model: OpenMythos, task: KHop, rows: int, seed: int) -> Grid:
+    """Share of right answers for every distance and number of loops, on `rows` fresh forests a distance."""
+    grid = []
+    for distance in DISTANCES:
+        asked = dataclasses.replace(task, min_distance=distance, max_distance=distance)
+        batch = asked.batch(stream(seed, distance, Purpose.VALIDATION), rows)
+        grid.append(accuracy_by_loops(model, batch, LOOPS))
+    return grid
+
+
+@torch.no_grad()
+def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> list[float]:
+    """Share of labelled tokens predicted right at each number of loops.
+
+    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
+    """
+    model.eval()
+    ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
+    asked = labels != IGNORE
+    if model.recurrent is None:
+        right = [model(ids).argmax(-1) == labels] * len(loops)
+    else:
+        hidden = model(ids, n_loops=max(loops), trace=True).hidden
+        view = model.make_view((ids.shape[0], ids.shape[1]))
+        right = [model.readout(hidden[n - 1], view).argmax(-1) == labels for n in loops]
+    return [hit[asked].double().mean().item() for hit in right]
+
+
+def worst_reachable(grid: Grid) -> float:
+    """The lowest accuracy among cells with at least as many loops as hops: what the model has to get right."""
+    return min(a for d, row in zip(DISTANCES, grid, strict=True) for n, a in zip(LOOPS, row, strict=True) if n >= d)
+
+
+def best_unreachable(grid: Grid) -> float:
+    """The highest accuracy among cells with fewer loops than hops: the control."""
+    return max(a for d, row in zip(DISTANCES, grid, strict=True) for n, a in zip(LOOPS, row, strict=True) if n < d)
+
+
+def plain_twin(cfg: TrainConfig) -> TrainConfig:
+    """The same run for a plain transformer with a block of its own for every loop of training, asked for the root."""
+    assert isinstance(cfg.data, KHop)
+    model = dataclasses.replace(cfg.model, prelude_layers=cfg.loops.max_loops or 1, recurrent_layers=0, halting="none")
+    data = dataclasses.replace(cfg.data, target="root")
+    return dataclasses.replace(cfg, model=model, data=data, loops=LoopsConfig(), losses=LossConfig())
+
+
+@dataclass
+class Args:
+    """Train the k-hop recipe over several seeds, with a plain transformer as baseline, and record what each answers."""
+
+    out: Path
+    """Folder for results.json, heatmap.png, baseline.png and report.md."""
+    runs: Path = Path("runs/khop")
+    """Folder for the runs themselves; what is there already is not repeated."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rows: int = 1000
+    """Fresh questions per distance in the evaluation."""
+    threads: int = 1
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    base = load_recipe("tiny-khop")
+    results: dict[str, Any] = {
+        "commit": _commit(),
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+    }
+    for name, recipe in (("looped", base), ("plain", plain_twin(base))):
+        results[name] = [_one_seed(recipe, seed, args.runs / f"{name}-{seed}", args) for seed in args.seeds]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    mean = _over_seeds(results["looped"])
+    heat_map(
+        mean,
+        DISTANCES,
+        LOOPS,
+        args.out / "heatmap.png",
+        f"Accuracy, mean of {len(args.seeds)} seeds; trained on 1 to 4 hops",
+    )
+    (args.out / "report.md").write_text(_report(results, base, args))
+    print(f"Wrote {args.out}/results.json, heatmap.png and report.md.")
+
+
+def _one_seed(recipe: TrainConfig, seed: int, folder: Path, args: Args) -> dict[str, Any]:
+    """Train and evaluate one seed, or read what an earlier call left in `folder`."""
+    file = folder / "result.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    task = recipe.data
+    if not isinstance(task, KHop):
+        raise TypeError(f"the recipe tiny-khop trains on {task.name!r}, not on k-hop questions")
+    started = time.perf_counter()
+    trainer = Trainer(dataclasses.replace(recipe, seed=seed), folder, device="cpu", threads=args.threads)
+    trainer.run()
+    seconds = time.perf_counter() - started
+    # Questions drawn from a seed of their own: none is one of training's.
+    grid = accuracy_grid(trainer.model, task, args.rows, seed + 1_000_000)
+    result = {
+        "seed": seed,
+        "train_s": seconds,
+        "accuracy": grid,
+        "worst_reachable": worst_reachable(grid),
+        "best_unreachable": best_unreachable(grid),
+    }
+    file.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def _over_seeds(runs: list[dict[str, Any]], worst: bool = False) -> Grid:
+    grids = torch.tensor([run["accuracy"] for run in runs], dtype=torch.float64)
+    return (grids.amin(0) if worst else grids.mean(0)).tolist()
+
+
+def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
+    looped, plain = results["looped"], results["plain"]
+    lines = [
+        "# k-hop pointer chasing: more loops answer longer questions",
+        "",
+        "Question: does a looped model answer questions with more hops than it was trained on, when it may loop more?",
+        "",
+        f"Command: `python -m open_mythos.experiments.khop --out {args.out}`, commit {results['commit']}, "
+        f"{results['machine']}, {args.threads} thread. Recipe `tiny-khop`: {cfg.steps} steps of {cfg.batch_size} rows.",
+        f"Seeds: {', '.join(map(str, args.seeds))}. Each cell: {args.rows} fresh questions.",
+        "",
+        "![accuracy by hops and loops](heatmap.png)",
+        "",
+        "| seed | lowest accuracy with loops >= hops | highest with loops < hops (control) | training s |",
+        "|---|---|---|---|",
+        *[
+            f"| {r['seed']} | {r['worst_reachable']:.4f} | {r['best_unreachable']:.4f} | {r['train_s']:.0f} |"
+            for r in looped
+        ],
+        "",
+        "## Mean over seeds",
+        "",
+        *_markdown(_over_seeds(looped)),
+        "",
+        "## Worst seed of each cell",
+        "",
+        *_markdown(_over_seeds(looped, worst=True)),
+        "",
+        "## Baseline: a plain transformer of 6 blocks, trained on the roots of questions of 1 to 4 hops",
+        "",
+        "Accuracy by hops, mean (worst) over seeds: "
+        + ", ".join(
+            f"{d}: {mean[0]:.3f} ({worst[0]:.3f})"
+            for d, mean, worst in zip(DISTANCES, _over_seeds(plain), _over_seeds(plain, worst=True), strict=True)
+        )
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(grid: Grid) -> list[str]:
+    rows = [
+        f"| {d} | " + " | ".join(f"{value:.3f}" for value in row) + " |" for d, row in zip(DISTANCES, grid, strict=True)
+    ]
+    return ["| hops \\ loops | " + " | ".join(map(str, LOOPS)) + " |", "|---" * (len(LOOPS) + 1) + "|", *rows]
+
+
+def _commit() -> str:
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

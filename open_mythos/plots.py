@@ -1,0 +1,67 @@
+"""Figures. Needs matplotlib, which is the extra `plot`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def heat_map(
+    accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
+) -> None:
+    """Accuracy by distance (rows) and loops (columns); a line marks where there are as many loops as hops."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    image = axes.imshow(accuracy, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for i, row in enumerate(accuracy):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(loops)), [str(n) for n in loops])
+    axes.set_yticks(range(len(distances)), [str(d) for d in distances])
+    axes.set_xlabel("loops")
+    axes.set_ylabel("hops from the question to the answer")
+    # The staircase between too few loops and enough.
+    first_enough = [next((j for j, n in enumerate(loops) if n >= d), len(loops)) for d in distances]
+    xs, ys = [], []
+    for i, j in enumerate(first_enough):
+        xs += [j - 0.5, j - 0.5]
+        ys += [i - 0.5, i + 0.5]
+    axes.plot(xs, ys, color="black", linewidth=2)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="accuracy")
+    _save(plt, figure, path)
+
+
+def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label: str, title: str) -> None:
+    """One value for each number of loops, on a logarithmic axis."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.plot(loops, values, marker="o")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(loops), [str(n) for n in loops])
+    axes.set_xlabel("loops")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def require_matplotlib() -> None:
+    """Raise before long work when the figures at its end could not be drawn."""
+    _pyplot()
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("figures need matplotlib; run: pip install 'open-mythos-rdt[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

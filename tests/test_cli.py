@@ -1,0 +1,118 @@
+"""The commands as a user types them, in this process; what they print, write and refuse."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_mythos import demo
+from open_mythos.cli import COMMANDS, main
+from open_mythos.recipes import load_recipe
+from open_mythos.train.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text run of three steps."""
+    out = tmp_path_factory.mktemp("runs") / "text"
+    options = ["--steps", "3", "--seed", "5", "--optim.lr", "1e-3", "--device", "cpu", "--threads", "1"]
+    assert main(["train", "tiny-text", "--out", str(out), *options]) == 0
+    return out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_without_torch(command: str) -> None:
+    code = f"import sys; from open_mythos.cli import main; main({[command, '--help'] if command else ['--help']!r})"
+    check = "\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'"
+    result = subprocess.run([sys.executable, "-c", f"try:\n  {code}{check}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: mythos" in result.stdout
+
+
+def test_train_writes_a_run_that_its_config_reproduces(run_folder: Path, tmp_path: Path) -> None:
+    cfg = TrainConfig.load(run_folder / "config.yaml")
+    assert (cfg.steps, cfg.seed, cfg.optim.lr) == (3, 5, 1e-3)
+    again = ["--config", str(run_folder / "config.yaml"), "--out", str(tmp_path / "again")]
+    assert main(["train", *again, "--device", "cpu", "--threads", "1"]) == 0
+    weights = Path("final") / "model.safetensors"
+    assert (run_folder / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+
+
+def test_generate_prints_the_prompt_and_its_continuation(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    options = [
+        "--max-new-tokens",
+        "4",
+        "--n-loops",
+        "8",
+        "--exit",
+        "kl",
+        "--show-loops",
+        "--seed",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert main(["generate", str(run_folder / "final"), "She was ", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("She was ")
+    assert "loops per token on average" in out
+
+
+@pytest.mark.parametrize("model", ["1b", "mythos_1b"])
+def test_info_of_a_variant(model: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["info", model]) == 0
+    out = capsys.readouterr().out
+    for figure in ("1,064,028,034", "243,517,314", "22.9 %", "11.25 KiB"):
+        assert figure in out
+
+
+def test_info_of_a_folder(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["info", str(run_folder / "final")]) == 0
+    assert str(run_folder / "final") in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["trian"], "no command"),
+        (["info", "2b"], "is no variant"),
+        (["info", "1b", "--gpu-gb", "0"], "gpu_gb=0.0 must be above 0"),
+        (["train", "tiny-txet", "--out", "x"], "did you mean tiny-text?"),
+        (["train", "--out", "x"], "give either a recipe"),
+        (["train", "tiny-text"], "--out is missing"),
+        (["generate", "nowhere", "a"], "does not exist"),
+    ],
+)
+def test_a_failed_command_says_what_to_do(args: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(args) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "tiny-text", "--out", str(run_folder)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_demo_writes_what_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Two steps of each recipe: the numbers mean nothing, the path through the demo is whole."""
+    monkeypatch.setattr(demo, "load_recipe", lambda name: dataclasses.replace(load_recipe(name), steps=2, batch_size=4))
+    monkeypatch.setattr(demo, "EVALUATION_ROWS", 4)
+    for _ in range(2):
+        demo.run_demo(tmp_path / "out", "cpu", "float32", 1, 0)
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert len(results["khop"]["accuracy"]) == len(results["khop"]["distances"])
+    assert len(results["text"]["bits_per_byte"]) == len(results["text"]["loops"])
+    for name in ("khop.png", "text.png", "khop/final/model.safetensors", "text/final/mythos_tokenizer.json"):
+        assert (tmp_path / "out" / name).exists(), name
+    assert out.count("mythos ") >= 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="no demo wrote"):
+        demo.run_demo(tmp_path / "mine", "cpu", "float32", 1, 0)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
