@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from open_mythos.device import Device
-from open_mythos.experiments.khop import DISTANCES, LOOPS, accuracy_grid, best_unreachable, worst_reachable
+from open_mythos.experiments.khop import DISTANCES, LOOPS, accuracy_grid, best_unreachable, guessing, worst_reachable
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map, loop_curve, require_matplotlib
 from open_mythos.recipes import load_recipe
@@ -95,7 +95,8 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
     worst, control = worst_reachable(grid), best_unreachable(grid)
     console.print(
         f"With at least as many loops as hops: {worst:.3f} or better everywhere, up to 16 hops and 32 loops. "
-        f"With fewer loops than hops, the control: {control:.3f} at most; guessing gives {1 / task.n_symbols:.3f}.\n"
+        f"With fewer loops than hops, the control: {control:.3f} at most, as the model names a symbol on the way. "
+        f"Naming any root of the prompt would score {guessing(task):.2f}.\n"
     )
     return {
         "distances": DISTANCES,

@@ -17,7 +17,7 @@ def tiny_khop() -> TrainConfig:
     """
     return TrainConfig(
         model=MythosConfig(
-            vocab_size=20,
+            vocab_size=24,
             dim=64,
             n_heads=2,
             n_kv_heads=2,
@@ -37,7 +37,7 @@ def tiny_khop() -> TrainConfig:
             prelude_norm=True,
             qk_norm=True,
         ),
-        data=KHop(n_symbols=20, long_chain=17, max_distance=4, target="hop"),
+        data=KHop(n_symbols=24, long_chain=17, max_distance=4, target="hop"),
         steps=600,
         batch_size=256,
         optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=2e-2),

@@ -28,7 +28,7 @@ class KHop:
     One chain has `long_chain` symbols, so every distance below that occurs in every row; the others are random.
     """
 
-    n_symbols: int = 20
+    n_symbols: int = 24
     long_chain: int = 17
     short_chain: int = 6
     """Most symbols of each other chain."""
