@@ -10,7 +10,15 @@ from typing import Any
 from rich.console import Console
 
 from open_mythos.device import Device
-from open_mythos.experiments.khop import DISTANCES, LOOPS, accuracy_grid, best_unreachable, guessing, worst_reachable
+from open_mythos.experiments.khop import (
+    DISTANCES,
+    LOOPS,
+    accuracy_grid,
+    best_unreachable,
+    guessing,
+    khop_task,
+    worst_reachable,
+)
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map, loop_curve, require_matplotlib
 from open_mythos.recipes import load_recipe
@@ -18,7 +26,6 @@ from open_mythos.terminal import accuracy_table, loop_legend, shaded
 from open_mythos.tokenizer import TextStream, Tokenizer
 from open_mythos.train.config import Dtype, TrainConfig
 from open_mythos.train.evaluate import evaluate
-from open_mythos.train.tasks import KHop
 from open_mythos.train.trainer import Trainer
 
 RESULTS_FILE = "demo.json"
@@ -80,9 +87,7 @@ def _write_results(out: Path, results: dict[str, Any]) -> None:
 
 
 def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    task = cfg.data
-    if not isinstance(task, KHop):
-        raise TypeError(f"the recipe tiny-khop trains on {cfg.data.name!r}, not on k-hop questions")
+    task = khop_task(cfg)
     console.rule("[bold]1. Pointer chasing")
     console.print(task.example(), soft_wrap=True)
     console.print(f"Training on questions of 1 to {task.max_distance} hops, with at most {cfg.loops.max_loops} loops.")

@@ -38,6 +38,13 @@ Grid = list[list[float]]
 """Accuracy by distance (outer) and loops (inner)."""
 
 
+def khop_task(cfg: TrainConfig) -> KHop:
+    """The task of a k-hop recipe."""
+    if not isinstance(cfg.data, KHop):
+        raise TypeError(f"the recipe tiny-khop trains on {cfg.data.name!r}, not on k-hop questions; mend the recipe")
+    return cfg.data
+
+
 def accuracy_grid(model: OpenMythos, task: KHop, rows: int, seed: int) -> Grid:
     """Share of right answers for every distance and number of loops, on `rows` fresh forests a distance."""
     grid = []
@@ -85,9 +92,8 @@ def best_unreachable(grid: Grid) -> float:
 
 def plain_twin(cfg: TrainConfig) -> TrainConfig:
     """The same run for a plain transformer with a block of its own for every loop of training, asked for the root."""
-    assert isinstance(cfg.data, KHop)
     model = dataclasses.replace(cfg.model, prelude_layers=cfg.loops.max_loops or 1, recurrent_layers=0, halting="none")
-    data = dataclasses.replace(cfg.data, target="root")
+    data = dataclasses.replace(khop_task(cfg), target="root")
     return dataclasses.replace(cfg, model=model, data=data, loops=LoopsConfig(), losses=LossConfig())
 
 
@@ -96,7 +102,7 @@ class Args:
     """Train the k-hop recipe over several seeds, with a plain transformer as baseline, and record what each answers."""
 
     out: Path
-    """Folder for results.json, heatmap.png, baseline.png and report.md."""
+    """Folder for results.json, heatmap.png and report.md."""
     runs: Path = Path("runs/khop")
     """Folder for the runs themselves; what is there already is not repeated."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -133,9 +139,7 @@ def _one_seed(recipe: TrainConfig, seed: int, folder: Path, args: Args) -> dict[
     file = folder / "result.json"
     if file.exists():
         return json.loads(file.read_text())
-    task = recipe.data
-    if not isinstance(task, KHop):
-        raise TypeError(f"the recipe tiny-khop trains on {task.name!r}, not on k-hop questions")
+    task = khop_task(recipe)
     started = time.perf_counter()
     trainer = Trainer(dataclasses.replace(recipe, seed=seed), folder, device="cpu", threads=args.threads)
     trainer.run()
@@ -160,8 +164,7 @@ def _over_seeds(runs: list[dict[str, Any]], worst: bool = False) -> Grid:
 
 def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
     looped, plain = results["looped"], results["plain"]
-    task = cfg.data
-    assert isinstance(task, KHop)
+    task = khop_task(cfg)
     by_distance = [
         (d, mean[0], worst[0])
         for d, mean, worst in zip(DISTANCES, _over_seeds(plain), _over_seeds(plain, worst=True), strict=True)
@@ -174,9 +177,9 @@ def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
         f"Command: `python -m open_mythos.experiments.khop --out {args.out}`, commit {results['commit']}, "
         f"{results['machine']}, {args.threads} thread.",
         f"Recipe `tiny-khop`: {cfg.steps} steps of {cfg.batch_size} rows, forests of {task.n_symbols} symbols,",
-        f"questions of 1 to {task.max_distance} hops, at most {cfg.loops.max_loops} loops. The loss is taken after every",
-        "loop: after loop l the model is to name the symbol l hops on, or the root once it is reached. So the hops on the",
-        "way are supervised, up to the distances of training; the evaluation asks for the root.",
+        f"questions of 1 to {task.max_distance} hops, at most {cfg.loops.max_loops} loops. The loss is taken after",
+        "every loop: after loop l the model is to name the symbol l hops on, or the root once it is reached. So the hops",
+        "on the way are supervised, up to the distances of training; the evaluation asks for the root.",
         f"Seeds {', '.join(map(str, args.seeds))}; each cell {args.rows} fresh questions.",
         "",
         "![accuracy by hops and loops](heatmap.png)",
