@@ -6,6 +6,7 @@ from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import Addition
+from open_mythos.variants import RECIPE
 
 
 def addition_dgx() -> TrainConfig:
@@ -58,13 +59,9 @@ def tiny_addition() -> TrainConfig:
             attn_type="gqa",
             n_experts=0,
             expert_dim=256,
-            lora_rank=0,
             rope_theta=100.0,
-            injection="diagonal",
             initial_state="zero",
-            loop_embedding=False,
-            halting="none",
-            prelude_norm=True,
+            **RECIPE,
         ),
         data=Addition(2, 3),
         steps=700,

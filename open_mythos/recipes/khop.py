@@ -7,6 +7,7 @@ from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import KHop
+from open_mythos.variants import RECIPE
 
 
 def tiny_khop() -> TrainConfig:
@@ -28,14 +29,10 @@ def tiny_khop() -> TrainConfig:
             attn_type="gqa",
             n_experts=0,
             expert_dim=128,
-            lora_rank=0,
             rope_theta=100.0,
-            injection="diagonal",
             initial_state="e",
-            loop_embedding=False,
-            halting="none",
-            prelude_norm=True,
             qk_norm=True,
+            **RECIPE,
         ),
         data=KHop(n_symbols=24, long_chain=17, max_distance=4, target="hop"),
         steps=600,

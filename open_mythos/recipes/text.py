@@ -6,6 +6,7 @@ from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import Text
+from open_mythos.variants import RECIPE
 
 
 def tiny_text() -> TrainConfig:
@@ -23,13 +24,9 @@ def tiny_text() -> TrainConfig:
             attn_type="gqa",
             n_experts=0,
             expert_dim=256,
-            lora_rank=0,
             rope_theta=10000.0,
-            injection="diagonal",
             initial_state="zero",
-            loop_embedding=False,
-            halting="none",
-            prelude_norm=True,
+            **RECIPE,
         ),
         data=Text(seq_len=128),
         steps=300,
