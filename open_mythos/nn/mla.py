@@ -4,7 +4,10 @@ Shapes: B rows, T query tokens, S key tokens, H heads, R latent width, N and P u
 Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
 """
 
+import dataclasses
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -63,7 +66,23 @@ class MLAttention(nn.Module):
         up_k, up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split((self.nope, self.v_dim), 1)
         q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, up_k), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)[:, :, None]
-        return torch.einsum("bthr,hwr->bthw", self._attend(q, k, latent[:, :, None], view), up_v)
+        # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head.
+        out = self._attend(q.flatten(1, 2)[:, :, None], k, latent[:, :, None], _per_head(view, self.n_heads))
+        return torch.einsum("bthr,hwr->bthw", out.unflatten(1, (-1, self.n_heads))[:, :, :, 0], up_v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-        return attend(q, k, v, view, (self.nope + self.rope) ** -0.5, self.dropout if self.training else 0.0)
+        # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
+        width = v.shape[-1]
+        v = F.pad(v, (0, max(0, k.shape[-1] - width)))
+        scale = (self.nope + self.rope) ** -0.5
+        return attend(q, k, v, view, scale, self.dropout if self.training else 0.0)[..., :width]
+
+
+def _per_head(view: View, n_heads: int) -> View:
+    """The view with its mask repeated for queries laid out as (T, H)."""
+    T = view.positions.shape[1]
+    mask = view.mask
+    if view.is_causal:
+        mask = torch.ones(T, T, dtype=torch.bool, device=view.positions.device).tril()[None, None]
+    mask = None if mask is None else mask.repeat_interleave(n_heads, dim=2)
+    return dataclasses.replace(view, mask=mask, is_causal=False)
