@@ -4,14 +4,15 @@
 
 Protocol: the recipe `tiny-khop` for each seed; it sees distances up to 4 with few loops. Then exact accuracy of fresh
 questions at every distance and number of loops. Null control, in the same grid: with fewer loops than hops the answer
-is out of reach. Baseline: a plain transformer with a block of its own for every loop the looped one runs in training (6
-times its block parameters), trained for as many steps on questions of the same distances. It is not told the hops on
-the way to the answer, as it has no loops to learn them in.
+is out of reach. Baseline: a plain transformer with a block of its own for every loop the looped one runs in training,
+trained for as many steps on questions of the same distances. It is not told the hops on the way to the answer, as it
+has no loops to learn them in.
 """
 
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import tyro
 
+from open_mythos.accounting import count_parameters
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map
 from open_mythos.recipes import load_recipe
@@ -104,7 +106,7 @@ class Args:
     out: Path
     """Folder for results.json, heatmap.png and report.md."""
     runs: Path = Path("runs/khop")
-    """Folder for the runs themselves; what is there already is not repeated."""
+    """Folder for the runs themselves; a run of the same configuration that is there already is not repeated."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rows: int = 1000
     """Fresh questions per distance in the evaluation."""
@@ -115,7 +117,6 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     base = load_recipe("tiny-khop")
     results: dict[str, Any] = {
-        "commit": _commit(),
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
     }
     for name, recipe in (("looped", base), ("plain", plain_twin(base))):
@@ -135,19 +136,25 @@ def main(args: Args) -> None:
 
 
 def _one_seed(recipe: TrainConfig, seed: int, folder: Path, args: Args) -> dict[str, Any]:
-    """Train and evaluate one seed, or read what an earlier call left in `folder`."""
+    """Train and evaluate one seed, or read the result of an earlier call that did exactly this."""
+    cfg = dataclasses.replace(recipe, seed=seed)
     file = folder / "result.json"
     if file.exists():
-        return json.loads(file.read_text())
-    task = khop_task(recipe)
+        result = json.loads(file.read_text())
+        if result["rows"] == args.rows and (folder / "config.yaml").read_text() == cfg.to_yaml():
+            return result
+    # What is left is of another recipe, or was cut off.
+    shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
-    trainer = Trainer(dataclasses.replace(recipe, seed=seed), folder, device="cpu", threads=args.threads)
+    trainer = Trainer(cfg, folder, device="cpu", threads=args.threads)
     trainer.run()
     seconds = time.perf_counter() - started
     # Questions drawn from a seed of their own: none is one of training's.
-    grid = accuracy_grid(trainer.model, task, args.rows, seed + 1_000_000)
+    grid = accuracy_grid(trainer.model, khop_task(cfg), args.rows, seed + 1_000_000)
     result = {
         "seed": seed,
+        "commit": _commit(),
+        "rows": args.rows,
         "train_s": seconds,
         "accuracy": grid,
         "worst_reachable": worst_reachable(grid),
@@ -169,13 +176,16 @@ def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
         (d, mean[0], worst[0])
         for d, mean, worst in zip(DISTANCES, _over_seeds(plain), _over_seeds(plain, worst=True), strict=True)
     ]
+    commits = ", ".join(sorted({run["commit"] for run in looped + plain}))
+    blocks = [count_parameters(c.model) for c in (cfg, plain_twin(cfg))]
+    larger = (blocks[1].total - blocks[1].embedding) / (blocks[0].total - blocks[0].embedding)
     lines = [
         "# k-hop pointer chasing: more loops answer longer questions",
         "",
         "Question: does a looped model answer questions with more hops than it was trained on, when it may loop more?",
         "",
-        f"Command: `python -m open_mythos.experiments.khop --out {args.out}`, commit {results['commit']}, "
-        f"{results['machine']}, {args.threads} thread.",
+        f"Command: `python -m open_mythos.experiments.khop --out {args.out}`, commit {commits}, {results['machine']}, "
+        f"{args.threads} thread.",
         f"Recipe `tiny-khop`: {cfg.steps} steps of {cfg.batch_size} rows, forests of {task.n_symbols} symbols,",
         f"questions of 1 to {task.max_distance} hops, at most {cfg.loops.max_loops} loops. The loss is taken after",
         "every loop: after loop l the model is to name the symbol l hops on, or the root once it is reached. So the",
@@ -204,8 +214,9 @@ def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
         "",
         "## Baseline: a plain transformer of as many blocks",
         "",
-        f"{cfg.loops.max_loops} blocks, trained for as many steps on the roots of questions of the same distances,",
-        "without the hops on the way. Accuracy by hops:",
+        f"{cfg.loops.max_loops} blocks, {larger:.1f} times the looped model's parameters without the embedding, and as",
+        "many steps, on the roots of questions of the same distances. It gets no loss on the hops on the way, as it has",
+        "no loops to take it after: it is a baseline for the answer, not for the supervision. Accuracy by hops:",
         "",
         "| hops | mean over seeds | worst seed |",
         "|---|---|---|",
