@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +34,11 @@ def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
     folder = Path(folder_or_repo)
     if not folder.exists() and str(folder_or_repo).count("/") == 1:
         folder = _download(str(folder_or_repo))
-    cfg, tensors = read_config(folder), load_file(_file(folder, WEIGHTS_FILE))
+    cfg, path = read_config(folder), _file(folder, WEIGHTS_FILE)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
     # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
     return cfg, {name: x.clone() for name, x in tensors.items()}
 
@@ -78,10 +83,14 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _download(repo: str) -> Path:
+    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"{repo!r} is no folder here, and loading it from the hub needs: pip install 'open-mythos-rdt[data]'"
+        return Path(snapshot_download(repo, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{repo!r} is no folder here and the Hugging Face hub does not give it; check the path, or the name of the "
+            "repository and the connection"
         ) from error
-    return Path(snapshot_download(repo, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "*tokenizer*.json"]))

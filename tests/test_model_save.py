@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from open_mythos import OpenMythos
@@ -94,3 +96,27 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         OpenMythos.from_pretrained(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    scaled(tiny()).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .* save it again"):
+        OpenMythos.from_pretrained(tmp_path)
+
+
+def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scaled(tiny())
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(tmp_path))
+    assert torch.equal(OpenMythos.from_pretrained("owner/name").embed.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no connection"), HFValidationError("no such name")])
+def test_a_path_that_is_neither_here_nor_on_the_hub(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(repo: str, allow_patterns: list[str]) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=r"'runs/typo' is no folder here .* check the path"):
+        OpenMythos.from_pretrained("runs/typo")
