@@ -118,6 +118,11 @@ def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, trace: bool
             raise ValueError(f"{name}={given!r} does not go with plan=, which is for training; leave {name} out")
     if len(plan.depths) != input_ids.shape[0]:
         raise ValueError(f"plan.depths has {len(plan.depths)} depths for {input_ids.shape[0]} rows; give one per row")
+    if trace and cfg.halting == "act":
+        raise ValueError(
+            "trace=True with plan= gives the logits of every loop's state, but halting='act' reads out a weighted sum "
+            "of states and may end the loop early; use halting='none' or leave trace out"
+        )
     deepest = max(plan.depths)
     if trace and min(plan.depths) != deepest:
         raise ValueError(

@@ -217,8 +217,8 @@ class OpenMythos(nn.Module):
             exit: a rule that replaces the model's halting for this call: "fixed", "act", "latent_diff",
                 "second_difference", "kl" or a `HaltingRule`. The output is then the last state ("act" keeps its sum).
             exit_threshold: of that rule; None takes its default.
-            trace: return a `LoopTrace` instead of logits. With `plan`, whose depths then have to be equal, the
-                `TrainOutput` holds logits of every loop.
+            trace: return a `LoopTrace` instead of logits. With `plan`, whose depths then have to be equal and the
+                model's halting "none", the `TrainOutput` holds logits of every loop.
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
             generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
                 generator in training.
@@ -346,8 +346,9 @@ class OpenMythos(nn.Module):
         """Load a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub. Nothing is unpickled.
 
         Raises:
-            FileNotFoundError: the folder lacks a file.
-            ValueError: the file's tensors are not exactly those of the configuration; the message names them.
+            FileNotFoundError: there is no such folder or repository, or it lacks a file.
+            ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
+                names them.
         """
         cfg, state = weights.load(folder_or_repo)
         with torch.device("meta"):

@@ -149,7 +149,7 @@ CALLS: list[tuple[Callable, type[Exception], list[str]]] = [
     (plan((3, 4), 2), ValueError, ["n_grad=2", "halting"]),
     (plan((3, 4), n_loops=4), ValueError, ["n_loops", "plan"]),
     (plan((3, 4), exit="kl"), ValueError, ["exit", "plan"]),
-    (plan((3, 4), trace=True), ValueError, ["trace", "plan"]),
+    (plan((3, 3), trace=True), ValueError, ["trace", "plan", "halting='none'"]),
     (lambda m: m(IDS, plan=LoopPlan((3, 4)), cache=m.make_cache(2, 8)), ValueError, ["cache", "plan"]),
     (plan((3, 4), last_only=True), ValueError, ["last_only", "plan"]),
     (forward(IDS, plan=3), TypeError, ["plan", "LoopPlan"]),

@@ -61,7 +61,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
         check_int("batch_size", self.batch_size, 1)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, 2**63 - 1)
         check_choice("dtype", self.dtype, get_args(Dtype))
         check_number("expert_bias_rate", self.expert_bias_rate, 0)
         check_int("log_every", self.log_every, 1)
@@ -98,10 +98,11 @@ class TrainConfig:
                 f"losses.per_loop={self.losses.per_loop} does not fit data.target={data.target!r}: 'hop' has answers "
                 "after every loop, 'root' one at the end; use losses.per_loop=true with 'hop' and false with 'root'"
             )
-        if self.losses.per_loop and (self.loops.per != "batch" or not model.recurrent_layers):
+        if self.losses.per_loop and (self.loops.per != "batch" or not model.recurrent_layers or model.halting == "act"):
             raise ValueError(
-                f"losses.per_loop=true needs loops.per='batch' and a recurrent block, not loops.per={self.loops.per!r} "
-                f"and model.recurrent_layers={model.recurrent_layers}; use losses.per_loop=false"
+                "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
+                f"loops.per={self.loops.per!r}, model.recurrent_layers={model.recurrent_layers} and "
+                f"model.halting={model.halting!r}; change these or use losses.per_loop=false"
             )
         layers = f"model.recurrent_layers={model.recurrent_layers}"
         if self.losses.ponder and not (model.recurrent_layers and model.halting == "act"):
@@ -147,7 +148,10 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, text: str) -> "TrainConfig":
         """Read what `to_yaml` wrote, or the same written by hand."""
-        values = yaml.safe_load(text)
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the configuration is no YAML; correct this: {error}") from error
         if not isinstance(values, dict):
             raise ValueError("the configuration must be a YAML mapping with the sections `model` and `data`")
         return cls.from_dict(values)
@@ -155,7 +159,10 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
         """Read a run's config.yaml."""
-        return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -16,8 +16,9 @@ class LossConfig:
     """Where the cross-entropy is taken, and weights of the auxiliary losses; 0 leaves a part out."""
 
     per_loop: bool = False
-    """Cross-entropy after every loop, averaged, not only after the last (deep supervision); needs loops.per="batch"."""
+    """Cross-entropy after every loop, averaged, not only after the last (deep supervision).
 
+    Needs loops.per="batch" and halting="none"."""
     ponder: float = 0.0
     """Weight of the ponder cost (loops used plus remainder, mean over tokens); needs halting="act"."""
     router_z: float = 0.0

@@ -1,6 +1,7 @@
 """A run's configuration: YAML gives it back, the command line reaches nested fields, nonsense is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tyro
@@ -83,6 +84,7 @@ def test_a_frozen_run() -> None:
         ({"steps": 0}, "steps=0"),
         ({"batch_size": -5}, "batch_size=-5"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, f"use seed={2**63 - 1}"),
         ({"dtype": "fp16"}, "dtype='fp16'"),
         ({"log_every": 0}, "log_every=0"),
         ({"expert_bias_rate": -1.0}, "expert_bias_rate=-1"),
@@ -93,6 +95,11 @@ def test_a_frozen_run() -> None:
         ({"model": model(recurrent_layers=0), "eval": EvalConfig(loops=(1,))}, r"use eval.loops=\(\)"),
         ({"model": model(recurrent_layers=0), "loops": LoopsConfig(backprop_depth=2)}, "use loops.backprop_depth=None"),
         ({"losses": LossConfig(ponder=0.1)}, "losses.ponder=0.1"),
+        ({"losses": LossConfig(per_loop=True)}, "not loops.per='sequence'"),
+        (
+            {"model": model(halting="act"), "loops": LoopsConfig(per="batch"), "losses": LossConfig(per_loop=True)},
+            "model.halting='act'; change these or use",
+        ),
         ({"model": model(recurrent_layers=0, halting="act"), "losses": LossConfig(ponder=0.1)}, "use losses.ponder=0"),
         ({"model": model(n_experts=0), "losses": LossConfig(router_z=0.1)}, "losses.router_z=0.1"),
         ({"model": model(recurrent_layers=0), "losses": LossConfig(router_z=0.1)}, "use losses.router_z=0"),
@@ -156,6 +163,14 @@ def test_refuses_yaml_of_another_type() -> None:
 def test_refuses_yaml_that_is_no_configuration(text: str) -> None:
     with pytest.raises(ValueError, match="`model` and `data`"):
         TrainConfig.from_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "model: 3"])
+def test_a_file_that_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml: .*(is no YAML; correct this|`model` and `data`)"):
+        TrainConfig.load(path)
 
 
 def test_refuses_an_empty_section() -> None:
