@@ -59,8 +59,9 @@ def lr_factor(rows: int, columns: int, adjust_lr: AdjustLR) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
-    A parameter of shape (..., R, C) is a stack of matrices, each orthogonalised on its own: stacked experts
-    get the update that separate experts would get. Parameters with fewer than two dimensions are refused.
+    A parameter of shape (..., R, C) is a stack of matrices, each orthogonalised on its own, so no expert's update
+    depends on another's. What the model stores as one matrix is orthogonalised as one: gate and up of a stacked expert
+    (2F x D), and the heads and parts of q_up and kv_up. Parameters with fewer than two dimensions are refused.
     """
 
     def __init__(
