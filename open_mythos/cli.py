@@ -11,6 +11,9 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text")
+"""The names of `open_mythos.recipes.RECIPES`, which imports torch."""
+
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 when something has to be given differently."""
@@ -24,7 +27,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
-    except (TypeError, ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+    except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"mythos {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -62,7 +65,7 @@ def demo(rest: list[str]) -> None:
 
 @dataclass
 class TrainArgs:
-    """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/. The recipe comes first.
+    """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/.
 
     Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text. Any field of one can be given, as in --steps 100
     --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
@@ -79,15 +82,16 @@ class TrainArgs:
 
 def train(rest: list[str]) -> None:
     """train a recipe, or reproduce a run from its config.yaml"""
-    recipe = rest[0] if rest and not rest[0].startswith("-") else ""
-    options = rest[1:] if recipe else rest
-    wants_help = any(arg in ("-h", "--help") for arg in options)
+    kept = [arg for arg in rest if arg not in ("-h", "--help")]
+    wants_help = len(kept) < len(rest)
+    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
+    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
+    place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
+    recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
     if wants_help and not recipe:
         tyro.cli(TrainArgs, prog="mythos train RECIPE", args=["--help"])
-    kept = [arg for arg in options if arg not in ("-h", "--help")]
-    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
     if bool(recipe) == (args.config is not None):
-        raise ValueError("give either a recipe, first, or --config FILE; mythos train --help names the recipes")
+        raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
 
     from open_mythos.recipes import load_recipe
     from open_mythos.train.config import TrainConfig
@@ -113,7 +117,7 @@ def train(rest: list[str]) -> None:
 class GenerateArgs:
     """Continue a prompt with the model of a folder, and print the text as it comes."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
     prompt: Annotated[str, tyro.conf.Positional]
     max_new_tokens: int = 64
@@ -130,7 +134,8 @@ class GenerateArgs:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
-    """Strings that end the text; the tokenizer's end token always does."""
+    """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
+    string itself may be shown."""
     seed: int | None = None
     show_loops: bool = False
     """Colour every token by the loops it took."""
@@ -142,12 +147,15 @@ class GenerateArgs:
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
     args = tyro.cli(GenerateArgs, prog="mythos generate", args=rest)
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     import torch
     from rich.console import Console
+    from rich.text import Text
 
     from open_mythos.device import setup_device
     from open_mythos.model import OpenMythos
-    from open_mythos.terminal import loop_legend, shaded
+    from open_mythos.terminal import loop_legend, loop_style
     from open_mythos.tokenizer import TextStream, load_tokenizer
 
     device = setup_device(args.device, args.threads)
@@ -155,12 +163,24 @@ def generate(rest: list[str]) -> None:
     tokenizer = load_tokenizer(args.folder)
     most = args.n_loops or model.cfg.max_loop_iters
     console, stream = Console(highlight=False, soft_wrap=True), TextStream(tokenizer)
+    started = False
+
+    def write(piece: str, style: str = "") -> None:
+        if args.show_loops:
+            console.print(Text(piece, style), end="")
+        else:
+            # Unchanged, which rich would not leave it: it expands tabs.
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
     def show(_: int, token: int, loops: int) -> None:
-        piece = stream.push(token)
-        console.print(shaded([(piece, loops)], most) if args.show_loops else piece, end="", markup=False)
+        nonlocal started
+        if not started:
+            # Not before: an argument may yet be refused.
+            write(args.prompt)
+            started = True
+        write(stream.push(token), loop_style(loops, most))
 
-    console.print(args.prompt, end="", markup=False)
     _, loops = model.generate(
         args.prompt,
         args.max_new_tokens,
@@ -178,7 +198,7 @@ def generate(rest: list[str]) -> None:
         on_token=show,
         return_loops=True,
     )
-    console.print(stream.flush(), markup=False)
+    write(stream.flush() + "\n")
     if args.show_loops:
         console.print(loop_legend(most), f"   {sum(loops) / len(loops):.2f} loops per token on average")
 

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from open_mythos import demo
+from open_mythos import cli, demo
 from open_mythos.cli import COMMANDS, main
-from open_mythos.recipes import load_recipe
+from open_mythos.model import OpenMythos
+from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
 
 
@@ -61,6 +63,46 @@ def test_generate_prints_the_prompt_and_its_continuation(run_folder: Path, capsy
     assert "loops per token on average" in out
 
 
+def test_generate_prints_exactly_what_the_model_wrote(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Tabs, what rich reads as markup or an emoji, and long lines, in the prompt and after it."""
+    text = "x :cat:\t[b]tab[/b] " + 100 * "y" + "\n"
+
+    def write(self: OpenMythos, prompt: str, *args: object, on_token: Callable, **options: object) -> tuple:
+        for byte in text.encode():
+            on_token(0, byte, 1)
+        return prompt + text, [1] * len(text)
+
+    monkeypatch.setattr(OpenMythos, "generate", write)
+    assert main(["generate", str(run_folder / "final"), text, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == text + text + "\n"
+
+
+def test_generate_prints_nothing_before_a_refusal(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["generate", str(run_folder / "final"), "She", "--n-loops", "0", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "n_loops=0" in err
+
+
+def test_the_commands_recipes_are_the_recipes() -> None:
+    assert tuple(RECIPES) == cli.RECIPES
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["tiny-text", "--out", "run", "--steps", "1"],
+        ["--out", "run", "tiny-text", "--steps", "1"],
+        ["--out", "run", "--steps", "1", "tiny-text"],
+    ],
+)
+def test_a_recipe_may_stand_anywhere(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *args, "--device", "cpu", "--threads", "1"]) == 0
+    assert TrainConfig.load("run/config.yaml") == dataclasses.replace(load_recipe("tiny-text"), steps=1)
+
+
 @pytest.mark.parametrize("model", ["1b", "mythos_1b"])
 def test_info_of_a_variant(model: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["info", model]) == 0
@@ -81,9 +123,13 @@ def test_info_of_a_folder(run_folder: Path, capsys: pytest.CaptureFixture) -> No
         (["info", "2b"], "is no variant"),
         (["info", "1b", "--gpu-gb", "0"], "gpu_gb=0.0 must be above 0"),
         (["train", "tiny-txet", "--out", "x"], "did you mean tiny-text?"),
-        (["train", "--out", "x"], "give either a recipe"),
+        (["train", "--out", "x", "tiny-txet"], "did you mean tiny-text?"),
+        (["train", "--out", "x"], "give either a recipe (tiny-khop, "),
+        (["train", "--out", "x", "--config", "."], "Is a directory"),
+        (["demo", "--out", __file__], "Not a directory"),
         (["train", "tiny-text"], "--out is missing"),
-        (["generate", "nowhere", "a"], "does not exist"),
+        (["generate", "nowhere", "a"], "folder nowhere does not exist"),
+        (["generate", "runs/typo", "a"], "folder runs/typo does not exist"),
     ],
 )
 def test_a_failed_command_says_what_to_do(args: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
