@@ -1,4 +1,6 @@
-"""Recipes: a run is a function that returns its TrainConfig. A new one is one function and one line in this table."""
+"""Recipes: a run is a function that returns its TrainConfig. A new one is one function, one line in this table and its
+name in `open_mythos/cli.py`, which does not import torch to know it.
+"""
 
 import difflib
 from collections.abc import Callable
