@@ -72,6 +72,8 @@ __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "main":
+        return import_module("open_mythos.main")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'open_mythos' has no attribute {name!r}")
     value = getattr(import_module(f"open_mythos.{_MODULE_OF[name]}"), name)

@@ -40,7 +40,7 @@ def check_ids(input_ids: Tensor, cfg: MythosConfig) -> None:
         )
     if torch.compiler.is_compiling() or input_ids.is_meta:
         return
-    low, high = (int(x) for x in input_ids.aminmax())
+    low, high = torch.stack(input_ids.aminmax()).tolist()
     if low < 0 or high >= cfg.vocab_size:
         raise ValueError(
             f"input_ids has the id {low if low < 0 else high}, outside 0 to {cfg.vocab_size - 1} of "

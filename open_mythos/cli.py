@@ -48,7 +48,7 @@ class DemoArgs:
 
     out: Path = Path("demo")
     """Folder for the figures, the table and both models; an earlier demo in it is replaced."""
-    device: Device = "auto"
+    device: Device = "cpu"
     dtype: Dtype = "float32"
     threads: int = 1
     """CPU threads. On a busy machine one is fastest."""

@@ -3,8 +3,7 @@
 Shapes: B rows, T prompt tokens, N new tokens.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from open_mythos.arguments import check_generator, check_ids, check_mask, check_n_loops
 from open_mythos.checks import check_int
+from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.sampling import SamplingParams, sample
@@ -89,7 +89,7 @@ def generate(
     if on_token is not None and not callable(on_token):
         raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
     check_int("pad_id", pad_id, 0, model.cfg.vocab_size - 1)
-    with _evaluating(model):
+    with evaluating(model):
         new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token)
     return prompts.answer(new, loops, stops, pad_id, return_loops)
 
@@ -103,6 +103,8 @@ class _Prompts:
     kind: str
     single: bool
     tokenizer: Tokenizer | None
+    texts: Sequence[str] = ()
+    """The prompts as they were given, when they are text."""
 
     def answer(
         self, new: list[list[int]], loops: list[list[int]], stops: "_Stops", pad_id: int, with_loops: bool
@@ -118,9 +120,11 @@ class _Prompts:
             ids[len(ids) - n :] + row for ids, n, row in zip(self.ids.tolist(), lengths, new, strict=True)
         ]
         if self.tokenizer is not None and self.kind == "text":
+            decode = self.tokenizer.decode
+            # Decoded together with the prompt, so that what stands between the two is not lost.
             rows = [
-                self.tokenizer.decode(ids[:n]) + stops.text(i, self.tokenizer.decode(ids[n:]))
-                for i, (ids, n) in enumerate(zip(rows, lengths, strict=True))
+                text + stops.text(decode(ids)[len(decode(ids[:n])) :])
+                for text, ids, n in zip(self.texts, rows, lengths, strict=True)
             ]
         answer, used = (rows[0], loops[0]) if self.single else (rows, loops)
         return (answer, used) if with_loops else answer
@@ -153,7 +157,9 @@ def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None
     check_ids(batch, model.cfg)
     lengths = torch.tensor([len(row) for row in ids], device=model.device)
     padded = torch.arange(width, device=model.device) >= width - lengths[:, None]
-    return _Prompts(batch, None if min(map(len, ids)) == width else padded, kind, single, tokenizer)
+    return _Prompts(
+        batch, None if min(map(len, ids)) == width else padded, kind, single, tokenizer, rows if kind == "text" else ()
+    )
 
 
 def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> list[int]:
@@ -202,8 +208,8 @@ class _Stops:
             self.texts[row] += self.streams[row].push(token)
         return token in self.ids or any(string in self.texts[row] for string in self.strings)
 
-    def text(self, row: int, text: str) -> str:
-        """`text`, the row's continuation, up to the first stop string."""
+    def text(self, text: str) -> str:
+        """`text`, a continuation, up to the first stop string."""
         ends = [text.index(string) for string in self.strings if string in text]
         return text[: min(ends, default=len(text))]
 
@@ -224,19 +230,6 @@ def _generators(
     for s in seeds:
         check_int("seed", s, 0, 2**63 - 1)
     return [torch.Generator().manual_seed(s) for s in seeds]
-
-
-@contextmanager
-def _evaluating(model: OpenMythos) -> Generator[None]:
-    """eval mode and no gradients inside; every module's own mode is back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _decode(
@@ -263,6 +256,10 @@ def _decode(
     for _ in range(max_new_tokens):
         view = model.make_view((len(rows), ids.shape[1]), mask, cache)
         logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
+        if logits.isnan().any():
+            raise FloatingPointError(
+                "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
+            )
         tokens = sample(logits[:, -1], params, generators, seen)
         for row, token, loops in zip(rows, tokens.tolist(), result.loops[:, -1].tolist(), strict=True):
             new[row].append(token)

@@ -298,6 +298,7 @@ class OpenMythos(nn.Module):
                     f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' or another rule too"
                 )
             return None
+        act = self._recurrent().act
         if isinstance(exit, HaltingRule):
             if threshold is not None:
                 raise ValueError(
@@ -308,7 +309,6 @@ class OpenMythos(nn.Module):
             raise TypeError(
                 f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
             )
-        act = self._recurrent().act
         return make_rule(exit, threshold, self.cfg.min_loops, self.cfg.vocab_size, act, self.cfg.act_threshold)
 
     @torch.no_grad()

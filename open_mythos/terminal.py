@@ -11,7 +11,7 @@ LOOP_COLORS = ("#9ecae1", "#6baed6", "#74c476", "#a1d99b", "#fed976", "#fd8d3c",
 
 def loop_style(loops: int, most: int) -> str:
     """The colour of a token that took `loops` of at most `most` loops."""
-    place = (loops - 1) / max(1, most - 1)
+    place = max(0, loops - 1) / max(1, most - 1)
     return f"bold {LOOP_COLORS[min(len(LOOP_COLORS) - 1, int(place * len(LOOP_COLORS)))]}"
 
 

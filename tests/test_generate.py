@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
+from open_mythos.nn.halting import LatentDiff
 from open_mythos.sampling import SamplingParams, sample
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenizer import ByteTokenizer, SymbolTokenizer
 from tests.models import ATTENTIONS, RULES, THRESHOLDS, random_ids, scaled, tiny
 
 
@@ -185,3 +186,26 @@ def test_finished_tokens_save_compute() -> None:
     )
     assert fixed == 4 * 64 and len(calls) < fixed / 4
     assert sum(loops[0].tolist()) <= len(calls)
+
+
+def test_text_keeps_the_prompt_and_the_seam() -> None:
+    """The answer starts with the prompt as it was given, and decodes the rest together with it."""
+    tokenizer = SymbolTokenizer(["foo", "bar"], separator=" ")
+    torch.manual_seed(0)
+    model = OpenMythos(tiny(vocab_size=tokenizer.vocab_size))
+    answer = model.generate("foo bar", 3, temperature=0, tokenizer=tokenizer)
+    assert answer.startswith("foo bar ")
+    assert len(answer.split(" ")) == 5
+
+
+def test_nan_logits_are_named() -> None:
+    model = OpenMythos(tiny())
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2)
+
+
+def test_a_plain_transformer_refuses_a_rule_object() -> None:
+    model = OpenMythos(tiny(recurrent_layers=0))
+    with pytest.raises(ValueError, match="recurrent_layers=0"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2, exit=LatentDiff(0.03))

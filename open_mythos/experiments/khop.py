@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from open_mythos.accounting import count_parameters
+from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map
 from open_mythos.recipes import load_recipe
@@ -57,22 +58,21 @@ def accuracy_grid(model: OpenMythos, task: KHop, rows: int, seed: int) -> Grid:
     return grid
 
 
-@torch.no_grad()
 def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> list[float]:
     """Share of labelled tokens predicted right at each number of loops.
 
     One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
     """
-    model.eval()
     ids, labels = batch.input_ids.to(model.device), batch.labels.to(model.device)
     asked = labels != IGNORE
-    if model.recurrent is None:
-        right = [model(ids).argmax(-1) == labels] * len(loops)
-    else:
-        hidden = model(ids, n_loops=max(loops), trace=True).hidden
-        view = model.make_view((ids.shape[0], ids.shape[1]))
-        right = [model.readout(hidden[n - 1], view).argmax(-1) == labels for n in loops]
-    return [hit[asked].double().mean().item() for hit in right]
+    with evaluating(model):
+        if model.recurrent is None:
+            right = [model(ids).argmax(-1) == labels] * len(loops)
+        else:
+            hidden = model(ids, n_loops=max(loops), trace=True).hidden
+            view = model.make_view((ids.shape[0], ids.shape[1]))
+            right = [model.readout(hidden[n - 1], view).argmax(-1) == labels for n in loops]
+    return [hit[asked].sum().item() / asked.sum().item() for hit in right]
 
 
 def guessing(task: KHop, rows: int = 10_000) -> float:

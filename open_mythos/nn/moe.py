@@ -34,14 +34,14 @@ class StackedExperts(nn.Module):
 def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
     """x_g @ weight_g^T for consecutive groups of rows: x (M, in), weight (E, out, in), rows_per_group (E,) -> (M, out).
 
-    One grouped product where torch has it: float32, bf16 and fp16 with rows that are a multiple of 16 bytes. Anything
-    else (float64, odd widths) takes a loop over the groups, which waits for the counts on a GPU.
+    One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
+    Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    if aligned and x.dtype != torch.float64:
+    if aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows_per_group.cumsum(0).to(torch.int32))
     # unbind, not weight[i]: indexing a stacked parameter makes a gradient of its full size for every group.
     groups = x.split(rows_per_group.tolist())
@@ -61,7 +61,7 @@ class MoEFFN(nn.Module):
         super().__init__()
         self.n_experts, self.n_chosen = cfg.n_experts, cfg.n_experts_per_tok
         self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
-        self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
+        self.register_buffer("router_bias", torch.zeros(cfg.n_experts, dtype=torch.float32))
         self.experts = StackedExperts(cfg.n_experts, cfg.dim, cfg.expert_dim)
         # One SwiGLU as wide as all of them together computes the same sum.
         shared_dim = cfg.n_shared_experts * cfg.expert_dim * cfg.n_experts_per_tok

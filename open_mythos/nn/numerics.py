@@ -1,5 +1,7 @@
 """Arithmetic that has to run in at least float32, whatever the model's dtype and whether or not autocast is on."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,5 +15,5 @@ def wide(x: Tensor) -> Tensor:
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

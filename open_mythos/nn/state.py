@@ -39,7 +39,7 @@ def initial_state(
     channels = torch.arange(2 * e.shape[-1], device=e.device)
     counter = _mix(_mix(_mix(seeds)[:, None] ^ view.positions)[..., None] ^ channels)
     # 24 random bits each, moved off zero for the logarithm.
-    uniform = (((counter >> 24) & 0xFFFFFF).double() + 0.5) / 2**24
+    uniform = (((counter >> 24) & 0xFFFFFF).float() + 0.5) / 2**24
     radius, angle = uniform.chunk(2, dim=-1)
     noise = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
     return (NOISE_STD * noise.clamp(-3, 3)).to(e.dtype)

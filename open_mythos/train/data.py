@@ -60,7 +60,7 @@ class Task(Protocol):
         ...
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Draw `rows` rows that training does not see."""
+        """Draw `rows` rows to validate on: held out where the data is a file, fresh draws of a synthetic task."""
         ...
 
     def tokenizer(self) -> Tokenizer:

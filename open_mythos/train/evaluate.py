@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
+from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.train.data import IGNORE, Batch
 from open_mythos.train.losses import cross_entropy
@@ -25,18 +24,15 @@ class Score:
         return self.loss / math.log(2) / bytes_per_token
 
 
-@torch.no_grad()
 def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_rows: int = 256) -> Score:
     """Score `batch` in eval mode, `chunk_rows` rows at a time; the model's mode is restored."""
-    was_training = model.training
-    model.eval()
     loss = rows_right = labels_seen = 0.0
-    for ids, labels in zip(batch.input_ids.split(chunk_rows), batch.labels.split(chunk_rows), strict=True):
-        ids, labels = ids.to(model.device), labels.to(model.device)
-        logits = model(ids, n_loops=n_loops)
-        n_labels = (labels != IGNORE).sum().item()
-        loss += cross_entropy(logits, labels).item() * n_labels
-        labels_seen += n_labels
-        rows_right += ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1).sum().item()
-    model.train(was_training)
+    with evaluating(model):
+        for ids, labels in zip(batch.input_ids.split(chunk_rows), batch.labels.split(chunk_rows), strict=True):
+            ids, labels = ids.to(model.device), labels.to(model.device)
+            logits = model(ids, n_loops=n_loops)
+            n_labels = (labels != IGNORE).sum().item()
+            loss += cross_entropy(logits, labels).item() * n_labels
+            labels_seen += n_labels
+            rows_right += ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1).sum().item()
     return Score(loss / labels_seen, rows_right / len(batch.input_ids))

@@ -30,7 +30,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 class ProgressLine:
-    """A bar with steps, the latest numbers and the time left; silent where the output is no terminal."""
+    """A bar with steps, the latest numbers and the time left; only its last state where the output is no terminal."""
 
     def __init__(self, n_steps: int, label: str, enabled: bool = True) -> None:
         self._progress = Progress(

@@ -145,7 +145,7 @@ class Trainer:
             **{f"train/{name}": value.item() for name, value in parts.items()},
             "train/grad_norm": grad_norm.item(),
             "train/lr": factor * cfg.optim.lr,
-            "loop/mean": out.loops.double().mean().item(),
+            "loop/mean": out.loops.float().mean().item(),
         }
         if max_load is not None:
             values["moe/max_load"] = max_load
