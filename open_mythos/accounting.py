@@ -22,14 +22,17 @@ class Parameters:
     core: int
     """The rest of the recurrent block: attention, norms, router, shared experts or dense feed-forward."""
     loop: int
-    """Injection, depth LoRA, halting: what the loop adds around its blocks."""
+    """Injection, depth LoRA with the scale of one loop, halting: what the loop adds around its blocks."""
+    other_loops: int
+    """The depth LoRA's scales of all loops but one."""
     norms: int
     """The final norm, and the prelude's."""
 
     @property
     def total(self) -> int:
         """Every parameter."""
-        return self.embedding + self.prelude + self.coda + self.routed_experts + self.core + self.loop + self.norms
+        once = self.embedding + self.prelude + self.coda + self.norms
+        return once + self.routed_experts + self.core + self.loop + self.other_loops
 
     @property
     def once(self) -> int:
@@ -43,7 +46,7 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """Distinct parameters that one token touches; without the embedding."""
+        """Distinct parameters that one token touches in one loop and outside the loop; without the embedding."""
         return self.once + self.per_loop
 
     @property
@@ -69,11 +72,11 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
         core = cfg.recurrent_layers * (block + cfg.n_experts * D + shared)
     else:
         core = cfg.recurrent_layers * (block + _swiglu(D, cfg.expert_dim))
-    loop = 0
+    loop = other_loops = 0
     if cfg.recurrent_layers:
         injection = {"lti": 3 * D + 1, "diagonal": D * D + 2 * D, "concat": 2 * D * D + D, "add": 0}[cfg.injection]
-        lora = (2 * D + cfg.max_loop_iters) * cfg.lora_rank
-        loop = injection + lora + (D + 1 if cfg.halting == "act" else 0)
+        other_loops = (cfg.max_loop_iters - 1) * cfg.lora_rank
+        loop = injection + (2 * D + 1) * cfg.lora_rank + (D + 1 if cfg.halting == "act" else 0)
     return Parameters(
         embedding=cfg.vocab_size * D,
         prelude=cfg.prelude_layers * plain,
@@ -82,6 +85,7 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
         chosen_experts=chosen,
         core=core,
         loop=loop,
+        other_loops=other_loops,
         norms=D + (D if cfg.prelude_norm else 0),
     )
 

@@ -46,13 +46,14 @@ def _find(model: str) -> tuple[str, MythosConfig]:
 
 def _parameters(name: str, cfg: MythosConfig) -> Table:
     counts = count_parameters(cfg)
+    rest = counts.core + counts.loop + counts.other_loops
     table = Table(title=f"{name}: parameters", title_justify="left", show_header=False)
     rows = [
         ("total", counts.total, "100 %"),
         ("  embedding, tied to the head", counts.embedding, _share(counts.embedding, counts.total)),
         ("  prelude", counts.prelude, _share(counts.prelude, counts.total)),
         ("  routed experts", counts.routed_experts, _share(counts.routed_experts, counts.total)),
-        ("  rest of the recurrent block", counts.core + counts.loop, _share(counts.core + counts.loop, counts.total)),
+        ("  rest of the recurrent block", rest, _share(rest, counts.total)),
         ("  coda and norms", counts.coda + counts.norms, _share(counts.coda + counts.norms, counts.total)),
         ("active for one token, without the embedding", counts.active, _share(counts.active, counts.total)),
     ]
