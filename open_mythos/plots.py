@@ -14,7 +14,8 @@ def heat_map(
     image = axes.imshow(accuracy, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="lower")
     for i, row in enumerate(accuracy):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            color = "black" if 0.2 < value < 0.8 else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(loops)), [str(n) for n in loops])
     axes.set_yticks(range(len(distances)), [str(d) for d in distances])
     axes.set_xlabel("loops")
