@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float64"]
+from open_mythos.device import Device, Dtype, setup_device
+
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
 RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text")
@@ -153,7 +153,6 @@ def generate(rest: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from open_mythos.device import setup_device
     from open_mythos.model import OpenMythos
     from open_mythos.terminal import loop_legend, loop_style
     from open_mythos.tokenizer import TextStream, load_tokenizer

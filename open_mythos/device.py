@@ -1,25 +1,30 @@
-"""Choice of the machine's part of a command: device and threads."""
+"""Choice of the machine's part of a command: device, dtype and threads. Imports torch only when a device is set up."""
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+from open_mythos.checks import check_choice, check_int
+
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float64"]
 
 
-def setup_device(device: Device = "auto", threads: int | None = None) -> torch.device:
+def setup_device(device: Device = "auto", threads: int | None = None) -> "torch.device":
     """The device to use, after setting the number of CPU threads of this process if `threads` is given.
 
     "auto" takes the first that is there of cuda, mps, cpu.
 
     Raises:
+        TypeError: threads is no int.
         ValueError: an unknown device, one that this machine or this build of torch does not have, or threads below 1.
     """
-    if device not in get_args(Device):
-        raise ValueError(f"device={device!r} must be one of {', '.join(get_args(Device))}; use device='auto'")
+    import torch
+
+    check_choice("device", device, get_args(Device))
     if threads is not None:
-        if type(threads) is not int or threads < 1:
-            raise ValueError(f"threads={threads!r} must be an integer of at least 1; use threads=1")
+        check_int("threads", threads, 1)
         torch.set_num_threads(threads)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":

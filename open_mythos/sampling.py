@@ -4,13 +4,14 @@ The filters run in this order, which is that of transformers: repetition penalty
 Shape letters: B rows, S tokens so far, V vocabulary, K candidates (V, or top_k of it).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
 
 import torch
 from torch import Tensor
 
+from open_mythos.checks import check_int, check_number
 from open_mythos.nn.numerics import wide
 
 
@@ -35,23 +36,12 @@ class SamplingParams:
     """Divides the positive logits of earlier tokens and multiplies the negative ones (CTRL, section 4.1)."""
 
     def __post_init__(self) -> None:
-        for name, (kinds, is_valid, allowed, remedy) in _ALLOWED.items():
-            value = getattr(self, name)
-            message = f"{name}={value!r} must be {allowed}; use {remedy}"
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise TypeError(message)
-            if not is_valid(value):
-                raise ValueError(message)
-
-
-# NaN fails every comparison, so each test refuses it.
-_ALLOWED: dict[str, tuple[tuple[type, ...], Callable, str, str]] = {
-    "temperature": ((int, float), lambda t: 0 <= t < inf, "a finite number of at least 0", "0 for greedy, or 1.0"),
-    "top_k": ((int, type(None)), lambda k: not k or k > 0, "an integer of at least 0, or None", "None to keep all"),
-    "top_p": ((int, float), lambda p: 0 < p <= 1, "above 0 and at most 1", "1.0 to keep all"),
-    "min_p": ((int, float), lambda p: 0 <= p <= 1, "between 0 and 1", "0.0 to keep all"),
-    "repetition_penalty": ((int, float), lambda r: 0 < r < inf, "a finite number above 0", "1.0 for none"),
-}
+        check_number("temperature", self.temperature, 0, remedy="use 0 for greedy, or 1.0")
+        if self.top_k is not None:
+            check_int("top_k", self.top_k, 0, remedy="use None to keep all")
+        check_number("top_p", self.top_p, 0, 1, above=True, remedy="use 1.0 to keep all")
+        check_number("min_p", self.min_p, 0, 1, remedy="use 0.0 to keep all")
+        check_number("repetition_penalty", self.repetition_penalty, 0, above=True, remedy="use 1.0 for none")
 
 
 @torch.no_grad()

@@ -148,6 +148,7 @@ def test_demo_writes_what_it_names(
     """Two steps of each recipe: the numbers mean nothing, the path through the demo is whole."""
     monkeypatch.setattr(demo, "load_recipe", lambda name: dataclasses.replace(load_recipe(name), steps=2, batch_size=4))
     monkeypatch.setattr(demo, "EVALUATION_ROWS", 4)
+    monkeypatch.setattr(demo, "TEXT_STEPS", 2)
     for _ in range(2):
         demo.run_demo(tmp_path / "out", "cpu", "float32", 1, 0)
     out = capsys.readouterr().out

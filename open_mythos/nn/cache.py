@@ -105,28 +105,25 @@ def make_view(
     B, T = shape
     past = cache.length if cache is not None else 0
     valid = None if attention_mask is None else attention_mask.bool()
-    first = cache.n_valid if cache is not None else torch.zeros(B, dtype=torch.int64, device=device)
     if valid is None and (cache is None or not cache.padded):
         # Every row stands at the same position, so one row of angles serves all.
         positions = torch.arange(past, past + T, device=device)[None].expand(B, T)
         rope = rotary_table(positions[:1], rope_dim, rope_theta, dtype)
         is_causal = past == 0 and T > 1
-        mask = (
-            None
-            if is_causal or T == 1
-            else torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
-        )
+        mask = None
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
         return View(cache or Scratch(), positions, rope, mask, is_causal)
     new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid
-    positions = (first[:, None] + new.cumsum(1) - 1).clamp(min=0)
+    n_earlier = cache.n_valid if cache is not None else torch.zeros(B, dtype=torch.int64, device=device)
+    positions = (n_earlier[:, None] + new.cumsum(1) - 1).clamp(min=0)
     earlier = cache.valid[:, :past] if cache is not None else new[:, :0]
     slots = torch.arange(past + T, device=device)
     query = slots[past:, None]
     # A padding query would see nothing and its softmax would be 0/0, so every query sees itself.
     mask = (torch.cat((earlier, new), dim=1)[:, None] & (slots <= query)) | (slots == query)
-    return View(
-        cache or Scratch(), positions, rotary_table(positions, rope_dim, rope_theta, dtype), mask[:, None], False, valid
-    )
+    rope = rotary_table(positions, rope_dim, rope_theta, dtype)
+    return View(cache or Scratch(), positions, rope, mask[:, None], False, valid)
 
 
 @dataclass

@@ -3,19 +3,21 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from open_mythos.checks import check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
+from open_mythos.device import Dtype
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import TASKS, Addition, KHop, Text
 
-Dtype = Literal["float32", "bfloat16", "float64"]
+EXPERT_BIAS_RATE = 1e-3
+"""Source: Wang et al. 2024, arXiv 2408.15664."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loops: LoopsConfig = field(default_factory=LoopsConfig)
     losses: LossConfig = field(default_factory=LossConfig)
-    expert_bias_rate: float = 1e-3
-    """How far one step moves the balancing bias of an expert; models with experts only."""
+    expert_bias_rate: float | None = None
+    """How far one step moves the balancing bias of an expert; None: 1e-3 where there are experts."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     log_every: int = 10
 
@@ -63,7 +65,8 @@ class TrainConfig:
         check_int("batch_size", self.batch_size, 1)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_choice("dtype", self.dtype, get_args(Dtype))
-        check_number("expert_bias_rate", self.expert_bias_rate, 0)
+        if self.expert_bias_rate is not None:
+            check_number("expert_bias_rate", self.expert_bias_rate, 0)
         check_int("log_every", self.log_every, 1)
         self._check_fit()
 
@@ -110,9 +113,7 @@ class TrainConfig:
                 f"losses.ponder={self.losses.ponder:g} needs a block with model.halting='act', not {layers} with "
                 f"{model.halting!r}; use losses.ponder=0"
             )
-        # The default rate says nothing about whether there are experts.
-        rate = 0 if self.expert_bias_rate == TrainConfig.expert_bias_rate else self.expert_bias_rate
-        for name, value in (("losses.router_z", self.losses.router_z), ("expert_bias_rate", rate)):
+        for name, value in (("losses.router_z", self.losses.router_z), ("expert_bias_rate", self.expert_bias_rate)):
             if value and not (model.recurrent_layers and model.n_experts):
                 raise ValueError(
                     f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use {name}=0"

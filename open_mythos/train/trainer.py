@@ -20,7 +20,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.train.checkpoint import save_model_folder
-from open_mythos.train.config import TrainConfig
+from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.losses import total_loss
 from open_mythos.train.metrics import MetricsWriter, ProgressLine
@@ -69,6 +69,7 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         weights_dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         self.model = OpenMythos(cfg.model).to(self.device, weights_dtype)
+        self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
         self.optimizers = build_optimizers(self.model, cfg.optim)
         self._hooks: list[tuple[Hook, int]] = []
         if cfg.eval.every:
@@ -135,7 +136,7 @@ class Trainer:
             optimizer.step()
         max_load = None
         if out.tokens_per_expert is not None:
-            max_load = self.model.update_expert_bias(out.tokens_per_expert, cfg.expert_bias_rate)
+            max_load = self.model.update_expert_bias(out.tokens_per_expert, self.expert_bias_rate)
 
         n_tokens = batch.input_ids.numel()
         if not log:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from open_mythos import OpenMythos
+from open_mythos import LoopPlan, OpenMythos
 from open_mythos.experiments.khop import accuracy_by_loops, best_unreachable, plain_twin, worst_reachable
 from open_mythos.recipes import load_recipe
 
@@ -37,4 +37,6 @@ def test_the_plain_twin_is_a_runnable_configuration() -> None:
     twin = plain_twin(load_recipe("tiny-khop"))
     assert twin.model.recurrent_layers == 0
     batch = twin.data.batch(np.random.default_rng(0), 8)
-    assert accuracy_by_loops(OpenMythos(twin.model), batch, (1, 2)) != []
+    logits = OpenMythos(twin.model)(batch.input_ids, plan=LoopPlan((1,) * 8)).logits
+    assert logits.shape == (8, batch.input_ids.shape[1], twin.model.vocab_size)
+    assert batch.labels.shape == batch.input_ids.shape
