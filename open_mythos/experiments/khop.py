@@ -6,7 +6,8 @@ Protocol: the recipe `tiny-khop` for each seed; it sees distances up to 4 with f
 questions at every distance and number of loops. Null control, in the same grid: with fewer loops than hops the answer
 is out of reach. Baseline: a plain transformer with a block of its own for every loop the looped one runs in training,
 trained for as many steps on questions of the same distances. It is not told the hops on the way to the answer, as it
-has no loops to learn them in.
+has no loops to learn them in. Two more arms undo one choice of the recipe each: the loss after every loop, and the
+missing prelude.
 """
 
 import dataclasses
@@ -99,6 +100,13 @@ def plain_twin(cfg: TrainConfig) -> TrainConfig:
     return dataclasses.replace(cfg, model=model, data=data, loops=LoopsConfig(), losses=LossConfig())
 
 
+def arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The recipe, the baseline, and the recipe with one of its choices undone."""
+    root = dataclasses.replace(base, data=dataclasses.replace(khop_task(base), target="root"), losses=LossConfig())
+    prelude = dataclasses.replace(base, model=dataclasses.replace(base.model, prelude_layers=1))
+    return {"looped": base, "plain": plain_twin(base), "root": root, "prelude": prelude}
+
+
 @dataclass
 class Args:
     """Train the k-hop recipe over several seeds, with a plain transformer as baseline, and record what each answers."""
@@ -119,7 +127,7 @@ def main(args: Args) -> None:
     results: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
     }
-    for name, recipe in (("looped", base), ("plain", plain_twin(base))):
+    for name, recipe in arms(base).items():
         results[name] = [_one_seed(recipe, seed, args.runs / f"{name}-{seed}", args) for seed in args.seeds]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -176,7 +184,7 @@ def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
         (d, mean[0], worst[0])
         for d, mean, worst in zip(DISTANCES, _over_seeds(plain), _over_seeds(plain, worst=True), strict=True)
     ]
-    commits = ", ".join(sorted({run["commit"] for run in looped + plain}))
+    commits = ", ".join(sorted({run["commit"] for arm in arms(cfg) for run in results[arm]}))
     blocks = [count_parameters(c.model) for c in (cfg, plain_twin(cfg))]
     larger = (blocks[1].total - blocks[1].embedding) / (blocks[0].total - blocks[0].embedding)
     lines = [
@@ -222,8 +230,27 @@ def _report(results: dict[str, Any], cfg: TrainConfig, args: Args) -> str:
         "|---|---|---|",
         *[f"| {d} | {mean:.3f} | {worst:.3f} |" for d, mean, worst in by_distance],
         "",
+        "## What the recipe's choices do",
+        "",
+        "Each row undoes one. Lowest accuracy among cells with loops >= hops, and highest with loops < hops:",
+        "",
+        "| | lowest, by seed | highest control, by seed |",
+        "|---|---|---|",
+        *[
+            f"| {what} | {_by_seed(results[arm], 'worst_reachable')} | {_by_seed(results[arm], 'best_unreachable')} |"
+            for arm, what in (
+                ("looped", "the recipe"),
+                ("root", "the root after the last loop as the only label: no hop on the way is supervised"),
+                ("prelude", "one prelude layer instead of none"),
+            )
+        ],
+        "",
     ]
     return "\n".join(lines)
+
+
+def _by_seed(runs: list[dict[str, Any]], key: str) -> str:
+    return ", ".join(f"{run[key]:.3f}" for run in runs)
 
 
 def _markdown(grid: Grid) -> list[str]:
