@@ -11,7 +11,7 @@ from open_mythos.variants import RECIPE
 
 
 def tiny_khop() -> TrainConfig:
-    """Questions of up to 4 hops with up to 6 loops, each loop trained to be one hop; about a minute on one CPU thread.
+    """Questions of up to 4 hops with up to 6 loops, each loop trained to be one hop; about 90 s on one CPU thread.
 
     No prelude: the state after a hop then looks like the symbol's own embedding, so that the hop learned first is the
     one that every later loop can use. The loss after every loop names the hops on the way. What each of the two is
