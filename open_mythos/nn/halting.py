@@ -21,7 +21,10 @@ Decision = tuple[State, Tensor, Tensor | None]
 
 
 class HaltingRule(ABC):
-    """One way to decide. Every rule lets a token out at the last loop of its row, and none before `min_loops`."""
+    """One way to decide. Every rule lets a token out at the last loop of its row, and none before `min_loops`.
+
+    A tensor of the state is (B,) or (B, T, ...): tokens that have left the computation are taken out of it by place.
+    """
 
     needs_probe = False
     """Whether `update` wants head(norm(h)) logits."""

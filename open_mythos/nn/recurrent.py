@@ -1,47 +1,23 @@
-"""The looped part of the model: one loop, and the driver that runs a batch through as many as each token needs.
+"""The looped part of the model: one loop, and the call that runs a batch through as many as each token needs.
 
-Shapes: B rows, T tokens, D width, E experts, L executed loops, C blocks in the core.
+Shapes: B rows, T tokens, D width.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.cache import KVCache, Scratch, View
+from open_mythos.nn.cache import KVCache, View, make_view
+from open_mythos.nn.compaction import Compaction, CostCurve, without_hooks
 from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_index_embedding
+from open_mythos.nn.driver import Probe, RecurrentOutput, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.nn.numerics import wide
-
-Probe = Callable[[Tensor], Tensor]
-Rows = dict[str, Tensor]
-
-
-@dataclass
-class RecurrentOutput:
-    """What the loop leaves."""
-
-    out: Tensor
-    """(B, T, D), the last state of each token, or under ACT the halt-weighted sum of its states."""
-    loops: Tensor
-    """(B, T) int64, loops each token ran; 0 for padding."""
-    ponder_cost: Tensor | None = None
-    """(B, T), loops plus remainder, differentiable; only under ACT."""
-    router_z: Tensor | None = None
-    """Scalar, mean square of the router's log-sum-exp over routed tokens; only in training with experts."""
-    tokens_per_expert: Tensor | None = None
-    """(C, E) over all loops; only in training with experts."""
-    hidden: Tensor | None = None
-    """(L, B, T, D), the state after each loop; only with trace."""
-    halt_weight: Tensor | None = None
-    """(L, B, T), the weight of each state in `out`; only with trace."""
 
 
 class RecurrentBlock(nn.Module):
@@ -58,11 +34,24 @@ class RecurrentBlock(nn.Module):
         self.norm = RMSNorm(cfg.dim) if cfg.injection == "lti" else None
         self.checkpoint_loops = False
         """Recompute each loop in the backward pass instead of keeping its activations."""
+        self.compaction: Compaction = "auto"
+        """When tokens that have exited leave the computation. Results differ in rounding only, and in dropout's draws.
+
+        `auto` goes by the cost of a loop, which is measured when first needed, on a CPU in eval mode without gradients;
+        anywhere else it is `counts`. `counts`: as soon as a quarter of the tokens has exited; it reads no clock, so the
+        same call gives the same bits. `always`: at once. `never`: they are computed, and the results dropped.
+        """
+        self._curves: dict[tuple[object, ...], CostCurve] = {}
 
     @property
     def blocks(self) -> list[TransformerBlock]:
         """The core's blocks, whether there is one or several."""
         return list(self.block) if isinstance(self.block, nn.ModuleList) else [self.block]  # ty: ignore[invalid-explicit-return]
+
+    @property
+    def layers(self) -> range:
+        """The places of the core's blocks in a store of keys and values."""
+        return range(self.cfg.prelude_layers, self.cfg.prelude_layers + self.cfg.recurrent_layers)
 
     @property
     def rule(self) -> HaltingRule:
@@ -90,6 +79,29 @@ class RecurrentBlock(nn.Module):
             u = u + self.lora(u, index)
         return self.injection.after(h, e, u)
 
+    def cost_curve(self, dtype: torch.dtype) -> CostCurve:
+        """What a loop costs on the CPU at the present number of threads; measured once."""
+        key = (dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu"))
+        if key not in self._curves:
+            cfg = self.cfg
+            width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
+            self._curves[key] = CostCurve.measure(cfg.n_heads, width, dtype)
+        return self._curves[key]
+
+    def trial(self, n_tokens: int, as_rows: bool, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """A loop over `n_tokens` random tokens, as one row or as a row each, for the cost curve."""
+        B, T = (n_tokens, 1) if as_rows else (1, n_tokens)
+        cpu = torch.device("cpu")
+        h = torch.randn(B, T, self.cfg.dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+        loop_index = torch.zeros(B, dtype=torch.int64)
+        view = make_view((B, T), self.cfg.rope_dim, self.cfg.rope_theta, dtype, cpu).at_loop(loop_index, 0)
+
+        def run() -> Tensor:
+            with without_hooks(self):
+                return self.loop(h, h, loop_index, view)
+
+        return run
+
     def forward(
         self,
         h: Tensor,
@@ -116,9 +128,10 @@ class RecurrentBlock(nn.Module):
         order = None
         if min(plan.depths) < n_ticks:
             # Deepest first: the rows in the loop are then always the first ones, and a slice drops those that wait.
-            order = torch.tensor(plan.depths).argsort(descending=True, stable=True).to(h.device)
+            deepest_first = sorted(range(len(plan.depths)), key=lambda i: -plan.depths[i])
+            order = torch.tensor(deepest_first, device=h.device)
             h, e, view = h[order], e[order], view.take_rows(order)
-        run = _Run(self, exit or self.rule, probe, e, view, sorted(plan.depths, reverse=True), trace)
+        run = Run(self, exit or self.rule, probe, e, view, sorted(plan.depths, reverse=True), trace)
         for tick in range(n_ticks):
             run.join(h, tick)
             window = nullcontext() if plan.n_grad is None or tick >= n_ticks - plan.n_grad else torch.no_grad()
@@ -129,129 +142,3 @@ class RecurrentBlock(nn.Module):
         if isinstance(view.store, KVCache):
             view.store.fill_forward(tick + 1, h.shape[1])
         return run.output(None if order is None else order.argsort())
-
-
-class _Run:
-    """The rows that are in the loop during one `RecurrentBlock.forward`, in order of decreasing depth."""
-
-    def __init__(
-        self,
-        block: RecurrentBlock,
-        rule: HaltingRule,
-        probe: Probe | None,
-        e: Tensor,
-        view: View,
-        depths: list[int],
-        trace: bool,
-    ) -> None:
-        self.block, self.rule, self.probe, self.e, self.view, self.depths = block, rule, probe, e, view, depths
-        self.n_loops = torch.tensor(depths, device=e.device)
-        self.lockstep = depths[0] == depths[-1]
-        # At fixed depth nobody exits early: no masks, no copies, and nothing for a GPU to wait for.
-        self.adaptive = not isinstance(rule, Fixed)
-        self.cached = isinstance(view.store, KVCache)
-        self.scratch = Scratch()
-        self.rows: Rows = {}
-        self.state: Rows = {}
-        self.n_rows = 0
-        self.routers: list[list[tuple[Tensor, Tensor]]] = []
-        self.hidden: list[Tensor] | None = [] if trace else None
-        self.weights: list[Tensor] = []
-
-    def join(self, h: Tensor, tick: int) -> None:
-        """Take in the rows whose first loop is this tick."""
-        n_rows = sum(depth >= self.depths[0] - tick for depth in self.depths)
-        if n_rows == self.n_rows:
-            return
-        new = slice(self.n_rows, n_rows)
-        rows: Rows = {"h": h[new]}
-        if self.adaptive:
-            valid = self.view.valid
-            ones = torch.ones(h[new].shape[:2], dtype=torch.bool, device=h.device)
-            rows |= {
-                "active": ones if valid is None else valid[new],
-                "loops": torch.zeros_like(ones, dtype=torch.int64),
-            }
-            if self.rule.weighted:
-                # Sums of many small weights: at least float32.
-                rows |= {"out": torch.zeros_like(wide(h[new])), "ponder_cost": torch.zeros_like(wide(h[new][..., 0]))}
-            self.state = _extend(self.state, self.rule.init(h[new], self.n_loops[new]))
-        self.rows = _extend(self.rows, rows)
-        self.n_rows = n_rows
-
-    def tick(self, tick: int) -> None:
-        """One loop for every row that has joined."""
-        rows = slice(0, self.n_rows)
-        h, e = self.rows["h"], self.e[rows]
-        loop_index = self.n_loops[rows] - (self.depths[0] - tick)
-        store = self.view.store if self.cached else Scratch(self.scratch.current)
-        log = [] if self.block.training and self.block.cfg.n_experts else None
-        view = self.view if self.n_rows == len(self.depths) else self.view.take_rows(rows)
-        view = view.at_loop(loop_index, tick if self.lockstep else None, self.rows.get("active"), store, log)
-        if self.block.checkpoint_loops and torch.is_grad_enabled():
-            h_new = checkpoint(self.block.loop, h, e, loop_index, view, use_reentrant=False)
-        else:
-            h_new = self.block.loop(h, e, loop_index, view)
-        if isinstance(store, Scratch):
-            self.scratch = store
-        if log:
-            self.routers.append(log)
-        if self.adaptive:
-            self._exit(h, h_new, loop_index)
-        else:
-            self.rows["h"] = h_new
-        if self.hidden is not None:
-            self.hidden.append(self.rows["h"])
-
-    def _exit(self, h: Tensor, h_new: Tensor, loop_index: Tensor) -> None:
-        rows = self.rows
-        probe = self.probe(h_new) if self.rule.needs_probe and self.probe is not None else None
-        self.state, exit_mask, weight = self.rule.update(self.state, h, h_new, loop_index, probe)
-        active = rows["active"]
-        exit_mask = exit_mask & active
-        rows["h"] = torch.where(active[..., None], h_new, h)
-        rows["loops"] = rows["loops"] + active
-        if weight is not None:
-            weight = weight * active
-            rows["out"] = rows["out"] + weight[..., None] * h_new
-            rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
-        if self.hidden is not None:
-            self.weights.append(exit_mask.to(h.dtype) if weight is None else weight)
-        rows["active"] = active & ~exit_mask
-
-    def finished(self) -> bool:
-        """Whether every row has joined and every token has exited."""
-        return self.adaptive and self.n_rows == len(self.depths) and not bool(self.rows["active"].any())
-
-    def output(self, restore: Tensor | None) -> RecurrentOutput:
-        """The result, with rows put back in the caller's order by the index `restore`."""
-        rows = self.rows
-        if not self.adaptive:
-            loops = self.n_loops[:, None].expand(rows["h"].shape[:2])
-            rows["loops"] = loops if self.view.valid is None else loops * self.view.valid
-        if restore is not None:
-            rows = {name: x[restore] for name, x in rows.items()}
-        out = rows.get("out", rows["h"]).to(rows["h"].dtype)
-        result = RecurrentOutput(out, rows["loops"], rows.get("ponder_cost"))
-        if self.routers:
-            z, load = (
-                torch.stack([torch.stack([layer[i] for layer in loop]) for loop in self.routers]) for i in (0, 1)
-            )
-            # A batch of nothing but padding routes no token.
-            routed = (load.sum() / self.block.cfg.n_experts_per_tok).clamp(min=1)
-            result.router_z, result.tokens_per_expert = z.sum() / routed, load.sum(0).detach()
-        if self.hidden is not None:
-            result.hidden = torch.stack(self.hidden)
-            result.halt_weight = torch.stack(self.weights) if self.weights else _last_loop_only(result.hidden)
-        return result
-
-
-def _extend(old: Rows, new: Rows) -> Rows:
-    """`old` with the rows that have just joined behind it."""
-    return {name: torch.cat((old[name], x)) for name, x in new.items()} if old else new
-
-
-def _last_loop_only(hidden: Tensor) -> Tensor:
-    weight = hidden.new_zeros(hidden.shape[:3])
-    weight[-1] = 1
-    return weight

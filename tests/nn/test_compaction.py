@@ -1,0 +1,237 @@
+"""Tokens that have exited leave the computation: the same results as computing them all, with exactly less work."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_mythos import LoopPlan, OpenMythos
+from open_mythos.nn.compaction import LARGEST_TRIAL, CostCurve, Work, fewer_by_counts
+from open_mythos.nn.halting import HaltingRule, LatentDiff
+from tests.models import ATTENTIONS, THRESHOLDS, random_ids, scaled, tiny, worst, worst_of
+
+RULES = (None, "latent_diff", "second_difference", "kl")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+T = 9
+
+
+def options(exit: str | None) -> dict[str, Any]:
+    return {"exit": exit, "exit_threshold": THRESHOLDS.get(exit or "")}
+
+
+def padding(B: int) -> Tensor:
+    """(B, T), rows with different numbers of padding on the left, the last with none."""
+    return torch.arange(T) >= torch.tensor([(3 * i + 2) % 7 for i in range(B - 1)] + [0])[:, None]
+
+
+def token_loops(model: OpenMythos) -> list[tuple[int, int]]:
+    """Filled with (rows, tokens) of every call of the looped block."""
+    calls: list[tuple[int, int]] = []
+    model.recurrent.blocks[0].register_forward_hook(lambda _, args, __: calls.append(tuple(args[0].shape[:2])))
+    return calls
+
+
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize("exit", RULES)
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_results_are_those_of_computing_everyone(attn_type: str, exit: str | None, padded: bool) -> None:
+    """Without a cache, in prefill, in chunks and in decode; a later, full call then sees the same keys."""
+    cfg = tiny(attn_type=attn_type, recurrent_layers=2)
+    n_loops = 7
+    for dtype, tolerance in TOLERANCE.items():
+        for B in (1, 5):
+            model, ids = scaled(cfg, dtype=dtype), random_ids(cfg, B, T + 3, seed=3)
+            mask = padding(B) if padded else None
+            results: dict[str, list[Tensor]] = {}
+            work = token_loops(model)
+            spent = {}
+            for mode in ("never", "always", "counts", "auto"):
+                model.recurrent.compaction = mode
+                work.clear()
+                out = model(ids[:, :T], n_loops, attention_mask=mask, trace=True, **options(exit))
+                logits = [out.logits, out.hidden, out.halt_weight, out.exit_loop]
+                logits.append(model(ids[:, :T], n_loops, attention_mask=mask, **options(exit)))
+                for sizes in ([T, 1, 1, 1], [4, 1, 4, 1, 2]):
+                    cache = model.make_cache(B, T + 4, n_loops + 1)
+                    for chunk, part in zip(ids.split(sizes, 1), _parts(mask, sizes), strict=True):
+                        logits.append(model(chunk, n_loops, cache=cache, attention_mask=part, **options(exit)))
+                    logits.append(model(ids[:, :1], n_loops, cache=cache, exit="fixed"))
+                    logits += [x for kept in cache.layers for x in kept]
+                results[mode], spent[mode] = logits, sum(b * t for b, t in work)
+            for mode in ("always", "counts", "auto"):
+                errors = [worst(a, b) for a, b in zip(results[mode], results["never"], strict=True)]
+                assert max(errors) < tolerance, (mode, errors)
+                assert torch.equal(results[mode][3], results["never"][3]), "the exits themselves"
+            assert spent["always"] <= spent["counts"] <= spent["never"] and spent["always"] < spent["never"]
+
+
+def _parts(mask: Tensor | None, sizes: list[int]) -> Any:
+    """The mask of each chunk; the last three tokens are none of them padding."""
+    return [None] * len(sizes) if mask is None else torch.cat((mask, mask[:, -3:] | True), 1).split(sizes, 1)
+
+
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("depths", [(9, 9, 9, 9), (6, 1, 9, 9), (4, 8, 4, 6)])
+def test_gradients_under_act(attn_type: str, padded: bool, depths: tuple[int, ...]) -> None:
+    """Loss, every gradient and the router's counts; rows join late, and after others have left."""
+    cfg = tiny(attn_type=attn_type, recurrent_layers=2)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        model, ids = scaled(cfg, dtype=dtype).train(), random_ids(cfg, 4, T)
+        model.recurrent.act.halt.bias.data.add_(1)  # earlier exits
+        mask = padding(4) if padded else None
+        work = token_loops(model)
+        results, counted = {}, {}
+        for mode in ("never", "counts", "always", "auto"):
+            for model.recurrent.checkpoint_loops in (False, True) if mode == "always" else (False,):
+                model.recurrent.compaction = mode
+                work.clear()
+                out = model(ids, plan=LoopPlan(depths), attention_mask=mask)
+                counted[mode] = sum(b * t for b, t in work)
+                seen = torch.ones_like(ids) if mask is None else mask
+                loss = (out.logits.log_softmax(-1)[..., 0] * seen).sum() + out.ponder_cost + out.router_z_loss
+                grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+                key = f"{mode}, checkpoints" if model.recurrent.checkpoint_loops else mode
+                results[key] = (loss.detach(), grads, out.loops, out.tokens_per_expert)
+        model.recurrent.checkpoint_loops = False
+        loss, grads, loops, load = results.pop("never")
+        for name, (same_loss, same, same_loops, same_load) in results.items():
+            assert torch.equal(same_loops, loops) and torch.equal(same_load, load), name
+            assert worst(same_loss, loss) < tolerance and worst_of(same, grads) < tolerance, name
+        # With gradients no clock is read: the same bits as by counts.
+        assert all(torch.equal(a, b) for a, b in zip(results["auto"][1], results["counts"][1], strict=True))
+        assert counted["always"] < counted["never"]
+        assert len(set(loops.flatten().tolist())) > 2, "tokens must exit at different loops"
+
+
+@pytest.mark.parametrize("exit", RULES)
+@torch.no_grad()
+def test_the_block_computes_what_is_in_the_loop_and_no_more(exit: str | None) -> None:
+    """At every loop: rows with a token in the loop, times the most tokens of such a row. In decode, nothing else."""
+    cfg = tiny()
+    model, ids = scaled(cfg), random_ids(cfg, 6, T, seed=3)
+    model.recurrent.compaction = "always"
+    work = token_loops(model)
+    exit_loop = model(ids, 7, trace=True, **options(exit)).exit_loop
+    expected = []
+    for loop in range(int(exit_loop.max()) + 1):
+        active = (exit_loop >= loop).sum(1)
+        expected.append((int((active > 0).sum()), int(active.max())))
+    assert work == expected
+    cache = model.make_cache(6, T + 4, 7)
+    model(ids, cache=cache, **options(exit))
+    for i in range(4):
+        work.clear()
+        _, result = model.run(ids[:, i : i + 1], model.make_view((6, 1), cache=cache), 7, _rule(model, exit), cache)
+        assert sum(b * t for b, t in work) == int(result.loops.sum())
+
+
+def _rule(model: OpenMythos, exit: str | None) -> HaltingRule | None:
+    return model.exit_rule(exit, THRESHOLDS.get(exit or ""))
+
+
+@torch.no_grad()
+def test_rows_that_wait_and_rows_that_are_done_cost_nothing() -> None:
+    """A row joins at the last tick, long after the others have left: nothing runs in between."""
+    cfg = tiny()
+    model, ids = scaled(cfg), random_ids(cfg, 3, T)
+    model.recurrent.act.halt.bias.add_(20)
+    model.recurrent.compaction = "always"
+    work = token_loops(model)
+    out = model(ids, plan=LoopPlan((6, 1, 6)))
+    assert work == [(2, T), (1, T)] and out.loops.unique().tolist() == [1]
+
+
+def test_fixed_depth_reads_no_clock_and_narrows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(halting="none")
+    model, ids = scaled(cfg), random_ids(cfg, 3, T)
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a clock was read"))
+    work = token_loops(model)
+    model(ids, 5)
+    model(ids, plan=LoopPlan((5, 5, 5)))
+    assert work == [(3, T)] * 10 and not model.recurrent._curves
+
+
+def test_training_measures_nothing() -> None:
+    cfg = tiny()
+    model, ids = scaled(cfg), random_ids(cfg, 3, T)
+    model(ids, 6)
+    model.train()
+    with torch.no_grad():
+        model(ids, 6)
+    assert not model.recurrent._curves
+    with torch.no_grad():
+        model.eval()(ids, 6)
+    assert model.recurrent._curves and not any("curve" in name for name in model.state_dict())
+
+
+@torch.no_grad()
+def test_measuring_is_no_call_of_the_model() -> None:
+    """Neither hooks nor the random state notice it."""
+    cfg = tiny(dropout=0.5)
+    model, ids = scaled(cfg), random_ids(cfg, 3, T)
+    work, before = token_loops(model), torch.get_rng_state()
+    trace = model(ids, 6, trace=True)
+    assert len(work) == len(trace.hidden)
+    assert model.recurrent._curves and torch.equal(torch.get_rng_state(), before)
+
+
+def curve(loops: dict[int, float], **costs: float) -> CostCurve:
+    sizes = {(n, as_rows): s for n, s in loops.items() for as_rows in (False, True)}
+    return CostCurve(**{"pair_s": 0.0, "byte_s": 0.0, "op_s": 0.0, **costs}, loops=sizes)
+
+
+def no_trial(n: int, as_rows: bool) -> Any:
+    raise AssertionError("every point is known")
+
+
+def test_the_curve_decides_by_what_a_loop_costs() -> None:
+    """Linear cost: any token saved pays. Flat cost: none does. And narrowing has its own price."""
+    sizes = [2**i for i in range(7)]
+    linear, flat = {n: 1e-3 * n for n in sizes}, dict.fromkeys(sizes, 1e-3)
+    decide = {"last_s": 0.0, "moved_bytes": 1e6, "gathered_bytes": 0.0, "trial": no_trial}
+    assert curve(linear).pays(Work(8, 1, 100), Work(7, 1, 100), **decide)
+    assert not curve(flat).pays(Work(8, 1, 100), Work(1, 1, 100), **decide)
+    # 3 tokens stand between 2 and 4, and 8 - 3 = 5 ms are saved.
+    for byte_s, pays in ((4.9e-9, True), (5.1e-9, False)):
+        assert curve(linear, byte_s=byte_s).pays(Work(8, 1, 100), Work(3, 1, 100), **decide) == pays
+    # Beyond the measured sizes the last loop's own time counts: 1 s for 1000 tokens.
+    big = {**decide, "last_s": 1.0, "moved_bytes": 0.0}
+    for op_s, pays in ((0.99e-3 * 900 / 40, True), (1.01e-3 * 900 / 40, False)):
+        assert curve(linear, op_s=op_s).pays(Work(10, 100, 100), Work(1, 100, 100), **big) == pays
+    # Narrowing gives the causal kernel up: with dear attention, a few tokens less do not pay.
+    square, narrower = Work(1, LARGEST_TRIAL, LARGEST_TRIAL, causal=True), Work(1, 60, LARGEST_TRIAL)
+    assert curve(linear).pays(square, narrower, **decide)
+    assert not curve(linear, pair_s=1e-5).pays(square, narrower, **decide)
+
+
+def test_a_point_is_measured_once() -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def trial(n: int, as_rows: bool) -> Any:
+        asked.append((n, as_rows))
+        return lambda: None
+
+    costs = CostCurve(0.0, 0.0, 0.0)
+    for n in (3, 4, 3, 2):
+        costs.loop_s(n, True, trial)
+    assert sorted(asked) == [(2, True), (4, True)]
+
+
+def test_counts_narrow_when_a_quarter_has_left() -> None:
+    assert fewer_by_counts(Work(4, 10, 10), Work(3, 10, 10)) and not fewer_by_counts(Work(4, 10, 10), Work(4, 8, 10))
+
+
+class PerChannel(LatentDiff):
+    """A rule whose state is neither of a row nor of a token."""
+
+    def init(self, h: Tensor, n_loops: Tensor) -> dict[str, Tensor]:
+        return {"n_loops": n_loops, "mean": h.mean(1)}
+
+
+def test_a_state_without_rows_or_tokens_is_named() -> None:
+    cfg = tiny()
+    with pytest.raises(ValueError, match=r"state 'mean' has shape \(3, 32\)"):
+        scaled(cfg)(random_ids(cfg, 3, T), exit=PerChannel(0.1))
