@@ -14,7 +14,7 @@ endif
 # Without byte-compiling every `import torch` takes twice as long.
 export UV_COMPILE_BYTECODE ?= 1
 
-.PHONY: setup demo test test-slow test-gpu lint
+.PHONY: setup demo test test-slow test-gpu bench lint
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(VENV)/bin/python -m pytest -m gpu
+
+# Hours. BENCH passes options on: make bench BENCH='--quick --cases train_mid'
+bench: $(STAMP)
+	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,7 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".html", ".json
 TEXTS = sorted(
     path
     for path in [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
-    if path.is_file() and path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts
+    if path.is_file() and path.suffix in TEXT_SUFFIXES and not {"__pycache__", ".peers"} & set(path.parts)
 )
 
 # A module may import from its own part and from the layers below. What is not named here stands between nn and model.

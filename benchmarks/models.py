@@ -1,0 +1,78 @@
+"""The models that cases are measured on, by the fields of MythosConfig that 0.5.0 knows too."""
+
+import dataclasses
+from typing import Any
+
+from open_mythos.config import MythosConfig
+from open_mythos.recipes.addition import addition_dgx
+from open_mythos.variants import mythos_1b, mythos_1t, mythos_100b
+
+N_PUBLISHED = 23
+"""Fields of MythosConfig that 0.5.0 has, the first ones."""
+
+
+def published(cfg: MythosConfig) -> dict[str, Any]:
+    """The fields that 0.5.0 knows; the others have to be at their defaults, which are its mathematics."""
+    names = [f.name for f in dataclasses.fields(cfg)]
+    default = MythosConfig()
+    changed = [name for name in names[N_PUBLISHED:] if getattr(cfg, name) != getattr(default, name)]
+    if changed:
+        raise ValueError(f"{changed[0]}={getattr(cfg, changed[0])!r} does not exist in 0.5.0; leave it at its default")
+    return {name: getattr(cfg, name) for name in names[:N_PUBLISHED]}
+
+
+ADDITION = published(addition_dgx().model)
+
+# The usage example of 0.5.0's README.
+_USAGE: dict[str, Any] = {
+    "vocab_size": 1000,
+    "dim": 256,
+    "n_heads": 8,
+    "max_seq_len": 128,
+    "max_loop_iters": 4,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "n_experts": 8,
+    "n_shared_experts": 1,
+    "n_experts_per_tok": 2,
+    "expert_dim": 64,
+    "lora_rank": 8,
+}
+SMALL_GQA = published(MythosConfig(**_USAGE, attn_type="gqa", n_kv_heads=2))
+SMALL_MLA = published(
+    MythosConfig(
+        **_USAGE,
+        attn_type="mla",
+        n_kv_heads=8,
+        kv_lora_rank=32,
+        q_lora_rank=64,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+)
+
+MID = published(
+    MythosConfig(
+        vocab_size=8192,
+        dim=512,
+        n_heads=8,
+        n_kv_heads=4,
+        max_seq_len=1024,
+        max_loop_iters=8,
+        attn_type="mla",
+        kv_lora_rank=128,
+        q_lora_rank=256,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        n_experts=64,
+        n_shared_experts=1,
+        n_experts_per_tok=4,
+        expert_dim=256,
+        lora_rank=8,
+    )
+)
+"""39.2M parameters; 87.1 MFLOP per token at 8 loops."""
+
+ONE_B, ONE_T, HUNDRED_B = published(mythos_1b()), published(mythos_1t()), published(mythos_100b())

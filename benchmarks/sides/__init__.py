@@ -1,0 +1,1 @@
+"""The sides of a comparison: what a worker process can build."""

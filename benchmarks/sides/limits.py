@@ -1,0 +1,128 @@
+"""The machine itself: how fast it multiplies matrices of given shapes, and how fast it streams memory.
+
+The limit of a shape is the best of two library kernels: MKL's, which `F.linear` calls, and oneDNN's, which torch
+reaches through an operator of its own; which of them is ahead depends on the processor's maker.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.job import Job
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+def kernels(device: str) -> dict[str, Kernel]:
+    """The matrix products of this build of torch, by name."""
+    found: dict[str, Kernel] = {"F.linear": F.linear}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        found["oneDNN"] = onednn
+    return found
+
+
+class Measure:
+    """A task without a model: `run` keeps what it read."""
+
+    training = False
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.read: dict[str, Any] = {}
+
+    def info(self) -> dict[str, Any]:
+        return {}
+
+    def fresh(self) -> None:
+        return None
+
+    def reading(self) -> dict[str, Any]:
+        return self.read
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Of one call, on the clock that ratios are taken on."""
+        if self.job.device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1e3
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start_s = clock()
+        work()
+        return clock() - start_s
+
+
+class MatrixProducts(Measure):
+    """FLOP/s of each shape in `arguments`, by the kernel that was best at it when it was prepared."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.dtype = getattr(torch, job.arguments.get("dtype", "float32"))
+        self.shapes = [tuple(shape) for shape in job.arguments["shapes"]]
+        self.operands = {shape: self.operand(shape) for shape in self.shapes}
+        available = kernels(job.device)
+        self.rates: list[dict[str, float]] = []
+        self.best: list[Kernel] = []
+        for shape in self.shapes:
+            rates = {name: self.rate(kernel, shape, 3) for name, kernel in available.items()}
+            self.rates.append(rates)
+            self.best.append(available[max(rates, key=lambda name: rates[name])])
+
+    def info(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def operand(self, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        m, k, n = shape
+        x, weight = torch.randn(m, k), torch.randn(n, k)
+        return x.to(self.job.device, self.dtype), weight.to(self.job.device, self.dtype)
+
+    def rate(self, kernel: Kernel, shape: tuple[int, int, int], repeats: int) -> float:
+        """The best of some repeats, each of at least a millisecond or so of work."""
+        x, weight = self.operands[shape]
+        m, k, n = shape
+        work = 2 * m * k * n
+        inner = max(1, round(1e8 / work))
+
+        def repeat() -> None:
+            for _ in range(inner):
+                kernel(x, weight)
+
+        with torch.no_grad():
+            repeat()
+            return inner * work / min(self.seconds(repeat) for _ in range(repeats))
+
+    def run(self, fresh: None) -> None:
+        self.read = {"rates": [self.rate(best, s, 2) for best, s in zip(self.best, self.shapes, strict=True)]}
+
+
+class Stream(Measure):
+    """Bytes per second through main memory: read alone (a matrix times a vector), and read plus written (a copy)."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        # 512 MiB: far above any cache.
+        self.matrix = torch.ones(2**13, 2**14, device=job.device)
+        self.vector = torch.ones(2**14, device=job.device)
+        self.target = torch.empty_like(self.matrix)
+
+    def run(self, fresh: None) -> None:
+        n = self.matrix.nbytes
+        # The first one only loads the library.
+        read = min(self.seconds(lambda: F.linear(self.vector, self.matrix)) for _ in range(3))
+        summed = min(self.seconds(lambda: self.matrix.sum()) for _ in range(2))
+        copy = min(self.seconds(lambda: self.target.copy_(self.matrix)) for _ in range(3))
+        self.read = {"read": n / min(read, summed), "copy": 2 * n / copy}
+
+
+TASKS: dict[str, Callable[[Job], Any]] = {"products": MatrixProducts, "stream": Stream}

@@ -1,0 +1,77 @@
+"""This package."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.job import Job
+from benchmarks.sides.looped import Looped
+from open_mythos import MythosConfig, OpenMythos, convert_open_mythos_0_5
+from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.rope import rotary_table
+
+
+class Ours(Looped):
+    """Weights converted from a file of 0.5.0, or from the job's seed."""
+
+    def __init__(self, job: Job) -> None:
+        torch.manual_seed(job.seed)
+        with torch.device(job.device):
+            model = construct(job.model)
+        if job.load:
+            model.load_state_dict(convert_open_mythos_0_5(load_file(job.load), model.cfg))
+        super().__init__(model, model.cfg.vocab_size)
+        self.cfg = model.cfg
+        self.halt_at(job.halting_loop)
+        if model.recurrent is not None:
+            model.recurrent.checkpoint_loops = job.checkpoint
+        self.called = compiled(model) if job.compiled else model
+
+    def logits(self, ids: Tensor, n_loops: int) -> Tensor:
+        return self.called(ids, n_loops=n_loops)
+
+    def loss(self, ids: Tensor, labels: Tensor, job: Job) -> Tensor:
+        out = self.called(ids, plan=LoopPlan(job.depths or (job.n_loops,) * job.rows))
+        return F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+
+    def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
+        return self.model.make_cache(rows, max_len, n_loops)
+
+    def feed(self, ids: Tensor, cache: Any, start: int, n_loops: int) -> Tensor:
+        return self.called(ids, cache=cache, n_loops=n_loops, last_only=True)[:, -1]
+
+    def copy_cache(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+    def cache_tensors(self, cache: Any) -> list[Tensor]:
+        return [x for layer in cache.layers for x in layer]
+
+    def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
+        return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, temperature=0)
+
+    def regroup(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of 0.5.0 under our names: what regroups weights regroups their gradients."""
+        return convert_open_mythos_0_5(gradients, self.cfg)
+
+
+def compiled(model: OpenMythos) -> Callable[..., Any]:
+    """The one place that says how a model is compiled."""
+    return torch.compile(model)
+
+
+def construct(model: dict[str, Any]) -> OpenMythos:
+    """A fresh model on the default device."""
+    return OpenMythos(MythosConfig(**model))
+
+
+def rope(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine as the model uses them, each (len(positions), dim // 2)."""
+    return rotary_table(positions, dim, theta, torch.float32)
+
+
+make = Ours
