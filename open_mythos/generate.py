@@ -247,21 +247,26 @@ def _decode(
     n_rows, T = prompts.ids.shape
     # The last token is never fed back.
     cache = model.make_cache(n_rows, T + max_new_tokens - 1, depth if model.recurrent is not None else None)
-    ids = prompts.ids.long()
-    seen = ids if prompts.mask is None else ids.where(prompts.mask, -1)
-    mask = prompts.mask
+    ids, mask = prompts.ids.long(), prompts.mask
+    # Every token so far is kept only where something asks for them.
+    seen = None
+    if params.repetition_penalty != 1:
+        seen = ids if mask is None else ids.where(mask, -1)
     rows = list(range(n_rows))
+    """The row of the answer that each row of the batch is."""
     new: list[list[int]] = [[] for _ in rows]
     used: list[list[int]] = [[] for _ in rows]
     for _ in range(max_new_tokens):
         view = model.make_view((len(rows), ids.shape[1]), mask, cache)
         logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
-        if logits.isnan().any():
+        tokens = sample(logits[:, -1], params, generators, seen)
+        # The only thing in a token that the host waits for at fixed depth.
+        news = torch.stack((tokens, result.loops[:, -1], logits.isnan().any(-1)[:, -1])).T.tolist()
+        if any(bad for _, _, bad in news):
             raise FloatingPointError(
                 "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
             )
-        tokens = sample(logits[:, -1], params, generators, seen)
-        for row, token, loops in zip(rows, tokens.tolist(), result.loops[:, -1].tolist(), strict=True):
+        for row, (token, loops, _) in sorted(zip(rows, news, strict=True)):
             new[row].append(token)
             used[row].append(loops)
             if on_token is not None:
@@ -269,12 +274,22 @@ def _decode(
         keep = [i for i, row in enumerate(rows) if not (stops and stops.hit(row, new[row][-1]))]
         if not keep:
             break
-        ids, mask, seen = tokens[:, None], None, torch.cat((seen, tokens[:, None]), dim=1)
+        ids, mask = tokens[:, None], None
+        if seen is not None:
+            seen = torch.cat((seen, ids), dim=1)
         if len(keep) < len(rows):
+            keep = _close_up(keep)
             rows = [rows[i] for i in keep]
+            cache.keep_rows(keep)
             index = torch.tensor(keep, device=model.device)
-            ids, seen = ids[index], seen[index]
-            cache.keep_rows(index)
+            ids, seen = ids[index], None if seen is None else seen[index]
             if isinstance(generators, list):
                 generators = [generators[i] for i in keep]
     return new, used
+
+
+def _close_up(keep: list[int]) -> list[int]:
+    """`keep`, ascending, in the order that moves fewest rows: the last ones fill the gaps."""
+    n = len(keep)
+    stay, fill = [i for i in keep if i < n], [i for i in keep if i >= n]
+    return [i if i in stay else fill.pop() for i in range(n)]

@@ -57,7 +57,7 @@ def sample(
     same draws on every device. With a generator per row, a row's token does not depend on the other rows.
 
     Args:
-        logits: (B, V), any float dtype, finite or -inf; worked on in at least float32.
+        logits: (B, V), any float dtype, finite or -inf; worked on in at least float32. NaN gives some token, no error.
         params: the same for all rows.
         generator: one for the batch, one per row, or None for torch's global CPU generator; unused when greedy.
         previous_ids: (B, S) ids that `repetition_penalty` applies to, padded with -1; prompt and output, in any order.
@@ -111,7 +111,8 @@ def _draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] |
     # The first column whose sum exceeds the target has mass. A uniform number below 1 times the total rounds below the
     # total, so there is such a column.
     target = uniform.to(mass)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # NaN exceeds nothing: the caller finds a token in the vocabulary, and NaN in its logits.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
 def _uniform(rows: int, generator: torch.Generator | None) -> Tensor:

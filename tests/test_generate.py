@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_mythos import OpenMythos
+from open_mythos import KVCache, OpenMythos
 from open_mythos.nn.halting import LatentDiff
 from open_mythos.sampling import SamplingParams, sample
 from open_mythos.tokenizer import ByteTokenizer, SymbolTokenizer
@@ -209,3 +210,45 @@ def test_a_plain_transformer_refuses_a_rule_object() -> None:
     model = OpenMythos(tiny(recurrent_layers=0))
     with pytest.raises(ValueError, match="recurrent_layers=0"):
         model.generate(torch.zeros(1, 3, dtype=torch.long), 2, exit=LatentDiff(0.03))
+
+
+def test_rows_that_stop_move_as_few_others_as_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap is filled with the last row, and the rest of the cache stays where it is."""
+    model = scaled(tiny(), dtype=torch.float64)
+    ids = random_ids(model.cfg, 6, 5)
+    free = model.generate(ids, max_new_tokens=6, temperature=0)
+    kept: list[list[int]] = []
+    monkeypatch.setattr(KVCache, "keep_rows", lambda self, rows, original=KVCache.keep_rows: (
+        kept.append(list(rows)), original(self, rows)
+    ))  # fmt: skip
+    stop = int(free[1, 5])
+    out = model.generate([row.tolist() for row in ids], max_new_tokens=6, temperature=0, stop=stop, seed=0)
+    for row, unstopped in zip(out, free.tolist(), strict=True):
+        end = next((i + 1 for i in range(5, 11) if unstopped[i] == stop), 11)
+        assert row == unstopped[:end]
+    assert kept and all(sum(i != row for i, row in enumerate(rows)) <= 6 - len(rows) for rows in kept)
+
+
+def test_the_host_waits_once_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At fixed depth one transfer brings tokens, loops and the check for NaN; the model itself waits for nothing."""
+    model = scaled(tiny(halting="none", n_experts=0))
+    waits: list[str] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    ids = random_ids(model.cfg, 3, 5)
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (waits.append("tolist"), original(x))[1])
+    counted = []
+    for n in (1, 6):
+        waits.clear()
+        with Count():
+            model.generate(ids, max_new_tokens=n, temperature=0.8, top_k=5, top_p=0.9, seed=1)
+        # tolist of a CPU tensor takes its scalars one by one, which a GPU would send together.
+        counted.append((waits.count("tolist"), sum("nonzero" in wait for wait in waits)))
+    (first, _), (all_six, nonzero) = counted
+    assert all_six - first == 5 and nonzero == 0

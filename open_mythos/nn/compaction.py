@@ -3,9 +3,7 @@
 Shapes: B rows, T tokens of a row, S key slots.
 """
 
-import math
 import time
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -13,17 +11,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 Compaction = Literal["auto", "counts", "always", "never"]
 """Which policy: see `RecurrentBlock.compaction`."""
 
-Trial = Callable[[int, bool], Callable[[], object]]
-"""trial(n, as_rows) is a loop of n tokens, as n rows or as one, ready to run."""
+Trial = Callable[[int, bool, int], Callable[[], object]]
+"""trial(n, as_rows, n_past) is a loop of n tokens, as n rows or as one, behind n_past earlier ones, ready to run."""
 
 LARGEST_TRIAL = 64
-"""Tokens beyond which a loop is not measured on its own: the call's own loops are then long enough to be timed."""
+"""Tokens up to which a loop is measured. Beyond, each costs what the last ones did."""
+
+PAST = 512
+"""Earlier tokens of the trials that find out what a key costs."""
 
 
 @dataclass(frozen=True)
@@ -55,72 +55,58 @@ def fewer_by_counts(before: Work, after: Work) -> bool:
 
 @dataclass
 class CostCurve:
-    """Seconds that one loop takes by the tokens in it, and what narrowing costs, for one device, dtype and threads."""
+    """Seconds that one loop takes by the tokens in it, and what narrowing costs, for one device, dtype and threads.
 
-    pair_s: float
-    """One product of a query with a key, over all heads."""
+    Each point is measured when first needed and then stays, so that in one process the same call decides the same.
+    """
+
     byte_s: float
     """Moving one byte of a selected row."""
     op_s: float
     """One small operation."""
-    loops: dict[tuple[int, bool], float] = field(default_factory=dict)
-    """Seconds of a loop by (tokens, whether each is a row of its own)."""
+    loops: dict[tuple[int, bool, int], float] = field(default_factory=dict)
+    """Seconds of a loop by (tokens, whether each is a row of its own, earlier tokens)."""
 
     @classmethod
-    def measure(cls, heads: int, head_dim: int, dtype: torch.dtype) -> "CostCurve":
+    def measure(cls, dtype: torch.dtype) -> "CostCurve":
         """The costs that do not depend on the block, in about 5 ms."""
-        q, k = torch.ones(1, heads, 32, head_dim, dtype=dtype), torch.ones(1, heads, 256, head_dim, dtype=dtype)
-        mask = torch.ones(1, 1, 32, 256, dtype=torch.bool)
         moved, rows = torch.ones(64, 8192, dtype=dtype), torch.arange(0, 64, 2)
-        return cls(
-            pair_s=seconds(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask)) / (32 * 256),
-            byte_s=seconds(lambda: moved.index_select(0, rows)) / (moved.nbytes / 2),
-            op_s=seconds(lambda: rows[rows[:2]]),
-        )
+        byte_s = seconds(lambda: moved.index_select(0, rows)) / (moved.nbytes / 2)
+        return cls(byte_s, seconds(lambda: rows[rows[:2]]))
 
     def loop_s(self, n: int, as_rows: bool, trial: Trial) -> float:
-        """Seconds of a loop of at most `LARGEST_TRIAL` tokens, between powers of two that are measured when needed."""
-        sizes = [2**i for i in range(int(math.log2(LARGEST_TRIAL)) + 1)]
-        high = sizes[bisect_left(sizes, n)]
-        if (high, as_rows) not in self.loops:
-            self.loops[high, as_rows] = seconds(trial(high, as_rows))
-        if high == n:
-            return self.loops[high, as_rows]
-        low = high // 2
-        share = (n - low) / (high - low)
-        return share * self.loops[high, as_rows] + (1 - share) * self.loop_s(low, as_rows, trial)
+        """Seconds of a loop of n tokens without a past: between powers of two that are measured, a straight line."""
+        if n == 1:
+            return self._point(1, as_rows, 0, trial)
+        high = min(LARGEST_TRIAL, 1 << (n - 1).bit_length())
+        a, b = self._point(high // 2, as_rows, 0, trial), self._point(high, as_rows, 0, trial)
+        return b + (b - a) * (n - high) / (high - high // 2)
 
-    def pays(
-        self,
-        before: Work,
-        after: Work,
-        last_s: float,
-        moved_bytes: float,
-        gathered_bytes: float,
-        trial: Trial,
-    ) -> bool:
+    def pair_s(self, as_rows: bool, trial: Trial) -> float:
+        """Seconds of one token reading one key, over all heads."""
+        n = 8 if as_rows else LARGEST_TRIAL
+        return max(0.0, self._point(n, as_rows, PAST, trial) - self._point(n, as_rows, 0, trial)) / (n * PAST)
+
+    def pays(self, before: Work, after: Work, moved_bytes: float, gathered_bytes: float, trial: Trial) -> bool:
         """Whether one loop at size `after`, with narrowing to it, costs less than one at size `before`.
 
-        At least one more loop runs, so a yes never costs more than going on would have.
+        At least one more loop runs, so a yes does not cost more than going on would have.
 
         Args:
-            last_s: seconds of the loop before, which had size `before`.
             moved_bytes: states that narrowing has to move, once.
             gathered_bytes: keys that every loop after it has to gather.
             trial: makes a loop to measure.
         """
         as_rows = before.tokens == 1
-        if before.n <= LARGEST_TRIAL:
-            full = self.loop_s(before.n, as_rows, trial)
-        else:
-            full = max(0.0, last_s - self.pair_s * before.pairs)
-        if after.n <= LARGEST_TRIAL:
-            narrow = self.loop_s(after.n, as_rows, trial)
-        else:
-            least = self.loop_s(LARGEST_TRIAL, as_rows, trial)
-            narrow = least + max(0.0, full - least) * (after.n - LARGEST_TRIAL) / (before.n - LARGEST_TRIAL)
-        saved = full - narrow + self.pair_s * (before.pairs - after.pairs)
+        saved = self.loop_s(before.n, as_rows, trial) - self.loop_s(after.n, as_rows, trial)
+        saved += self.pair_s(as_rows, trial) * (before.pairs - after.pairs)
         return saved > SMALL_OPS * self.op_s + self.byte_s * (moved_bytes + gathered_bytes)
+
+    def _point(self, n: int, as_rows: bool, n_past: int, trial: Trial) -> float:
+        key = (n, as_rows, n_past)
+        if key not in self.loops:
+            self.loops[key] = seconds(trial(*key))
+        return self.loops[key]
 
 
 SMALL_OPS = 40

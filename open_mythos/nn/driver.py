@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, D width, E experts, L executed loops, C blocks in the core.
 """
 
-import time
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos.nn.cache import KVCache, Scratch, Selection, View
+from open_mythos.nn.cache import KeyValues, KVCache, KVStore, Scratch, Selection, View
 from open_mythos.nn.compaction import Work, fewer_by_counts
 from open_mythos.nn.halting import Fixed, HaltingRule, State
 from open_mythos.nn.numerics import wide
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Probe = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
+RouterLog = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -81,7 +82,6 @@ class Run:
         """Tokens in the loop, of each row in `rows`; shorter than that when rows have just joined."""
         self.selection: Selection | None = None
         self.done: Rows = {}
-        self.last_s = 0.0
         self.routers: list[list[tuple[Tensor, Tensor]]] = []
         self.hidden: list[Tensor] | None = [] if trace else None
         self.weights: list[Tensor] = []
@@ -120,23 +120,23 @@ class Run:
             if not any(self.counts):
                 return  # whoever has joined has exited, and other rows are still to come
             self._narrow(tick)
-        start = time.perf_counter() if self.adaptive else 0.0
         h = self.rows["h"]
         view, e, n_loops = self.here
         loop_index = n_loops - (self.depths[0] - tick)
-        store = self.view.store if self.cached else Scratch(self.scratch.current)
-        log = [] if self.block.training and self.block.cfg.n_experts else None
-        view = view.at_loop(loop_index, tick if self.lockstep else None, self.rows.get("active"), store, log)
+        loop = _loop(
+            self.block,
+            view.at_loop(loop_index, tick if self.lockstep else None, self.rows.get("active")),
+            None if self.cached else self.scratch.current,
+        )
         if self.block.checkpoint_loops and torch.is_grad_enabled():
-            h_new = checkpoint(self.block.loop, h, e, loop_index, view, use_reentrant=False)
+            h_new, store, log = checkpoint(loop, h, e, loop_index, use_reentrant=False)
         else:
-            h_new = self.block.loop(h, e, loop_index, view)
+            h_new, store, log = loop(h, e, loop_index)
         if isinstance(store, Scratch):
             self.scratch = store
         if log:
             self.routers.append(log)
         if self.adaptive:
-            self.last_s = time.perf_counter() - start
             self._exit(h, h_new, loop_index, tick + 1 == self.depths[0])
         else:
             self.rows["h"] = h_new
@@ -222,7 +222,7 @@ class Run:
         elif len(keep) < B:
             moved += sum(x.nbytes for kv in self.scratch.current.values() for x in kv) * len(keep) / B
         curve = block.cost_curve(h.dtype)
-        return curve.pays(before, after, self.last_s, moved, gathered, lambda *size: block.trial(*size, h.dtype))
+        return curve.pays(before, after, moved, gathered, lambda *size: block.trial(*size, h.dtype))
 
     def _widen(self) -> None:
         """Take the tokens back in that have left rows which go on: rows that join have all of theirs."""
@@ -276,6 +276,22 @@ class Run:
             result.hidden = torch.stack(self.hidden)
             result.halt_weight = torch.stack(self.weights) if self.weights else _last_loop_only(result.hidden)
         return result
+
+
+def _loop(
+    block: "RecurrentBlock", view: View, previous: dict[int, KeyValues] | None
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, KVStore, RouterLog | None]]:
+    """One loop as a function that a checkpoint can call twice: h' and what the loop wrote besides, made anew each time.
+
+    Recomputed keys, values and statistics in the first call's containers would keep alive all that they were made from.
+    """
+
+    def loop(h: Tensor, e: Tensor, loop_index: Tensor) -> tuple[Tensor, KVStore, RouterLog | None]:
+        store = view.store if previous is None else Scratch(previous)
+        log: RouterLog | None = [] if block.training and block.cfg.n_experts else None
+        return block.loop(h, e, loop_index, dataclasses.replace(view, store=store, router_log=log)), store, log
+
+    return loop
 
 
 def _rows(index: list[int], device: torch.device) -> Tensor | slice:

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D width.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.cache import KVCache, View, make_view
+from open_mythos.nn.cache import FixedPast, KVCache, View, make_view
 from open_mythos.nn.compaction import Compaction, CostCurve, without_hooks
 from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_index_embedding
 from open_mythos.nn.driver import Probe, RecurrentOutput, Run
@@ -83,18 +84,19 @@ class RecurrentBlock(nn.Module):
         """What a loop costs on the CPU at the present number of threads; measured once."""
         key = (dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu"))
         if key not in self._curves:
-            cfg = self.cfg
-            width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
-            self._curves[key] = CostCurve.measure(cfg.n_heads, width, dtype)
+            self._curves[key] = CostCurve.measure(dtype)
         return self._curves[key]
 
-    def trial(self, n_tokens: int, as_rows: bool, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """A loop over `n_tokens` random tokens, as one row or as a row each, for the cost curve."""
-        B, T = (n_tokens, 1) if as_rows else (1, n_tokens)
-        cpu = torch.device("cpu")
+    def trial(self, n: int, as_rows: bool, n_past: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """A loop over n random tokens, as one row or a row each, behind `n_past` earlier ones: for the cost curve."""
+        B, T = (n, 1) if as_rows else (1, n)
         h = torch.randn(B, T, self.cfg.dim, generator=torch.Generator().manual_seed(0)).to(dtype)
         loop_index = torch.zeros(B, dtype=torch.int64)
-        view = make_view((B, T), self.cfg.rope_dim, self.cfg.rope_theta, dtype, cpu).at_loop(loop_index, 0)
+        view = make_view((B, T), self.cfg.rope_dim, self.cfg.rope_theta, dtype, loop_index.device)
+        if n_past:
+            mask = None if as_rows else torch.ones(1, 1, T, n_past + T, dtype=torch.bool)
+            view = dataclasses.replace(view, mask=mask, is_causal=False, store=FixedPast(n_past))
+        view = view.at_loop(loop_index, 0)
 
         def run() -> Tensor:
             with without_hooks(self):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LoopPlan, OpenMythos
-from open_mythos.nn.compaction import LARGEST_TRIAL, CostCurve, Work, fewer_by_counts
+from open_mythos.nn.compaction import LARGEST_TRIAL, PAST, SMALL_OPS, CostCurve, Work, fewer_by_counts
 from open_mythos.nn.halting import HaltingRule, LatentDiff
 from tests.models import ATTENTIONS, THRESHOLDS, random_ids, scaled, tiny, worst, worst_of
 
@@ -178,12 +178,13 @@ def test_measuring_is_no_call_of_the_model() -> None:
     assert model.recurrent._curves and torch.equal(torch.get_rng_state(), before)
 
 
-def curve(loops: dict[int, float], **costs: float) -> CostCurve:
-    sizes = {(n, as_rows): s for n, s in loops.items() for as_rows in (False, True)}
-    return CostCurve(**{"pair_s": 0.0, "byte_s": 0.0, "op_s": 0.0, **costs}, loops=sizes)
+def curve(loops: dict[int, float], pair_s: float = 0.0, byte_s: float = 0.0, op_s: float = 0.0) -> CostCurve:
+    points = {(n, as_rows, 0): s for n, s in loops.items() for as_rows in (False, True)}
+    points |= {(n, as_rows, PAST): loops[n] + n * PAST * pair_s for n, as_rows in ((8, True), (LARGEST_TRIAL, False))}
+    return CostCurve(byte_s, op_s, points)
 
 
-def no_trial(n: int, as_rows: bool) -> Any:
+def no_trial(n: int, as_rows: bool, n_past: int) -> Any:
     raise AssertionError("every point is known")
 
 
@@ -191,33 +192,49 @@ def test_the_curve_decides_by_what_a_loop_costs() -> None:
     """Linear cost: any token saved pays. Flat cost: none does. And narrowing has its own price."""
     sizes = [2**i for i in range(7)]
     linear, flat = {n: 1e-3 * n for n in sizes}, dict.fromkeys(sizes, 1e-3)
-    decide = {"last_s": 0.0, "moved_bytes": 1e6, "gathered_bytes": 0.0, "trial": no_trial}
+    decide = {"moved_bytes": 1e6, "gathered_bytes": 0.0, "trial": no_trial}
     assert curve(linear).pays(Work(8, 1, 100), Work(7, 1, 100), **decide)
     assert not curve(flat).pays(Work(8, 1, 100), Work(1, 1, 100), **decide)
     # 3 tokens stand between 2 and 4, and 8 - 3 = 5 ms are saved.
     for byte_s, pays in ((4.9e-9, True), (5.1e-9, False)):
         assert curve(linear, byte_s=byte_s).pays(Work(8, 1, 100), Work(3, 1, 100), **decide) == pays
-    # Beyond the measured sizes the last loop's own time counts: 1 s for 1000 tokens.
-    big = {**decide, "last_s": 1.0, "moved_bytes": 0.0}
-    for op_s, pays in ((0.99e-3 * 900 / 40, True), (1.01e-3 * 900 / 40, False)):
-        assert curve(linear, op_s=op_s).pays(Work(10, 100, 100), Work(1, 100, 100), **big) == pays
+    # 4 rows less are 4 ms, and 400 keys less to read at 10 us another 4.
+    for op_s, pays in ((7.9e-3 / SMALL_OPS, True), (8.1e-3 / SMALL_OPS, False)):
+        costs = curve(linear, pair_s=1e-5, op_s=op_s)
+        assert costs.pays(Work(8, 1, 100), Work(4, 1, 100), moved_bytes=0.0, gathered_bytes=0.0, trial=no_trial) == pays
+    # Beyond the measured sizes the line goes on: 900 ms are saved.
+    for op_s, pays in ((0.89 / SMALL_OPS, True), (0.91 / SMALL_OPS, False)):
+        assert curve(linear, op_s=op_s).pays(Work(10, 100, 100), Work(1, 100, 100), **decide) == pays
     # Narrowing gives the causal kernel up: with dear attention, a few tokens less do not pay.
-    square, narrower = Work(1, LARGEST_TRIAL, LARGEST_TRIAL, causal=True), Work(1, 60, LARGEST_TRIAL)
+    square, narrower = Work(1, 64, 64, causal=True), Work(1, 60, 64)
     assert curve(linear).pays(square, narrower, **decide)
     assert not curve(linear, pair_s=1e-5).pays(square, narrower, **decide)
 
 
 def test_a_point_is_measured_once() -> None:
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, int]] = []
 
-    def trial(n: int, as_rows: bool) -> Any:
-        asked.append((n, as_rows))
+    def trial(*size: Any) -> Any:
+        asked.append(size)
         return lambda: None
 
-    costs = CostCurve(0.0, 0.0, 0.0)
-    for n in (3, 4, 3, 2):
+    costs = CostCurve(0.0, 0.0)
+    for n in (3, 4, 3, 2, 1):
         costs.loop_s(n, True, trial)
-    assert sorted(asked) == [(2, True), (4, True)]
+    assert sorted(asked) == [(1, True, 0), (2, True, 0), (4, True, 0)]
+    costs.pair_s(False, trial)
+    costs.pair_s(False, trial)
+    assert asked[3:] == [(LARGEST_TRIAL, False, PAST), (LARGEST_TRIAL, False, 0)]
+
+
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@torch.no_grad()
+def test_the_same_call_gives_the_same_bits(attn_type: str) -> None:
+    """Also under the policy that measures: what was measured stays, so the same call decides the same."""
+    cfg = tiny(attn_type=attn_type)
+    model, ids = scaled(cfg), random_ids(cfg, 5, T)
+    first = model(ids, 7)
+    assert all(torch.equal(model(ids, 7), first) for _ in range(5))
 
 
 def test_counts_narrow_when_a_quarter_has_left() -> None:
