@@ -7,6 +7,7 @@ Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -31,7 +32,8 @@ from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache, View, make_view
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.halting import HaltingRule, make_rule
-from open_mythos.nn.init import init_weights
+from open_mythos.nn.init import NoDraws, init_weights
+from open_mythos.nn.linear import Linear, linear
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
@@ -54,12 +56,14 @@ class LoopTrace:
 
 @dataclass
 class TrainOutput:
-    """What a training step needs of one forward pass."""
+    """What a training step needs of one forward pass. Logits are made when they are first asked for, and then kept."""
 
-    logits: Tensor
-    """(B, T, V)"""
-    loop_logits: Tensor | None
-    """(L, B, T, V), what coda and head read off the state after each loop; only with trace."""
+    hidden: Tensor
+    """(B, T, D), what the head reads: after coda and norm, in the dtype of the head's product."""
+    loop_hidden: Tensor | None
+    """(L, B, T, D), what the head reads of the state after each loop; only with trace."""
+    head: Tensor
+    """(V, D), the head's weight in the same dtype: with `hidden`, all that a chunked cross-entropy needs."""
     loops: Tensor
     """(B, T) int64, loops each token ran."""
     ponder_cost: Tensor | None
@@ -69,28 +73,36 @@ class TrainOutput:
     tokens_per_expert: Tensor | None
     """(recurrent_layers, n_experts), for `update_expert_bias`; only with experts."""
 
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, T, V)"""
+        return linear(self.hidden, self.head)
+
+    @cached_property
+    def loop_logits(self) -> Tensor | None:
+        """(L, B, T, V), what coda and head read off the state after each loop; only with trace."""
+        return None if self.loop_hidden is None else linear(self.loop_hidden, self.head)
+
 
 class OpenMythos(nn.Module):
-    """The model. Built on the meta device and initialised in one pass; under `torch.device("meta")` it stays there."""
+    """The model. Initialised in one pass; under `torch.device("meta")` it takes no memory, and values come from a file.
+    """
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         cfg.validate()
         self.cfg = cfg
-        device = torch.get_default_device()
-        with torch.device("meta"):
+        with NoDraws():
             self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
             self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
             self.prelude_norm = RMSNorm(cfg.dim) if cfg.prelude_norm else nn.Identity()
             self.recurrent = RecurrentBlock(cfg) if cfg.recurrent_layers else None
             self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
             self.norm = RMSNorm(cfg.dim)
-            self.head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        if device.type != "meta":
-            self.to_empty(device=device)
-            init_weights(self, cfg)
-        # After to_empty, which gives every parameter memory of its own.
+            self.head = Linear(cfg.dim, cfg.vocab_size)
         self.head.weight = self.embed.weight
+        if not self.embed.weight.is_meta:
+            init_weights(self, cfg)
 
     @property
     def device(self) -> torch.device:
@@ -115,10 +127,14 @@ class OpenMythos(nn.Module):
 
     def readout(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
         """Coda, norm and head: (B, T, D) -> logits (B, T, V), or (B, 1, V) of the last position."""
+        return self.head(self.decode(out, view, last_only))
+
+    def decode(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
+        """Coda and norm: (B, T, D) -> what the head reads, (B, T, D), or (B, 1, D) of the last position."""
         first = self.cfg.prelude_layers + self.cfg.recurrent_layers
         for i, block in enumerate(self.coda):
             out = block(out, view, first + i)
-        return self.head(self.norm(out[:, -1:] if last_only else out))
+        return self.norm(out[:, -1:] if last_only else out)
 
     def make_view(
         self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -246,9 +262,9 @@ class OpenMythos(nn.Module):
         rule = self.exit_rule(exit, exit_threshold)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache)
+            if plan is not None:
+                return self._train_output(self._loop(input_ids, view, depth, rule, cache, generator, trace), view)
             logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
-        if plan is not None:
-            return self._train_output(logits, result, view)
         if result.hidden is not None and result.halt_weight is not None:
             return LoopTrace(logits, result.hidden, result.halt_weight, result.loops - 1)
         return logits
@@ -265,16 +281,28 @@ class OpenMythos(nn.Module):
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
         """What `forward` does once its arguments are checked: logits, and what the loop left besides."""
-        e = self.encode(input_ids, view)
-        if self.recurrent is None:
-            result = RecurrentOutput(e, torch.zeros_like(input_ids))
-        else:
-            h = initial_state(self.cfg.initial_state, e, view, cache, generator, self.training)
-            result = self.recurrent(h, e, view, depth, rule, self._probe, trace)
+        result = self._loop(input_ids, view, depth, rule, cache, generator, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
             cache.advance(input_ids.shape[1], view.valid)
         return logits, result
+
+    def _loop(
+        self,
+        input_ids: Tensor,
+        view: View,
+        depth: int | LoopPlan,
+        rule: HaltingRule | None,
+        cache: KVCache | None,
+        generator: torch.Generator | None,
+        trace: bool,
+    ) -> RecurrentOutput:
+        """Embedding, prelude and loop."""
+        e = self.encode(input_ids, view)
+        if self.recurrent is None:
+            return RecurrentOutput(e, torch.zeros_like(input_ids))
+        h = initial_state(self.cfg.initial_state, e, view, cache, generator, self.training)
+        return self.recurrent(h, e, view, depth, rule, self._probe, trace)
 
     def generate(
         self,
@@ -312,7 +340,7 @@ class OpenMythos(nn.Module):
         return make_rule(exit, threshold, self.cfg.min_loops, self.cfg.vocab_size, act, self.cfg.act_threshold)
 
     @torch.no_grad()
-    def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> float:
+    def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> Tensor:
         """Move every expert's bias by `rate` towards an even load; call it after each optimizer step.
 
         Args:
@@ -320,7 +348,8 @@ class OpenMythos(nn.Module):
                 micro-batches (and ranks).
 
         Returns:
-            The largest expert's load over the mean, the worst layer's; 1 is even.
+            The largest expert's load over the mean, the worst layer's; 1 is even. A scalar tensor: nothing waits for a
+            GPU until it is read.
 
         Raises:
             TypeError, ValueError: the shape is another, or `rate` is no finite number of at least 0; nothing has moved.
@@ -333,7 +362,7 @@ class OpenMythos(nn.Module):
         experts = [block.ffn for block in self._recurrent().blocks if isinstance(block.ffn, MoEFFN)]
         for ffn, error in zip(experts, mean - tokens_per_expert, strict=True):
             ffn.router_bias += rate * error.sign()
-        return (tokens_per_expert / mean).max().item()
+        return (tokens_per_expert / mean).max()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, each complete or not at all."""
@@ -358,14 +387,19 @@ class OpenMythos(nn.Module):
         model.head.weight = model.embed.weight
         return model.to(device=device, dtype=dtype).eval()
 
-    def _train_output(self, logits: Tensor, result: RecurrentOutput, view: View) -> TrainOutput:
-        loop_logits = None
+    def _train_output(self, result: RecurrentOutput, view: View) -> TrainOutput:
+        hidden, loop_hidden, head = self.decode(result.out, view), None, self.head.weight
         if result.hidden is not None:
-            loop_logits = torch.stack([*(self.readout(h, view) for h in result.hidden[:-1]), logits])
+            loop_hidden = torch.stack([*(self.decode(h, view) for h in result.hidden[:-1]), hidden])
+        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+            # The logits are made later, and perhaps outside of the caller's autocast.
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, head = hidden.to(dtype), head.to(dtype)
+            loop_hidden = None if loop_hidden is None else loop_hidden.to(dtype)
         ponder = result.ponder_cost
         if ponder is not None:
             ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
-        return TrainOutput(logits, loop_logits, result.loops, ponder, result.router_z, result.tokens_per_expert)
+        return TrainOutput(hidden, loop_hidden, head, result.loops, ponder, result.router_z, result.tokens_per_expert)
 
     def _recurrent(self) -> RecurrentBlock:
         if self.recurrent is None:
@@ -374,4 +408,4 @@ class OpenMythos(nn.Module):
 
     def _probe(self, h: Tensor) -> Tensor:
         """The prediction read off a state, (B, T, D) -> (B, T, V), without the coda: it sees one token and no cache."""
-        return F.linear(self.norm(h), self.head.weight)
+        return self.head(self.norm(h))

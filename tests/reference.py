@@ -48,8 +48,8 @@ def moe(w: dict[str, Tensor], x: Tensor, n_chosen: int) -> tuple[Tensor, Tensor,
     for i in chosen:
         gate, up = w["experts.gate_up"][i].chunk(2)
         out = out + logits[i].exp() / total * swiglu(x, gate, up, w["experts.down"][i])
-    if "shared.gate.weight" in w:
-        out = out + swiglu(x, *(w[f"shared.{part}.weight"] for part in ("gate", "up", "down")))
+    if "shared.down.weight" in w:
+        out = out + swiglu(x, *w["shared.gate_up.weight"].chunk(2), w["shared.down.weight"])
     gap = biased[chosen[-1]] - biased[ranked[n_chosen]] if n_chosen < len(ranked) else math.inf
     return out, logits, chosen, gap
 
@@ -201,7 +201,7 @@ class Oracle:
             self.loads.append(chosen)
             self.router_z.append(logits.exp().sum().log() ** 2)
         else:
-            y = swiglu(u, *(ffn[f"{part}.weight"] for part in ("gate", "up", "down")))
+            y = swiglu(u, *ffn["gate_up.weight"].chunk(2), ffn["down.weight"])
         return norm(x + y, "ffn_out_norm.weight")
 
     def remember(self, name: str, level: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,8 @@ class Oracle:
 
     def gqa(self, w: dict[str, Tensor], x: Tensor, name: str, level: int) -> Tensor:
         cfg = self.cfg
-        q, k, v = ((w[f"attn.w{part}.weight"] @ x).view(-1, cfg.head_dim) for part in "qkv")
+        heads = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
+        q, k, v = (w["attn.wqkv.weight"] @ x).view(-1, cfg.head_dim).split(heads)
         if cfg.qk_norm:
             q, k = rms_norm(q, w["attn.q_norm.weight"]), rms_norm(k, w["attn.k_norm.weight"])
         q, k = (rope(part, self.n_seen, cfg.rope_theta) for part in (q, k))
@@ -225,12 +226,12 @@ class Oracle:
 
     def mla(self, w: dict[str, Tensor], x: Tensor, name: str, level: int) -> Tensor:
         cfg, N = self.cfg, self.cfg.qk_nope_head_dim
-        q = (w["attn.q_up.weight"] @ rms_norm(w["attn.q_down.weight"] @ x, w["attn.q_norm.weight"])).view(
-            cfg.n_heads, -1
+        low, kv, shared_key = (w["attn.down.weight"] @ x).split(
+            (cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim)
         )
-        kv = w["attn.kv_down.weight"] @ x
-        latent = rms_norm(kv[: cfg.kv_lora_rank], w["attn.kv_norm.weight"])
-        L, P = self.remember(name, level, (latent, rope(kv[cfg.kv_lora_rank :], self.n_seen, cfg.rope_theta)))
+        q = (w["attn.q_up.weight"] @ rms_norm(low, w["attn.q_norm.weight"])).view(cfg.n_heads, -1)
+        latent = rms_norm(kv, w["attn.kv_norm.weight"])
+        L, P = self.remember(name, level, (latent, rope(shared_key, self.n_seen, cfg.rope_theta)))
         up = (L @ w["attn.kv_up.weight"].T).view(len(L), cfg.n_heads, -1)
         rotated = rope(q[:, N:], self.n_seen, cfg.rope_theta)
         scores = (q[:, :N] * up[..., :N]).sum(-1) + (rotated * P[:, None]).sum(-1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import View
+from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 
@@ -34,10 +35,9 @@ class GQAttention(nn.Module):
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
         self.head_dim, self.dropout = cfg.head_dim, cfg.dropout
-        self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        kv_width = cfg.n_kv_heads * cfg.head_dim
+        self.wqkv = Linear(cfg.dim, cfg.n_heads * cfg.head_dim, kv_width, kv_width)
+        self.wo = Linear(cfg.n_heads * cfg.head_dim, cfg.dim)
         self.q_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
@@ -48,10 +48,8 @@ class GQAttention(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
-        heads = (-1, self.head_dim)
-        q = apply_rope(self.q_norm(self.wq(x).unflatten(-1, heads)), *view.rope)
-        k = apply_rope(self.k_norm(self.wk(x).unflatten(-1, heads)), *view.rope)
-        v = self.wv(x).unflatten(-1, heads)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv.split(x))
+        q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)
         k, v = view.store.write(layer, (k, v), view)
         dropout = self.dropout if self.training else 0.0
         return self.wo(attend(q, k, v, view, self.head_dim**-0.5, dropout).flatten(-2))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.config import MAX_LOOPS
+from open_mythos.nn.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LoRAAdapter(nn.Module):
 
     def __init__(self, dim: int, rank: int, max_loops: int) -> None:
         super().__init__()
-        self.down = nn.Linear(dim, rank, bias=False)
+        self.down = Linear(dim, rank)
         self.scale = nn.Embedding(max_loops, rank)
         self.B = nn.Parameter(torch.empty(rank, dim))
         self.reset_parameters()

@@ -14,17 +14,21 @@
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import GQAttention
 from open_mythos.nn.depth import LoRAAdapter
+from open_mythos.nn.experts import StackedExperts
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.injection import ConcatInjection, DiagonalInjection, LTIInjection
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.mlp import Expert
-from open_mythos.nn.moe import MoEFFN, StackedExperts
+from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 
 STD = 0.02
@@ -32,8 +36,26 @@ OWN_RESET = (LoRAAdapter, LTIInjection, DiagonalInjection, ConcatInjection, ACTH
 """Modules with values unlike a plain matrix's; users build them alone too, so they carry the values themselves."""
 
 
+class NoDraws(TorchFunctionMode):
+    """Within it modules are built without the random values that their constructors give a matrix.
+
+    `init_weights` gives others, so drawing these would double the time; and on the meta device, where there is nothing
+    to draw, the first call of torch's `normal_` imports a computer algebra system (1.3 s, 70 MiB).
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
+
+
 def init_weights(model: nn.Module, cfg: MythosConfig) -> None:
-    """Set every parameter and buffer of `model`, whatever it holds now (it may come from `to_empty`)."""
+    """Set every parameter and buffer of `model`, whatever it holds now (it may be built within `NoDraws`)."""
     depth = cfg.prelude_layers + cfg.recurrent_layers * cfg.max_loop_iters + cfg.coda_layers
     out_std = STD / math.sqrt(2 * depth)
     for module in model.modules():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.numerics import wide
 
@@ -74,7 +75,8 @@ class LTIInjection(nn.Module):
         return h + e
 
     def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
-        return (self.get_A() * h + wide(self.B) * e + y).to(h.dtype)
+        kept = torch.addcmul(wide(y), self.get_A(), wide(h))
+        return torch.addcmul(kept, wide(self.B), wide(e)).to(h.dtype)
 
 
 class DiagonalInjection(nn.Module):
@@ -94,7 +96,9 @@ class DiagonalInjection(nn.Module):
         dt = -math.log(math.sqrt(1 / 5))
         nn.init.zeros_(self.A_log)
         nn.init.constant_(self.dt_bias, math.log(math.expm1(dt)))
-        nn.init.eye_(self.B)
+        with torch.no_grad():
+            # Not nn.init.eye_, which on the meta device imports a computer algebra system: see NoDraws.
+            self.B.zero_().fill_diagonal_(1)
 
     def get_A(self) -> Tensor:
         """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
@@ -115,7 +119,7 @@ class ConcatInjection(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.adapter = nn.Linear(2 * dim, dim, bias=False)
+        self.adapter = Linear(2 * dim, dim)
         self.norm = RMSNorm(dim)
         self.reset_parameters()
 

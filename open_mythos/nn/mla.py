@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import attend
 from open_mythos.nn.cache import View
+from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 
@@ -28,13 +29,12 @@ class MLAttention(nn.Module):
         super().__init__()
         self.n_heads, self.rank, self.dropout = cfg.n_heads, cfg.kv_lora_rank, cfg.dropout
         self.nope, self.rope, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
-        self.q_down = nn.Linear(cfg.dim, cfg.q_lora_rank, bias=False)
+        self.down = Linear(cfg.dim, cfg.q_lora_rank, self.rank, self.rope)
         self.q_norm = RMSNorm(cfg.q_lora_rank)
-        self.q_up = nn.Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope + self.rope), bias=False)
-        self.kv_down = nn.Linear(cfg.dim, self.rank + self.rope, bias=False)
+        self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope + self.rope))
         self.kv_norm = RMSNorm(self.rank)
-        self.kv_up = nn.Linear(self.rank, cfg.n_heads * (self.nope + self.v_dim), bias=False)
-        self.wo = nn.Linear(cfg.n_heads * self.v_dim, cfg.dim, bias=False)
+        self.kv_up = Linear(self.rank, cfg.n_heads * (self.nope + self.v_dim))
+        self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim)
 
     @staticmethod
     def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
@@ -43,11 +43,9 @@ class MLAttention(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
-        q_nope, q_rope = (
-            self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
-        )
+        low, latent, k_rope = self.down.split(x)
+        q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
         q_rope = apply_rope(q_rope, *view.rope)
-        latent, k_rope = self.kv_down(x).split((self.rank, self.rope), -1)
         k_rope = apply_rope(k_rope[:, :, None], *view.rope)[:, :, 0]
         latent, k_rope = view.store.write(layer, (self.kv_norm(latent), k_rope), view)
         attend_here = self._absorbed if self._absorbing_is_cheaper(x.shape[1]) else self._expanded

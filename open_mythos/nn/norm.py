@@ -1,12 +1,17 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.nn.linear import captured
+from open_mythos.nn.numerics import wide
+
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; torch takes the statistics in at least float32.
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, with statistics in at least float32.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
@@ -18,4 +23,39 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Under autocast x may be bf16 beside a float32 weight, which the fused kernel does not take.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type != "cpu" or captured():
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, self.eps)
+        return x * _inverse_rms(x, self.eps).to(x.dtype) * weight
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    # The norm is one pass over x; its square over D is the mean of squares.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On a CPU torch composes the norm of six operators and keeps x and its normalised copy; this keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return (x * inverse.to(x.dtype)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+        x, weight, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            out = F.rms_norm(x, weight.shape, weight, ctx.eps)
+            return *torch.autograd.grad(out, (x, weight), grad, create_graph=True), None
+        normed, grad_wide = wide(x) * inverse, wide(grad)
+        dweight = (normed * grad_wide).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        dnormed = grad_wide * wide(weight)
+        along = torch.linalg.vecdot(dnormed, normed)[..., None].div_(x.shape[-1])
+        dx = dnormed.addcmul_(normed, along, value=-1).mul_(inverse)
+        return dx.to(x.dtype), dweight, None

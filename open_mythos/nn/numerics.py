@@ -1,10 +1,11 @@
 """Arithmetic that has to run in at least float32, whatever the model's dtype and whether or not autocast is on."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from open_mythos.nn.linear import linear
 
 
 def wide(x: Tensor) -> Tensor:
@@ -12,8 +13,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Products run in the dtype of what they are given; `x` tells the device. Autocast does not exist on meta."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
+    """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    with no_autocast(x):
+        y = linear(x.to(dtype), weight.to(dtype))
+        return y if bias is None else y + bias.to(dtype)

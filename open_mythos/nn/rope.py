@@ -1,10 +1,12 @@
-"""Rotary position embedding as real cosines and sines.
+"""Rotary position embedding.
 
 Shapes: B rows, T tokens, H heads, K head width.
 """
 
 import torch
 from torch import Tensor
+
+from open_mythos.nn.linear import captured
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,6 +35,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, T, H, K) in x.dtype; the products run in the table's dtype.
     """
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    if captured() or x.device.type not in ("cpu", "cuda"):
+        even, odd = pairs.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    # One complex product: on a CPU ten times faster than the real ones, which read every second value. Compilers and
+    # some devices do not know complex numbers.
+    if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

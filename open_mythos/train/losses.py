@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.checks import check_number
 from open_mythos.model import TrainOutput
-from open_mythos.train.data import IGNORE
+from open_mythos.train.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -29,21 +27,10 @@ class LossConfig:
         check_number("losses.router_z", self.router_z, 0)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats over the positions that have a label.
-
-    Args:
-        logits: (..., V); computed in at least float32.
-        labels: (...) int64, IGNORE where there is no loss.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
-
-
 def total_loss(out: TrainOutput, labels: Tensor, cfg: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum to minimise, and its unweighted parts by name (detached scalars)."""
-    logits = out.logits if out.loop_logits is None else out.loop_logits
-    parts = {"ce": cross_entropy(logits, labels.expand(logits.shape[:-1]))}
+    hidden = out.hidden if out.loop_hidden is None else out.loop_hidden
+    parts = {"ce": linear_cross_entropy(hidden, out.head, labels.expand(hidden.shape[:-1]))}
     total = parts["ce"]
     for name, weight, value in (
         ("ponder", cfg.ponder, out.ponder_cost),

@@ -60,8 +60,9 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
     A parameter of shape (..., R, C) is a stack of matrices, each orthogonalised on its own, so no expert's update
-    depends on another's. What the model stores as one matrix is orthogonalised as one: gate and up of a stacked expert
-    (2F x D), and the heads and parts of q_up and kv_up. Parameters with fewer than two dimensions are refused.
+    depends on another's. `widths` names the rows of each map in a parameter that holds several (`Linear.widths`); each
+    is orthogonalised on its own too. Not so gate and up of a stacked expert (2F x D), nor the heads and parts of q_up
+    and kv_up: these count as one matrix. Parameters with fewer than two dimensions are refused.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         adjust_lr: AdjustLR = "match_rms_adamw",
+        widths: dict[Tensor, tuple[int, ...]] | None = None,
     ) -> None:
+        self.widths = widths or {}
         check_number("lr", lr, 0)
         check_number("momentum", momentum, 0, 1, below=True)
         check_number("weight_decay", weight_decay, 0)
@@ -86,24 +89,26 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[(*p.shape[-2:], p.dtype, p.device)].append(p)
-            for (rows, columns, *_), params in by_shape.items():
-                self._step_shape(params, rows, columns, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
-    def _step_shape(self, params: list[Tensor], rows: int, columns: int, group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-        updates = orthogonalize(torch.cat([u.reshape(-1, rows, columns) for u in nesterov]))
-        pieces = updates.split([p.numel() // (rows * columns) for p in params])
-
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        rate = group["lr"] * lr_factor(rows, columns, group["adjust_lr"])
-        torch._foreach_add_(params, [u.view_as(p) for u, p in zip(pieces, params, strict=True)], alpha=-rate)
+            by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for p, update in zip(params, nesterov, strict=True):
+                widths = self.widths.get(p, p.shape[-2:-1])
+                for part, u in zip(p.split(widths, dim=-2), update.split(widths, dim=-2), strict=True):
+                    by_shape[(*part.shape[-2:], p.dtype, p.device)].append((part, u))
+            for (rows, columns, *_), pairs in by_shape.items():
+                updates = orthogonalize(torch.cat([u.reshape(-1, rows, columns) for _, u in pairs]))
+                pieces = updates.split([u.numel() // (rows * columns) for _, u in pairs])
+                rate = group["lr"] * lr_factor(rows, columns, group["adjust_lr"])
+                for (part, _), piece in zip(pairs, pieces, strict=True):
+                    part.add_(piece.view_as(part), alpha=-rate)

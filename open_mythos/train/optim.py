@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_choice, check_number
+from open_mythos.nn.linear import Linear
 from open_mythos.train.muon import AdjustLR, Muon
 
 
@@ -72,7 +73,8 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Opt
         torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
     ]
     if cfg.kind == "muon" and matrices:
-        optimizers.append(Muon(matrices, cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.adjust_lr))
+        widths = {m.weight: m.widths for m in model.modules() if isinstance(m, Linear)}
+        optimizers.append(Muon(matrices, cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.adjust_lr, widths))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

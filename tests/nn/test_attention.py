@@ -34,16 +34,17 @@ def naive(attn: nn.Module, cfg: MythosConfig, x: Tensor, positions: Tensor, seen
             if cfg.attn_type == "gqa":
                 K = cfg.head_dim
                 group = head // (cfg.n_heads // cfg.n_kv_heads)
-                q = row @ attn.wq.weight[head * K : (head + 1) * K].T
-                k, v = (row @ w.weight[group * K : (group + 1) * K].T for w in (attn.wk, attn.wv))
+                wq, wk, wv = attn.wqkv.weight.split(attn.wqkv.widths)
+                q = row @ wq[head * K : (head + 1) * K].T
+                k, v = (row @ w[group * K : (group + 1) * K].T for w in (wk, wv))
                 if cfg.qk_norm:
                     q, k = (reference.rms_norm(z, n.weight) for z, n in ((q, attn.q_norm), (k, attn.k_norm)))
                 q, k = turn(q, b), turn(k, b)
             else:
                 N, P, W, R = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
-                low = reference.rms_norm(row @ attn.q_down.weight.T, attn.q_norm.weight)
+                low, both = (row @ attn.down.weight.T).tensor_split([cfg.q_lora_rank], 1)
+                low = reference.rms_norm(low, attn.q_norm.weight)
                 q = low @ attn.q_up.weight[head * (N + P) : (head + 1) * (N + P)].T
-                both = row @ attn.kv_down.weight.T
                 latent = reference.rms_norm(both[:, :R], attn.kv_norm.weight)
                 up = latent @ attn.kv_up.weight[head * (N + W) : (head + 1) * (N + W)].T
                 q = torch.cat((q[:, :N], turn(q[:, N:], b)), 1)

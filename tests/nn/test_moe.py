@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from open_mythos import Expert, MoEFFN
 from open_mythos.nn.cache import make_view
-from open_mythos.nn.moe import grouped_linear
+from open_mythos.nn.experts import grouped_linear
 from tests import reference
 from tests.models import tiny, worst, worst_of
 
@@ -107,8 +107,7 @@ def test_bias_shifts_the_choice_only() -> None:
 
 def reference_expert(moe: MoEFFN, i: int) -> Expert:
     expert = Expert(32, 12)
-    gate, up = moe.experts.gate_up[i].chunk(2)
-    for linear, weight in ((expert.gate, gate), (expert.up, up), (expert.down, moe.experts.down[i])):
+    for linear, weight in ((expert.gate_up, moe.experts.gate_up[i]), (expert.down, moe.experts.down[i])):
         linear.weight = nn.Parameter(weight.detach())
     return expert
 
@@ -156,7 +155,8 @@ def test_shared_experts_are_one_wide_one() -> None:
     parts = []
     for part in range(3):
         rows = slice(part * 24, (part + 1) * 24)
-        gate, up, down = moe.shared.gate.weight[rows], moe.shared.up.weight[rows], moe.shared.down.weight[:, rows]
+        gate, up = (w[rows] for w in moe.shared.gate_up.weight.chunk(2))
+        down = moe.shared.down.weight[:, rows]
         parts.append(lambda x, gate=gate, up=up, down=down: reference.swiglu(x, gate, up, down))
     x = torch.randn(32, dtype=torch.float64)
     assert worst(moe.shared(x), sum(f(x) for f in parts)) < 1e-13

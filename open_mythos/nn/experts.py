@@ -1,0 +1,173 @@
+"""The routed experts: E SwiGLU networks in two stacked parameters, each applied to the tokens that chose it.
+
+One definition, four ways to compute it, chosen by shapes and device only. `by_group` is torch's own differentiable
+operators and serves wherever nothing below is better; the others are for a CPU.
+
+Shapes: N tokens, C experts chosen per token, M = N * C pairs of both, D width, E experts, F expert width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.nn.linear import captured, linear
+from open_mythos.nn.mlp import silu_product, swiglu_backward
+
+Weights = tuple[Tensor, Tensor]
+"""gate_up (E, 2 F, D), down (E, D, F)"""
+
+FEW_PAIRS = 16
+"""Up to so many pairs are computed one by one: sorting them would cost more than reading an expert twice."""
+SMALL = 2**24
+"""Multiplications up to which computing every expert for every token is cheaper than sorting the tokens."""
+GROUP_MULTIPLE = 8
+"""Rows of a group are padded to a multiple of this: oneDNN compiles a kernel for each shape (0.3 ms), so few shapes."""
+
+
+class StackedExperts(nn.Module):
+    """sum over a token's chosen experts of gate * down(silu(g) * u), with g, u = gate_up(x)."""
+
+    def __init__(self, n_experts: int, dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * expert_dim, dim))
+        self.down = nn.Parameter(torch.empty(n_experts, dim, expert_dim))
+        nn.init.normal_(self.gate_up, std=0.02)
+        nn.init.normal_(self.down, std=0.02)
+
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's."""
+        gate_up, down = self.gate_up, self.down
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gates, gate_up, down = x.to(dtype), gates.to(dtype), gate_up.to(dtype), down.to(dtype)
+        weights = gate_up, down
+        if x.device.type != "cpu":
+            return by_group(x, chosen, gates, weights)
+        n_left = gate_up.shape[0] - chosen.shape[1]
+        # Eight rows take as long as one: reading the weights is what a product of fewer waits for.
+        if max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
+            return all_experts(x, chosen, gates, weights)
+        if captured():
+            return by_group(x, chosen, gates, weights)
+        if torch.is_grad_enabled():
+            return _OneByOne.apply(x, chosen, gates, *weights)
+        return (
+            by_pair(x, chosen, gates, weights) if chosen.numel() <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
+        )
+
+
+def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+    """Two grouped products of the tokens sorted by expert. Nothing waits for a GPU; see `grouped_linear`."""
+    gate_up, down = weights
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=x.device)
+    counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(order))
+    mixed = silu_product(grouped_linear(x[order // chosen.shape[1]], gate_up, counts))
+    y = grouped_linear(mixed, down, counts)
+    # Back to token order, so that the sum over a token's experts does not depend on the other tokens.
+    y = torch.zeros_like(y).index_copy(0, order, y).unflatten(0, chosen.shape)
+    return (y * gates[..., None]).sum(1)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
+    """x_g @ weight_g^T for consecutive groups of rows: x (M, in), weight (E, out, in), rows_per_group (E,) -> (M, out).
+
+    One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
+    Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
+    """
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=rows_per_group.cumsum(0).to(torch.int32))
+    # unbind, not weight[i]: indexing a stacked parameter makes a gradient of its full size for every group.
+    groups = x.split(rows_per_group.tolist())
+    return torch.cat([rows @ w.T for rows, w in zip(groups, weight.unbind(0), strict=True)])
+
+
+def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+    """Every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
+    gate_up, down = weights
+    hidden = linear(x, gate_up.flatten(0, 1)).unflatten(-1, (gate_up.shape[0], -1))
+    gate_of = torch.zeros_like(hidden[..., 0]).scatter(1, chosen, gates)
+    mixed = silu_product(hidden) * gate_of[..., None]
+    return linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
+
+
+def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+    """One matrix-vector product after another, for the few tokens of a decode step. No autograd."""
+    gate_up, down = weights
+    out = torch.zeros_like(x)
+    for token, total, experts, scales in zip(x, out, chosen.tolist(), gates.tolist(), strict=True):
+        for expert, scale in zip(experts, scales, strict=True):
+            total.addmv_(down[expert], silu_product(linear(token, gate_up[expert])), alpha=scale)
+    return out
+
+
+def by_expert(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights, kept: list[Tensor] | None = None) -> Tensor:
+    """One expert after another, so what is between its steps stays in the processor's cache. No autograd.
+
+    Args:
+        kept: receives gate_up(x) of each expert that has tokens.
+    """
+    gate_up, down = weights
+    out = torch.zeros_like(x)
+    for expert, n, tokens, pairs in _groups(chosen, gate_up.shape[0]):
+        hidden = linear(x[tokens], gate_up[expert])
+        if kept is not None:
+            kept.append(hidden)
+        y = linear(silu_product(hidden).mul_(gates.view(-1)[pairs, None]), down[expert])
+        # A token's sum runs in the order of its experts, whoever else chose them.
+        out.index_add_(0, tokens[:n], y[:n])
+    return out
+
+
+def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each expert with tokens: its index, their number n, and as indices the tokens and pairs, padded behind n."""
+    flat = chosen.flatten()
+    counts = torch.bincount(flat, minlength=n_experts).tolist()
+    pairs = F.pad(flat.argsort(stable=True), (0, GROUP_MULTIPLE))
+    tokens = pairs // chosen.shape[1]
+    start = 0
+    for expert, n in enumerate(counts):
+        if n:
+            end = start + (n if n < GROUP_MULTIPLE else -(-n // GROUP_MULTIPLE) * GROUP_MULTIPLE)
+            yield expert, n, tokens[start:end], pairs[start:end]
+        start += n
+
+
+class _OneByOne(torch.autograd.Function):
+    """`by_expert` with a gradient that keeps gate_up(x) of every pair, and nothing else of that size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        out = by_expert(x, chosen, gates, (gate_up, down), kept)
+        ctx.save_for_backward(x, chosen, gates, gate_up, down, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+        x, chosen, gates, gate_up, down, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            out = by_group(x, chosen, gates, (gate_up, down))
+            dx, *dweights = torch.autograd.grad(out, (x, gates, gate_up, down), grad, create_graph=True)
+            return dx, None, *dweights
+        dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
+        dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
+        idle = set(range(gate_up.shape[0]))
+        for (expert, n, tokens, pairs), hidden in zip(_groups(chosen, gate_up.shape[0]), kept, strict=True):
+            idle.remove(expert)
+            dy = grad[tokens]
+            dy[n:] = 0
+            dmixed = linear(dy, down[expert].T)
+            dhidden, mixed, dscale = swiglu_backward(hidden, dmixed, gates.view(-1)[pairs, None])
+            if dscale is not None:
+                dgates.view(-1)[pairs[:n]] = dscale[:n]
+            ddown[expert] = linear(dy.T, mixed.T)
+            dgate_up[expert] = linear(dhidden.T, x[tokens].T)
+            dx.index_add_(0, tokens[:n], linear(dhidden, gate_up[expert].T)[:n])
+        for expert in idle:
+            dgate_up[expert], ddown[expert] = 0, 0
+        return dx, None, dgates, dgate_up, ddown
