@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos import weights
@@ -33,11 +32,12 @@ from open_mythos.nn.cache import KVCache, View, make_view
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.halting import HaltingRule, make_rule
 from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.linear import Linear, linear
+from open_mythos.nn.linear import Linear, autocasts, linear
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.state import initial_state
+from open_mythos.nn.static_cache import StaticKVCache, make_static_view
 
 
 @dataclass
@@ -85,8 +85,7 @@ class TrainOutput:
 
 
 class OpenMythos(nn.Module):
-    """The model. Initialised in one pass; under `torch.device("meta")` it takes no memory, and values come from a file.
-    """
+    """The model. Its values are drawn once, by `init_weights`; under `torch.device("meta")` it has none."""
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -123,7 +122,10 @@ class OpenMythos(nn.Module):
 
     def recur(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
         """One loop: h, e (B, T, D) and loop_index (B,) int64, 0-based, one per row -> the next h (B, T, D)."""
-        return self._recurrent().loop(h, e, loop_index, view.at_loop(loop_index, view.lockstep, view.active))
+        block = self._recurrent()
+        return block.loop(
+            h, block.injection.prepare(e), loop_index, view.at_loop(loop_index, view.lockstep, view.active)
+        )
 
     def readout(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
         """Coda, norm and head: (B, T, D) -> logits (B, T, V), or (B, 1, V) of the last position."""
@@ -140,10 +142,26 @@ class OpenMythos(nn.Module):
         self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> View:
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
-        return make_view(shape, self.cfg.rope_dim, self.cfg.rope_theta, self.dtype, self.device, attention_mask, cache)
+        dim, theta = self.cfg.rope_dim, self.cfg.rope_theta
+        if isinstance(cache, StaticKVCache):
+            return make_static_view(shape, dim, theta, cache, attention_mask)
+        return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache)
 
-    def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None) -> KVCache:
+    @overload
+    def make_cache(
+        self, batch_size: int, max_len: int, n_loops: int | None = ..., static: Literal[False] = ...
+    ) -> KVCache: ...
+
+    @overload
+    def make_cache(
+        self, batch_size: int, max_len: int, n_loops: int | None = ..., *, static: Literal[True]
+    ) -> StaticKVCache: ...
+
+    def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None, static: bool = False) -> KVCache:
         """An empty, preallocated key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
+
+        With `static`, a `StaticKVCache`: calls at fixed depth that a CUDA graph can capture, each of which reads all
+        `max_len` slots.
 
         Raises:
             ValueError: `max_len` is beyond `max_seq_len`, or a size is not positive.
@@ -158,7 +176,8 @@ class OpenMythos(nn.Module):
             + [(levels, shapes)] * cfg.recurrent_layers
             + [(1, shapes)] * cfg.coda_layers
         )
-        return KVCache(layers, batch_size, max_len, levels, self.dtype, self.device)
+        kind = StaticKVCache if static else KVCache
+        return kind(layers, batch_size, max_len, levels, self.dtype, self.device)
 
     # The whole model.
 
@@ -391,7 +410,7 @@ class OpenMythos(nn.Module):
         hidden, loop_hidden, head = self.decode(result.out, view), None, self.head.weight
         if result.hidden is not None:
             loop_hidden = torch.stack([*(self.decode(h, view) for h in result.hidden[:-1]), hidden])
-        if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+        if autocasts(hidden):
             # The logits are made later, and perhaps outside of the caller's autocast.
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, head = hidden.to(dtype), head.to(dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import captured, linear
+from open_mythos.nn.linear import autocasts, captured, linear
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
 Weights = tuple[Tensor, Tensor]
@@ -40,7 +40,7 @@ class StackedExperts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's."""
         gate_up, down = self.gate_up, self.down
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gates, gate_up, down = x.to(dtype), gates.to(dtype), gate_up.to(dtype), down.to(dtype)
         weights = gate_up, down
@@ -79,7 +79,9 @@ def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
     Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
     """
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    if aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
+    # On the meta device torch knows the product's shape for bf16 only.
+    known = x.dtype is torch.bfloat16 if x.is_meta else x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+    if aligned and known:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows_per_group.cumsum(0).to(torch.int32))
     # unbind, not weight[i]: indexing a stacked parameter makes a gradient of its full size for every group.
     groups = x.split(rows_per_group.tolist())

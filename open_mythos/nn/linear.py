@@ -79,12 +79,21 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def captured() -> bool:
-    """Whether something looks on that knows torch's own operators only: a compiler, torch.func, forward-mode AD."""
+    """Whether something looks on that knows torch's own operators only, or there are no numbers to look at.
+
+    The former: a compiler, torch.func, forward-mode AD. The latter: fake tensors.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether products with x run in autocast's dtype. Autocast does not exist on meta."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 if _WIDE_CPU:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear, captured, linear
+from open_mythos.nn.linear import Linear, autocasts, captured, linear
 
 
 class Expert(nn.Module):
@@ -22,7 +22,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up, down = self.gate_up.weight, self.down.weight
-        if not torch.is_grad_enabled() or captured() or torch.is_autocast_enabled(x.device.type):
+        if not torch.is_grad_enabled() or captured() or autocasts(x):
             return linear(silu_product(linear(x, gate_up)), down)
         return _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_up, down).view_as(x)
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from open_mythos.nn.linear import linear
+from open_mythos.nn.linear import autocasts, linear
 
 
 def wide(x: Tensor) -> Tensor:
@@ -14,10 +14,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Products run in the dtype of what they are given; `x` tells the device. Autocast does not exist on meta."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    """Products run in the dtype of what they are given; `x` tells the device."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from open_mythos.checks import check_choice, check_field, check_int, check_number
+from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
 from open_mythos.train.loops import LoopsConfig
@@ -59,6 +59,9 @@ class TrainConfig:
     """How far one step moves the balancing bias of an expert; None: 1e-3 where there are experts."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     log_every: int = 10
+    checkpoint_loops: bool = False
+    """Recompute each loop in the backward pass instead of keeping its activations: the same weights bit for bit, for
+    less memory and more time."""
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
@@ -68,6 +71,7 @@ class TrainConfig:
         if self.expert_bias_rate is not None:
             check_number("expert_bias_rate", self.expert_bias_rate, 0)
         check_int("log_every", self.log_every, 1)
+        check_bool("checkpoint_loops", self.checkpoint_loops)
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -91,6 +95,7 @@ class TrainConfig:
         for name, value, none in (
             ("eval.loops", self.eval.loops, ()),
             ("loops.backprop_depth", self.loops.backprop_depth, None),
+            ("checkpoint_loops", self.checkpoint_loops, False),
         ):
             if value and not model.recurrent_layers:
                 raise ValueError(

@@ -3,10 +3,17 @@
 import math
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+
+from open_mythos.arguments import check_n_loops
 from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.linear import linear
+from open_mythos.nn.numerics import no_autocast, wide
+from open_mythos.train.cross_entropy import tokens_per_chunk
 from open_mythos.train.data import IGNORE, Batch
-from open_mythos.train.losses import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,20 @@ class Score:
 
 def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_rows: int = 256) -> Score:
     """Score `batch` in eval mode, `chunk_rows` rows at a time; the model's mode is restored."""
-    loss = rows_right = labels_seen = 0.0
+    n_loops = check_n_loops(n_loops, model.cfg)
+    loss = 0.0
+    labels_seen = rows_right = 0
     with evaluating(model):
         for ids, labels in zip(batch.input_ids.split(chunk_rows), batch.labels.split(chunk_rows), strict=True):
-            ids, labels = ids.to(model.device), labels.to(model.device)
-            logits = model(ids, n_loops=n_loops)
-            n_labels = (labels != IGNORE).sum().item()
-            loss += cross_entropy(logits, labels).item() * n_labels
-            labels_seen += n_labels
-            rows_right += ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1).sum().item()
+            labels = labels.to(model.device)
+            # The output of a training call, whose logits are made below, for some tokens at a time.
+            out = model(ids.to(model.device), plan=LoopPlan((n_loops,) * len(ids)))
+            n, right = tokens_per_chunk(out.head), []
+            for hidden, label in zip(out.hidden.flatten(0, 1).split(n), labels.flatten().split(n), strict=True):
+                with no_autocast(hidden):
+                    logits = wide(linear(hidden, out.head))
+                loss += F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum").item()
+                right.append((logits.argmax(-1) == label) | (label == IGNORE))
+            labels_seen += (labels != IGNORE).sum().item()
+            rows_right += torch.cat(right).view_as(labels).all(-1).sum().item()
     return Score(loss / labels_seen, rows_right / len(batch.input_ids))

@@ -69,6 +69,8 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         weights_dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         self.model = OpenMythos(cfg.model).to(self.device, weights_dtype)
+        if self.model.recurrent is not None:
+            self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
         self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
         self.optimizers = build_optimizers(self.model, cfg.optim)
         self._hooks: list[tuple[Hook, int]] = []
@@ -113,7 +115,10 @@ class Trainer:
         return final
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
-        """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics."""
+        """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
+
+        On a GPU only reading the metrics waits for the device: the trainer asks it nothing in other steps.
+        """
         cfg = self.cfg
         depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
         batch = cfg.data.batch(stream(cfg.seed, step, Purpose.DATA), cfg.batch_size, depths)
@@ -125,8 +130,8 @@ class Trainer:
 
         self.model.train()
         with self._autocast():
-            out = self.model(batch.input_ids.to(self.device), plan=plan, trace=cfg.losses.per_loop)
-        loss, parts = total_loss(out, batch.labels.to(self.device), cfg.losses)
+            out = self.model(self._on_device(batch.input_ids), plan=plan, trace=cfg.losses.per_loop)
+        loss, parts = total_loss(out, self._on_device(batch.labels), cfg.losses)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -149,7 +154,7 @@ class Trainer:
             "loop/mean": out.loops.float().mean().item(),
         }
         if max_load is not None:
-            values["moe/max_load"] = max_load
+            values["moe/max_load"] = max_load.item()
         if (rho := self._rho()) is not None:
             values["lti/rho"] = rho
         _check_finite(step, values)
@@ -168,6 +173,10 @@ class Trainer:
             else:
                 values[f"val/bpb{at}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
         return values
+
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.cfg.dtype != "bfloat16":

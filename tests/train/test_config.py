@@ -38,6 +38,7 @@ CONFIGS = {
     "text": config(data=Text(path="a.txt", kind="bpe", bpe_vocab_size=300), optim=OptimConfig("muon", lr=1e-7)),
     "odd": config(
         seed=2**40, dtype="bfloat16", eval=EvalConfig(every=3, loops=(1, 2)), losses=LossConfig(router_z=1e-3),
+        checkpoint_loops=True,
         loops=LoopsConfig("poisson_lognormal", 7.5, per="batch", max_loops=30, backprop_depth=3),
         optim=OptimConfig(betas=(0.1 + 0.2, 1 / 3), clip_norm=None),
     ),
@@ -94,6 +95,7 @@ def test_a_frozen_run() -> None:
         ({"model": model(halting="act"), "loops": LoopsConfig(backprop_depth=2)}, "loops.backprop_depth=2"),
         ({"model": model(recurrent_layers=0), "eval": EvalConfig(loops=(1,))}, r"use eval.loops=\(\)"),
         ({"model": model(recurrent_layers=0), "loops": LoopsConfig(backprop_depth=2)}, "use loops.backprop_depth=None"),
+        ({"model": model(recurrent_layers=0), "checkpoint_loops": True}, "use checkpoint_loops=False"),
         ({"losses": LossConfig(ponder=0.1)}, "losses.ponder=0.1"),
         ({"losses": LossConfig(per_loop=True)}, "not loops.per='sequence'"),
         (
@@ -113,8 +115,9 @@ def test_refuses(changes: dict, named: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"steps": True}, "steps=True"), ({"seed": 1.5}, "seed=1.5"), ({"dtype": 32}, "dtype=32")]
-)
+    ("changes", "named"), [({"steps": True}, "steps=True"), ({"seed": 1.5}, "seed=1.5"), ({"dtype": 32}, "dtype=32"),
+     ({"checkpoint_loops": 1}, "checkpoint_loops=1")],
+)  # fmt: skip
 def test_refuses_types(changes: dict, named: str) -> None:
     with pytest.raises(TypeError, match=named):
         config(**changes)
