@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from open_mythos.nn.depth import LoopConstants
 from open_mythos.nn.rope import rotary_table
 
 KeyValues = tuple[Tensor, ...]
@@ -80,6 +81,8 @@ class View:
     """The loop that every row is at, when the caller knows: spares the cache a gather."""
     selection: Selection | None = None
     """Set when some of the call's tokens have left the computation: B and T then count those that are still in it."""
+    constants: LoopConstants | None = None
+    """Inside the loop, what no loop changes."""
     router_log: list[tuple[Tensor, Tensor]] | None = None
     """In training each MoE appends (sum of squared log-sum-exp, tokens per expert) of the tokens in the loop."""
 
@@ -193,9 +196,7 @@ class Scratch:
     current: dict[int, KeyValues] = field(default_factory=dict)
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
-        if view.active is None:
-            return new
-        if layer in self.previous:
+        if layer in self.previous and view.active is not None:
             new = tuple(_over(old, n, view) for n, old in zip(new, self.previous[layer], strict=True))
         self.current[layer] = new
         return new

@@ -45,12 +45,26 @@ def loop_index_embedding(h: Tensor, loop_index: Tensor | int, loop_dim: int, the
         loop_index: (B,) int64, or one int for every row.
     """
     index = torch.as_tensor(loop_index, device=h.device).expand(h.shape[0])
+    return (h + loop_waves(index, h, loop_dim, theta)[:, None]).to(h.dtype)
+
+
+def loop_waves(index: Tensor, h: Tensor, loop_dim: int, theta: float = 10000.0) -> Tensor:
+    """What `loop_index_embedding` adds at each index: (N,) -> (N, D), in at least float32."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     frequency = theta ** (-torch.arange(0, loop_dim, 2, device=h.device, dtype=dtype) / loop_dim)
     angle = index[:, None].to(dtype) * frequency
-    embedding = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :loop_dim]
-    padded = nn.functional.pad(embedding, (0, h.shape[-1] - loop_dim))
-    return (h + padded[:, None]).to(h.dtype)
+    waves = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :loop_dim]
+    return nn.functional.pad(waves, (0, h.shape[-1] - loop_dim))
+
+
+@dataclass(frozen=True)
+class LoopConstants:
+    """What the loops of a call share, made once for all of them."""
+
+    waves: Tensor | None
+    """(max_loop_iters, D), the loop embeddings."""
+    decay: Tensor | None
+    """(D,), the injection's."""
 
 
 class LoRAAdapter(nn.Module):
@@ -74,6 +88,9 @@ class LoRAAdapter(nn.Module):
 
     def forward(self, x: Tensor, loop_index: Tensor | int) -> Tensor:
         """x (B, T, D), loop_index (B,) int64 or one int -> (B, T, D)."""
-        index = torch.as_tensor(loop_index, device=x.device).expand(x.shape[0])
-        scale = self.scale(index.clamp(max=self.scale.num_embeddings - 1))
-        return (self.down(x) * scale[:, None]) @ self.B
+        last = self.scale.num_embeddings - 1
+        if isinstance(loop_index, int):
+            scale = self.scale.weight[min(loop_index, last)]
+        else:
+            scale = self.scale(loop_index.clamp(max=last))[:, None]
+        return (self.down(x) * scale) @ self.B

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D width, E experts, L executed loops, C blocks in the 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,6 +109,8 @@ class Run:
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)
         self.done = _extend(self.done, rows) if self.done else {}
+        if self.view.valid is None and len(self.counts) == len(self.live):
+            self.counts += [h.shape[1]] * (n_rows - self.n_rows)
         self.live += range(self.n_rows, n_rows)
         self.n_rows = n_rows
         self._select(None)
@@ -123,9 +126,10 @@ class Run:
         h = self.rows["h"]
         view, e, n_loops = self.here
         loop_index = n_loops - (self.depths[0] - tick)
-        loop = _loop(
+        loop = partial(
+            _loop,
             self.block,
-            view.at_loop(loop_index, tick if self.lockstep else None, self.rows.get("active")),
+            view.at_loop(loop_index, tick if self.lockstep else None, self._active()),
             None if self.cached else self.scratch.current,
         )
         if self.block.checkpoint_loops and torch.is_grad_enabled():
@@ -143,20 +147,29 @@ class Run:
         if self.hidden is not None:
             self.hidden.append(self._whole("h"))
 
+    def _active(self) -> Tensor | None:
+        """The mask of tokens in the loop; None if that is known to be every one, which spares a dozen operations."""
+        if not self.adaptive:
+            return None
+        whole = self.selection is None or self.selection.slots is None
+        if whole and len(self.counts) == len(self.live) and min(self.counts) == self.rows["h"].shape[1]:
+            return None
+        return self.rows["active"]
+
     def _exit(self, h: Tensor, h_new: Tensor, loop_index: Tensor, last: bool) -> None:
         rows, weight = self.rows, None
-        active = rows["active"]
+        everyone, active = self._active() is None, rows["active"]
         if last and self.rule.needs_probe:
             # All rows end at the same tick, where every rule lets everyone out: the prediction would not be used.
             exit_mask = active
         else:
             probe = self.probe(h_new) if self.rule.needs_probe and self.probe is not None else None
             self.state, exit_mask, weight = self.rule.update(self.state, h, h_new, loop_index, probe)
-            exit_mask = exit_mask & active
-        rows["h"] = torch.where(active[..., None], h_new, h)
+            exit_mask = exit_mask if everyone else exit_mask & active
+        rows["h"] = h_new if everyone else torch.where(active[..., None], h_new, h)
         rows["loops"] = rows["loops"] + active
         if weight is not None:
-            weight = weight * active
+            weight = weight if everyone else weight * active
             rows["out"] = rows["out"] + weight[..., None] * h_new
             rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
         if self.hidden is not None:
@@ -279,19 +292,20 @@ class Run:
 
 
 def _loop(
-    block: "RecurrentBlock", view: View, previous: dict[int, KeyValues] | None
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, KVStore, RouterLog | None]]:
-    """One loop as a function that a checkpoint can call twice: h' and what the loop wrote besides, made anew each time.
+    block: "RecurrentBlock",
+    view: View,
+    previous: dict[int, KeyValues] | None,
+    h: Tensor,
+    e: Tensor,
+    loop_index: Tensor,
+) -> tuple[Tensor, KVStore, RouterLog | None]:
+    """h' and what the loop wrote besides, made anew each time, for a checkpoint calls this twice.
 
     Recomputed keys, values and statistics in the first call's containers would keep alive all that they were made from.
     """
-
-    def loop(h: Tensor, e: Tensor, loop_index: Tensor) -> tuple[Tensor, KVStore, RouterLog | None]:
-        store = view.store if previous is None else Scratch(previous)
-        log: RouterLog | None = [] if block.training and block.cfg.n_experts else None
-        return block.loop(h, e, loop_index, dataclasses.replace(view, store=store, router_log=log)), store, log
-
-    return loop
+    store = view.store if previous is None else Scratch(previous)
+    log: RouterLog | None = [] if block.training and block.cfg.n_experts else None
+    return block.loop(h, e, loop_index, dataclasses.replace(view, store=store, router_log=log)), store, log
 
 
 def _rows(index: list[int], device: torch.device) -> Tensor | slice:

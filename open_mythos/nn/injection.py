@@ -7,6 +7,9 @@
 | concat   | W [h; e]                        | RMSNorm(y)                         | Huginn, arXiv 2502.05171    |
 | add      | h + e                           | y                                  | ablation                    |
 
+What no loop changes is made once for all of them: `prepare(e)`, which stands for e in both functions, and `get_A()`,
+the decay that they take.
+
 Shapes: h, e, y and u are (B, T, D).
 """
 
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.linear import Linear, linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.numerics import wide
 
@@ -71,11 +74,14 @@ class LTIInjection(nn.Module):
         """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
         return bounded_decay(wide(self.log_A) + wide(self.log_dt))
 
-    def before(self, h: Tensor, e: Tensor) -> Tensor:
+    def prepare(self, e: Tensor) -> Tensor:
+        return e
+
+    def before(self, h: Tensor, e: Tensor, decay: Tensor) -> Tensor:
         return h + e
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
-        kept = torch.addcmul(wide(y), self.get_A(), wide(h))
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+        kept = torch.addcmul(wide(y), decay, wide(h))
         return torch.addcmul(kept, wide(self.B), wide(e)).to(h.dtype)
 
 
@@ -107,10 +113,13 @@ class DiagonalInjection(nn.Module):
         log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())
         return bounded_decay(log_dt + wide(self.A_log))
 
-    def before(self, h: Tensor, e: Tensor) -> Tensor:
-        return (self.get_A() * h + F.softplus(wide(self.dt_bias)) * F.linear(e, self.B)).to(h.dtype)
+    def prepare(self, e: Tensor) -> Tensor:
+        return F.softplus(wide(self.dt_bias)) * linear(e, self.B)
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    def before(self, h: Tensor, e: Tensor, decay: Tensor) -> Tensor:
+        return torch.addcmul(wide(e), decay, wide(h)).to(h.dtype)
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Tensor) -> Tensor:
         return y
 
 
@@ -126,10 +135,16 @@ class ConcatInjection(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.adapter.weight, std=math.sqrt(2 / (5 * self.adapter.out_features)))
 
-    def before(self, h: Tensor, e: Tensor) -> Tensor:
-        return self.adapter(torch.cat((h, e), dim=-1))
+    def get_A(self) -> None:
+        """There is no decay."""
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    def prepare(self, e: Tensor) -> Tensor:
+        return linear(e, self.adapter.weight[:, e.shape[-1] :])
+
+    def before(self, h: Tensor, e: Tensor, decay: None) -> Tensor:
+        return linear(h, self.adapter.weight[:, : h.shape[-1]]) + e
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: None) -> Tensor:
         return self.norm(y)
 
 
@@ -139,10 +154,16 @@ class AddInjection(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
 
-    def before(self, h: Tensor, e: Tensor) -> Tensor:
+    def get_A(self) -> None:
+        """There is no decay."""
+
+    def prepare(self, e: Tensor) -> Tensor:
+        return e
+
+    def before(self, h: Tensor, e: Tensor, decay: None) -> Tensor:
         return h + e
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: None) -> Tensor:
         return y
 
 

@@ -14,10 +14,11 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.cache import FixedPast, KVCache, View, make_view
 from open_mythos.nn.compaction import Compaction, CostCurve, without_hooks
-from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_index_embedding
+from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_waves
 from open_mythos.nn.driver import Probe, RecurrentOutput, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule
 from open_mythos.nn.injection import INJECTIONS, Injection
+from open_mythos.nn.linear import captured
 from open_mythos.nn.norm import RMSNorm
 
 
@@ -65,20 +66,35 @@ class RecurrentBlock(nn.Module):
         """One loop: h' = after(h, e, y), y = core(u) + lora(core(u)), u = before(h + loop embedding, e).
 
         Args:
-            h, e: (B, T, D), the state and the prelude's output.
+            h: (B, T, D), the state.
+            e: (B, T, D), what `injection.prepare` made of the prelude's output.
             loop_index: (B,) int64, 0-based; rows may differ. Beyond `max_loop_iters` the last index is used.
-            view: of this loop, made by `View.at_loop`.
+            view: of this loop, made by `View.at_loop`, with `constants`.
         """
-        index = loop_index.clamp(max=self.cfg.max_loop_iters - 1)
-        u = loop_index_embedding(h, index, self.cfg.dim // 8) if self.cfg.loop_embedding else h
-        u = self.injection.before(u, e)
+        shared = view.constants or self.constants(h)
+        last = self.cfg.max_loop_iters - 1
+        # A compiler would make a graph for each value of an int.
+        index = loop_index.clamp(max=last) if captured() or view.lockstep is None else min(view.lockstep, last)
+        u = h
+        if shared.waves is not None:
+            waves = shared.waves[index]
+            u = (h + (waves if isinstance(index, int) else waves[:, None])).to(h.dtype)
+        u = self.injection.before(u, e, shared.decay)
         if self.norm is not None:
             u = self.norm(u)
         for i, block in enumerate(self.blocks):
             u = block(u, view, self.cfg.prelude_layers + i)
         if self.lora is not None:
             u = u + self.lora(u, index)
-        return self.injection.after(h, e, u)
+        return self.injection.after(h, e, u, shared.decay)
+
+    def constants(self, h: Tensor) -> LoopConstants:
+        """What the loops of a call on states like `h` share."""
+        waves = None
+        if self.cfg.loop_embedding:
+            every = torch.arange(self.cfg.max_loop_iters, device=h.device)
+            waves = loop_waves(every, h, self.cfg.dim // 8)
+        return LoopConstants(waves, self.injection.get_A())
 
     def cost_curve(self, dtype: torch.dtype) -> CostCurve:
         """What a loop costs on the CPU at the present number of threads; measured once."""
@@ -96,7 +112,7 @@ class RecurrentBlock(nn.Module):
         if n_past:
             mask = None if as_rows else torch.ones(1, 1, T, n_past + T, dtype=torch.bool)
             view = dataclasses.replace(view, mask=mask, is_causal=False, store=FixedPast(n_past))
-        view = view.at_loop(loop_index, 0)
+        view = dataclasses.replace(view.at_loop(loop_index, 0), constants=self.constants(h))
 
         def run() -> Tensor:
             with without_hooks(self):
@@ -133,6 +149,8 @@ class RecurrentBlock(nn.Module):
             deepest_first = sorted(range(len(plan.depths)), key=lambda i: -plan.depths[i])
             order = torch.tensor(deepest_first, device=h.device)
             h, e, view = h[order], e[order], view.take_rows(order)
+        view = dataclasses.replace(view, constants=self.constants(h))
+        e = self.injection.prepare(e)
         run = Run(self, exit or self.rule, probe, e, view, sorted(plan.depths, reverse=True), trace)
         for tick in range(n_ticks):
             run.join(h, tick)

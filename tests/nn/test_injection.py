@@ -208,7 +208,8 @@ def test_values_and_gradients(cls: type[nn.Module], formula: Callable, T: int) -
         module = module.to(dtype)
         inputs = [torch.randn(2, T, 9, dtype=dtype, requires_grad=True) for _ in "hey"]
         h, e, y = inputs
-        got = (module.before(h, e), module.after(h, e, y))
+        prepared, decay = module.prepare(e), module.get_A()
+        got = (module.before(h, prepared, decay), module.after(h, prepared, y, decay))
         expected = formula(module.double(), *(x.double() for x in inputs))
         assert max(map(worst, got, expected)) < tolerance
         assert all(x.dtype == dtype for x in got)
@@ -229,5 +230,5 @@ def test_state_cannot_grow_at_the_bound() -> None:
     h = e = torch.ones(1, 1, 4)
     with torch.no_grad():
         for _ in range(5000):
-            h = module.after(h, e, torch.zeros_like(h))
+            h = module.after(h, e, torch.zeros_like(h), module.get_A())
     assert float(h.max()) < 256 * 0.1 * 1.01
