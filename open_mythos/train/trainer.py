@@ -70,6 +70,9 @@ class Trainer:
         weights_dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         self.model = OpenMythos(cfg.model).to(self.device, weights_dtype)
         if self.model.recurrent is not None:
+            # Validation too reads no clock, so that a run repeated gives the same metrics bit for bit.
+            self.model.recurrent.compaction = "counts"
+        if self.model.recurrent is not None:
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
         self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
         self.optimizers = build_optimizers(self.model, cfg.optim)
