@@ -15,7 +15,7 @@ from benchmarks import machine
 from benchmarks.bench import Bench, Settings
 from benchmarks.cases import CASES, Case
 from benchmarks.report import write_report
-from benchmarks.results import Results, plain, source
+from benchmarks.results import Results, commit, plain, source
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Args:
     cases: tuple[str, ...] = ()
     """Names of cases; none: all."""
     out: Path = Path("docs/results/performance")
-    """Folder for results.json and figures; the report is written beside it, under the folder's name."""
+    """Folder for results.json and figures; the report stands beside it, under the folder's name."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     """Threads of each worker; one worker computes at a time."""
@@ -36,7 +36,7 @@ class Args:
     list: bool = False
     """Only name the cases."""
     report: bool = False
-    """Only write the report of what the folder holds."""
+    """Only write the report again, from what the folder holds."""
 
 
 def main(args: Args) -> int:
@@ -54,7 +54,7 @@ def main(args: Args) -> int:
     results = Results(args.out)
     if not args.report:
         run(args, results, console)
-    print(write_report(results, args.out))
+    console.print(f"Wrote {write_report(results, args.out)}.", highlight=False)
     return int(any(case["error"] for case in results.data["cases"].values()))
 
 
@@ -64,7 +64,7 @@ def run(args: Args, results: Results, console: Console) -> None:
     described = machine.describe()
     made_by = {"source": source(), **asdict(settings), "environment": described["environment"]}
     wanted = [CASES[name] for name in args.cases or CASES]
-    todo = [case for case in wanted if args.fresh or not results.done(case.name, made_by)]
+    todo = [case for case in wanted if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
     console.print(f"{len(todo)} cases to measure, {len(wanted) - len(todo)} already there", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -81,19 +81,22 @@ def run(args: Args, results: Results, console: Console) -> None:
         for case in todo:
             name = case.name
             found = measure(case, bench)
-            results.put(name, found | {"made_by": made_by})
+            results.put(name, planned(case) | found | {"commit": commit(), "made_by": made_by})
             progress.advance(whole)
             progress.console.print(_line(name, found), highlight=False)
+
+
+def planned(case: Case) -> dict[str, Any]:
+    """What a record says of the case itself; a case that was changed is measured again."""
+    return {"title": case.title, "protocol": case.protocol}
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
     """The case's record; a failure is one, too, and leaves no figure."""
     started, load = time.time(), machine.load()
-    record: dict[str, Any] = {"title": case.title, "protocol": case.protocol, "error": None}
+    record: dict[str, Any] = {"error": None}
     try:
         record |= plain(case.run(bench))
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         traceback.print_exc()
         record["error"] = f"{type(error).__name__}: {error}"

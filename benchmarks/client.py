@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,11 @@ class Client:
             raise WorkerError(
                 f"the worker {self.side} died with status {self.process.wait()}: {self.errors.read()[-1000:].strip()}"
             )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(f"{self.side}: {answer['error']}")
-        return answer
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(f"{self.side}: {reply['error']}")
+        return reply["answer"]
 
     def prepare(self, id: str, job: Job) -> dict[str, Any]:
         """Build the job's model and inputs."""
-        return self.ask("prepare", id=id, job=asdict(job))
+        return self.ask("prepare", id=id, job=job.to_dict())

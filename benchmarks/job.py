@@ -1,6 +1,6 @@
 """What one worker is asked to build and run."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -41,6 +41,9 @@ class Job:
     def halting_loop(self) -> int:
         """`halt_at`, or the call's deepest loop."""
         return self.halt_at or max(self.depths, default=self.n_loops)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":

@@ -76,3 +76,55 @@ MID = published(
 """39.2M parameters; 87.1 MFLOP per token at 8 loops."""
 
 ONE_B, ONE_T, HUNDRED_B = published(mythos_1b()), published(mythos_1t()), published(mythos_100b())
+
+# Models of transformers, each of about as many FLOPs per token as MID at 8 loops.
+_COMMON: dict[str, Any] = {
+    "vocab_size": MID["vocab_size"],
+    "hidden_size": MID["dim"],
+    "max_position_embeddings": MID["max_seq_len"],
+    "tie_word_embeddings": True,
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    # The blocks of MID, unrolled: 4 dense layers, and 8 with experts.
+    "deepseek_v3": {
+        **_COMMON,
+        "class": "DeepseekV3",
+        "num_hidden_layers": 12,
+        "first_k_dense_replace": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 128,
+        "q_lora_rank": 256,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "intermediate_size": 512 * 4 // 3,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_mtp_layers": 0,
+    },
+    "qwen3_moe": {
+        **_COMMON,
+        "class": "Qwen3Moe",
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 256,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "llama": {
+        **_COMMON,
+        "class": "Llama",
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1624,
+    },
+}

@@ -99,7 +99,10 @@ def decode_flops(cfg: MythosConfig, rows: int, context: int, n_loops: int) -> in
 
 @dataclass(frozen=True)
 class Work:
-    """What a task needs at least: products, of which `products` tells the shapes, and bytes to stream."""
+    """What a task needs at least: FLOPs, of which `products` tells the shapes, and bytes to stream.
+
+    Without `products` the bytes are the limit, and `flops` is for the record.
+    """
 
     flops: float = 0.0
     products: Products = field(default_factory=Counter)
@@ -122,7 +125,7 @@ def work_of(job: Job) -> Work:
     cfg = MythosConfig(**job.model)
     B, T, L = job.rows, job.tokens, job.n_loops
     if job.task == "decode":
-        return Work(bytes=decode_bytes(cfg, B, T, L))
+        return Work(decode_flops(cfg, B, T, L), bytes=decode_bytes(cfg, B, T, L))
     forward = forward_products(cfg, B, T, L, last_only=job.task in ("prefill", "generate"))
     # A causal query sees (T + 1) / 2 keys in the mean.
     total = B * T * flops_per_token(cfg, L, context_tokens=(T + 1) // 2)

@@ -60,10 +60,10 @@ class Results:
         if self.path.exists():
             self.data = json.loads(self.path.read_text())
 
-    def done(self, name: str, made_by: dict[str, Any]) -> bool:
-        """Whether the case was finished, without an error, by the same code in the same way."""
+    def done(self, name: str, **made: Any) -> bool:
+        """Whether the case is there, without an error, with these entries: the same code measured in the same way."""
         case = self.data["cases"].get(name)
-        return case is not None and case["error"] is None and case["made_by"] == made_by
+        return case is not None and case["error"] is None and made.items() <= case.items()
 
     def put(self, name: str, case: dict[str, Any]) -> None:
         self.data["cases"][name] = case
@@ -82,12 +82,19 @@ def plain(outcome: Outcome) -> dict[str, Any]:
     return asdict(outcome)
 
 
+def commit() -> str:
+    """The commit that is checked out."""
+    return _git("rev-parse", "--short=10", "HEAD").strip() or "unknown"
+
+
 def source() -> str:
-    """The commit, and when what is measured differs from it, a hash of the difference."""
-    measured = ("open_mythos", "benchmarks")
-    commit = _git("rev-parse", "--short=10", "HEAD").strip() or "unknown"
-    changes = _git("diff", "HEAD", "--", *measured) + _git("status", "--porcelain", "--", *measured)
-    return f"{commit}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else commit
+    """A name for the package's code as it is on disk: its tree in git, and a hash of what differs from that.
+
+    A commit that leaves the package alone, such as one of results, leaves results valid.
+    """
+    tree = _git("rev-parse", "--short=10", "HEAD:open_mythos").strip() or "unknown"
+    changes = _git("diff", "HEAD", "--", "open_mythos") + _git("status", "--porcelain", "--", "open_mythos")
+    return f"{tree}-changed-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else tree
 
 
 def _git(*arguments: str) -> str:

@@ -44,6 +44,14 @@ class Side(ABC):
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
         """Greedy: (B, T) -> (B, T + new_tokens)."""
 
+    @abstractmethod
+    def cache_tensors(self, cache: Any) -> list[Tensor]:
+        """What a cache consists of."""
+
+    def info(self) -> dict[str, Any]:
+        """What the report says of the model besides its parameters."""
+        return {}
+
     def weight_gradients(self) -> dict[str, Tensor]:
         """Gradients by parameter name, zeros where there is none."""
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.model.named_parameters()}
@@ -75,7 +83,7 @@ class Task(ABC):
 
     training = False
     counts_loops = True
-    """Whether both sides run the core as often, so that the gate can compare it."""
+    """Whether the core's calls are the loops run, so that the gate can compare them; not with a depth for each row."""
 
     def __init__(self, side: Side, job: Job) -> None:
         self.side, self.job = side, job
@@ -83,7 +91,7 @@ class Task(ABC):
 
     def info(self) -> dict[str, Any]:
         """What the report says of the model."""
-        return {"parameters": sum(p.numel() for p in self.side.model.parameters())}
+        return {"parameters": sum(p.numel() for p in self.side.model.parameters())} | self.side.info()
 
     def draw(self, seed: int) -> None:
         """Other inputs, from `seed`."""

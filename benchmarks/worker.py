@@ -1,7 +1,7 @@
 """One side of a comparison in a process of its own: `python -m benchmarks.worker`, JSON lines in, JSON lines out.
 
-Requests name an operation and its arguments; the answer is one object, with `error` if it failed. Nothing runs between
-requests, so that an idle worker does not disturb the other.
+Requests name an operation and its arguments; the reply is {"answer": ...}, or {"error": ...} if it failed. Nothing
+runs between requests, so that an idle worker does not disturb the other.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ class Worker:
         task = self.tasks[id]
         task.draw(seed)
         fresh = task.fresh()
-        counter = task.side.count_loops() if task.counts_loops else None
+        counter = task.side.count_loops() if task.counts_loops and not task.job.depths else None
         with counter or contextlib.nullcontext():
             outputs = task.run(fresh)
         if counter is not None:
@@ -178,7 +178,7 @@ def main(side: str, threads: int) -> None:
             # Made on the first request, so that a failing import is an answer as well.
             worker = worker or Worker(side, threads)
             operation: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
-            answer = operation(**request)
+            answer = {"answer": operation(**request)}
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -1,12 +1,19 @@
 """The table of cases."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from benchmarks import models
 from benchmarks.bench import Bench, Budget
+from benchmarks.cases.depths import Depths
+from benchmarks.cases.elsewhere import Elsewhere
+from benchmarks.cases.memory import TrainingMemory
 from benchmarks.cases.pair import Pair
+from benchmarks.cases.scaling import Scaling
+from benchmarks.cases.start import Building, CacheBytes, LongRope
 from benchmarks.job import Job
 from benchmarks.results import Outcome
+from open_mythos.train.loops import LoopsConfig
 
 
 class Case(Protocol):
@@ -22,6 +29,9 @@ class Case(Protocol):
 
 
 SMALL = {"gqa": models.SMALL_GQA, "mla": models.SMALL_MLA}
+MID = Job("ours", "train", models.MID, rows=4, tokens=512, n_loops=8)
+POISSON = LoopsConfig("poisson", 8, max_loops=16).depths(seed=0, step=0, rows=8)
+SLOW = Budget(200.0, 3, 15)
 
 _CASES: list[Case] = [
     Pair(
@@ -37,16 +47,76 @@ _CASES: list[Case] = [
         )
         for kind, model in SMALL.items()
     ),
-    Pair(
-        "forward_mid",
-        "forward pass, mid model (c)",
-        Job("ours", "forward", models.MID, rows=4, tokens=512, n_loops=8),
+    *(
+        Pair(
+            f"train_small_{kind}_compiled",
+            f"training step, small model (b) {kind}, ours compiled",
+            Job("ours", "train", model, rows=2, tokens=16, n_loops=4),
+            ours={"compiled": True},
+        )
+        for kind, model in SMALL.items()
+    ),
+    Pair("forward_mid", "forward pass, mid model (c)", replace(MID, task="forward")),
+    Pair("train_mid", "training step, mid model (c)", MID, budget=SLOW),
+    Depths(
+        "train_mid_poisson",
+        "training step, (c), Poisson(8) depths against all rows at the deepest",
+        replace(MID, rows=8, tokens=256, depths=tuple(POISSON.tolist())),
+    ),
+    *(
+        Pair(
+            f"generate_mid_b{rows}",
+            f"generate, mid model (c), batch {rows}",
+            replace(MID, task="generate", rows=rows, tokens=64, new_tokens=16),
+        )
+        for rows in (1, 4)
+    ),
+    *(
+        Pair(
+            f"decode_{context}",
+            f"decode one token, (c), context {context}",
+            replace(MID, task="decode", rows=1, tokens=context),
+        )
+        for context in (128, 512, 960)
     ),
     Pair(
-        "train_mid",
-        "training step, mid model (c)",
-        Job("ours", "train", models.MID, rows=4, tokens=512, n_loops=8),
-        budget=Budget(150.0),
+        "prefill_1b",
+        "mythos_1b, prefill of 128 tokens, 16 loops",
+        Job("ours", "prefill", models.ONE_B, tokens=128, n_loops=16),
+        budget=SLOW,
+        second_worker=False,
+    ),
+    Pair(
+        "decode_1b",
+        "mythos_1b, decode one token, 16 loops, context 128",
+        Job("ours", "decode", models.ONE_B, tokens=128, n_loops=16),
+        second_worker=False,
+        memory=False,
+    ),
+    CacheBytes(
+        "kv_cache_bytes",
+        "mythos_1b, cache, 16 loops",
+        Job(
+            "ours",
+            "cache_bytes",
+            {**models.ONE_B, "n_experts": 4, "expert_dim": 16},
+            tokens=128,
+            new_tokens=4,
+            n_loops=16,
+        ),
+    ),
+    Building("build_1b", "mythos_1b, construct on the CPU", models.ONE_B, meta=False),
+    Building("build_1t_meta", "mythos_1t, construct on the meta device", models.ONE_T, meta=True),
+    LongRope("rope_1m", "rotary angles for 1,000,000 positions (mythos_100b)", models.HUNDRED_B),
+    *(
+        Elsewhere(f"decode_{name}", f"(c) against transformers {model['class']}", model, MID)
+        for name, model in models.TRANSFORMERS.items()
+    ),
+    TrainingMemory("memory_train_mid", "peak memory, training step, (c)", MID),
+    Scaling(
+        "scaling",
+        "cost as work grows, (c)",
+        replace(MID, task="forward", model={**models.MID, "max_seq_len": 4096}),
     ),
 ]
 

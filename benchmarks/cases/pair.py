@@ -8,10 +8,13 @@ from benchmarks.bench import FULL, Bench, Budget, Player, Samples
 from benchmarks.client import Client
 from benchmarks.job import Job
 from benchmarks.products import Work, work_of
+from benchmarks.reach import REACH
 from benchmarks.results import Outcome, Row
 from benchmarks.stats import Spread
+from benchmarks.tasks import TASKS
 
 PEER = "open_mythos_0_5"
+DESCRIPTIONS = {name: (task.__doc__ or "").strip() for name, task in TASKS.items()}
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ class Pair:
 
     @property
     def protocol(self) -> str:
-        twin = "a second process of ours" if self.second_worker else "the same process called twice in a row"
-        return (
-            f"{self.job.task}, {self.job.rows} x {self.job.tokens} tokens, {self.job.n_loops} loops. "
-            f"Self-spread: {twin}."
-        )
+        job, twin = self.job, "a second process of ours" if self.second_worker else "the same process called again"
+        new = f", {job.new_tokens} new tokens" if job.task == "generate" else ""
+        context = "one token of {} rows after {} tokens" if job.task == "decode" else "{} x {} tokens"
+        what = f"{job.task}, {context.format(job.rows, job.tokens)}{new}, {job.n_loops} loops"
+        return f"{what[0].upper()}{what[1:]}. {DESCRIPTIONS[job.task]} Self-spread: {twin}."
 
     def run(self, bench: Bench) -> Outcome:
         job = replace(self.job, side="ours", device=bench.settings.device)
@@ -52,6 +55,7 @@ class Pair:
             outcome.sides[name] = {
                 **info[side],
                 **{clock: Spread.of(values) for clock, values in samples[name].items()},
+                "seconds": Spread.of(samples[name][bench.settings.clock]).median,
                 "share": shares[name],
                 "flops": work.flops,
                 "bytes": work.bytes,
@@ -60,6 +64,9 @@ class Pair:
                 extra = self.ours if name == "ours" else {}
                 outcome.sides[name]["peak_bytes"] = bench.peak_bytes(replace(job, side=side, **extra))
         outcome.rows.append(ratio_row(self.name, self.title, bench, samples, shares))
+        if f"{self.name}.share" in REACH:
+            title = f"{self.title}: share of the limit"
+            outcome.rows.append(Row(f"{self.name}.share", title, shares["ours"], "share", outcome.rows[0].peer_share))
         return outcome
 
 

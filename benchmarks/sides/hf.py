@@ -1,0 +1,73 @@
+"""Models of transformers with random weights, run with its defaults."""
+
+import copy
+import importlib
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.job import Job
+from benchmarks.peers import TRANSFORMERS, installed
+from benchmarks.tasks import Side
+
+# In front: with the versions of its requirements that pip chose for it.
+sys.path.insert(0, str(installed(TRANSFORMERS)))
+transformers: Any = importlib.import_module("transformers")
+
+
+class Transformer(Side):
+    """A causal language model of the class that the job's model names."""
+
+    def __init__(self, job: Job) -> None:
+        torch.manual_seed(job.seed)
+        self.model = construct(job.model).to(job.device)
+        self.vocab_size = job.model["vocab_size"]
+        # No token ends a row: the number of tokens is what is asked for.
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+
+    def info(self) -> dict[str, Any]:
+        return {"flops_per_token": 2 * self._active_parameters()}
+
+    def _active_parameters(self) -> int:
+        """Those that one token meets: of the stacked experts the chosen ones, and the tied embedding as the head."""
+        cfg, active = self.model.config, 0.0
+        for name, p in self.model.named_parameters():
+            stacked = ".experts." in name and p.ndim == 3
+            active += p.numel() * (cfg.num_experts_per_tok / p.shape[0] if stacked else 1)
+        return round(active)
+
+    def logits(self, ids: Tensor, n_loops: int) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+    def loss(self, ids: Tensor, labels: Tensor, job: Job) -> Tensor:
+        return F.cross_entropy(self.logits(ids, 1).flatten(0, 1), labels.flatten())
+
+    def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
+        return transformers.DynamicCache(config=self.model.config)
+
+    def feed(self, ids: Tensor, cache: Any, start: int, n_loops: int) -> Tensor:
+        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def copy_cache(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+    def cache_tensors(self, cache: Any) -> list[Tensor]:
+        return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+    def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
+        mask = torch.ones_like(ids)
+        return self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+
+
+def construct(model: dict[str, Any]) -> Any:
+    """A fresh model of the class `model["class"]`."""
+    fields = {name: value for name, value in model.items() if name != "class"}
+    config = getattr(transformers, f"{model['class']}Config")(**fields)
+    return getattr(transformers, f"{model['class']}ForCausalLM")(config)
+
+
+make = Transformer
