@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.nn.cache import KeyValues, KVCache, KVStore, Scratch, Selection, View
 from open_mythos.nn.compaction import Work, fewer_by_counts
 from open_mythos.nn.halting import Fixed, HaltingRule, State
+from open_mythos.nn.linear import captured
 from open_mythos.nn.numerics import wide
+from open_mythos.nn.static_cache import ONE_DEPTH, StaticKVCache
 
 if TYPE_CHECKING:
     from open_mythos.nn.recurrent import RecurrentBlock
@@ -71,6 +73,10 @@ class Run:
         self.n_loops = every if self.lockstep else torch.tensor(depths, device=e.device)
         # At fixed depth nobody exits early: no masks, no copies, and nothing for a GPU to wait for.
         self.adaptive = not isinstance(rule, Fixed)
+        # A graph runs the same operations for every input, so every loop runs in it and nothing leaves.
+        self.blind = captured() or e.is_meta
+        if self.adaptive and isinstance(view.store, StaticKVCache):
+            raise ValueError(ONE_DEPTH)
         self.cached = isinstance(view.store, KVCache)
         self.scratch = Scratch()
         self.rows: Rows = {}
@@ -117,7 +123,7 @@ class Run:
 
     def tick(self, tick: int) -> None:
         """One loop for what is in `rows`."""
-        if self.adaptive and tick:
+        if self.adaptive and tick and not self.blind:
             if len(self.counts) < len(self.live):
                 self.counts = self.rows["active"].sum(1).tolist()
             if not any(self.counts):
@@ -177,13 +183,15 @@ class Run:
             none = weight.new_zeros(self.view.positions.shape)
             self.weights.append(weight if self.selection is None else self.selection.put(none, weight))
         rows["active"] = active & ~exit_mask
-        if not last:
+        if self.blind:
+            self.counts = []
+        elif not last:
             # The only thing in a loop that the host waits for.
             self.counts = rows["active"].sum(1).tolist()
 
     def finished(self) -> bool:
         """Whether every row has joined and every token has exited."""
-        return self.adaptive and self.n_rows == len(self.depths) and not any(self.counts)
+        return self.adaptive and not self.blind and self.n_rows == len(self.depths) and not any(self.counts)
 
     # Compaction. `within` counts rows and tokens inside `rows`, `selection` inside the call.
 
@@ -209,7 +217,7 @@ class Run:
                 gone = [row for row, n in zip(self.live, self.counts, strict=True) if not n]
                 self.view.store.fill_forward(tick, self.e.shape[1], torch.tensor(gone, device=device))
         before = None if self.selection is None else self.selection.slots
-        self.live = [self.live[i] for i in keep]
+        self.live, self.counts = [self.live[i] for i in keep], [self.counts[i] for i in keep]
         self._select(within.slots if before is None else within.pick(before))
 
     def _worthwhile(self, keep: list[int], width: int) -> bool:

@@ -9,6 +9,11 @@ from torch import Tensor
 from open_mythos.nn.cache import KeyValues, KVCache, View
 from open_mythos.nn.rope import rotary_table
 
+ONE_DEPTH = (
+    "a static cache takes calls of one depth, in which nothing exits early; pass exit='fixed', or make the cache with "
+    "static=False"
+)
+
 
 class StaticKVCache(KVCache):
     """A `KVCache` that counts on the device: tokens are written at a position held in a tensor, and attention reads
@@ -33,10 +38,7 @@ class StaticKVCache(KVCache):
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         if view.active is not None or (view.loop_index is not None and view.lockstep is None):
-            raise ValueError(
-                "a static cache takes calls of one depth, in which nothing exits early; pass exit='fixed', or make the "
-                "cache with static=False"
-            )
+            raise ValueError(ONE_DEPTH)
         level = view.lockstep or 0
         slots = self._new_slots(new[0].shape[1])
         for store, x in zip(self.layers[layer], new, strict=True):

@@ -67,11 +67,17 @@ def test_fixed_depth_waits_for_nothing(attn_type: str, part: str) -> None:
     assert len(ops.seen) > 1000 and not ops.waits()
 
 
-def test_an_adaptive_rule_is_what_waits() -> None:
-    """What the test above would notice: a rule has to tell the host who is left."""
-    ids = torch.zeros(2, T, dtype=torch.int64, device="meta")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
-        on_meta(aligned())(ids, 5, exit="latent_diff")
+@torch.no_grad()
+def test_a_rule_waits_once_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has to tell the host who is left; after the last loop nobody can be. One wait is the check of the ids."""
+    model, waits = scaled(tiny(halting="none", n_experts=0)), []
+    original = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: (waits.append(1), original(x))[1])
+    ids = random_ids(model.cfg, 3, T)
+    for exit, expected in (("fixed", 0), ("latent_diff", 4)):
+        waits.clear()
+        model(ids, 5, exit=exit, exit_threshold=None if exit == "fixed" else 1e-9)
+        assert len(waits) == 1 + expected
 
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
