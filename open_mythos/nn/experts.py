@@ -47,8 +47,9 @@ class StackedExperts(nn.Module):
         if x.device.type != "cpu":
             return by_group(x, chosen, gates, weights)
         n_left = gate_up.shape[0] - chosen.shape[1]
-        # Eight rows take as long as one: reading the weights is what a product of fewer waits for.
-        if max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
+        # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
+        # expert that was never meant for a token could overflow, and zero times infinity is NaN.
+        if x.element_size() >= 4 and max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
             return all_experts(x, chosen, gates, weights)
         if captured():
             return by_group(x, chosen, gates, weights)
@@ -78,6 +79,8 @@ def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
     One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
     Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
     """
+    if x.is_meta:
+        return x @ weight[0].T  # the shape of any grouping: there are no counts to go by
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     # On the meta device torch knows the product's shape for bf16 only.
     known = x.dtype is torch.bfloat16 if x.is_meta else x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")

@@ -41,9 +41,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _Product.apply(rows, weight) if torch.is_grad_enabled() else _onednn(rows, weight)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _Product.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -62,7 +60,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # ty: ignore[incompatible-method-override]
         x, weight = ctx.saved_tensors
         dx = linear(grad, weight.T) if ctx.needs_input_grad[0] else None
-        dw = linear(grad.T, x.T) if ctx.needs_input_grad[1] else None
+        dw = linear(grad.flatten(0, -2).T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None
         return dx, dw
 
 

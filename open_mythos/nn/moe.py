@@ -59,8 +59,10 @@ class MoEFFN(nn.Module):
     def _statistics(self, logits: Tensor, chosen: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """(sum of logsumexp(logits)^2, tokens per expert), over tokens that are in the loop and no padding."""
         counted = view.active if view.active is not None else view.valid
-        weight = logits.new_ones(logits.shape[0]) if counted is None else counted.flatten().to(logits.dtype)
-        load = logits.new_zeros(self.n_experts).scatter_add(
-            0, chosen.flatten(), weight.repeat_interleave(self.n_chosen)
-        )
-        return (logits.logsumexp(-1).square() * weight).sum(), load
+        z = logits.logsumexp(-1).square()
+        each = torch.ones_like(chosen, dtype=logits.dtype)
+        if counted is not None:
+            weight = counted.flatten().to(logits.dtype)
+            z, each = z * weight, each * weight[:, None]
+        load = logits.new_zeros(self.n_experts).scatter_add(0, chosen.flatten(), each.flatten())
+        return z.sum(), load

@@ -10,7 +10,7 @@ from open_mythos.nn.linear import autocasts, linear
 
 def wide(x: Tensor) -> Tensor:
     """x in promote(x.dtype, float32): bf16 and fp16 become float32, float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -20,7 +20,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    x, weight = wide(x), wide(weight)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
     with no_autocast(x):
         y = linear(x.to(dtype), weight.to(dtype))
         return y if bias is None else y + bias.to(dtype)
