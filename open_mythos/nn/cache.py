@@ -196,7 +196,7 @@ class Scratch:
     current: dict[int, KeyValues] = field(default_factory=dict)
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
-        if layer in self.previous and view.active is not None:
+        if view.active is not None and layer in self.previous:
             new = tuple(_over(old, n, view) for n, old in zip(new, self.previous[layer], strict=True))
         self.current[layer] = new
         return new

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -62,6 +62,8 @@ class TrainConfig:
     checkpoint_loops: bool = False
     """Recompute each loop in the backward pass instead of keeping its activations: the same weights bit for bit, for
     less memory and more time."""
+    compile: Literal["none", "block", "model"] = "none"
+    """What torch.compile makes one graph of: the looped block, or the whole model, whose depth is then fixed."""
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
@@ -72,6 +74,7 @@ class TrainConfig:
             check_number("expert_bias_rate", self.expert_bias_rate, 0)
         check_int("log_every", self.log_every, 1)
         check_bool("checkpoint_loops", self.checkpoint_loops)
+        check_choice("compile", self.compile, ("none", "block", "model"))
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -111,6 +114,24 @@ class TrainConfig:
                 "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
                 f"loops.per={self.loops.per!r}, model.recurrent_layers={model.recurrent_layers} and "
                 f"model.halting={model.halting!r}; change these or use losses.per_loop=false"
+            )
+        one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps
+        if self.compile == "model" and model.recurrent_layers and not one_depth:
+            raise ValueError(
+                "compile='model' makes a graph for every depth, so it needs loops.law='fixed' without loops.ramp_steps, not "
+                f"{self.loops.law!r} with {self.loops.ramp_steps}; use compile='block' with loops.per='batch'"
+            )
+        same_rows = self.loops.law == "fixed" or self.loops.per == "batch"
+        if self.compile == "block" and not (model.recurrent_layers and model.halting == "none" and same_rows):
+            raise ValueError(
+                "compile='block' needs a recurrent block, model.halting='none' and rows that run equally deep, not "
+                f"model.recurrent_layers={model.recurrent_layers}, {model.halting!r}, loops.law={self.loops.law!r} and "
+                f"loops.per={self.loops.per!r}; change these or use compile='none'"
+            )
+        if self.compile == "model" and self.checkpoint_loops:
+            raise ValueError(
+                "checkpoint_loops=True does not go with compile='model', whose graph decides what it recomputes; "
+                "use compile='block' or checkpoint_loops=False"
             )
         layers = f"model.recurrent_layers={model.recurrent_layers}"
         if self.losses.ponder and not (model.recurrent_layers and model.halting == "act"):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from open_mythos.checks import check_int
+from open_mythos.compiling import compile_model
 from open_mythos.device import Device, setup_device
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
@@ -74,6 +75,7 @@ class Trainer:
             self.model.recurrent.compaction = "counts"
         if self.model.recurrent is not None:
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
+        self._forward = self.model if cfg.compile == "none" else compile_model(self.model, cfg.compile)
         self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
         self.optimizers = build_optimizers(self.model, cfg.optim)
         self._hooks: list[tuple[Hook, int]] = []
@@ -133,7 +135,7 @@ class Trainer:
 
         self.model.train()
         with self._autocast():
-            out = self.model(self._on_device(batch.input_ids), plan=plan, trace=cfg.losses.per_loop)
+            out = self._forward(self._on_device(batch.input_ids), plan=plan, trace=cfg.losses.per_loop)
         loss, parts = total_loss(out, self._on_device(batch.labels), cfg.losses)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -167,7 +169,9 @@ class Trainer:
         """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
         for n_loops in self.cfg.eval.loops or (None,):
-            with self._autocast():
+            # Eager: a graph for the shapes of validation would take longer to make than it saves.
+            eager = torch.compiler.set_stance("force_eager") if self.cfg.compile != "none" else contextlib.nullcontext()
+            with self._autocast(), eager:
                 score = evaluate(self.model, self.validation, n_loops, self.cfg.batch_size)
             at = "" if n_loops is None else f"@{n_loops}"
             values[f"val/loss{at}"] = score.loss

@@ -97,6 +97,13 @@ def test_a_frozen_run() -> None:
         ({"model": model(recurrent_layers=0), "loops": LoopsConfig(backprop_depth=2)}, "use loops.backprop_depth=None"),
         ({"model": model(recurrent_layers=0), "checkpoint_loops": True}, "use checkpoint_loops=False"),
         ({"losses": LossConfig(ponder=0.1)}, "losses.ponder=0.1"),
+        ({"compile": "all"}, "compile='all' must be one of"),
+        ({"compile": "model", "loops": LoopsConfig("poisson", 3)}, "use compile='block' with loops.per='batch'"),
+        ({"compile": "model", "loops": LoopsConfig(max_loops=4, ramp_steps=9)}, "'fixed' with 9; use compile='block'"),
+        ({"compile": "model", "checkpoint_loops": True}, "use compile='block' or checkpoint_loops=False"),
+        ({"compile": "block", "loops": LoopsConfig("poisson", 3)}, "loops.per='sequence'; change these or use"),
+        ({"compile": "block", "model": model(halting="act")}, "'act', loops.law='fixed'"),
+        ({"compile": "block", "model": model(recurrent_layers=0)}, "model.recurrent_layers=0"),
         ({"losses": LossConfig(per_loop=True)}, "not loops.per='sequence'"),
         (
             {"model": model(halting="act"), "loops": LoopsConfig(per="batch"), "losses": LossConfig(per_loop=True)},

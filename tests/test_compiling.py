@@ -1,0 +1,159 @@
+"""Compiled against eager: the same values and gradients, in as few graphs as promised, without a graph break."""
+
+import copy
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from open_mythos import LoopPlan, OpenMythos
+from open_mythos.compiling import compile_model
+from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.losses import LossConfig, total_loss
+from open_mythos.train.tasks import Addition
+from open_mythos.train.trainer import Trainer
+from tests.models import ATTENTIONS, random_ids, scaled, tiny, worst_of
+
+# What torch's tracer says of its own doings.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> CompileCounterWithBackend:
+    """A backend that runs autograd's graphs as they are and counts what it is given."""
+    return CompileCounterWithBackend("aot_eager")
+
+
+def step(model: OpenMythos, call, n_loops: int, n_grad: int | None = None) -> list[Tensor]:
+    """Loss, router's counts and gradients of one training step."""
+    ids = random_ids(model.cfg, 3, 7)
+    model.zero_grad()
+    out = call(ids, plan=LoopPlan((n_loops,) * 3, n_grad))
+    loss, _ = total_loss(out, ids.roll(-1, 1), LossConfig(router_z=0.1))
+    loss.backward()
+    counts = [] if out.tokens_per_expert is None else [out.tokens_per_expert]
+    return [loss.detach(), *counts, *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize(("attn_type", "checkpoint"), [("gqa", False), ("mla", True)])
+def test_one_graph_serves_any_number_of_loops(attn_type: str, checkpoint: bool) -> None:
+    model = scaled(tiny(attn_type=attn_type, halting="none"), dtype=torch.float64).train()
+    expected = {n_loops: step(model, model, n_loops) for n_loops in (1, 4, 8, 3)}
+    counter = graphs()
+    assert compile_model(model, "block", backend=counter) is model
+    assert model.recurrent is not None
+    model.recurrent.checkpoint_loops = checkpoint
+    for n_loops, eager in expected.items():
+        assert worst_of(step(model, model, n_loops), eager) < 1e-12
+    assert counter.frame_count == 1
+
+
+def test_a_window_of_back_propagation_takes_four_graphs() -> None:
+    """With and without gradients, each for a state that has one and one that has none; for any number of loops."""
+    model = scaled(tiny(halting="none"), dtype=torch.float64).train()
+    cases = [(5, 2), (8, 3), (4, 4), (3, None)]
+    expected = [step(model, model, *case) for case in cases]
+    counter = graphs()
+    compile_model(model, "block", backend=counter)
+    for case, eager in zip(cases, expected, strict=True):
+        assert worst_of(step(model, model, *case), eager) < 1e-12
+    assert counter.frame_count == 4
+
+
+@pytest.mark.parametrize(("attn_type", "halting"), [("gqa", "none"), ("mla", "act")])
+def test_a_whole_call_is_one_graph(attn_type: str, halting: str) -> None:
+    """Also with the model's halting: every loop runs, and what has exited stays as it is."""
+    model = scaled(tiny(attn_type=attn_type, halting=halting), dtype=torch.float64).train()
+    eager = step(model, model, 4)
+    counter = graphs()
+    compiled = compile_model(model, "model", backend=counter)
+    for _ in range(2):
+        assert worst_of(step(model, compiled, 4), eager) < 1e-12
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_inference_compiles_too(scope) -> None:
+    model = scaled(tiny(halting="none"), dtype=torch.float64)
+    ids = random_ids(model.cfg, 2, 9)
+    with torch.no_grad():
+        expected = model(ids, n_loops=6)
+        counter = graphs()
+        compiled = compile_model(model, scope, backend=counter)
+        torch.testing.assert_close(compiled(ids, n_loops=6), expected, rtol=0, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    model = scaled(tiny(halting="none"))
+    ids = random_ids(model.cfg, 2, 5)
+    compile_model(model, "block", backend="eager")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        before = other(ids)
+        for p in model.parameters():
+            p.zero_()
+        assert torch.equal(other(ids), before) and not torch.equal(model(ids), before)
+
+
+def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OpenMythos(tiny(recurrent_layers=0, halting="none"))
+    with pytest.raises(ValueError, match="scope='loop' must be one of"):
+        compile_model(model, "loop")  # ty: ignore[invalid-argument-type]
+    with pytest.raises(ValueError, match=r"model\.recurrent_layers=0; use scope='model'"):
+        compile_model(model, "block", backend="eager")
+
+    def no_compiler() -> str:
+        raise torch._inductor.exc.InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    with pytest.raises(RuntimeError, match=r"install g\+\+ \(or set CXX to another\)"):
+        compile_model(model)
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_compiled_run_equals_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope) -> None:
+    monkeypatch.setattr("open_mythos.train.trainer.compile_model", partial(compile_model, backend="aot_eager"))
+    cfg = TrainConfig(
+        model=tiny(halting="none"), data=Addition(1, 2), steps=3, batch_size=6, dtype="float64",
+        eval=EvalConfig(every=3, rows=4, loops=(1, 6)), log_every=1,
+    )  # fmt: skip
+    weights = []
+    for compiled in ("none", scope):
+        folder = tmp_path / compiled
+        trainer = Trainer(dataclasses.replace(cfg, compile=compiled), folder, device="cpu", progress=False)
+        trainer.run()
+        weights.append([*trainer.model.state_dict().values()])
+        assert OpenMythos.from_pretrained(folder / "final").cfg == cfg.model
+    assert worst_of(weights[1], weights[0]) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_machine_code_computes_the_same(attn_type: str, scope) -> None:
+    model = scaled(tiny(attn_type=attn_type, halting="none")).train()
+    eager = step(model, model, 4)
+    assert worst_of(step(model, compile_model(model, scope), 4), eager) < 1e-5
+
+
+@pytest.mark.parametrize("attn_type", [pytest.param("gqa", marks=pytest.mark.slow), "mla"])
+def test_a_call_at_fixed_depth_can_be_exported(attn_type: str) -> None:
+    model = scaled(tiny(attn_type=attn_type, halting="none"), dtype=torch.float64)
+    ids, others = random_ids(model.cfg, 2, 9), random_ids(model.cfg, 2, 9, seed=1)
+    exported = torch.export.export(model, (ids,), {"n_loops": 3}).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(others, n_loops=3), model(others, n_loops=3), rtol=0, atol=1e-12)
