@@ -84,6 +84,8 @@ def scaled(cfg: MythosConfig, seed: int = 0, dtype: torch.dtype = torch.float32)
             else:
                 draw(x, x.shape[-1] ** -0.5 if x.ndim > 1 else 0.4)
     if model.recurrent is not None:
+        # What exits leaves at once: the most demanding policy, and one that reads no clock.
+        model.recurrent.compaction = "always"
         if model.recurrent.act is not None:
             model.recurrent.act.halt.bias.sub_(0.8)
         for block in model.recurrent.blocks:

@@ -114,9 +114,9 @@ SMALL_OPS = 40
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The least of up to 20 runs, 30 ms in all. One run is enough only if what happens once is small beside it."""
+    """The least of up to 8 runs, 30 ms in all. One run is enough only if what happens once is small beside it."""
     times: list[float] = []
-    while len(times) < 20 and (sum(times) < 0.03 or (len(times) == 1 and times[0] < 0.1)):
+    while len(times) < 8 and (sum(times) < 0.03 or (len(times) == 1 and times[0] < 0.1)):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

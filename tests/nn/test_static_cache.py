@@ -44,7 +44,7 @@ def aligned(**changes: Any) -> MythosConfig:
     return tiny(**{"halting": "none", "expert_dim": 16, **changes})
 
 
-@pytest.mark.parametrize("part", ["default", "diagonal", "concat", "two-layers", "no-experts", "sandwich"])
+@pytest.mark.parametrize("part", ["default", "diagonal", "two-layers"])
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 def test_fixed_depth_waits_for_nothing(attn_type: str, part: str) -> None:
     """Forward, prefill, decode, and training with its backward pass."""
