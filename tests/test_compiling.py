@@ -61,6 +61,19 @@ def test_one_graph_serves_any_number_of_loops(attn_type: str, checkpoint: bool) 
     assert counter.frame_count == 1
 
 
+def test_experts_too_large_to_run_all_of_them() -> None:
+    """They go through the grouped product, of which torch's own traces in bf16 alone."""
+    model = scaled(tiny(halting="none", n_experts=16, expert_dim=64)).train()
+    ids = random_ids(model.cfg, 8, 30)
+    outputs = []
+    for call in (model, compile_model(model, "block", backend="aot_eager")):
+        model.zero_grad()
+        out = call(ids, plan=LoopPlan((3,) * 8))
+        out.logits.square().mean().backward()
+        outputs.append([out.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert worst_of(outputs[1], outputs[0]) < 1e-5
+
+
 def test_a_window_of_back_propagation_takes_four_graphs() -> None:
     """With and without gradients, each for a state that has one and one that has none; for any number of loops."""
     model = scaled(tiny(halting="none"), dtype=torch.float64).train()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.nn.grouped import grouped_linear
 from open_mythos.nn.linear import autocasts, captured, linear
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
@@ -73,24 +74,6 @@ def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tens
     return (y * gates[..., None]).sum(1)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
-    """x_g @ weight_g^T for consecutive groups of rows: x (M, in), weight (E, out, in), rows_per_group (E,) -> (M, out).
-
-    One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
-    Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
-    """
-    if x.is_meta:
-        return x @ weight[0].T  # the shape of any grouping: there are no counts to go by
-    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    # On the meta device torch knows the product's shape for bf16 only.
-    known = x.dtype is torch.bfloat16 if x.is_meta else x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
-    if aligned and known:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=rows_per_group.cumsum(0).to(torch.int32))
-    # unbind, not weight[i]: indexing a stacked parameter makes a gradient of its full size for every group.
-    groups = x.split(rows_per_group.tolist())
-    return torch.cat([rows @ w.T for rows, w in zip(groups, weight.unbind(0), strict=True)])
-
-
 def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
     """Every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
     gate_up, down = weights
@@ -106,7 +89,7 @@ def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tenso
     out = torch.zeros_like(x)
     for token, total, experts, scales in zip(x, out, chosen.tolist(), gates.tolist(), strict=True):
         for expert, scale in zip(experts, scales, strict=True):
-            total.addmv_(down[expert], silu_product(linear(token, gate_up[expert])), alpha=scale)
+            total.add_(linear(silu_product(linear(token, gate_up[expert])), down[expert]), alpha=scale)
     return out
 
 

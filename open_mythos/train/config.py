@@ -118,8 +118,8 @@ class TrainConfig:
         one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps
         if self.compile == "model" and model.recurrent_layers and not one_depth:
             raise ValueError(
-                "compile='model' makes a graph for every depth, so it needs loops.law='fixed' without loops.ramp_steps, not "
-                f"{self.loops.law!r} with {self.loops.ramp_steps}; use compile='block' with loops.per='batch'"
+                "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without loops.ramp_steps, "
+                f"not {self.loops.law!r} with {self.loops.ramp_steps}; use compile='block' with loops.per='batch'"
             )
         same_rows = self.loops.law == "fixed" or self.loops.per == "batch"
         if self.compile == "block" and not (model.recurrent_layers and model.halting == "none" and same_rows):

@@ -59,7 +59,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, labels = ctx.saved_tensors
         # The first call scales the gradients in place; another one, after retain_graph, makes them anew.
         grads = ctx.grads or _sums(hidden, head, labels, ctx.n, *ctx.needs_input_grad[:2])[1:]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
@@ -225,3 +226,14 @@ def test_the_task_sees_the_depths_of_its_rows(tmp_path: Path) -> None:
         for _ in range(depth):
             symbol = ids[symbol]
         assert symbol == answer
+
+
+def test_only_logged_steps_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors refuse to be read: a step that is not logged reads none, from the data to the experts' biases."""
+    cfg = run_config(loops=LoopsConfig("fixed", 3), dtype="float32", losses=LossConfig(router_z=1e-3))
+    monkeypatch.setattr(OpenMythos, "to", lambda model, *_: model)  # torch cannot move a module of fake tensors
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = Trainer(cfg, tmp_path, device="cpu", progress=False)
+        trainer.train_step(0, log=False)
+        with pytest.raises(DataDependentOutputException):
+            trainer.train_step(1, log=True)
