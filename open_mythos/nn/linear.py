@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 MANY_PRODUCTS = 2**21
 """Multiplications from which oneDNN wins over the ten microseconds that calling it from Python costs."""
-BIG_WEIGHT = 2**18
+BIG_WEIGHT = 2**17
 """Values of a weight that is read from memory rather than a cache, which oneDNN does 1.4 times as fast."""
 
 _WIDE_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"

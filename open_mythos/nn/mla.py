@@ -38,8 +38,8 @@ class MLAttention(nn.Module):
 
     @staticmethod
     def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
-        """Shapes per token of what is kept: the normed latent, the rotated key that all heads share."""
-        return [(cfg.kv_lora_rank,), (cfg.qk_rope_head_dim,)]
+        """Shape per token of what is kept: the normed latent, then the rotated key that all heads share."""
+        return [(cfg.kv_lora_rank + cfg.qk_rope_head_dim,)]
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
@@ -47,40 +47,47 @@ class MLAttention(nn.Module):
         q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
         q_rope = apply_rope(q_rope, *view.rope)
         k_rope = apply_rope(k_rope[:, :, None], *view.rope)[:, :, 0]
-        latent, k_rope = view.store.write(layer, (self.kv_norm(latent), k_rope), view)
+        (kept,) = view.store.write(layer, (torch.cat((self.kv_norm(latent), k_rope), dim=-1),), view)
         attend_here = self._absorbed if self._absorbing_is_cheaper(x.shape[1]) else self._expanded
-        return self.wo(attend_here(q_nope, q_rope, latent, k_rope, view).flatten(-2))
+        return self.wo(attend_here(q_nope, q_rope, kept, view).flatten(-2))
 
     def _absorbing_is_cheaper(self, n_queries: int) -> bool:
         """Compare multiplications per key and head: attend in the latent, or expand it once for all queries."""
         return n_queries * (2 * self.rank - self.nope - self.v_dim) < self.rank * (self.nope + self.v_dim)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view: View) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
+        latent, k_rope = kept.split((self.rank, self.rope), -1)
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
-        return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)
+        # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
+        v = F.pad(v, (0, max(0, k.shape[-1] - self.v_dim)))
+        return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)[..., : self.v_dim]
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view: View) -> Tensor:
-        up_k, up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split((self.nope, self.v_dim), 1)
-        q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, up_k), q_rope), dim=-1)
-        k = torch.cat((latent, k_rope), dim=-1)[:, :, None]
-        # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head.
-        out = self._attend(q.flatten(1, 2)[:, :, None], k, latent[:, :, None], _per_head(view, self.n_heads))
-        return torch.einsum("bthr,hwr->bthw", out.unflatten(1, (-1, self.n_heads))[:, :, :, 0], up_v)
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
+        B, T, H = q_nope.shape[:3]
+        up_k, up_v = self.kv_up.weight.unflatten(0, (H, -1)).split((self.nope, self.v_dim), 1)
+        # One product for each head, over the tokens of all rows.
+        q_latent = (q_nope.flatten(0, 1).transpose(0, 1) @ up_k).transpose(0, 1)
+        q = torch.cat((q_latent, q_rope.flatten(0, 1)), dim=-1).view(B, T * H, 1, -1)
+        # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head. The
+        # keys serve as values too, which spares a copy of the past; what the rotated part adds is cut off.
+        k = kept[:, :, None]
+        out = self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)[..., : self.rank]
+        return (out.transpose(0, 1) @ up_v.mT).transpose(0, 1).unflatten(0, (B, T))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-        # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
-        width = v.shape[-1]
-        v = F.pad(v, (0, max(0, k.shape[-1] - width)))
         scale = (self.nope + self.rope) ** -0.5
-        return attend(q, k, v, view, scale, self.dropout if self.training else 0.0)[..., :width]
+        return attend(q, k, v, view, scale, self.dropout if self.training else 0.0)
 
 
 def _per_head(view: View, n_heads: int) -> View:
     """The view with its mask repeated for queries laid out as (T, H)."""
+    if view.mask is None and not view.is_causal:
+        return view
     T = view.positions.shape[1]
     mask = view.mask
     if view.is_causal:
         mask = torch.ones(T, T, dtype=torch.bool, device=view.positions.device).tril()[None, None]
-    mask = None if mask is None else mask.repeat_interleave(n_heads, dim=2)
+    if mask is not None:
+        mask = mask.repeat_interleave(n_heads, dim=2)
     return dataclasses.replace(view, mask=mask, is_causal=False)

@@ -106,8 +106,7 @@ def test_absorbed_equals_expanded(T: int) -> None:
     cfg = tiny(attn_type="mla")
     attn = build(cfg, torch.float64)
     q_nope, q_rope = torch.randn(2, T, 4, 6), torch.randn(2, T, 4, 8)
-    latent, k_rope = torch.randn(2, T, 12), torch.randn(2, T, 8)
-    inputs = [x.double().requires_grad_() for x in (q_nope, q_rope, latent, k_rope)]
+    inputs = [x.double().requires_grad_() for x in (q_nope, q_rope, torch.randn(2, T, 12 + 8))]
     view = make_view((2, T), 8, 1e4, torch.float64, torch.device("cpu"))
     outs = [f(*inputs, view) for f in (attn._absorbed, attn._expanded)]
     assert worst(*outs) < 1e-12
