@@ -45,6 +45,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        # For a weight with gaps, such as a slice, oneDNN has only its reference loop: a thousand times as slow.
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
