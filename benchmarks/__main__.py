@@ -1,5 +1,6 @@
 """`python -m benchmarks`: run cases, keep what they found, and write the report."""
 
+import signal
 import sys
 import time
 import traceback
@@ -49,6 +50,8 @@ def main(args: Args) -> int:
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         raise SystemExit(f"--cases {unknown[0]} is no case; use some of {', '.join(CASES)}")
+    if sys.platform != "linux":
+        raise SystemExit("benchmarks read memory and load from /proc; run them on Linux")
     if args.threads < 1:
         raise SystemExit(f"--threads {args.threads} must be at least 1; use --threads 1")
     results = Results(args.out)
@@ -60,9 +63,11 @@ def main(args: Args) -> int:
 
 def run(args: Args, results: Results, console: Console) -> None:
     """Measure what is not there yet."""
+    # Workers and weights of gigabytes are then cleared away, as after ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = Settings(args.device, args.threads, args.quick)
     described = machine.describe()
-    made_by = {"source": source(), **asdict(settings), "environment": described["environment"]}
+    made_by = {"source": source(), **asdict(settings), **{name: described[name] for name in machine.DECISIVE}}
     wanted = [CASES[name] for name in args.cases or CASES]
     todo = [case for case in wanted if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
     console.print(f"{len(todo)} cases to measure, {len(wanted) - len(todo)} already there", highlight=False)
@@ -81,7 +86,7 @@ def run(args: Args, results: Results, console: Console) -> None:
         for case in todo:
             name = case.name
             found = measure(case, bench)
-            results.put(name, planned(case) | found | {"commit": commit(), "made_by": made_by})
+            results.put(name, tuple(CASES), planned(case) | found | {"commit": commit(), "made_by": made_by})
             progress.advance(whole)
             progress.console.print(_line(name, found), highlight=False)
 

@@ -1,5 +1,6 @@
 """What the figures were measured on: processor, software, load, and the limits that no model is asked about."""
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -13,6 +14,9 @@ SQUARES = ((1024, 1024, 1024), (2048, 2048, 2048))
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Settings of the libraries in the environment; workers inherit them, and they decide what a figure means."""
 
+DECISIVE = ("cpu", "python", "torch", "environment")
+"""What of `describe` a result is valid for."""
+
 
 def describe() -> dict[str, Any]:
     """The processor and the environment, without starting anything."""
@@ -22,6 +26,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 

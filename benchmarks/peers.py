@@ -1,5 +1,6 @@
 """The peers: each installed from the package index into a folder of its own, and run as it is."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,24 +31,24 @@ TRANSFORMERS = Peer("transformers", "transformers==5.23.0", dependencies=True)
 
 
 def install(peer: Peer) -> Path:
-    """The peer's folder, filled by pip first if it is not there. pip reads PIP_* from the environment.
+    """The peer's folder, filled by pip (or uv, in an environment that uv made) first if it is not there.
+
+    Both read their settings, such as the index, from the environment.
 
     Raises:
-        RuntimeError: pip failed; or it brought a torch along, which would not be the one measured.
+        RuntimeError: it failed, or brought a torch along, which would not be the one measured.
     """
     if peer.folder.is_dir():
         return peer.folder
     # Renamed only when complete, so that a crash leaves no half of it under the final name.
     partial = peer.folder.with_name(f"{peer.folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial)]
-    done = subprocess.run(
-        [*command, *([] if peer.dependencies else ["--no-deps"]), peer.requirement], capture_output=True, text=True
-    )
+    options = ["--quiet", "--target", str(partial), *([] if peer.dependencies else ["--no-deps"])]
+    done = subprocess.run([*_installer(), *options, peer.requirement], capture_output=True, text=True)
     try:
         if done.returncode:
             raise RuntimeError(
-                f"{peer.requirement} could not be installed: {done.stderr.strip()[-500:]}; give pip a package index"
+                f"{peer.requirement} could not be installed, which takes a package index: {done.stderr.strip()[-500:]}"
             )
         if (partial / "torch").exists():
             raise RuntimeError(f"{peer.requirement} installs torch; peers have to run on the torch of this environment")
@@ -63,3 +64,11 @@ def installed(peer: Peer) -> Path:
     if not peer.folder.is_dir():
         raise FileNotFoundError(f"{peer.requirement} is not in {peer.folder}; start the worker through the coordinator")
     return peer.folder
+
+
+def _installer() -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install"]
+    if shutil.which("uv"):
+        return ["uv", "pip", "install", "--python", sys.executable]
+    raise RuntimeError("there is neither pip nor uv to install peers with; run: python -m ensurepip")

@@ -65,8 +65,10 @@ class Results:
         case = self.data["cases"].get(name)
         return case is not None and case["error"] is None and made.items() <= case.items()
 
-    def put(self, name: str, case: dict[str, Any]) -> None:
-        self.data["cases"][name] = case
+    def put(self, name: str, order: tuple[str, ...], case: dict[str, Any]) -> None:
+        """Add or replace a case; the file holds cases in this order."""
+        cases = {**self.data["cases"], name: case}
+        self.data["cases"] = {name: cases.pop(name) for name in order if name in cases} | cases
         self.write()
 
     def write(self) -> None:

@@ -53,6 +53,7 @@ _CASES: list[Case] = [
             f"training step, small model (b) {kind}, ours compiled",
             Job("ours", "train", model, rows=2, tokens=16, n_loops=4),
             ours={"compiled": True},
+            memory=False,
         )
         for kind, model in SMALL.items()
     ),

@@ -22,5 +22,5 @@ class Looped(Side):
             # sigmoid(20) is 1 in float32.
             halt.get_parameter("bias").fill_(-math.log(n - 1) if n > 1 else 20.0)
 
-    def count_loops(self) -> LoopCounter:
+    def count_loops(self) -> LoopCounter | None:
         return LoopCounter(self.model.get_submodule("recurrent.block"))

@@ -119,7 +119,7 @@ def test_scaling_has_a_table_and_a_figure(tmp_path: Path) -> None:
         "deviations": [0.05, -0.12],
     }
     results = Results(tmp_path / "performance")
-    results.put("scaling", record(Outcome(curves={"loops": curve, "rows": curve})))
+    results.put("scaling", (), record(Outcome(curves={"loops": curve, "rows": curve})))
     path = write_report(Results(tmp_path / "performance"), tmp_path / "performance")
     assert path == tmp_path / "performance.md" and "| loops | 2 | 200 ms | -12% |" in path.read_text()
     assert (tmp_path / "performance" / "scaling.png").stat().st_size > 1000
@@ -138,9 +138,10 @@ def test_reach() -> None:
 
 def test_finished_cases_are_not_done_again(tmp_path: Path) -> None:
     results = Results(tmp_path / "out")
-    results.put("train_mid", record(outcome(1.5)))
-    results.put("decode_128", record(error="WorkerError: it died"))
+    for name, case in (("decode_128", record(error="WorkerError: it died")), ("train_mid", record(outcome(1.5)))):
+        results.put(name, ("train_addition", "train_mid", "decode_128"), case)
     read = Results(tmp_path / "out")
+    assert list(read.data["cases"]) == ["train_mid", "decode_128"]
     assert read.data == json.loads(json.dumps(results.data))
     made = {"title": "a title", "made_by": MADE_BY}
     assert read.done("train_mid", **made)
