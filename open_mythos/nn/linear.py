@@ -45,6 +45,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    # With gaps between its rows a weight goes to a reference implementation, a thousand times slower than a copy.
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         # For a weight with gaps, such as a slice, oneDNN has only its reference loop: a thousand times as slow.
         weight = weight.contiguous()
