@@ -11,7 +11,7 @@ from open_mythos.device import Device, Dtype, setup_device
 
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text")
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -67,7 +67,7 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text. Any field of one can be given, as in --steps 100
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in --steps 100
     --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 

@@ -5,6 +5,7 @@ name in `open_mythos/cli.py`, which does not import torch to know it.
 import difflib
 from collections.abc import Callable
 
+from open_mythos.recipes.adaptive import adaptive_text
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
 from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.text import tiny_text
@@ -15,6 +16,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny-addition": tiny_addition,
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
+    "adaptive-text": adaptive_text,
 }
 
 

@@ -1,0 +1,47 @@
+"""A recipe for text whose easy tokens may leave the loop early."""
+
+from open_mythos.config import MythosConfig
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.train.tasks import Text
+
+
+def adaptive_text() -> TrainConfig:
+    """39 million parameters with 64 experts on bytes of the embedded novel, always at 8 loops.
+
+    Halting is chosen per call (`exit="kl"`): the loop is trained for its last state alone, so that tokens differ in
+    how soon more loops stop to change it. What exits save, and that they fall where they should, is measured in
+    docs/results/adaptive/report.md.
+    """
+    return TrainConfig(
+        model=MythosConfig(
+            vocab_size=259,
+            dim=512,
+            n_heads=8,
+            n_kv_heads=4,
+            max_seq_len=1024,
+            max_loop_iters=8,
+            attn_type="mla",
+            kv_lora_rank=128,
+            q_lora_rank=256,
+            qk_rope_head_dim=32,
+            qk_nope_head_dim=64,
+            v_head_dim=64,
+            n_experts=64,
+            n_shared_experts=1,
+            n_experts_per_tok=4,
+            expert_dim=256,
+            rope_theta=10000.0,
+            lora_rank=8,
+            halting="none",
+        ),
+        data=Text(seq_len=512),
+        steps=90,
+        batch_size=4,
+        optim=OptimConfig("muon", lr=4e-3, weight_decay=0.0, muon_lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=8, shape="linear", cooldown=0.5),
+        loops=LoopsConfig("fixed", 8),
+        log_every=5,
+    )
