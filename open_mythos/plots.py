@@ -1,6 +1,6 @@
 """Figures. Needs matplotlib, which is the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,22 @@ def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label:
     axes.set_xlabel("loops")
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def xy_curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, labels: tuple[str, str], title: str
+) -> None:
+    """Several curves, each with its name, on the axes that `labels` name."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        axes.plot(xs, ys, marker="osDv^x"[i % 6], markersize=4, label=name)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     _save(plt, figure, path)
 
