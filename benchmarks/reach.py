@@ -50,6 +50,8 @@ REACH: dict[str, Reach] = {
     "memory_train_mid": Reach(0.8, at_most=True),
     "memory_train_mid.checkpointed": Reach(0.5, at_most=True),
     "memory_train_mid.time": Reach(1.35, at_most=True),
+    **{f"exits_generate_b{rows}.allowed": Reach(0.9) for rows in (1, 4, 16)},
+    **{f"exits_prefill_b{rows}.allowed": Reach(0.9) for rows in (1, 4)},
     "scaling.tokens": Reach(0.15, at_most=True),
     "scaling.loops": Reach(0.15, at_most=True),
     "scaling.rows": Reach(0.15, at_most=True),

@@ -7,6 +7,7 @@ from benchmarks import models
 from benchmarks.bench import Bench, Budget
 from benchmarks.cases.depths import Depths
 from benchmarks.cases.elsewhere import Elsewhere
+from benchmarks.cases.exits import EXITS
 from benchmarks.cases.memory import TrainingMemory
 from benchmarks.cases.pair import Pair
 from benchmarks.cases.scaling import Scaling
@@ -72,6 +73,7 @@ _CASES: list[Case] = [
         )
         for rows in (1, 4)
     ),
+    *EXITS,
     *(
         Pair(
             f"decode_{context}",

@@ -1,8 +1,9 @@
-"""Generation and prefill with exits, by a trained model, for the cases of `cases.exits`; ours alone has them.
+"""Generation and prefill with exits, by this package's trained model: what the cases of `cases.exits` time.
 
 Shapes: B rows, T prompt tokens, N new tokens.
 """
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ RECIPE = "adaptive-text"
 
 
 @cache
-def trained(folder: str) -> OpenMythos:
+def trained(folder: str, device: str) -> OpenMythos:
     """The recipe's model.
 
     Raises:
@@ -31,7 +32,7 @@ def trained(folder: str) -> OpenMythos:
             f"{folder} does not exist: cases of exits need a trained model; make it with `mythos train {RECIPE} --out "
             f"{Path(folder).parent}` or name another in OPEN_MYTHOS_ADAPTIVE"
         )
-    return OpenMythos.from_pretrained(folder)
+    return OpenMythos.from_pretrained(folder, device)
 
 
 class Exits:
@@ -42,7 +43,7 @@ class Exits:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.model = trained(job.arguments["folder"])
+        self.model = trained(job.arguments["folder"], job.device)
         self.exit, self.threshold = job.arguments["exit"], job.arguments["exit_threshold"]
         self.outputs: dict[str, Tensor] = {}
         self.draw(0)
@@ -53,22 +54,32 @@ class Exits:
     def draw(self, seed: int) -> None:
         """Other prompts, from `seed`: windows of the text that was held out from training."""
         rng = stream(self.job.seed, seed, Purpose.VALIDATION)
-        self.ids = load_recipe(RECIPE).data.validation_batch(rng, self.job.rows).input_ids[:, : self.job.tokens]
+        text = load_recipe(RECIPE).data.validation_batch(rng, self.job.rows).input_ids
+        self.ids = text[:, : self.job.tokens].to(self.job.device)
 
-    def fresh(self) -> None:
+    def reading(self) -> dict[str, Any]:
+        return {}
+
+    def fresh(self) -> Any:
         assert self.model.recurrent is not None
         self.model.recurrent.compaction = "auto"
 
     def compute(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def run(self, fresh: None) -> dict[str, Tensor]:
+    def run(self, fresh: Any) -> dict[str, Tensor]:
         self.outputs = self.compute()
         return self.outputs
 
 
 class Generate(Exits):
     """Greedy continuation; the timed path."""
+
+    def draw(self, seed: int) -> None:
+        super().draw(seed)
+        with evaluating(self.model):
+            trace = self.model(self.ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
+        self.prompt_depth = (trace.exit_loop + 1).double().mean().item()
 
     def compute(self) -> dict[str, Tensor]:
         tokens, depths = self.model.generate(
@@ -83,8 +94,8 @@ class Generate(Exits):
         return {"tokens": tokens, "depths": depths}
 
     def reading(self) -> dict[str, Any]:
-        """Loops of every new token, row by row."""
-        return {"depths": self.outputs["depths"].tolist()}
+        """Loops of every new token, row by row, and mean loops of the prompts' tokens."""
+        return {"depths": self.outputs["depths"].tolist(), "prompt_depth": self.prompt_depth}
 
 
 class Reference(Generate):
@@ -97,9 +108,7 @@ class Reference(Generate):
         ids, depths = self.ids, []
         with evaluating(self.model):
             for _ in range(self.job.new_tokens):
-                out = self.model(
-                    ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True
-                )
+                out = self.model(ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
                 ids = torch.cat((ids, out.logits[:, -1:].argmax(-1)), dim=1)
                 depths.append(out.exit_loop[:, -1] + 1)
         return {"tokens": ids, "depths": torch.stack(depths, dim=1)}
@@ -129,13 +138,29 @@ class PrefillReference(Prefill):
         assert self.model.recurrent is not None
         self.model.recurrent.compaction = "never"
         with evaluating(self.model):
-            out = self.model(
-                self.ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True
-            )
+            out = self.model(self.ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
         return {"logits": out.logits[:, -1], "depths": out.exit_loop + 1}
 
 
+class Decode(Exits):
+    """One token behind a cache of T."""
+
+    def draw(self, seed: int) -> None:
+        super().draw(seed)
+        self.cache = self.model.make_cache(self.job.rows, self.job.tokens, self.job.n_loops)
+        self.model(self.ids[:, :-1], cache=self.cache, exit=self.exit, exit_threshold=self.threshold, last_only=True)
+
+    def fresh(self) -> Any:
+        super().fresh()
+        return copy.deepcopy(self.cache)
+
+    def run(self, fresh: Any) -> dict[str, Tensor]:
+        ids = self.ids[:, -1:]
+        return {"logits": self.model(ids, cache=fresh, exit=self.exit, exit_threshold=self.threshold, last_only=True)}
+
+
 TASKS = {
+    "exits_decode": Decode,
     "exits_generate": Generate,
     "exits_generate_reference": Reference,
     "exits_prefill": Prefill,

@@ -1,0 +1,86 @@
+"""The cases of exits on a model made here: the timed path against its slow reference, and the arithmetic."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bench import Bench, Settings
+from benchmarks.cases import exits
+from benchmarks.gate import compare
+from benchmarks.job import Job
+from benchmarks.models import MID
+from benchmarks.sides.exits import TASKS, trained
+from open_mythos import OpenMythos
+from open_mythos.nn.compaction import Compaction
+from open_mythos.recipes import load_recipe
+
+SMALL = {"dim": 32, "n_heads": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "n_experts": 4, "expert_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model whose tokens exit at different depths."""
+    torch.manual_seed(0)
+    model = OpenMythos(dataclasses.replace(load_recipe("adaptive-text").model, **SMALL))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    path = tmp_path_factory.mktemp("adaptive") / "final"
+    model.save_pretrained(path)
+    return str(path)
+
+
+def job(task: str, folder: str, **changes: object) -> Job:
+    arguments = {"folder": folder, "exit": "kl", "exit_threshold": 0.01}
+    base = Job("exits", task, rows=3, tokens=9, new_tokens=7, n_loops=8, arguments=arguments)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize("task", ["exits_generate", "exits_prefill"])
+@pytest.mark.parametrize("compaction", ["always", "auto"])
+def test_the_timed_path_is_its_slow_reference(task: str, compaction: Compaction, folder: str) -> None:
+    fast, slow = TASKS[task](job(task, folder)), TASKS[f"{task}_reference"](job(f"{task}_reference", folder))
+    for each in (fast, slow):
+        each.draw(1)
+    block = fast.model.recurrent
+    assert block is not None
+    assert slow.model.recurrent is block
+    block.compaction = compaction
+    answer = fast.run(None)
+    assert len(set(answer["depths"].flatten().tolist())) > 2
+    compare(answer, slow.run(None))
+    assert block.compaction == "never"
+    fast.fresh()
+    assert block.compaction == "auto"
+
+
+def test_a_missing_model_tells_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="mythos train adaptive-text --out"):
+        trained(str(tmp_path / "final"), "cpu")
+
+
+@pytest.mark.parametrize("case", [exits.EXITS[1], exits.EXITS[3]], ids=["generate", "prefill"])
+def test_a_case_runs_from_gate_to_rows(case: exits.Exits, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exits, "FOLDER", Path(folder))
+    short = dataclasses.replace(case.job, rows=2, tokens=8, new_tokens=4)
+    outcome = dataclasses.replace(case, job=short).run(Bench(Settings(quick=True)))
+    assert [row.id for row in outcome.rows] == [case.name, f"{case.name}.allowed", f"{case.name}.loops"]
+    assert all(row.value > 0 for row in outcome.rows)
+    assert outcome.gate is not None
+
+
+def test_a_loop_of_so_many_rows_costs_what_lies_between_the_measured() -> None:
+    cost = exits._between({1: 2.0, 2: 3.0, 4: 5.0})
+    assert [cost(n) for n in range(5)] == [0.0, 2.0, 3.0, 4.0, 5.0]
+    assert exits._powers(1) == [1]
+    assert exits._powers(16) == [1, 2, 4, 8, 16]
+    # The first new token was read off the prompt, whose loops are counted there.
+    assert exits._mean_decoded([[8, 2, 4], [8, 3, 3]]) == 3
+
+
+def test_the_recipe_is_the_mid_model_over_bytes() -> None:
+    model = load_recipe("adaptive-text").model.to_dict()
+    assert {name for name, value in MID.items() if model[name] != value} == {"vocab_size", "rope_theta"}
