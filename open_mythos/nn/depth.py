@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, D width, R rank.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,8 @@ class LoopConstants:
 
     waves: Tensor | None
     """(max_loop_iters, D), the loop embeddings."""
-    decay: Tensor | None
-    """(D,), the injection's."""
+    decay: Any
+    """(D,), what the injection's `get_A` gives; None for one without a decay."""
 
 
 class LoRAAdapter(nn.Module):

@@ -14,6 +14,7 @@ Shapes: h, e, y and u are (B, T, D).
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +78,10 @@ class LTIInjection(nn.Module):
     def prepare(self, e: Tensor) -> Tensor:
         return e
 
-    def before(self, h: Tensor, e: Tensor, decay: Tensor) -> Tensor:
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return h + e
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         kept = torch.addcmul(wide(y), decay, wide(h))
         return torch.addcmul(kept, wide(self.B), wide(e)).to(h.dtype)
 
@@ -116,10 +117,10 @@ class DiagonalInjection(nn.Module):
     def prepare(self, e: Tensor) -> Tensor:
         return F.softplus(wide(self.dt_bias)) * linear(e, self.B)
 
-    def before(self, h: Tensor, e: Tensor, decay: Tensor) -> Tensor:
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return torch.addcmul(wide(e), decay, wide(h)).to(h.dtype)
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         return y
 
 
@@ -141,10 +142,10 @@ class ConcatInjection(nn.Module):
     def prepare(self, e: Tensor) -> Tensor:
         return linear(e, self.adapter.weight[:, e.shape[-1] :])
 
-    def before(self, h: Tensor, e: Tensor, decay: None) -> Tensor:
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return linear(h, self.adapter.weight[:, : h.shape[-1]]) + e
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: None) -> Tensor:
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         return self.norm(y)
 
 
@@ -160,10 +161,10 @@ class AddInjection(nn.Module):
     def prepare(self, e: Tensor) -> Tensor:
         return e
 
-    def before(self, h: Tensor, e: Tensor, decay: None) -> Tensor:
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return h + e
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: None) -> Tensor:
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         return y
 
 

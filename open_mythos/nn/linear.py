@@ -41,13 +41,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
+    if torch.compiler.is_compiling():
+        return compiled_product(x, weight)
     return _Product.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    # With gaps between its rows a weight goes to a reference implementation, a thousand times slower than a copy.
-    if not (weight.is_contiguous() or weight.T.is_contiguous()):
-        weight = weight.contiguous()
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         # For a weight with gaps, such as a slice, oneDNN has only its reference loop: a thousand times as slow.
         weight = weight.contiguous()
@@ -70,6 +69,24 @@ class _Product(torch.autograd.Function):
         return dx, dw
 
 
+@torch.library.custom_op("open_mythos::product", mutates_args=())
+def compiled_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`_onednn` as an operator that a compiled graph calls; Inductor cannot lower oneDNN's own."""
+    return _onednn(x, weight)
+
+
+@compiled_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+compiled_product.register_autograd(_Product.backward, setup_context=_save)
+
+
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     if not _WIDE_CPU or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False
@@ -77,7 +94,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         (x.numel() * weight.shape[0] >= MANY_PRODUCTS or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
         and x.device.type == "cpu"
-        and not captured()
+        and (not captured() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
         and not torch.is_autocast_enabled("cpu")
     )
 
