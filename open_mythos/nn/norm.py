@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from open_mythos.nn.linear import captured
 from open_mythos.nn.numerics import wide
 
-
 SMALL = 2**12
 """Values up to which torch's six operators take less time than starting ours from Python."""
 
