@@ -19,6 +19,8 @@ RULE: dict[str, Any] = {"exit": "kl", "exit_threshold": 0.01}
 FULL: dict[str, Any] = {"exit": "fixed", "exit_threshold": None}
 FEW = 2
 """Loops of the shallow calls that, with the deep ones, tell what a loop costs."""
+DECODED = 8
+"""Tokens of the calls that tell what decoding costs with fewer rows."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Exits:
             what += f", {self.job.new_tokens} new ones"
         allowed = (
             "the time at full depth less the cost of the loops that exits leave out. A loop's cost: deep calls less "
-            f"those of {FEW} loops, of a prefill, and of a decoded token with as many rows as are still in the loop."
+            f"those of {FEW} loops, of a prefill and of decoding; and for rows that leave, the ratio of decoding with "
+            "that many fewer rows."
         )
         return (
             f"{self.job.rows} rows, {what}; exit={RULE['exit']!r} at {RULE['exit_threshold']:g} against every token at "
@@ -57,7 +60,7 @@ class Exits:
             again.prepare("exits", job)
             ours.prepare("reference", replace(job, task=f"{job.task}_reference"))
             agreement = bench.gate(ours, [ours, again], "exits", reference="reference")
-            costs = {"full": full, "shallow": replace(full, n_loops=FEW)} | self._loop_jobs(full)
+            costs = self._costs(full)
             for name, each in costs.items():
                 ours.prepare(name, each)
             players = [Player("ours", ours, "exits"), Player("again", again, "exits")]
@@ -66,17 +69,16 @@ class Exits:
             reading = ours.ask("call", id="exits")
         return self._outcome(bench, samples, reading, info, agreement)
 
-    def _loop_jobs(self, full: Job) -> dict[str, Job]:
-        """Calls that tell what a loop costs, besides those at full depth."""
-        if not self.generates:
-            return {"half": replace(full, n_loops=full.n_loops // 2)}
-        prompt = replace(full, new_tokens=1)
-        jobs = {"prompt_full": prompt, "prompt_shallow": replace(prompt, n_loops=FEW)}
-        middle = replace(full, task="exits_decode", tokens=full.tokens + full.new_tokens // 2)
-        for rows in _powers(full.rows):
-            jobs[f"decode_{rows}_full"] = replace(middle, rows=rows)
-            jobs[f"decode_{rows}_shallow"] = replace(middle, rows=rows, n_loops=FEW)
-        return jobs
+    def _costs(self, full: Job) -> dict[str, Job]:
+        """Calls at full depth, and those that tell what a loop costs."""
+        jobs: dict[str, Job] = {}
+        decode = replace(full, task="exits_decode", tokens=full.tokens + full.new_tokens // 2, new_tokens=DECODED)
+        for name in _calls(full):
+            kind, _, rows = name.rstrip("_").partition("_")
+            called = {"": full, "prompt": replace(full, new_tokens=1), "decode": replace(decode, rows=int(rows or 1))}
+            jobs[f"{name}full"] = called[kind]
+            jobs[f"{name}shallow"] = replace(called[kind], n_loops=FEW)
+        return jobs if self.generates else jobs | {"half": replace(full, n_loops=full.n_loops // 2)}
 
     def _outcome(
         self,
@@ -87,72 +89,71 @@ class Exits:
         agreement: dict[str, Any],
     ) -> Outcome:
         clock, job = bench.settings.clock, self.job
-        rounds = range(len(samples["full"][clock]))
-
-        def seconds(name: str, i: int) -> float:
-            return samples[name][clock][i]
-
-        def loop_s(name: str, i: int) -> float:
-            deep = seconds(f"{name}full", i) - seconds(f"{name}shallow", i)
-            return max(0.0, deep) / (job.n_loops - FEW)
-
-        def saved(i: int, proportional: bool) -> float:
-            if not self.generates:
-                return loop_s("", i) * (job.n_loops - reading["mean_depth"])
-            cost = _between({rows: loop_s(f"decode_{rows}_", i) for rows in _powers(job.rows)})
-            if proportional:
-                cost = _share_of(cost(job.rows), job.rows)
-            steps = zip(*(row[1:] for row in reading["depths"]), strict=True)
-            decode = sum(
-                cost(job.rows) - cost(sum(depth > n for depth in step)) for step in steps for n in range(job.n_loops)
-            )
-            return decode + loop_s("prompt_", i) * (job.n_loops - reading["prompt_depth"])
-
-        mean_depth = reading["mean_depth"] if "mean_depth" in reading else _mean_decoded(reading["depths"])
-        allowed = [seconds("full", i) / (seconds("full", i) - saved(i, False)) for i in rounds]
+        seconds = {name: Spread.of(times[clock]).median for name, times in samples.items()}
+        possible = allowed(job, seconds, reading)
         row = ratio_row(self.name, self.title, bench, samples, peer="full")
-        shares = [seconds("full", i) / seconds("ours", i) / allowed[i] for i in rounds]
-        plain = job.n_loops / mean_depth
-        outcome = Outcome(
-            [
-                row,
-                Row(
-                    f"{self.name}.allowed",
-                    f"{self.title}: share of the {statistics.median(allowed):.2f} that the loop counts allow",
-                    statistics.median(shares),
-                    "share",
-                    spread=Spread.of(shares),
-                ),
-                Row(
-                    f"{self.name}.loops",
-                    f"{self.title}: share of the plain ratio of loops, {job.n_loops} / {mean_depth:.2f} = {plain:.2f}",
-                    row.value / plain,
-                    "share",
-                ),
-            ],
-            {name: {c: Spread.of(v) for c, v in times.items()} for name, times in samples.items()},
-            agreement,
-            curves={"allowed": allowed, "reading": reading},
-        )
-        outcome.sides["ours"] |= info
+        depth = mean_depth(reading)
+        share = f"{self.title}: share of the {possible:.2f} that the loop counts allow"
+        plain = f"{self.title}: share of the plain ratio of loops, {job.n_loops} / {depth:.2f}"
+        rows = [
+            row,
+            Row(f"{self.name}.allowed", share, row.value / possible, "share"),
+            Row(f"{self.name}.loops", plain, row.value * depth / job.n_loops, "share"),
+        ]
+        sides = {name: {c: Spread.of(v) for c, v in times.items()} for name, times in samples.items()}
+        outcome = Outcome(rows, {**sides, "ours": info | sides["ours"]}, agreement, curves={"reading": reading})
         if job.rows > 1 and self.generates:
-            ideal = statistics.median(seconds("full", i) / (seconds("full", i) - saved(i, True)) for i in rounds)
+            ideal = allowed(job, seconds, reading, proportional=True)
             outcome.notes.append(
                 f"If a loop's cost fell with its rows in proportion, the loop counts would allow {ideal:.2f}, of which "
                 f"{row.value / ideal:.0%} are reached."
             )
         if not self.generates:
-            lines = [(seconds("full", i) + 2 * seconds("shallow", i)) / 3 / seconds("half", i) for i in rounds]
+            line = (seconds["full"] + 2 * seconds["shallow"]) / 3 / seconds["half"]
             outcome.notes.append(
-                f"At {job.n_loops // 2} loops a straight line through {FEW} and {job.n_loops} gives "
-                f"{statistics.median(lines):.2f} of the time measured."
+                f"At {job.n_loops // 2} loops a straight line through {FEW} and {job.n_loops} gives {line:.2f} of the "
+                "time measured."
             )
         return outcome
 
 
-def _mean_decoded(depths: list[list[int]]) -> float:
-    """Mean loops of the tokens that decoding ran; the first new one is read off the prompt."""
-    return statistics.mean(depth for row in depths for depth in row[1:])
+def allowed(job: Job, seconds: dict[str, float], reading: dict[str, Any], proportional: bool = False) -> float:
+    """The ratio that exits would reach if every loop they leave out gave back what it costs.
+
+    Args:
+        seconds: by player.
+        reading: `mean_depth` of a prefill; of generated text `depths` (rows, new tokens), the first of which were read
+            off the prompt, and the prompt's `prompt_depth`.
+        proportional: take a loop of fewer rows for as much cheaper, instead of measured.
+    """
+    shallower = job.n_loops - FEW
+    loop_s = {name: (seconds[f"{name}full"] - seconds[f"{name}shallow"]) / shallower for name in _calls(job)}
+    if job.task == "exits_prefill":
+        saved = loop_s[""] * (job.n_loops - reading["mean_depth"])
+        return seconds["full"] / (seconds["full"] - saved)
+    parts = {rows: rows / job.rows for rows in _powers(job.rows)}
+    if not proportional and job.rows > 1:
+        parts = {rows: loop_s[f"decode_{rows}_"] / loop_s[f"decode_{job.rows}_"] for rows in parts}
+    part = _between(parts)
+    steps = list(zip(*(row[1:] for row in reading["depths"]), strict=True))
+    left_out = sum(1 - part(sum(depth > n for depth in step)) for step in steps for n in range(job.n_loops))
+    saved = (loop_s[""] - loop_s["prompt_"]) / len(steps) * left_out
+    saved += loop_s["prompt_"] * (job.n_loops - reading["prompt_depth"])
+    return seconds["full"] / (seconds["full"] - saved)
+
+
+def mean_depth(reading: dict[str, Any]) -> float:
+    """Mean loops of the tokens of a prefill, or of those that decoding ran."""
+    if "mean_depth" in reading:
+        return reading["mean_depth"]
+    return statistics.mean(depth for row in reading["depths"] for depth in row[1:])
+
+
+def _calls(job: Job) -> list[str]:
+    """What is called both deep and shallow: how the names of these players begin."""
+    if job.task == "exits_prefill":
+        return [""]
+    return ["", "prompt_", *(f"decode_{rows}_" for rows in _powers(job.rows) if job.rows > 1)]
 
 
 def _powers(rows: int) -> list[int]:
@@ -169,10 +170,6 @@ def _between(points: dict[int, float]) -> Callable[[int], float]:
         return points[low] + (points[high] - points[low]) * (n - low) / max(1, high - low)
 
     return at
-
-
-def _share_of(whole: float, rows: int) -> Callable[[int], float]:
-    return lambda n: whole * n / rows
 
 
 _GENERATE = Job("exits", "exits_generate", tokens=64, new_tokens=64, n_loops=8)

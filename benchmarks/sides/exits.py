@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.job import Job
 from open_mythos import OpenMythos
 from open_mythos.evaluating import evaluating
+from open_mythos.nn.cache import KVCache
 from open_mythos.recipes import load_recipe
 from open_mythos.train.rng import Purpose, stream
 
@@ -143,20 +144,24 @@ class PrefillReference(Prefill):
 
 
 class Decode(Exits):
-    """One token behind a cache of T."""
+    """The last `new_tokens` of T tokens one by one, behind a cache of those before."""
 
     def draw(self, seed: int) -> None:
         super().draw(seed)
         self.cache = self.model.make_cache(self.job.rows, self.job.tokens, self.job.n_loops)
-        self.model(self.ids[:, :-1], cache=self.cache, exit=self.exit, exit_threshold=self.threshold, last_only=True)
+        self._feed(self.ids[:, : -self.job.new_tokens], self.cache)
 
     def fresh(self) -> Any:
         super().fresh()
         return copy.deepcopy(self.cache)
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
-        ids = self.ids[:, -1:]
-        return {"logits": self.model(ids, cache=fresh, exit=self.exit, exit_threshold=self.threshold, last_only=True)}
+        for token in self.ids[:, -self.job.new_tokens :].split(1, dim=1):
+            logits = self._feed(token, fresh)
+        return {"logits": logits}
+
+    def _feed(self, ids: Tensor, kv: KVCache) -> Tensor:
+        return self.model(ids, cache=kv, exit=self.exit, exit_threshold=self.threshold, last_only=True)
 
 
 TASKS = {

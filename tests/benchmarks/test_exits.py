@@ -65,7 +65,7 @@ def test_a_missing_model_tells_how_to_make_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [exits.EXITS[1], exits.EXITS[3]], ids=["generate", "prefill"])
 def test_a_case_runs_from_gate_to_rows(case: exits.Exits, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "FOLDER", Path(folder))
-    short = dataclasses.replace(case.job, rows=2, tokens=8, new_tokens=4)
+    short = dataclasses.replace(case.job, rows=2, tokens=16, new_tokens=4)
     outcome = dataclasses.replace(case, job=short).run(Bench(Settings(quick=True)))
     assert [row.id for row in outcome.rows] == [case.name, f"{case.name}.allowed", f"{case.name}.loops"]
     assert all(row.value > 0 for row in outcome.rows)
@@ -77,8 +77,22 @@ def test_a_loop_of_so_many_rows_costs_what_lies_between_the_measured() -> None:
     assert [cost(n) for n in range(5)] == [0.0, 2.0, 3.0, 4.0, 5.0]
     assert exits._powers(1) == [1]
     assert exits._powers(16) == [1, 2, 4, 8, 16]
+
+
+def test_what_loop_counts_allow() -> None:
+    # A prefill of 10 s besides loops of 2 s: at 3 of 8 loops it is 16 s of 26.
+    prefill = Job("exits", "exits_prefill", n_loops=8)
+    assert exits.allowed(prefill, {"full": 26.0, "shallow": 14.0}, {"mean_depth": 3}) == pytest.approx(26 / 16)
+    # A prompt of 1 s and loops of 1 s; 2 decoded tokens of 3 s and loops of 1 s with two rows, of 0.75 s with one.
+    text = Job("exits", "exits_generate", rows=2, new_tokens=3, n_loops=8)
+    seconds = {"full": 31.0, "shallow": 13.0, "prompt_full": 9.0, "prompt_shallow": 3.0}
+    seconds |= {"decode_1_full": 9.0, "decode_1_shallow": 4.5, "decode_2_full": 11.0, "decode_2_shallow": 5.0}
     # The first new token was read off the prompt, whose loops are counted there.
-    assert exits._mean_decoded([[8, 2, 4], [8, 3, 3]]) == 3
+    reading = {"prompt_depth": 6.0, "depths": [[8, 2, 4], [1, 3, 4]]}
+    assert exits.mean_depth(reading) == 3.25
+    # Two loops of both rows, one of one, and four of both; then all that went into the rest.
+    assert exits.allowed(text, seconds, reading) == pytest.approx(31 / (7 + 6 + 2.75 + 4))
+    assert exits.allowed(text, seconds, reading, proportional=True) == pytest.approx(31 / (7 + 6 + 2.5 + 4))
 
 
 def test_the_recipe_is_the_mid_model_over_bytes() -> None:
