@@ -86,11 +86,12 @@ def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> T
 def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
     """One matrix-vector product after another, for the few tokens of a decode step. No autograd."""
     gate_up, down = weights
-    out = torch.zeros_like(x)
-    for token, total, experts, scales in zip(x, out, chosen.tolist(), gates.tolist(), strict=True):
-        for expert, scale in zip(experts, scales, strict=True):
-            total.add_(linear(silu_product(linear(token, gate_up[expert])), down[expert]), alpha=scale)
-    return out
+    experts = chosen.flatten().tolist()
+    tokens = x.repeat_interleave(chosen.shape[1], 0).unbind(0)
+    hidden = torch.stack([linear(token, gate_up[expert]) for token, expert in zip(tokens, experts, strict=True)])
+    mixed = silu_product(hidden).mul_(gates.view(-1, 1)).unbind(0)
+    y = torch.stack([linear(one, down[expert]) for one, expert in zip(mixed, experts, strict=True)])
+    return y.view(*chosen.shape, -1).sum(1)
 
 
 def by_expert(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights, kept: list[Tensor] | None = None) -> Tensor:

@@ -67,13 +67,13 @@ class MLAttention(nn.Module):
         B, T, H = q_nope.shape[:3]
         up_k, up_v = self.kv_up.weight.unflatten(0, (H, -1)).split((self.nope, self.v_dim), 1)
         # One product for each head, over the tokens of all rows.
-        q_latent = (q_nope.flatten(0, 1).transpose(0, 1) @ up_k).transpose(0, 1)
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), up_k).transpose(0, 1)
         q = torch.cat((q_latent, q_rope.flatten(0, 1)), dim=-1).view(B, T * H, 1, -1)
         # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head. The
         # keys serve as values too, which spares a copy of the past; what the rotated part adds is cut off.
         k = kept[:, :, None]
         out = self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)[..., : self.rank]
-        return (out.transpose(0, 1) @ up_v.mT).transpose(0, 1).unflatten(0, (B, T))
+        return torch.bmm(out.transpose(0, 1), up_v.mT).transpose(0, 1).unflatten(0, (B, T))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         scale = (self.nope + self.rope) ** -0.5
