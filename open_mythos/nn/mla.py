@@ -48,7 +48,9 @@ class MLAttention(nn.Module):
         q_rope = apply_rope(q_rope, *view.rope)
         k_rope = apply_rope(k_rope[:, :, None], *view.rope)[:, :, 0]
         (kept,) = view.store.write(layer, (torch.cat((self.kv_norm(latent), k_rope), dim=-1),), view)
-        attend_here = self._absorbed if self._absorbing_is_cheaper(x.shape[1]) else self._expanded
+        # Without a past there is nothing to spare, and the causal square needs no mask.
+        absorb = not view.is_causal and self._absorbing_is_cheaper(x.shape[1])
+        attend_here = self._absorbed if absorb else self._expanded
         return self.wo(attend_here(q_nope, q_rope, kept, view).flatten(-2))
 
     def _absorbing_is_cheaper(self, n_queries: int) -> bool:
