@@ -1,5 +1,6 @@
 """The coordinator's end of a worker process."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -47,7 +48,9 @@ class Client:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream is not None:
-                stream.close()
+                # Closing flushes what a dead worker did not read.
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One request.

@@ -32,7 +32,7 @@ class Ours(Looped):
         if model.recurrent is not None:
             model.recurrent.checkpoint_loops = job.checkpoint
         self.called = compile_model(model) if job.compiled else model
-        self.compiled = job.compiled
+        self.countable = not (job.compiled or job.checkpoint)
 
     def logits(self, ids: Tensor, n_loops: int) -> Tensor:
         return self.called(ids, n_loops=n_loops)
@@ -57,8 +57,8 @@ class Ours(Looped):
         return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, temperature=0)
 
     def count_loops(self) -> LoopCounter | None:
-        # A hook would have the model compiled again; the outputs alone are held against the peer's then.
-        return None if self.compiled else super().count_loops()
+        # A hook would have a model compiled again, and sees what a checkpoint recomputes: the outputs have to do then.
+        return super().count_loops() if self.countable else None
 
     def regroup(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of 0.5.0 under our names: what regroups weights regroups their gradients."""
