@@ -67,8 +67,8 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in --steps 100
-    --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
+    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None

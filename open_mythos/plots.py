@@ -47,13 +47,19 @@ def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label:
 
 
 def xy_curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, labels: tuple[str, str], title: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    labels: tuple[str, str],
+    title: str,
+    log_y: bool = False,
 ) -> None:
     """Several curves, each with its name, on the axes that `labels` name."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for i, (name, (xs, ys)) in enumerate(series.items()):
         axes.plot(xs, ys, marker="osDv^x"[i % 6], markersize=4, label=name)
+    if log_y:
+        axes.set_yscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
