@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 from benchmarks.bench import Bench, Budget, Player
-from benchmarks.cases.pair import PEER, ratio_row
+from benchmarks.cases.pair import PEER, ratio_row, seconds_text
 from benchmarks.job import Job
 from benchmarks.results import Outcome, Row
+from benchmarks.stats import Spread
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TrainingMemory:
             samples, _ = bench.interleave(players, Budget(200.0, 3, 10))
         time = ratio_row(f"{self.name}.time", f"{self.title}: checkpointed, time over without", bench, samples)
         slower, peers = bench.ratio(samples, "ours", "plain"), bench.ratio(samples, "ours", "peer")
-        time = replace(time, value=slower.median, spread=slower, peer="")
+        without = Spread.of(samples["plain"][bench.settings.clock]).median
+        time = replace(time, value=slower.median, spread=slower, peer=f"without: {seconds_text(without)}")
         time.wall = bench.ratio(samples, "ours", "plain", "wall").median
         rows = [
             self._row(self.name, self.title, peaks, "ours"),

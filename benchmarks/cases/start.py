@@ -18,7 +18,10 @@ class Building:
     title: str
     model: dict[str, Any]
     meta: bool
-    protocol: str = "Construction alone, in a process that has built one before. Self-spread: the same process again."
+    protocol: str = (
+        "Construction alone, in a process that has built one before and dropped it. "
+        "Self-spread: the same process again."
+    )
 
     def run(self, bench: Bench) -> Outcome:
         job = Job("ours", "build_meta" if self.meta else "build", self.model, device=bench.settings.device)
