@@ -72,7 +72,7 @@ def run(args: Args, results: Results, console: Console) -> None:
     todo = [case for case in wanted if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
     console.print(f"{len(todo)} cases to measure, {len(wanted) - len(todo)} already there", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
         whole = progress.add_task("all", total=len(todo))
         part = progress.add_task("")
         name = ""

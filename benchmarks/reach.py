@@ -14,7 +14,7 @@ class Reach:
         return value <= self.value if self.at_most else value >= self.value
 
     def text(self, unit: str) -> str:
-        number = f"{self.value:.0%}" if unit == "share" else f"{self.value:g}{'' if unit == 'x' else ' ' + unit}"
+        number = f"{self.value:.0%}" if unit == "share" else f"{self.value:.3g}{'' if unit == 'x' else ' ' + unit}"
         return f"{'<=' if self.at_most else '>='} {number}"
 
 
@@ -36,7 +36,7 @@ REACH: dict[str, Reach] = {
     "decode_960": Reach(3.5),
     "prefill_1b": Reach(1.8),
     "decode_1b": Reach(1.3),
-    "kv_cache_bytes": Reach(2.67),
+    "kv_cache_bytes": Reach(8 / 3),
     "build_1b": Reach(2.0),
     "build_1t_meta.ms": Reach(50, at_most=True),
     "rope_1m.bytes": Reach(0, at_most=True),

@@ -196,13 +196,15 @@ def _side(found: dict[str, Any]) -> str:
             spread = Spread(**found[clock])
             parts.append(f"{clock} {1e3 * spread.median:.4g} ms ({1e3 * spread.q1:.4g}-{1e3 * spread.q3:.4g})")
     for what, unit in (("flops", "GFLOP"), ("bytes", "GB")):
-        if found.get(what):
+        if found.get(what) and "seconds" in found:
             parts.append(f"{found[what] / 1e9:.4g} {unit} at {found[what] / 1e9 / found['seconds']:.3g} {unit}/s")
+    if "bytes_per_token" in found:
+        parts.append(f"{found['bytes']:,.0f} bytes, {found['bytes_per_token']:,.0f} per token")
     if "flops_per_token" in found:
         parts.append(f"{found['flops_per_token'] / 1e6:.1f} MFLOP per token")
     if "peak_bytes" in found:
         parts.append(f"peak memory {found['peak_bytes'] / 2**20:,.0f} MiB")
-    return ", ".join(parts) + "."
+    return ", ".join(parts or ["nothing besides the figure"]) + "."
 
 
 def _products(cases: dict[str, dict[str, Any]]) -> list[str]:

@@ -171,18 +171,28 @@ def _reset_peak() -> int:
 def main(side: str, threads: int) -> None:
     """Answer requests until standard input closes."""
     channel = _free_channel()
-    worker: Worker | None = None
+    failed, worker = "", None
+    try:
+        worker = Worker(side, threads)
+    except Exception as error:
+        # Nobody has asked yet: it is the answer to every request.
+        failed = _said(error)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        try:
-            # Made on the first request, so that a failing import is an answer as well.
-            worker = worker or Worker(side, threads)
-            operation: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
-            answer = {"answer": operation(**request)}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=channel, flush=True)
+        reply: dict[str, Any] = {"error": failed}
+        if worker is not None:
+            try:
+                operation: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
+                reply = {"answer": operation(**request)}
+            except Exception as error:
+                reply = {"error": _said(error)}
+        print(json.dumps(reply), file=channel, flush=True)
+
+
+def _said(error: Exception) -> str:
+    """The error in a line; where it happened goes to standard error."""
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The table of cases."""
+"""The table of cases.
+
+A new comparison with 0.5.0 of a task that `benchmarks.tasks` knows is one `Pair` more. Anything else is a frozen
+dataclass with what `Case` asks for, in a file of its own; what its rows are to reach stands in `benchmarks.reach`.
+"""
 
 from dataclasses import replace
 from typing import Protocol

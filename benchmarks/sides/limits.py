@@ -4,6 +4,7 @@ The limit of a shape is the best of two library kernels: MKL's, which `F.linear`
 reaches through an operator of its own; which of them is ahead depends on the processor's maker.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,13 @@ class MatrixProducts(Measure):
         self.rates: list[dict[str, float]] = []
         self.best: list[Kernel] = []
         for shape in self.shapes:
-            rates = {name: self.rate(kernel, shape, 3) for name, kernel in available.items()}
+            rates = {}
+            for name, kernel in available.items():
+                # oneDNN has no product of a dtype that the processor, or the environment, does not allow.
+                with contextlib.suppress(RuntimeError):
+                    rates[name] = self.rate(kernel, shape, 3)
+            if not rates:
+                raise RuntimeError(f"no library multiplies {shape} in {self.dtype}; leave the dtype out")
             self.rates.append(rates)
             self.best.append(available[max(rates, key=lambda name: rates[name])])
 

@@ -93,6 +93,14 @@ def test_report_says_what_was_found() -> None:
     assert len(columns) == 1
 
 
+def test_sides_that_are_not_timed() -> None:
+    row = Row("kv_cache_bytes", "a cache", 2.67, peer="61,440 B/token", ours="23,040 B/token")
+    sides = {"ours": {"bytes": 3041280, "bytes_per_token": 23040.0}, "open_mythos_0_5": {"error": 0.03}}
+    text = render({"machine": {}, "cases": {"kv_cache_bytes": record(Outcome([row], sides))}}, "performance")
+    assert "- ours: 3,041,280 bytes, 23,040 per token." in text
+    assert line(text, "| a cache").split(" | ")[3:6] == ["**2.67**", ">= 2.67", "yes"]
+
+
 def test_figures_within_the_noise_claim_nothing() -> None:
     for value, itself, met in (
         (1.5, (0.5, 1.0, 2.0), "yes; no difference shown"),
