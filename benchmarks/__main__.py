@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class Args:
     """Time this package against its peers and the machine's limits, each pair in turns, and write the report."""
 
     cases: tuple[str, ...] = ()
-    """Names of cases; none: all."""
+    """Names of cases, with spaces or commas between; none: all."""
     out: Path = Path("docs/results/performance")
     """Folder for results.json and figures; the report stands beside it, under the folder's name."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -43,6 +43,7 @@ class Args:
 def main(args: Args) -> int:
     """The exit status: 1 if a case failed."""
     console = Console()
+    args = replace(args, cases=tuple(name for given in args.cases for name in given.split(",")))
     if args.list:
         for case in CASES.values():
             console.print(f"{case.name:28} {case.title}", highlight=False)

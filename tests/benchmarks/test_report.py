@@ -160,7 +160,7 @@ def test_finished_cases_are_not_done_again(tmp_path: Path) -> None:
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     for args, message in (
-        (Args(cases=("train_mdi",), out=tmp_path), "train_mdi is no case; use some of train_addition"),
+        (Args(cases=("train_mid,train_mdi",), out=tmp_path), "train_mdi is no case; use some of train_addition"),
         (Args(threads=0, out=tmp_path), "--threads 0 must be at least 1"),
     ):
         with pytest.raises(SystemExit, match=message):
