@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos import weights
 from open_mythos.arguments import (
@@ -117,7 +118,7 @@ class OpenMythos(nn.Module):
         """Embedding and prelude: (B, T) int64 -> e (B, T, D)."""
         x = self.embed(input_ids)
         for layer, block in enumerate(self.prelude):
-            x = block(x, view, layer)
+            x = self._run_block(block, x, view, layer)
         return self.prelude_norm(x)
 
     def recur(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
@@ -135,8 +136,13 @@ class OpenMythos(nn.Module):
         """Coda and norm: (B, T, D) -> what the head reads, (B, T, D), or (B, 1, D) of the last position."""
         first = self.cfg.prelude_layers + self.cfg.recurrent_layers
         for i, block in enumerate(self.coda):
-            out = block(out, view, first + i)
+            out = self._run_block(block, out, view, first + i)
         return self.norm(out[:, -1:] if last_only else out)
+
+    def _run_block(self, block: nn.Module, x: Tensor, view: View, layer: int) -> Tensor:
+        if self.recurrent is not None and self.recurrent.checkpoint_loops and torch.is_grad_enabled():
+            return checkpoint(block, x, view, layer, use_reentrant=False)
+        return block(x, view, layer)
 
     def make_view(
         self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import View
+from open_mythos.nn.causal import CausalAttention, takes_blocks
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
@@ -15,6 +16,11 @@ from open_mythos.nn.rope import apply_rope
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(scale * q k^T) v, masked by the view: q (B, T, H, K), k (B, S, G, K), v (B, S, G, W) -> (B, T, H, W)."""
+    if view.is_causal and not dropout and takes_blocks(q):
+        return CausalAttention.apply(q, k, v, scale)
+    width = v.shape[-1]
+    # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
+    v = F.pad(v, (0, k.shape[-1] - width)) if width < k.shape[-1] else v
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q,
@@ -26,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: f
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :width]
 
 
 class GQAttention(nn.Module):

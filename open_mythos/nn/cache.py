@@ -198,7 +198,8 @@ class Scratch:
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         if view.active is not None and layer in self.previous:
             new = tuple(_over(old, n, view) for n, old in zip(new, self.previous[layer], strict=True))
-        self.current[layer] = new
+        if view.loop_index is not None:  # outside the loop nobody reads it again
+            self.current[layer] = new
         return new
 
     def take_rows(self, rows: Tensor) -> "Scratch":

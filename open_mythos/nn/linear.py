@@ -99,6 +99,11 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def fast(x: Tensor) -> bool:
+    """Whether products of x, if they are large, go to oneDNN one call at a time."""
+    return _WIDE_CPU and x.dtype is torch.float32 and x.device.type == "cpu" and not captured() and not autocasts(x)
+
+
 def captured() -> bool:
     """Whether something looks on that knows torch's own operators only, or there are no numbers to look at.
 

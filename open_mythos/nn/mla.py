@@ -7,7 +7,6 @@ Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -61,9 +60,7 @@ class MLAttention(nn.Module):
         latent, k_rope = kept.split((self.rank, self.rope), -1)
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.v_dim), -1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
-        # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
-        v = F.pad(v, (0, max(0, k.shape[-1] - self.v_dim)))
-        return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)[..., : self.v_dim]
+        return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
         B, T, H = q_nope.shape[:3]

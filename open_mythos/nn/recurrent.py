@@ -35,7 +35,7 @@ class RecurrentBlock(nn.Module):
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
         self.norm = RMSNorm(cfg.dim) if cfg.injection == "lti" else None
         self.checkpoint_loops = False
-        """Recompute each loop in the backward pass instead of keeping its activations."""
+        """Recompute each loop and each outer block in the backward pass instead of keeping their activations."""
         self.compaction: Compaction = "auto"
         """When tokens that have exited leave the computation. Results differ in rounding only, and in dropout's draws.
 

@@ -60,8 +60,8 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log_every: int = 10
     checkpoint_loops: bool = False
-    """Recompute each loop in the backward pass instead of keeping its activations: the same weights bit for bit, for
-    less memory and more time."""
+    """Recompute each loop and outer block in the backward pass instead of keeping their activations: the same weights
+    bit for bit, for less memory and more time."""
     compile: Literal["none", "block", "model"] = "none"
     """What torch.compile makes one graph of: the looped block, or the whole model, whose depth is then fixed."""
 
