@@ -11,9 +11,9 @@ from open_mythos.train.tasks import Text
 def adaptive_text() -> TrainConfig:
     """39 million parameters with 64 experts on bytes of the embedded novel, always at 8 loops.
 
-    Halting is chosen per call (`exit="kl"`): the loop is trained for its last state alone, so that tokens differ in
-    how soon more loops stop to change it. What exits save, and that they fall where they should, is measured in
-    docs/results/adaptive/report.md.
+    Halting is chosen per call (`exit="kl"`). The loss is after the last loop alone: with losses after earlier ones, or
+    sampled depths, two loops were as good as eight for every token, and there was nothing to choose. What exits save,
+    and which tokens they take, is measured in docs/results/adaptive/report.md.
     """
     return TrainConfig(
         model=MythosConfig(
