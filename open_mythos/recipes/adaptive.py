@@ -12,8 +12,8 @@ def adaptive_text() -> TrainConfig:
     """39 million parameters with 64 experts on bytes of the embedded novel, always at 8 loops.
 
     Halting is chosen per call (`exit="kl"`). The loss is after the last loop alone: with losses after earlier ones, or
-    sampled depths, a pilot of width 128 read two loops as well as eight, and there was nothing to choose. What exits save,
-    and which tokens they take, is measured in docs/results/adaptive/report.md.
+    sampled depths, a pilot of width 128 read two loops as well as eight, and there was nothing to choose. What exits
+    save, and which tokens they take, is measured in docs/results/adaptive/report.md.
     """
     return TrainConfig(
         model=MythosConfig(
