@@ -52,9 +52,9 @@ class Player:
 class Budget:
     """How often a case is repeated."""
 
-    seconds: float = 90.0
+    seconds: float = 25.0
     least: int = 5
-    most: int = 25
+    most: int = 15
 
     def rounds(self, seconds_per_round: float) -> int:
         return max(self.least, min(self.most, int(self.seconds / max(seconds_per_round, 1e-9))))

@@ -36,7 +36,7 @@ class Case(Protocol):
 SMALL = {"gqa": models.SMALL_GQA, "mla": models.SMALL_MLA}
 MID = Job("ours", "train", models.MID, rows=4, tokens=512, n_loops=8)
 POISSON = LoopsConfig("poisson", 8, max_loops=16).depths(seed=0, step=0, rows=8)
-SLOW = Budget(200.0, 3, 15)
+SLOW = Budget(60.0, 3, 9)
 
 _CASES: list[Case] = [
     Pair(

@@ -46,7 +46,7 @@ class Depths:
                     Player("again", again, "depths"),
                     Player("one", ours, "one"),
                 ],
-                Budget(200.0, 4, 15),
+                Budget(80.0, 4, 9),
             )
         clock = bench.settings.clock
         allowed = []

@@ -65,7 +65,7 @@ class Exits:
                 ours.prepare(name, each)
             players = [Player("ours", ours, "exits"), Player("again", again, "exits")]
             players += [Player(name, ours, name) for name in costs]
-            samples, _ = bench.interleave(players, Budget(75.0, 5, 15))
+            samples, _ = bench.interleave(players, Budget(30.0, 5, 9))
             reading = ours.ask("call", id="exits")
         return self._outcome(bench, samples, reading, info, agreement)
 

@@ -41,7 +41,7 @@ class TrainingMemory:
                 Player("again", ours),
                 Player("plain", ours, "plain"),
             ]
-            samples, _ = bench.interleave(players, Budget(200.0, 3, 10))
+            samples, _ = bench.interleave(players, Budget(60.0, 3, 7))
         time = ratio_row(f"{self.name}.time", f"{self.title}: checkpointed, time over without", bench, samples)
         slower, peers = bench.ratio(samples, "ours", "plain"), bench.ratio(samples, "ours", "peer")
         without = Spread.of(samples["plain"][bench.settings.clock]).median

@@ -45,7 +45,7 @@ class Scaling:
                     job = replace(job, side="ours", device=bench.settings.device, halt_at=max(POWERS))
                     ours.prepare(f"{sweep}{size}", job)
                     players.append(Player(str(size), ours, f"{sweep}{size}"))
-                samples, _ = bench.interleave(players, Budget(120.0, 3, 15))
+                samples, _ = bench.interleave(players, Budget(30.0, 3, 7))
                 times = [Spread.of(samples[str(size)][bench.settings.clock]) for size in jobs]
                 work = [flops(job) for job in jobs.values()]
                 fixed, per_flop = fit(work, [t.median for t in times])

@@ -29,7 +29,7 @@ class Building:
             for client in (peer, ours):
                 client.prepare("main", replace(job, side=client.side))
             players = [Player("peer", peer), Player("ours", ours), Player("again", ours)]
-            samples, readings = bench.interleave(players, Budget(90.0, 3, 25))
+            samples, readings = bench.interleave(players, Budget(25.0, 3, 9))
         outcome = Outcome(notes=[f"{readings[-1]['parameters']:,} parameters."])
         row = ratio_row(self.name, self.title, bench, samples)
         if self.meta:

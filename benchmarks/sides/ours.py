@@ -12,6 +12,7 @@ from benchmarks.sides.looped import Looped
 from benchmarks.tasks import LoopCounter
 from open_mythos import MythosConfig, OpenMythos, convert_open_mythos_0_5
 from open_mythos.compiling import compile_model
+from open_mythos.device import keep_freed_memory
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.rope import rotary_table
 from open_mythos.train.losses import LossConfig, total_loss
@@ -21,6 +22,8 @@ class Ours(Looped):
     """Weights converted from a file of 0.5.0, or from the job's seed."""
 
     def __init__(self, job: Job) -> None:
+        if job.device == "cpu":
+            keep_freed_memory()  # as every command of the package does
         torch.manual_seed(job.seed)
         with torch.device(job.device):
             model = construct(job.model)
