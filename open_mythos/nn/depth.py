@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.config import MAX_LOOPS
-from open_mythos.nn.linear import Linear
+from open_mythos.nn.linear import Linear, linear
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,4 @@ class LoRAAdapter(nn.Module):
             scale = self.scale.weight[min(loop_index, last)]
         else:
             scale = self.scale(loop_index.clamp(max=last))[:, None]
-        return (self.down(x) * scale) @ self.B
+        return linear(self.down(x) * scale, self.B.T)

@@ -182,7 +182,7 @@ class Run:
             weight = exit_mask.to(h.dtype) if weight is None else weight
             none = weight.new_zeros(self.view.positions.shape)
             self.weights.append(weight if self.selection is None else self.selection.put(none, weight))
-        rows["active"] = active & ~exit_mask
+        rows["active"] = ~exit_mask if everyone else active & ~exit_mask
         if self.blind:
             self.counts = []
         elif not last:

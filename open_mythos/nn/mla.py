@@ -44,8 +44,8 @@ class MLAttention(nn.Module):
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
         low, latent, k_rope = self.down.split(x)
         q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
-        q_rope = apply_rope(q_rope, *view.rope)
-        k_rope = apply_rope(k_rope[:, :, None], *view.rope)[:, :, 0]
+        turned = apply_rope(torch.cat((q_rope, k_rope[:, :, None]), dim=2), *view.rope)
+        q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
         (kept,) = view.store.write(layer, (torch.cat((self.kv_norm(latent), k_rope), dim=-1),), view)
         # Without a past there is nothing to spare, and the causal square needs no mask.
         absorb = not view.is_causal and self._absorbing_is_cheaper(x.shape[1])

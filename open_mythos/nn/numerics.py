@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.nn.linear import autocasts, linear
@@ -22,6 +23,6 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
     x, weight = wide(x), wide(weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
     with no_autocast(x):
-        y = linear(x.to(dtype), weight.to(dtype))
-        return y if bias is None else y + bias.to(dtype)
+        return linear(x, weight) if bias is None else F.linear(x, weight, bias.to(dtype))
