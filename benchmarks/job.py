@@ -24,7 +24,7 @@ class Job:
     checkpoint: bool = False
     """Recompute each loop in the backward pass (ours alone can)."""
     compiled: bool = False
-    """Run the compiled fixed-depth path (ours alone can)."""
+    """Run compiled, a whole training step or a token's decoding (ours alone can)."""
     halt_at: int = 0
     """The loop, counted from 1, in which every token halts, on both sides; 0: the last one of the call. So all loops
     run and the weights of the states sum to 1, which 0.5.0 ensures only for tokens that reach the threshold."""

@@ -15,6 +15,7 @@ from open_mythos.checks import check_int
 from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
+from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.sampling import SamplingParams, sample
 from open_mythos.tokenizer import TextStream, Tokenizer
 
@@ -43,6 +44,7 @@ def generate(
     on_token: OnToken | None = None,
     return_loops: bool = False,
     pad_id: int = 0,
+    compiled: bool = False,
 ) -> Any:
     """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
 
@@ -61,6 +63,8 @@ def generate(
         on_token: called with (row, token_id, loops) for every new token.
         return_loops: also return the loops that each new token took, meaning those of the position it was read from.
         pad_id: fills the rows of a tensor that stopped before the longest.
+        compiled: decode with machine code made for this model and number of rows, which takes tens of seconds when
+            first asked for; see `compile_model`. Rows that have stopped are then computed on to the end.
 
     Returns:
         Prompts with their continuations, of the same kind as came in: a (B, T + N) tensor, one string, one list of ids,
@@ -69,6 +73,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
+        RuntimeError: `compiled` on a CPU without a C++ compiler.
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = _read_prompts(input_ids, attention_mask, tokenizer, model)
@@ -89,8 +94,12 @@ def generate(
     if on_token is not None and not callable(on_token):
         raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
     check_int("pad_id", pad_id, 0, model.cfg.vocab_size - 1)
+    if compiled:
+        from open_mythos.compiling import compile_model
+
+        compile_model(model, "decode")
     with evaluating(model):
-        new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token)
+        new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, compiled)
     return prompts.answer(new, loops, stops, pad_id, return_loops)
 
 
@@ -242,8 +251,12 @@ def _decode(
     generators: torch.Generator | list[torch.Generator] | None,
     stops: _Stops,
     on_token: OnToken | None,
+    compiled: bool,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The new tokens of every row, and the loops each took. A row that has stopped leaves the batch."""
+    """The new tokens of every row, and the loops each took.
+
+    A row that has stopped leaves the batch, but for `compiled` calls: another number of rows is another graph.
+    """
     n_rows, T = prompts.ids.shape
     # The last token is never fed back.
     cache = model.make_cache(n_rows, T + max_new_tokens - 1, depth if model.recurrent is not None else None)
@@ -256,6 +269,7 @@ def _decode(
     """The row of the answer that each row of the batch is."""
     new: list[list[int]] = [[] for _ in rows]
     used: list[list[int]] = [[] for _ in rows]
+    stopped: set[int] = set()
     for _ in range(max_new_tokens):
         view = model.make_view((len(rows), ids.shape[1]), mask, cache)
         logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
@@ -267,17 +281,21 @@ def _decode(
                 "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
             )
         for row, (token, loops, _) in sorted(zip(rows, news, strict=True)):
+            if row in stopped:
+                continue
             new[row].append(token)
             used[row].append(loops)
             if on_token is not None:
                 on_token(row, token, loops)
-        keep = [i for i, row in enumerate(rows) if not (stops and stops.hit(row, new[row][-1]))]
+            if stops and stops.hit(row, token):
+                stopped.add(row)
+        keep = [i for i, row in enumerate(rows) if row not in stopped]
         if not keep:
             break
         ids, mask = tokens[:, None], None
         if seen is not None:
             seen = torch.cat((seen, ids), dim=1)
-        if len(keep) < len(rows):
+        if len(keep) < len(rows) and not isinstance(cache, StaticKVCache):
             keep = _close_up(keep)
             rows = [rows[i] for i in keep]
             cache.keep_rows(keep)
@@ -285,6 +303,8 @@ def _decode(
             ids, seen = ids[index], None if seen is None else seen[index]
             if isinstance(generators, list):
                 generators = [generators[i] for i in keep]
+        if compiled and not isinstance(cache, StaticKVCache):
+            cache = StaticKVCache.over(cache)
     return new, used
 
 

@@ -16,12 +16,13 @@ from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.losses import LossConfig, total_loss
 from open_mythos.train.tasks import Addition
 from open_mythos.train.trainer import Trainer
-from tests.models import ATTENTIONS, random_ids, scaled, tiny, worst_of
+from tests.models import ATTENTIONS, THRESHOLDS, random_ids, scaled, tiny, worst_of
 
 # What torch's tracer says of its own doings.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated:DeprecationWarning"),
 ]
 
 
@@ -110,16 +111,60 @@ def test_inference_compiles_too(scope) -> None:
     assert counter.frame_count == 1
 
 
-def test_a_copy_runs_its_own_weights() -> None:
+@pytest.mark.parametrize("exit", [None, "fixed", "kl"])
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@torch.no_grad()
+def test_decoding_takes_three_graphs(attn_type: str, exit: str | None) -> None:
+    """One each for what comes before, in and behind the loop, whatever the cache's length and the loops run."""
+    model = scaled(tiny(attn_type=attn_type), dtype=torch.float64)
+    ids, counter = random_ids(model.cfg, 2, 12), graphs()
+    assert compile_model(model, "decode", backend=counter) is model
+    for n_loops, room in ((6, 12), (3, 20), (6, 31)):
+        options = {"exit": exit, "exit_threshold": THRESHOLDS.get(exit or ""), "n_loops": n_loops}
+        static, ordinary = (model.make_cache(2, room, n_loops, static=static) for static in (True, False))
+        for new in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 12))):
+            got, expected = (model(ids[:, new], cache=cache, **options) for cache in (static, ordinary))
+            assert worst_of([got], [expected]) < 1e-12
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+def test_compiled_text_is_the_eager_text(attn_type: str) -> None:
+    """Rows stop at times of their own and run different loops; prompts of several lengths."""
+    model = scaled(tiny(attn_type=attn_type), dtype=torch.float64)
+    compile_model(model, "decode", backend="aot_eager")
+    prompts, calls = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], {False: [], True: []}
+    options = {"exit": "kl", "exit_threshold": 0.03, "n_loops": 6, "seed": 3, "repetition_penalty": 1.2}
+    alone = model.generate(prompts, 12, **options)
+    stop = alone[0][6]
+    answers = [
+        model.generate(
+            prompts, 12, **options, stop=stop, return_loops=True, compiled=compiled,
+            on_token=lambda *x, compiled=compiled: calls[compiled].append(x),
+        )
+        for compiled in (False, True)
+    ]  # fmt: skip
+    assert answers[0] == answers[1] and calls[False] == calls[True]
+    assert len({len(row) for row in answers[0][1]}) > 1 and len({n for row in answers[0][1] for n in row}) > 1
+
+
+@pytest.mark.parametrize("scope", ["block", "decode"])
+@torch.no_grad()
+def test_a_copy_runs_its_own_weights(scope) -> None:
     model = scaled(tiny(halting="none"))
     ids = random_ids(model.cfg, 2, 5)
-    compile_model(model, "block", backend="eager")
+
+    def last(model: OpenMythos) -> Tensor:
+        cache = model.make_cache(2, 6, static=True)
+        model(ids, cache=cache)
+        return torch.cat((model(ids), model(ids[:, :1], cache=cache)), dim=1)
+
+    compile_model(model, scope, backend="eager")
+    before = last(model)
     other = copy.deepcopy(model)
-    with torch.no_grad():
-        before = other(ids)
-        for p in model.parameters():
-            p.zero_()
-        assert torch.equal(other(ids), before) and not torch.equal(model(ids), before)
+    for p in model.parameters():
+        p.zero_()
+    assert torch.equal(last(other), before) and not last(model).any()
 
 
 def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +206,27 @@ def test_machine_code_computes_the_same(attn_type: str, scope) -> None:
     model = scaled(tiny(attn_type=attn_type, halting="none")).train()
     eager = step(model, model, 4)
     assert worst_of(step(model, compile_model(model, scope), 4), eager) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.float32), (3, torch.float32), (9, torch.float32), (1, torch.bfloat16)]
+)
+@torch.no_grad()
+def test_machine_code_decodes_the_same(attn_type: str, rows: int, dtype: torch.dtype) -> None:
+    """One row, few, and more than a sum over weights is good for; half precision is no further off than eager."""
+    cfg = tiny(attn_type=attn_type, n_experts=32, expert_dim=128, dim=128)
+    exact, model = (scaled(cfg, dtype=dtype) for dtype in (torch.float64, dtype))
+    compiled = compile_model(copy.deepcopy(model), "decode")
+    ids = random_ids(cfg, rows, 6)
+    caches = [each.make_cache(rows, 6, 4, static=each is compiled) for each in (compiled, model, exact)]
+    for new in (slice(0, 4), slice(4, 5), slice(5, 6)):
+        calls = zip((compiled, model, exact), caches, strict=True)
+        got, eager, truth = (each(ids[:, new], 4, cache=cache).double() for each, cache in calls)
+        if dtype is torch.float32:
+            assert worst_of([got], [eager]) < 1e-5
+        assert (got - truth).norm() < 1.5 * (eager - truth).norm() + 1e-5 * truth.norm()
 
 
 @pytest.mark.parametrize("attn_type", [pytest.param("gqa", marks=pytest.mark.slow), "mla"])

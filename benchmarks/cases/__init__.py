@@ -38,6 +38,13 @@ MID = Job("ours", "train", models.MID, rows=4, tokens=512, n_loops=8)
 POISSON = LoopsConfig("poisson", 8, max_loops=16).depths(seed=0, step=0, rows=8)
 SLOW = Budget(60.0, 3, 9)
 
+
+def _also_compiled(pair: Pair) -> list[Case]:
+    """The case, and once more with ours compiled."""
+    name, title = f"{pair.name}_compiled", f"{pair.title}, ours compiled"
+    return [pair, replace(pair, name=name, title=title, ours={"compiled": True}, memory=False)]
+
+
 _CASES: list[Case] = [
     Pair(
         "train_addition",
@@ -70,21 +77,27 @@ _CASES: list[Case] = [
         replace(MID, rows=8, tokens=256, depths=tuple(POISSON.tolist())),
     ),
     *(
-        Pair(
-            f"generate_mid_b{rows}",
-            f"generate, mid model (c), batch {rows}",
-            replace(MID, task="generate", rows=rows, tokens=64, new_tokens=16),
-        )
+        case
         for rows in (1, 4)
+        for case in _also_compiled(
+            Pair(
+                f"generate_mid_b{rows}",
+                f"generate, mid model (c), batch {rows}",
+                replace(MID, task="generate", rows=rows, tokens=64, new_tokens=16),
+            )
+        )
     ),
     *EXITS,
     *(
-        Pair(
-            f"decode_{context}",
-            f"decode one token, (c), context {context}",
-            replace(MID, task="decode", rows=1, tokens=context),
-        )
+        case
         for context in (128, 512, 960)
+        for case in _also_compiled(
+            Pair(
+                f"decode_{context}",
+                f"decode one token, (c), context {context}",
+                replace(MID, task="decode", rows=1, tokens=context),
+            )
+        )
     ),
     Pair(
         "prefill_1b",
@@ -93,12 +106,14 @@ _CASES: list[Case] = [
         budget=SLOW,
         second_worker=False,
     ),
-    Pair(
-        "decode_1b",
-        "mythos_1b, decode one token, 16 loops, context 128",
-        Job("ours", "decode", models.ONE_B, tokens=128, n_loops=16),
-        second_worker=False,
-        memory=False,
+    *_also_compiled(
+        Pair(
+            "decode_1b",
+            "mythos_1b, decode one token, 16 loops, context 128",
+            Job("ours", "decode", models.ONE_B, tokens=128, n_loops=16),
+            second_worker=False,
+            memory=False,
+        )
     ),
     CacheBytes(
         "kv_cache_bytes",

@@ -10,11 +10,12 @@ from torch import Tensor
 from benchmarks.job import Job
 from benchmarks.sides.looped import Looped
 from benchmarks.tasks import LoopCounter
-from open_mythos import MythosConfig, OpenMythos, convert_open_mythos_0_5
+from open_mythos import KVCache, MythosConfig, OpenMythos, convert_open_mythos_0_5
 from open_mythos.compiling import compile_model
 from open_mythos.device import keep_freed_memory
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.train.losses import LossConfig, total_loss
 
 
@@ -34,7 +35,11 @@ class Ours(Looped):
         self.halt_at(job.halting_loop)
         if model.recurrent is not None:
             model.recurrent.checkpoint_loops = job.checkpoint
-        self.called = compile_model(model) if job.compiled else model
+        self.compiled = job.compiled
+        scope = "decode" if job.task in ("decode", "generate") else "model"
+        self.called = compile_model(model, scope) if job.compiled else model
+        self.static: tuple[KVCache, StaticKVCache] | None = None
+        """A cache, and the static one made from it."""
         self.countable = not (job.compiled or job.checkpoint)
 
     def logits(self, ids: Tensor, n_loops: int) -> Tensor:
@@ -51,13 +56,20 @@ class Ours(Looped):
         return self.called(ids, cache=cache, n_loops=n_loops, last_only=True)[:, -1]
 
     def copy_cache(self, cache: Any) -> Any:
-        return copy.deepcopy(cache)
+        if not self.compiled:
+            return copy.deepcopy(cache)
+        if self.static is None or self.static[0] is not cache:
+            self.static = cache, StaticKVCache.over(copy.deepcopy(cache))
+        # The same cache again, as in the middle of a text: what is made once for each cache is not of this token.
+        self.static[1].rewind(cache.length)
+        return self.static[1]
 
     def cache_tensors(self, cache: Any) -> list[Tensor]:
         return [x for layer in cache.layers for x in layer]
 
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
-        return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, temperature=0)
+        options: dict[str, Any] = {"temperature": 0, "compiled": self.compiled}
+        return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, **options)
 
     def count_loops(self) -> LoopCounter | None:
         # A hook would have a model compiled again, and sees what a checkpoint recomputes: the outputs have to do then.

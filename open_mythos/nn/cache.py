@@ -233,12 +233,12 @@ def _over(old: Tensor, new: Tensor, view: View) -> Tensor:
     active, slots = view.active, None if view.selection is None else view.selection.slots
     assert active is not None
     if slots is None:
-        return torch.where(_like(active, new), new, old)
+        return torch.where(like(active, new), new, old)
     index = (torch.arange(len(old), device=old.device)[:, None], slots)
-    return old.index_put(index, torch.where(_like(active, new), new, old[index]))
+    return old.index_put(index, torch.where(like(active, new), new, old[index]))
 
 
-def _like(mask: Tensor, x: Tensor) -> Tensor:
+def like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
@@ -304,7 +304,7 @@ class KVCache:
         for store, x in zip(self.layers[layer], new, strict=True):
             if view.active is not None:
                 before = store[(level - 1).clamp(min=0), rows, self.length : end]
-                x = torch.where(_like(view.active, x), x, before)
+                x = torch.where(like(view.active, x), x, before)
             store[level, rows, self.length : end] = x.to(store.dtype)
         return tuple(store[level, rows, :end] for store in self.layers[layer])
 

@@ -18,7 +18,7 @@ from open_mythos.nn.compaction import Work, fewer_by_counts
 from open_mythos.nn.halting import Fixed, HaltingRule, State
 from open_mythos.nn.linear import captured
 from open_mythos.nn.numerics import wide
-from open_mythos.nn.static_cache import ONE_DEPTH, StaticKVCache
+from open_mythos.nn.static_cache import StaticKVCache
 
 if TYPE_CHECKING:
     from open_mythos.nn.recurrent import RecurrentBlock
@@ -74,10 +74,9 @@ class Run:
         # At fixed depth nobody exits early: no masks, no copies, and nothing for a GPU to wait for.
         self.adaptive = not isinstance(rule, Fixed)
         # A graph runs the same operations for every input, so every loop runs in it and nothing leaves.
-        self.blind = captured() or e.is_meta
-        if self.adaptive and isinstance(view.store, StaticKVCache):
-            raise ValueError(ONE_DEPTH)
+        self.blind = captured() or e.is_meta or (e.is_cuda and torch.cuda.is_current_stream_capturing())
         self.cached = isinstance(view.store, KVCache)
+        self.static = view.store if isinstance(view.store, StaticKVCache) else None
         self.scratch = Scratch()
         self.rows: Rows = {}
         self.state: State = {}
@@ -132,10 +131,12 @@ class Run:
         h = self.rows["h"]
         view, e, n_loops = self.here
         loop_index = n_loops - (self.depths[0] - tick)
+        active = self._active()
+        store = None if self.static is None else self.static.at(tick, 0 if active is None else h.shape[1])
         loop = partial(
             _loop,
             self.block,
-            view.at_loop(loop_index, tick if self.lockstep else None, self._active()),
+            view.at_loop(loop_index, tick if self.lockstep else None, active, store),
             None if self.cached else self.scratch.current,
         )
         if self.block.checkpoint_loops and torch.is_grad_enabled():
@@ -157,6 +158,8 @@ class Run:
         """The mask of tokens in the loop; None if that is known to be every one, which spares a dozen operations."""
         if not self.adaptive:
             return None
+        if self.static is not None and self.rows["active"].numel() > 1:
+            return self.rows["active"]  # with a mask or without would be two graphs
         whole = self.selection is None or self.selection.slots is None
         if whole and len(self.counts) == len(self.live) and min(self.counts) == self.rows["h"].shape[1]:
             return None
@@ -223,6 +226,8 @@ class Run:
     def _worthwhile(self, keep: list[int], width: int) -> bool:
         """Whether to go on with the rows `keep` and `width` tokens of each."""
         block, h = self.block, self.rows["h"]
+        if self.static is not None:
+            return False
         if block.compaction in ("always", "never"):
             return block.compaction == "always"
         B, T = h.shape[:2]

@@ -1,6 +1,6 @@
 """The routed experts: E SwiGLU networks in two stacked parameters, each applied to the tokens that chose it.
 
-One definition, four ways to compute it, chosen by shapes and device only. `by_group` is torch's own differentiable
+One definition, five ways to compute it, chosen by shapes and device only. `by_group` is torch's own differentiable
 operators and serves wherever nothing below is better; the others are for a CPU.
 
 Shapes: N tokens, C experts chosen per token, M = N * C pairs of both, D width, E experts, F expert width.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.grouped import grouped_linear
-from open_mythos.nn.linear import autocasts, captured, linear
+from open_mythos.nn.linear import autocasts, captured, kept, linear, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
 Weights = tuple[Tensor, Tensor]
@@ -52,6 +52,8 @@ class StackedExperts(nn.Module):
         # expert that was never meant for a token could overflow, and zero times infinity is NaN.
         if x.element_size() >= 4 and max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
             return all_experts(x, chosen, gates, weights)
+        if streams(x):
+            return by_gather(x, chosen, gates, weights)
         if captured():
             return by_group(x, chosen, gates, weights)
         if torch.is_grad_enabled():
@@ -92,6 +94,14 @@ def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tenso
     mixed = silu_product(hidden).mul_(gates.view(-1, 1)).unbind(0)
     y = torch.stack([linear(one, down[expert]) for one, expert in zip(mixed, experts, strict=True)])
     return y.view(*chosen.shape, -1).sum(1)
+
+
+def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+    """Sums over the chosen experts' weights, for a compiler, which gathers nothing: it reads them where they are."""
+    gate_up, down = weights
+    hidden = (gate_up[chosen] * kept(x)[:, None, None]).sum(-1)
+    mixed = kept(silu_product(hidden) * gates[..., None])
+    return (down[chosen] * mixed[:, :, None]).sum(-1).sum(1)
 
 
 def by_expert(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights, kept: list[Tensor] | None = None) -> Tensor:

@@ -3,21 +3,20 @@
 Shapes: B rows, T new tokens, S slots of the cache.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from open_mythos.nn.cache import KeyValues, KVCache, View
+from open_mythos.nn.cache import KeyValues, KVCache, View, like
 from open_mythos.nn.rope import rotary_table
-
-ONE_DEPTH = (
-    "a static cache takes calls of one depth, in which nothing exits early; pass exit='fixed', or make the cache with "
-    "static=False"
-)
 
 
 class StaticKVCache(KVCache):
     """A `KVCache` that counts on the device: tokens are written at a position held in a tensor, and attention reads
-    every slot under a mask. At fixed depth a call waits for nothing, and can be captured and replayed.
+    every slot under a mask. At fixed depth a call waits for nothing, and can be captured and replayed. With a rule that
+    exits, tokens that are done stay in the computation until the last one is.
 
     A replay runs no Python: it moves `cursor` and not `length`, the host's count. Call `rewind` before the next
     ordinary call, and replay no more tokens than `max_len` has room for.
@@ -35,15 +34,39 @@ class StaticKVCache(KVCache):
         super().__init__(layers, batch_size, max_len, n_loops, dtype, device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
         """Slots in use."""
+        self._levels: dict[int, list[KeyValues]] = {}
+
+    @classmethod
+    def over(cls, cache: KVCache) -> "StaticKVCache":
+        """A static cache in the memory of `cache`, which is not to be used any more."""
+        static = cls.__new__(cls)
+        vars(static).update(vars(cache))
+        static.cursor, static._levels = torch.full((1,), cache.length, device=cache.device), {}
+        return static
+
+    def at(self, level: int, n_exited: int = 0) -> "StaticLevel":
+        """What one loop sees of the cache. `n_exited`: new tokens of each row, if some of them may have exited."""
+        below: list[KeyValues] = []
+        if n_exited:
+            slots = self._new_slots(n_exited)
+            below = [tuple(x.index_select(1, slots) for x in kept) for kept in self._kept(max(level - 1, 0))]
+        return StaticLevel(self._kept(level), below, self.cursor)
+
+    def _kept(self, level: int) -> list[KeyValues]:
+        """The tensors of a level, the same objects in every call."""
+        if level not in self._levels:
+            self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in kept) for kept in self.layers]
+        return self._levels[level]
+
+    def keep_rows(self, rows: Tensor | Sequence[int]) -> None:
+        super().keep_rows(rows)
+        self._levels = {}
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
-        if view.active is not None or (view.loop_index is not None and view.lockstep is None):
-            raise ValueError(ONE_DEPTH)
-        level = view.lockstep or 0
-        slots = self._new_slots(new[0].shape[1])
-        for store, x in zip(self.layers[layer], new, strict=True):
-            store[level].index_copy_(1, slots, x)
-        return tuple(store[level] for store in self.layers[layer])
+        if view.loop_index is not None and view.lockstep is None:
+            raise ValueError("rows of a static cache run the same loop; make the cache with static=False")
+        n_exited = 0 if view.active is None else new[0].shape[1]
+        return self.at(view.lockstep or 0, n_exited).write(layer, new, view)
 
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
         slots = self._new_slots(n_tokens)
@@ -69,6 +92,26 @@ class StaticKVCache(KVCache):
 
     def _new_slots(self, n: int) -> Tensor:
         return self.cursor + torch.arange(n, device=self.device)
+
+
+@dataclass(frozen=True)
+class StaticLevel:
+    """One level of a `StaticKVCache`. No number in it differs from loop to loop, so one graph serves them all."""
+
+    kept: list[KeyValues]
+    """Of each layer, (B, S, ...)."""
+    below: list[KeyValues]
+    """What the level before has of the new tokens, (B, T, ...): it stands for those that have exited."""
+    cursor: Tensor
+
+    def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
+        slots = self.cursor + torch.arange(new[0].shape[1], device=self.cursor.device)
+        if view.active is not None:
+            active = view.active
+            new = tuple(torch.where(like(active, x), x, old) for x, old in zip(new, self.below[layer], strict=True))
+        for store, x in zip(self.kept[layer], new, strict=True):
+            store.index_copy_(1, slots, x)
+        return self.kept[layer]
 
 
 def make_static_view(

@@ -1,4 +1,4 @@
-"""The fast products against torch's own: `linear`, the four ways through the experts, causal attention in blocks."""
+"""The fast products against torch's own: `linear`, the five ways through the experts, causal attention in blocks."""
 
 import math
 
@@ -29,6 +29,17 @@ def test_linear(M: int, K: int, N: int, dtype: torch.dtype) -> None:
     assert worst_of(*grads) < tolerance
     with torch.no_grad():
         assert worst(linear(x, weight), expected) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (3, 48), (2, 4, 48), (9, 48)])
+@torch.no_grad()
+def test_linear_inside_a_compiler(shape: tuple[int, ...]) -> None:
+    """Few rows become a sum; the last shape has one too many."""
+    torch._dynamo.reset()
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(33, 48, dtype=torch.float64)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert worst(compiled(x, weight), F.linear(x, weight)) < 1e-12
+    assert worst(compiled(x.mT.contiguous().mT, weight), F.linear(x, weight)) < 1e-12
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "transposed slice", "every second"])
@@ -102,7 +113,9 @@ def one_token_at_a_time(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tenso
 
 
 @pytest.mark.parametrize("n", [1, 7, 63])
-@pytest.mark.parametrize("way", [experts.by_group, experts.all_experts, experts.by_pair, experts.by_expert])
+@pytest.mark.parametrize(
+    "way", [experts.by_group, experts.all_experts, experts.by_pair, experts.by_gather, experts.by_expert]
+)
 @torch.no_grad()
 def test_every_way_through_the_experts(way: object, n: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):

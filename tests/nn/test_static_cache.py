@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos import LoopPlan, MythosConfig, OpenMythos
-from tests.models import ATTENTIONS, PARTS, random_ids, scaled, tiny, worst
+from open_mythos.nn.static_cache import StaticKVCache
+from tests.models import ATTENTIONS, PARTS, THRESHOLDS, random_ids, scaled, tiny, worst
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "repeat_interleave.Tensor")
 T = 6
@@ -95,7 +96,8 @@ def test_every_step_is_the_same_program(attn_type: str, monkeypatch: pytest.Monk
                 model.run(ids, model.make_view((2, 1), cache=cache), 4, None, cache, last_only=True)
             assert not ops.waits()
             programs[is_static].append(ops.seen)
-    assert all(program == programs[True][0] for program in programs[True])
+    # The first call also makes the views of the levels.
+    assert all(program == programs[True][1] for program in programs[True][2:])
     assert programs[False][1] != programs[False][2]
 
 
@@ -130,24 +132,47 @@ def test_results_are_those_of_an_ordinary_cache(attn_type: str, padded: bool) ->
         assert static.valid.sum(1).tolist() == static.n_valid.tolist()
 
 
-@pytest.mark.parametrize("exit", [None, "kl"])
+@pytest.mark.parametrize("exit", [None, "kl", "latent_diff"])
+@pytest.mark.parametrize("attn_type", ATTENTIONS)
 @torch.no_grad()
-def test_a_static_cache_refuses_rules_that_exit(exit: str | None) -> None:
+def test_tokens_exit_as_with_an_ordinary_cache(attn_type: str, exit: str | None) -> None:
+    """Chunks and single tokens, the rows at depths of their own; also in the memory of a cache that was ordinary."""
+    model = scaled(tiny(attn_type=attn_type), dtype=torch.float64)
+    ids, options = random_ids(model.cfg, 3, 2 * T), {"exit": exit, "threshold": THRESHOLDS.get(exit or "")}
+    ordinary, taken_over = model.make_cache(3, 2 * T, 6), model.make_cache(3, 2 * T, 6)
+    rule = model.exit_rule(**options)
+    model(ids[:, :T], 6, cache=taken_over, exit=rule)
+    static, taken_over = model.make_cache(3, 2 * T, 6, static=True), StaticKVCache.over(taken_over)
+    loops = []
+    for new in (slice(0, T), slice(T, T + 3), *(slice(i, i + 1) for i in range(T + 3, 2 * T))):
+        view = model.make_view(ids[:, new].shape, cache=ordinary)
+        expected, result = model.run(ids[:, new], view, 6, rule, ordinary)
+        loops.append(result.loops)
+        for cache in (static, taken_over) if new.start else (static,):
+            assert worst(model(ids[:, new], 6, cache=cache, exit=rule), expected) < 1e-12
+    assert len(torch.cat(loops, dim=1).unique()) > 1
+
+
+@torch.no_grad()
+def test_a_static_cache_refuses_what_it_cannot_hold() -> None:
     model = scaled(tiny())
-    cache = model.make_cache(1, 8, 4, static=True)
-    with pytest.raises(ValueError, match="pass exit='fixed'"):
-        model(random_ids(model.cfg, 1, 3), exit=exit, cache=cache)
-    assert cache.length == int(cache.cursor) == 0
+    cache = model.make_cache(2, 8, 4, static=True)
+    ids = random_ids(model.cfg, 2, 3)
+    view = model.make_view((2, 3), cache=cache)
+    e = model.encode(ids, view)
+    with pytest.raises(ValueError, match="make the cache with static=False"):
+        model.recur(e, e, torch.tensor([0, 1]), view)
     with pytest.raises(ValueError, match="length=9 must be 0 to max_len=8"):
         cache.rewind(9)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("halting", ["none", "act"])
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 @torch.no_grad()
-def test_a_cuda_graph_replays_decode(attn_type: str) -> None:
+def test_a_cuda_graph_replays_decode(attn_type: str, halting: str) -> None:
     """One captured step, fed its own tokens, gives the greedy text of ordinary calls."""
-    n_new, cfg = 12, aligned(attn_type=attn_type)
+    n_new, cfg = 12, aligned(attn_type=attn_type, halting=halting)
     model, ids = scaled(cfg).cuda(), random_ids(cfg, 2, T).cuda()
     expected = model.generate(ids, max_new_tokens=n_new, temperature=0)[:, T:]
     cache = model.make_cache(2, T + n_new, static=True)
