@@ -25,15 +25,17 @@ class Elsewhere:
     protocol: str = (
         "Random weights, so there is no gate: ours is held against 0.5.0 in the cases generate_mid. Tokens per second "
         "of greedy `generate`, 64 prompt tokens and 32 new ones; prefill of 4 x 512 tokens into a cache, last "
-        "position's logits. transformers runs with its defaults. Self-spread: a second process of ours."
+        "position's logits. transformers runs with its defaults, which compile nothing. Self-spread: a second process "
+        "of ours."
     )
 
     def run(self, bench: Bench) -> Outcome:
         device = bench.settings.device
+        batches = {f"b{rows}": Job("ours", "generate", rows=rows, tokens=64, new_tokens=32) for rows in (1, 4)}
         tasks = {
-            "b1": Job("ours", "generate", rows=1, tokens=64, new_tokens=32),
-            "b4": Job("ours", "generate", rows=4, tokens=64, new_tokens=32),
+            **batches,
             "prefill": Job("ours", "prefill", rows=4, tokens=512),
+            **{f"{id}_compiled": replace(job, compiled=True) for id, job in batches.items()},
         }
         outcome = Outcome()
         with bench.workers("hf", "ours", "ours") as clients:
@@ -42,12 +44,13 @@ class Elsewhere:
                 for name, client in zip(("peer", "ours", "again"), clients, strict=True):
                     model = self.model if client.side == "hf" else self.job.model
                     job = replace(task, side=client.side, model=model, n_loops=self.job.n_loops, device=device)
+                    if client.side == "hf":
+                        job = replace(job, compiled=False)
                     outcome.sides.setdefault(client.side, client.prepare(id, job))
                     players.append(Player(name, client, id))
                 samples, _ = bench.interleave(players, FULL)
-                title = (
-                    f"{self.title}: prefill 4 x 512" if id == "prefill" else f"{self.title}: tokens/s, batch {id[1]}"
-                )
+                what = "prefill 4 x 512" if id == "prefill" else f"tokens/s, batch {task.rows}"
+                title = f"{self.title}: {what}{', ours compiled' if task.compiled else ''}"
                 row = ratio_row(f"{self.name}_{id}", title, bench, samples)
                 if task.task == "generate":
                     tokens = task.rows * task.new_tokens

@@ -35,13 +35,13 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         B, T, H, _ = q.shape
         G, W = v.shape[2:]
-        q, k, v = _by_group(q * scale, G), _by_group(k, G), _by_group(v, G)
+        q, k, v, hidden = _by_group(q * scale, G), _by_group(k, G), _by_group(v, G), _hidden()
         out, log_sum = q.new_empty(B, T, H, W), q.new_empty(B * G, T * H // G)
         for i in range(B * G):
             head = out[i // G].unflatten(1, (G, -1))[:, i % G]
             for start in range(0, T, BLOCK):
                 end, rows = _block(start, T, H // G)
-                p = _scores(q[i, rows], k[i], start, end)
+                p = _scores(q[i, rows], k[i], start, end, hidden)
                 highest = p.amax(-1, keepdim=True)
                 total = p.sub_(highest).exp_().sum(-1, keepdim=True)
                 head[start:end] = linear(p, v[i, :end].T).div_(total).view(end - start, -1, W)
@@ -58,12 +58,12 @@ class CausalAttention(torch.autograd.Function):
         G = len(k) // B
         # Each query's sum of p * dp, which the softmax takes off.
         taken_off = _by_group(torch.linalg.vecdot(grad, out)[..., None], G)
-        grad = _by_group(grad, G)
+        grad, hidden = _by_group(grad, G), _hidden()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i in range(B * G):
             for start in range(0, T, BLOCK):
                 end, rows = _block(start, T, H // G)
-                p = _scores(q[i, rows], k[i], start, end).sub_(log_sum[i, rows, None]).exp_()
+                p = _scores(q[i, rows], k[i], start, end, hidden).sub_(log_sum[i, rows, None]).exp_()
                 dv[i, :end] += linear(p.T, grad[i, rows].T)
                 ds = linear(grad[i, rows], v[i, :end]).sub_(taken_off[i, rows]).mul_(p)
                 dq[i, rows] = linear(ds, k[i, :end].T)
@@ -83,10 +83,14 @@ def _block(start: int, n_tokens: int, per_token: int) -> tuple[int, slice]:
     return end, slice(start * per_token, end * per_token)
 
 
-def _scores(q: Tensor, k: Tensor, start: int, end: int) -> Tensor:
+def _hidden() -> Tensor:
+    """(BLOCK, 1, BLOCK), true for keys behind a query."""
+    return torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)[:, None]
+
+
+def _scores(q: Tensor, k: Tensor, start: int, end: int, hidden: Tensor) -> Tensor:
     """q k^T for a block of queries and the keys up to its end; -inf for what a query may not see."""
     scores = linear(q, k[:end])
     n = end - start
-    later = torch.ones(n, n, dtype=torch.bool).triu_(1)[:, None]
-    scores.view(n, -1, end)[:, :, start:].masked_fill_(later, -math.inf)
+    scores.view(n, -1, end)[:, :, start:].masked_fill_(hidden[:n, :, :n], -math.inf)
     return scores

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.nn.grouped import grouped_linear
-from open_mythos.nn.linear import autocasts, captured, kept, linear, streams
+from open_mythos.nn.linear import autocasts, captured, kept, linear, outer, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
 Weights = tuple[Tensor, Tensor]
@@ -164,8 +164,8 @@ class _OneByOne(torch.autograd.Function):
             dhidden, mixed, dscale = swiglu_backward(hidden, dmixed, gates.view(-1)[pairs, None])
             if dscale is not None:
                 dgates.view(-1)[pairs[:n]] = dscale[:n]
-            ddown[expert] = linear(dy.T, mixed.T)
-            dgate_up[expert] = linear(dhidden.T, x[tokens].T)
+            ddown[expert] = outer(dy, mixed)
+            dgate_up[expert] = outer(dhidden, x[tokens])
             dx.index_add_(0, tokens[:n], linear(dhidden, gate_up[expert].T)[:n])
         for expert in idle:
             dgate_up[expert], ddown[expert] = 0, 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear, autocasts, captured, linear
+from open_mythos.nn.linear import Linear, autocasts, captured, linear, outer
 
 
 class Expert(nn.Module):
@@ -49,7 +49,7 @@ class _SwiGLU(torch.autograd.Function):
             out = linear(silu_product(linear(x, gate_up)), down)
             return torch.autograd.grad(out, (x, gate_up, down), grad, create_graph=True)
         dhidden, mixed, _ = swiglu_backward(hidden, linear(grad, down.T))
-        return linear(dhidden, gate_up.T), linear(dhidden.T, x.T), linear(grad.T, mixed.T)
+        return linear(dhidden, gate_up.T), outer(dhidden, x), outer(grad, mixed)
 
 
 def swiglu_backward(

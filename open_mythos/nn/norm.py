@@ -58,9 +58,11 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative
             out = F.rms_norm(x, weight.shape, weight, ctx.eps)
             return *torch.autograd.grad(out, (x, weight), grad, create_graph=True), None
-        normed, grad_wide = wide(x) * inverse, wide(grad)
-        dweight = (normed * grad_wide).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        dnormed = grad_wide * wide(weight)
-        along = torch.linalg.vecdot(dnormed, normed)[..., None].div_(x.shape[-1])
-        dx = dnormed.addcmul_(normed, along, value=-1).mul_(inverse)
-        return dx.to(x.dtype), dweight, None
+        # The fused gradient of a layer norm about zero instead of the mean, one pass over x and grad. It subtracts what
+        # the mean would have taken away, which is put back.
+        D, grad, scale = x.shape[-1], wide(grad), wide(weight)
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward.default(
+            grad, wide(x), [D], torch.zeros_like(inverse), inverse, scale, None, [True, True, False]
+        )
+        dx += (grad @ scale)[..., None].mul_(inverse).div_(D)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None

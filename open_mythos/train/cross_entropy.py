@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.nn.linear import captured, linear
+from open_mythos.nn.linear import captured, linear, outer
 from open_mythos.nn.numerics import no_autocast, wide
 from open_mythos.train.data import IGNORE
 
@@ -93,6 +93,6 @@ def _sums(
             if grad_hidden is not None:
                 grad_hidden[start : start + n] = linear(grad, head.T).where(labelled, 0)
             if grad_head is not None:
-                grad_head += linear(grad.T, x.where(labelled, 0).T)
+                grad_head += outer(grad, x.where(labelled, 0))
             del grad  # before the next chunk's logits
     return loss, grad_hidden, grad_head
