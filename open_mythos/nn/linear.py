@@ -53,8 +53,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def outer(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T @ x, the gradient of a weight: (M, N), (M, K) -> (N, K)."""
-    # oneDNN copies what comes first if it is transposed, so the narrower one does.
-    return linear(grad.T, x.T) if grad.shape[1] <= x.shape[1] else linear(x.T, grad.T).T
+    (M, N), K = grad.shape, x.shape[1]
+    # oneDNN copies what comes first if it is transposed: grad, or else x, and then the result to turn it round.
+    return linear(grad.T, x.T) if M * N <= (M + N) * K else linear(x.T, grad.T).T
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
