@@ -63,7 +63,7 @@ def compile_model(model: OpenMythos, scope: Scope = "model", backend: str = "ind
 def _compile_stages(model: OpenMythos, backend: str) -> None:
     stages: list[tuple[nn.Module, str]] = [(model, "encode"), (model, "readout")]
     if model.recurrent is not None:
-        stages.append((model.recurrent, "loop"))
+        stages += [(model.recurrent, "loop"), (model.recurrent, "advance")]
     for owner, name in stages:
         setattr(owner, name, MethodType(_of_one_token(getattr(type(owner), name), backend), owner))
 

@@ -48,6 +48,37 @@ class RecurrentOutput:
     """(L, B, T), the weight of each state in `out`; only with trace."""
 
 
+@dataclass(frozen=True)
+class Exit:
+    """What is decided after a loop."""
+
+    rule: HaltingRule
+    probe: Probe | None
+    everyone_out: bool
+    """Whether the rule is not asked, for all tokens are out."""
+
+    def apply(
+        self, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None
+    ) -> tuple[Rows, State, Tensor | None]:
+        """What a loop that gave `h_new` leaves: rows and the rule's state after it, and the weight of h_new if any.
+
+        Args:
+            active: (B, T), tokens in the loop; None if that is known to be every one.
+        """
+        weight, exit_mask, still = None, rows["active"], rows["active"]
+        if not self.everyone_out:
+            seen = None if self.probe is None else self.probe(h_new)
+            state, exit_mask, weight = self.rule.update(state, rows["h"], h_new, loop_index, seen)
+            exit_mask = exit_mask if active is None else exit_mask & active
+        h = h_new if active is None else torch.where(active[..., None], h_new, rows["h"])
+        after = {"h": h, "loops": rows["loops"] + still, "active": ~exit_mask if active is None else still & ~exit_mask}
+        if weight is not None:
+            weight = weight if active is None else weight * active
+            after["out"] = rows["out"] + weight[..., None] * h_new
+            after["ponder_cost"] = torch.where(exit_mask, after["loops"] + weight, rows["ponder_cost"])
+        return {**rows, **after}, state, weight
+
+
 class Run:
     """The rows that are in the loop during one `RecurrentBlock.forward`, in order of decreasing depth.
 
@@ -110,7 +141,8 @@ class Run:
             }
             if self.rule.weighted:
                 # Sums of many small weights: at least float32.
-                rows |= {"out": torch.zeros_like(wide(h[new])), "ponder_cost": torch.zeros_like(wide(h[new][..., 0]))}
+                sums = wide(h[new])
+                rows |= {"out": sums.new_zeros(sums.shape), "ponder_cost": sums.new_zeros(sums.shape[:2])}
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)
         self.done = _extend(self.done, rows) if self.done else {}
@@ -130,27 +162,31 @@ class Run:
             self._narrow(tick)
         h = self.rows["h"]
         view, e, n_loops = self.here
-        loop_index = n_loops - (self.depths[0] - tick)
-        active = self._active()
-        store = None if self.static is None else self.static.at(tick, 0 if active is None else h.shape[1])
-        loop = partial(
-            _loop,
-            self.block,
-            view.at_loop(loop_index, tick if self.lockstep else None, active, store),
-            None if self.cached else self.scratch.current,
-        )
-        if self.block.checkpoint_loops and torch.is_grad_enabled():
-            h_new, store, log = checkpoint(loop, h, e, loop_index, use_reentrant=False)
+        loop_index, active = n_loops - (self.depths[0] - tick), self._active()
+        last = tick + 1 == self.depths[0]
+        # All rows end at the same tick, where every rule lets everyone out: a prediction would not be used.
+        exit = Exit(self.rule, self.probe if self.rule.needs_probe else None, last and self.rule.needs_probe)
+        if self.static is not None and self.adaptive:
+            # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
+            active = self.rows["active"] if self.rows["active"].numel() > 1 or self.blind else None
+            view = view.at_loop(loop_index, tick, active, self.static.at(tick, 0 if active is None else h.shape[1]))
+            self._take(*self.block.advance(self.rows, self.state, e, loop_index, view, exit), last)
         else:
-            h_new, store, log = loop(h, e, loop_index)
-        if isinstance(store, Scratch):
-            self.scratch = store
-        if log:
-            self.routers.append(log)
-        if self.adaptive:
-            self._exit(h, h_new, loop_index, tick + 1 == self.depths[0])
-        else:
-            self.rows["h"] = h_new
+            store = None if self.static is None else self.static.at(tick)
+            view = view.at_loop(loop_index, tick if self.lockstep else None, active, store)
+            loop = partial(_loop, self.block, view, None if self.cached else self.scratch.current)
+            if self.block.checkpoint_loops and torch.is_grad_enabled():
+                h_new, store, log = checkpoint(loop, h, e, loop_index, use_reentrant=False)
+            else:
+                h_new, store, log = loop(h, e, loop_index)
+            if isinstance(store, Scratch):
+                self.scratch = store
+            if log:
+                self.routers.append(log)
+            if self.adaptive:
+                self._take(*exit.apply(self.rows, self.state, h_new, loop_index, active), last)
+            else:
+                self.rows["h"] = h_new
         if self.hidden is not None:
             self.hidden.append(self._whole("h"))
 
@@ -158,34 +194,19 @@ class Run:
         """The mask of tokens in the loop; None if that is known to be every one, which spares a dozen operations."""
         if not self.adaptive:
             return None
-        if self.static is not None and self.rows["active"].numel() > 1:
-            return self.rows["active"]  # with a mask or without would be two graphs
         whole = self.selection is None or self.selection.slots is None
         if whole and len(self.counts) == len(self.live) and min(self.counts) == self.rows["h"].shape[1]:
             return None
         return self.rows["active"]
 
-    def _exit(self, h: Tensor, h_new: Tensor, loop_index: Tensor, last: bool) -> None:
-        rows, weight = self.rows, None
-        everyone, active = self._active() is None, rows["active"]
-        if last and self.rule.needs_probe:
-            # All rows end at the same tick, where every rule lets everyone out: the prediction would not be used.
-            exit_mask = active
-        else:
-            probe = self.probe(h_new) if self.rule.needs_probe and self.probe is not None else None
-            self.state, exit_mask, weight = self.rule.update(self.state, h, h_new, loop_index, probe)
-            exit_mask = exit_mask if everyone else exit_mask & active
-        rows["h"] = h_new if everyone else torch.where(active[..., None], h_new, h)
-        rows["loops"] = rows["loops"] + active
-        if weight is not None:
-            weight = weight if everyone else weight * active
-            rows["out"] = rows["out"] + weight[..., None] * h_new
-            rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
+    def _take(self, rows: Rows, state: State, weight: Tensor | None, last: bool) -> None:
+        """Go on with what a loop has left."""
         if self.hidden is not None:
-            weight = exit_mask.to(h.dtype) if weight is None else weight
+            left = self.rows["active"] & ~rows["active"]
+            weight = left.to(rows["h"].dtype) if weight is None else weight
             none = weight.new_zeros(self.view.positions.shape)
             self.weights.append(weight if self.selection is None else self.selection.put(none, weight))
-        rows["active"] = ~exit_mask if everyone else active & ~exit_mask
+        self.rows, self.state = rows, state
         if self.blind:
             self.counts = []
         elif not last:

@@ -15,8 +15,8 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.cache import FixedPast, KVCache, View, make_view
 from open_mythos.nn.compaction import Compaction, CostCurve, without_hooks
 from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_waves
-from open_mythos.nn.driver import Probe, RecurrentOutput, Run
-from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule
+from open_mythos.nn.driver import Exit, Probe, RecurrentOutput, Rows, Run
+from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.linear import captured
 from open_mythos.nn.norm import RMSNorm
@@ -87,6 +87,13 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None:
             u = u + self.lora(u, index)
         return self.injection.after(h, e, u, shared.decay)
+
+    def advance(
+        self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit
+    ) -> tuple[Rows, State, Tensor | None]:
+        """A loop and what is decided after it, in one piece for a compiler; see `Exit.apply`."""
+        h_new = self.loop(rows["h"], e, loop_index, view)
+        return exit.apply(rows, state, h_new, loop_index, view.active)
 
     def constants(self, h: Tensor) -> LoopConstants:
         """What the loops of a call on states like `h` share."""

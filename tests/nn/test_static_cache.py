@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_mythos import LoopPlan, MythosConfig, OpenMythos
+from open_mythos import KVCache, LoopPlan, MythosConfig, OpenMythos
 from open_mythos.nn.static_cache import StaticKVCache
 from tests.models import ATTENTIONS, PARTS, THRESHOLDS, random_ids, scaled, tiny, worst
 
@@ -132,6 +132,14 @@ def test_results_are_those_of_an_ordinary_cache(attn_type: str, padded: bool) ->
         assert static.valid.sum(1).tolist() == static.n_valid.tolist()
 
 
+def ordinary_of(model: OpenMythos) -> KVCache:
+    return model.make_cache(3, 2 * T, 6)
+
+
+def static_of(model: OpenMythos) -> StaticKVCache:
+    return model.make_cache(3, 2 * T, 6, static=True)
+
+
 @pytest.mark.parametrize("exit", [None, "kl", "latent_diff"])
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 @torch.no_grad()
@@ -139,10 +147,10 @@ def test_tokens_exit_as_with_an_ordinary_cache(attn_type: str, exit: str | None)
     """Chunks and single tokens, the rows at depths of their own; also in the memory of a cache that was ordinary."""
     model = scaled(tiny(attn_type=attn_type), dtype=torch.float64)
     ids, options = random_ids(model.cfg, 3, 2 * T), {"exit": exit, "threshold": THRESHOLDS.get(exit or "")}
-    ordinary, taken_over = model.make_cache(3, 2 * T, 6), model.make_cache(3, 2 * T, 6)
+    ordinary, taken_over = ordinary_of(model), ordinary_of(model)
     rule = model.exit_rule(**options)
     model(ids[:, :T], 6, cache=taken_over, exit=rule)
-    static, taken_over = model.make_cache(3, 2 * T, 6, static=True), StaticKVCache.over(taken_over)
+    static, taken_over = static_of(model), StaticKVCache.over(taken_over)
     loops = []
     for new in (slice(0, T), slice(T, T + 3), *(slice(i, i + 1) for i in range(T + 3, 2 * T))):
         view = model.make_view(ids[:, new].shape, cache=ordinary)
@@ -151,6 +159,9 @@ def test_tokens_exit_as_with_an_ordinary_cache(attn_type: str, exit: str | None)
         for cache in (static, taken_over) if new.start else (static,):
             assert worst(model(ids[:, new], 6, cache=cache, exit=rule), expected) < 1e-12
     assert len(torch.cat(loops, dim=1).unique()) > 1
+    traces = [model(ids[:, :1], 6, cache=c, trace=True, exit=rule) for c in (ordinary_of(model), static_of(model))]
+    for name in ("logits", "hidden", "halt_weight", "exit_loop"):
+        assert worst(getattr(traces[0], name).double(), getattr(traces[1], name).double()) < 1e-12
 
 
 @torch.no_grad()
