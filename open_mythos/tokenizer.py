@@ -9,7 +9,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -157,6 +157,11 @@ class BPETokenizer:
             text: what to train on; short or repetitive text gives fewer tokens than asked for.
             vocab_size: at least 259 (256 bytes and three special tokens).
         """
+        return BPETokenizer.train([text], vocab_size)
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """The same from many texts, which are read once."""
         if type(vocab_size) is not int or vocab_size < ByteTokenizer.vocab_size:
             raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 259; use vocab_size=4096")
         backend = tokenizers.Tokenizer(models.BPE())
@@ -168,7 +173,7 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator([text], trainer)
+        backend.train_from_iterator(iter(texts), trainer)
         return BPETokenizer(backend)
 
     @staticmethod

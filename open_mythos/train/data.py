@@ -51,11 +51,12 @@ class Task(Protocol):
         """Bytes of validation text per token, for bits per byte; None where bytes mean nothing."""
         ...
 
-    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         """Draw `rows` rows to train on; everything random comes from `rng`.
 
         Args:
             depths: (rows,) loops that each row is going to run; a task may fit its questions to them.
+            first_row: rows of the run before these. A task that goes through a file reads its place off it.
         """
         ...
 

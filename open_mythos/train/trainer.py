@@ -126,7 +126,8 @@ class Trainer:
         """
         cfg = self.cfg
         depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
-        batch = cfg.data.batch(stream(cfg.seed, step, Purpose.DATA), cfg.batch_size, depths)
+        rng = stream(cfg.seed, step, Purpose.DATA)
+        batch = cfg.data.batch(rng, cfg.batch_size, depths, first_row=step * cfg.batch_size)
         plan = LoopPlan(tuple(depths.tolist()), cfg.loops.backprop_depth)
         factor = cfg.schedule.factor(step, cfg.steps)
         set_lr(self.optimizers, factor)

@@ -28,6 +28,7 @@ LAYERS: dict[str, int] = {
     "model": 4,
     "info": 4,
     "compiling": 5,
+    "data": 5,
     "generate": 6,
     "train": 6,
     "serve": 6,

@@ -93,7 +93,7 @@ def test_one_step_equals_plain_torch(tmp_path: Path) -> None:
     seen: list[Batch] = []
 
     class Recorder(Addition):
-        def batch(self, rng, rows, depths=None):
+        def batch(self, rng, rows, depths=None, first_row=0):
             seen.append(super().batch(rng, rows, depths))
             return seen[-1]
 
@@ -205,7 +205,7 @@ def test_the_task_sees_the_depths_of_its_rows(tmp_path: Path) -> None:
     batches: list[Batch] = []
 
     class Recorder(KHop):
-        def batch(self, rng, rows, depths=None):
+        def batch(self, rng, rows, depths=None, first_row=0):
             batches.append(super().batch(rng, rows, depths))
             return batches[-1]
 

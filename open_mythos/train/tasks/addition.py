@@ -36,7 +36,7 @@ class Addition:
     def seq_len(self) -> int:
         return 3 * self.max_digits + 3
 
-    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         digits = rng.integers(self.min_digits, self.max_digits + 1, size=rows)
         a, b = rng.integers(10 ** (digits - 1), 10**digits, size=(2, rows))
         return self.encode(a, b, digits)

@@ -58,7 +58,7 @@ class KHop:
     def seq_len(self) -> int:
         return self.n_symbols + 1
 
-    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         """Rows whose answers fit their depth: labels (L, B, T) of every loop for `hop`, (B, T) for `root`.
 
         Without `depths` the answer is the root, whatever the distance.

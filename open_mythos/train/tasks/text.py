@@ -77,7 +77,7 @@ class Text:
         """Of the held-out part."""
         return len(self._parts[1].encode()) / len(self._tokens[1])
 
-    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None) -> Batch:
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         return self._windows(self._tokens[0], rng, rows)
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:

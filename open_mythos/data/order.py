@@ -1,0 +1,76 @@
+"""Which window a row of a run reads: a permutation computed for one number at a time, with no state and no table.
+
+Shapes: N numbers.
+"""
+
+import numpy as np
+
+ROUNDS = 4
+
+
+def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where a permutation of [0, n) takes each index: (N,) -> (N,) int64. Another key is another permutation.
+
+    A Feistel network over the next power of four, applied again to what falls outside [0, n). Source: Black and Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains", section on cycle walking.
+    """
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    round_keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    x = index.astype(np.uint64)
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        x[outside] = _feistel(x[outside], half, round_keys)
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half: int, round_keys: np.ndarray) -> np.ndarray:
+    shift, mask = np.uint64(half), np.uint64(2**half - 1)
+    left, right = x >> shift, x & mask
+    for key in round_keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scatter neighbouring values (the finaliser of SplitMix64; arithmetic wraps)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def in_epochs(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Rows that go through [0, n) once before any comes again, every time in another order: (N,) -> (N,) int64."""
+    out = np.empty(len(index), dtype=np.int64)
+    for epoch in np.unique(index // n):
+        here = index // n == epoch
+        out[here] = permute(index[here] % n, n, (*key, int(epoch)))
+    return out
+
+
+BLOCK = 1000
+"""Rows over which the shares of a mixture are exact."""
+
+
+def mixture_counts(weights: tuple[float, ...]) -> np.ndarray:
+    """How many of `BLOCK` rows each source gives: by largest remainders, at least one of a source that has a weight."""
+    share = np.array(weights) / sum(weights) * BLOCK
+    counts = np.maximum(np.floor(share), share > 0).astype(np.int64)
+    for i in np.argsort(counts - share, kind="stable")[: max(0, BLOCK - counts.sum())]:
+        counts[i] += 1
+    while counts.sum() > BLOCK:
+        counts[counts.argmax()] -= 1
+    return counts
+
+
+def mix(index: np.ndarray, weights: tuple[float, ...], key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each row, and which of that source's rows it is, counted from 0: (N,) -> (N,), (N,) int64."""
+    counts = mixture_counts(weights)
+    ends = counts.cumsum()
+    block, place = np.divmod(index, BLOCK)
+    slot = np.empty(len(index), dtype=np.int64)
+    for b in np.unique(block):
+        here = block == b
+        slot[here] = permute(place[here], BLOCK, (*key, int(b)))
+    source = np.searchsorted(ends, slot, side="right")
+    return source, block * counts[source] + slot - (ends - counts)[source]

@@ -1,0 +1,245 @@
+"""Files of text to token shards: in parallel, resumable, the same whatever the number of workers.
+
+    prepare(["corpus/"], "data/corpus", tokenizer="bytes")
+
+A document goes to the validation split by a hash of its text, so copies of one document are all on the same side.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from open_mythos.checks import check_int, check_number
+from open_mythos.data.documents import (
+    Reading,
+    Skipped,
+    Unit,
+    cut_into_units,
+    find_files,
+    fingerprint,
+    read_documents,
+)
+from open_mythos.data.shards import FORMAT, INDEX, SPLITS, digest, write_shard
+from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer, Tokenizer, load_tokenizer
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the tokens."""
+
+    reading: Reading = field(default_factory=Reading)
+    held_out: float = 0.01
+    """Share of the documents that goes to the validation split."""
+
+    def __post_init__(self) -> None:
+        check_number("held_out", self.held_out, 0, 0.5)
+
+
+def prepare(
+    inputs: list[str],
+    out: str | Path,
+    tokenizer: str = "bytes",
+    settings: Settings | None = None,
+    workers: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenize files into the folder `out`, and return what `dataset.json` says.
+
+    A call that was interrupted goes on where it stopped when it is repeated; at most the units in work are done again.
+
+    Args:
+        inputs: files and folders; see `find_files`.
+        tokenizer: "bytes", a folder or file that holds one, or the name of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: `out` holds the data of other inputs or settings, or the inputs have no document to train on.
+    """
+    check_int("workers", workers, 1)
+    settings, out = settings or Settings(), Path(out)
+    files = find_files(inputs)
+    units = cut_into_units(files, settings.reading)
+    encoder = open_tokenizer(tokenizer)
+    if encoder.eos_id is None:
+        raise ValueError(f"tokenizer={tokenizer!r} has no end token, which documents are told apart by; use another")
+    plan = {"format": FORMAT, "settings": asdict(settings), "units": [fingerprint(unit) for unit in units]}
+    plan = _claim(out, plan, encoder)
+    job = _Job(out, settings, "uint16" if encoder.vocab_size <= 2**16 else "uint32")
+    done = [i for i in range(len(units)) if _unit_file(out, i).is_file()]
+    waiting = [(i, unit) for i, unit in enumerate(units) if i not in done]
+    with _progress(units, progress) as advance:
+        for i in chain(done, _work(job, waiting, workers)):
+            advance(units[i])
+    results = [json.loads(_unit_file(out, i).read_text("utf-8")) for i in range(len(units))]
+    info = _index(results, encoder, job.dtype, plan)
+    if not info["splits"]["train"]:
+        raise ValueError(f"the inputs have no document to train on (skipped: {info['skipped'] or 'none'}); add text")
+    _write_json(out / INDEX, info)
+    return info
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker knows. It reads the tokenizer back from `out`."""
+
+    out: Path
+    settings: Settings
+    dtype: str
+
+    def run(self, tokenizer: Tokenizer, i: int, unit: Unit) -> int:
+        """Write the shards of unit i, then the file that says it is done."""
+        documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        n_bytes: Counter[str] = Counter()
+        skipped: Counter[str] = Counter()
+        for text in read_documents(unit, self.settings.reading):
+            if isinstance(text, Skipped):
+                skipped[text.reason] += 1
+                continue
+            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64)
+            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+                skipped["ids out of range"] += 1
+                continue
+            raw = text.encode("utf-8")
+            split = SPLITS[_place(raw) < self.settings.held_out]
+            documents[split].append(ids.astype(self.dtype))
+            n_bytes[split] += len(raw)
+        shards = {
+            split: asdict(write_shard(self.out, f"{split}/{i:05d}.bin", kept, n_bytes[split], self.dtype))
+            for split, kept in documents.items()
+            if kept
+        }
+        _write_json(_unit_file(self.out, i), {"shards": shards, "skipped": dict(skipped)})
+        return i
+
+
+def _place(raw: bytes) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(raw).digest()[:6], "big") / 2**48
+
+
+_worker: tuple[_Job, Tokenizer] | None = None
+
+
+def _start_worker(job: _Job) -> None:
+    global _worker
+    _worker = job, load_tokenizer(job.out)
+
+
+def _run_unit(item: tuple[int, Unit]) -> int:
+    assert _worker is not None
+    job, tokenizer = _worker
+    return job.run(tokenizer, *item)
+
+
+def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[int]:
+    """Run the units, and give the number of each as it is done."""
+    if workers == 1 or len(waiting) < 2:
+        tokenizer = load_tokenizer(job.out)
+        for i, unit in waiting:
+            yield job.run(tokenizer, i, unit)
+        return
+    # One process is one unit's work; the library's own threads would only get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(waiting)), _start_worker, (job,)) as pool:
+        yield from pool.imap_unordered(_run_unit, waiting)
+
+
+def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Make `out` the folder of this plan, or find that it is; returns the plan with the tokenizer's SHA-256.
+
+    Raises:
+        ValueError: it is the folder of another plan; nothing in it has changed.
+    """
+    partial = out.with_name(out.name + ".tokenizer")
+    tokenizer.save(partial)
+    files = sorted(path for path in partial.iterdir())
+    plan = json.loads(json.dumps({**plan, "tokenizer": digest(*files)}))
+    try:
+        if (out / PLAN).is_file():
+            old = json.loads((out / PLAN).read_text("utf-8"))
+            if other := [key for key in plan if old.get(key) != plan[key]]:
+                what = {"units": "inputs"}.get(other[0], other[0])
+                raise ValueError(f"out={out} holds data of another {what}; use another folder, or remove this one")
+            return plan
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"out={out} is not empty and holds no prepared data; use another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            path.rename(out / path.name)
+        _write_json(out / PLAN, plan)
+        return plan
+    finally:
+        for path in partial.iterdir():
+            path.unlink()
+        partial.rmdir()
+
+
+def _unit_file(out: Path, i: int) -> Path:
+    return out / "units" / f"{i:05d}.json"
+
+
+def _index(results: list[dict[str, Any]], tokenizer: Tokenizer, dtype: str, plan: dict[str, Any]) -> dict[str, Any]:
+    skipped = sum((Counter(result["skipped"]) for result in results), Counter())
+    splits = {split: [result["shards"][split] for result in results if split in result["shards"]] for split in SPLITS}
+    counts = {
+        split: {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "bytes")}
+        for split, shards in splits.items()
+    }
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "end_token": tokenizer.eos_id,
+        "tokenizer": plan["tokenizer"],
+        "settings": plan["settings"],
+        "counts": counts,
+        "skipped": dict(sorted(skipped.items())),
+        "splits": splits,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Complete or not at all, also when the power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextmanager
+def _progress(units: list[Unit], shown: bool) -> Generator[Callable[[Unit], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    sizes = {unit: _size(unit) for unit in units}
+    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
+        task = bar.add_task("tokenizing", total=sum(sizes.values()))
+        yield lambda unit: bar.advance(task, sizes[unit])
+
+
+def _size(unit: Unit) -> int:
+    """About how many bytes of its file a unit is."""
+    if unit.kind != "parquet":
+        return unit.end - unit.start
+    return Path(unit.path).stat().st_size * (unit.end - unit.start)

@@ -1,0 +1,153 @@
+"""Token shards: what `prepare` writes and training reads.
+
+    folder/
+      dataset.json              counts, settings and the shards with their SHA-256; written last
+      train/00000.bin           tokens one after another, uint16 or uint32, little-endian
+      train/00000.ends          where each document ends in it, int64
+      validation/00000.bin ...
+      tokenizer files
+
+Every document ends with the tokenizer's end token.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+INDEX = "dataset.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The documents of one unit in one split."""
+
+    path: str
+    """Of the tokens, relative to the folder; the ends of documents are beside it, under `.ends`."""
+    tokens: int
+    documents: int
+    bytes: int
+    """Of the documents' text in UTF-8."""
+    sha256: str
+    """Of the tokens' file and then the ends' file."""
+
+
+class TokenShards:
+    """One split of a prepared folder, as one long sequence of tokens. Files are mapped, not read.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished data.
+        ValueError: a file is missing or has another size than it was written with, or the format is unknown.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        self.info = load_index(self.folder)
+        self.shards = [Shard(**shard) for shard in self.info["splits"][split]]
+        self._dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
+        for shard in self.shards:
+            for file, size in ((shard.path, shard.tokens * self._dtype.itemsize), (_ends(shard), 8 * shard.documents)):
+                path = self.folder / file
+                if not path.is_file() or path.stat().st_size != size:
+                    found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+                    raise ValueError(f"{path} should have {size} bytes and there is {found}; prepare the data again")
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def n_documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the text, in UTF-8."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """The tokens [start, start + n), (n,) int64."""
+        if not 0 <= start <= start + n <= self.n_tokens:
+            raise ValueError(f"tokens {start} to {start + n} are not all in [0, {self.n_tokens}); ask for fewer")
+        parts, shard = [], int(np.searchsorted(self._starts, start, side="right")) - 1
+        while n:
+            offset = start - self._starts[shard]
+            part = self._maps[shard][offset : offset + n]
+            parts.append(part.astype(np.int64))
+            start, n, shard = start + len(part), n - len(part), shard + 1
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def document_ends(self, i: int) -> np.ndarray:
+        """Where the documents of shard i end in it, (documents,) int64."""
+        return np.fromfile(self.folder / _ends(self.shards[i]), dtype="<i8")
+
+    def verify(self) -> None:
+        """Read everything and compare it with the SHA-256 it was written with.
+
+        Raises:
+            ValueError: a shard is damaged; the message names it.
+        """
+        for shard in self.shards:
+            if digest(self.folder / shard.path, self.folder / _ends(shard)) != shard.sha256:
+                raise ValueError(f"{self.folder / shard.path} is damaged; prepare the data again")
+
+    @cached_property
+    def _maps(self) -> list[np.ndarray]:
+        # An empty file cannot be mapped.
+        return [
+            np.memmap(self.folder / shard.path, self._dtype, "r") if shard.tokens else np.zeros(0, self._dtype)
+            for shard in self.shards
+        ]
+
+
+def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: int, dtype: str) -> Shard:
+    """Write documents, each the ids of one, as the files of one shard."""
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    ends = np.cumsum([len(ids) for ids in documents], dtype="<i8")
+    tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.dtype(dtype).newbyteorder("<"))
+    shard = Shard(path, len(tokens), len(documents), n_bytes, "")
+    for file, values in ((path, tokens), (_ends(shard), ends)):
+        with open(folder / file, "wb") as out:
+            out.write(values.tobytes())
+            out.flush()
+            os.fsync(out.fileno())  # before anything says that it is there
+    return replace(shard, sha256=digest(folder / path, folder / _ends(shard)))
+
+
+def load_index(folder: Path) -> dict[str, Any]:
+    """The contents of `dataset.json`."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no finished data ({INDEX} is missing); make it with mythos prepare-data INPUT --out "
+            f"{folder}"
+        )
+    try:
+        info = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise ValueError(f"{path} is of another format than {FORMAT}; prepare the data again with this version")
+    return info
+
+
+def digest(*paths: Path) -> str:
+    """SHA-256 of the files, one after another."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _ends(shard: Shard) -> str:
+    return str(Path(shard.path).with_suffix(".ends"))

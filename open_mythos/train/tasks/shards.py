@@ -1,0 +1,110 @@
+"""Prepared token shards: windows in an order that a row's number decides, each once before any comes again.
+
+Shapes: B rows, T tokens.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from open_mythos.checks import check_int, check_number
+from open_mythos.data.order import in_epochs, mix
+from open_mythos.data.shards import TokenShards
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.train.data import Batch, to_tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Windows of `seq_len` tokens of one or several folders that `mythos prepare-data` made.
+
+    Documents stand one behind the other, each with its end token, so a window may hold several. Which window a row of
+    the run reads depends on `order_seed` and the row's number alone.
+    """
+
+    paths: tuple[str, ...]
+    """Folders, all made with the same tokenizer."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows that each folder gives, of any sum; none: in proportion to their tokens."""
+    seq_len: int = 1024
+    order_seed: int = 0
+
+    name: ClassVar[str] = "shards"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, tuple) or not self.paths:
+            raise ValueError(f"data.paths={self.paths!r} must name folders; use data.paths=('data/text',)")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
+            )
+        for weight in self.weights:
+            check_number("data.weights", weight, 0, above=True)
+        check_int("data.seq_len", self.seq_len, 1)
+        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
+
+    @cached_property
+    def _train(self) -> list[TokenShards]:
+        return self._open("train")
+
+    @cached_property
+    def _validation(self) -> list[TokenShards]:
+        return self._open("validation")
+
+    def _open(self, split: str) -> list[TokenShards]:
+        sources = [TokenShards(path, split) for path in self.paths]
+        for source in sources:
+            if source.info["tokenizer"] != sources[0].info["tokenizer"]:
+                raise ValueError(
+                    f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
+                    "one of them again"
+                )
+            if split == "train" and source.n_tokens <= self.seq_len:
+                raise ValueError(
+                    f"data.seq_len={self.seq_len} must be below the {source.n_tokens} tokens of {source.folder}; use a "
+                    "shorter window or more text"
+                )
+        if split == "validation" and max(source.n_tokens for source in sources) <= self.seq_len:
+            raise ValueError(
+                f"no folder of data.paths holds out more than data.seq_len={self.seq_len} tokens; use a shorter "
+                "window, or prepare the data with a larger --held-out"
+            )
+        return sources
+
+    @property
+    def vocab_size(self) -> int:
+        return self._train[0].info["vocab_size"]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out documents, whose end tokens count as tokens."""
+        return sum(s.n_bytes for s in self._validation) / sum(s.n_tokens for s in self._validation)
+
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
+        weights = self.weights or tuple(float(source.n_tokens) for source in self._train)
+        sources, numbers = mix(first_row + np.arange(rows), weights, (self.order_seed, 0))
+        ids = np.empty((rows, self.seq_len + 1), np.int64)
+        for i, source in enumerate(self._train):
+            here = np.flatnonzero(sources == i)
+            windows = in_epochs(numbers[here], (source.n_tokens - 1) // self.seq_len, (self.order_seed, 1, i))
+            for row, window in zip(here, windows, strict=True):
+                ids[row] = source.read(int(window) * self.seq_len, self.seq_len + 1)
+        return _shifted(ids)
+
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        room = np.array([max(0, source.n_tokens - self.seq_len) for source in self._validation])
+        places = rng.integers(room.sum(), size=rows)
+        sources = np.searchsorted(room.cumsum(), places, side="right")
+        starts = places - (room.cumsum() - room)[sources]
+        pairs = zip(sources, starts, strict=True)
+        return _shifted(np.stack([self._validation[i].read(int(start), self.seq_len + 1) for i, start in pairs]))
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(Path(self.paths[0]))
+
+
+def _shifted(ids: np.ndarray) -> Batch:
+    return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
