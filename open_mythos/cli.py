@@ -11,6 +11,9 @@ from open_mythos.device import Device, Dtype, setup_device
 
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
+EXIT_INTERRUPTED = 75
+"""Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
+
 RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
@@ -65,7 +68,7 @@ def demo(rest: list[str]) -> None:
 
 @dataclass
 class TrainArgs:
-    """Train into a folder: config.yaml, metrics.jsonl, and model and tokenizer in final/.
+    """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
     Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
     --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
@@ -78,6 +81,14 @@ class TrainArgs:
     device: Device = "auto"
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, in OUT/checkpoints; 0: none."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those at multiples of so many steps."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; start where there is none."""
 
 
 def train(rest: list[str]) -> None:
@@ -106,9 +117,16 @@ def train(rest: list[str]) -> None:
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
-    from open_mythos.train.trainer import Trainer
+    from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.trainer import Interrupted, Trainer
 
-    final = Trainer(cfg, args.out, device=args.device, threads=args.threads).run()
+    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
+    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    try:
+        final = trainer.run()
+    except Interrupted as interrupted:
+        print(f"mythos train: {interrupted}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
     print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')
 

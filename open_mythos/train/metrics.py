@@ -1,6 +1,7 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
 import json
+import os
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,7 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class MetricsWriter:
     """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, steps_done: int = 0) -> None:
+        """Args: steps_done: lines of later steps, which a run that goes on is going to write again, are dropped."""
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
@@ -25,14 +32,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics.jsonl, in order; one that a crash has cut short is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class ProgressLine:
     """A bar with steps, the latest numbers and the time left; only its last state where the output is no terminal."""
 
-    def __init__(self, n_steps: int, label: str, enabled: bool = True) -> None:
+    def __init__(self, n_steps: int, label: str, enabled: bool = True, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,7 +49,7 @@ class ProgressLine:
             TimeRemainingColumn(),
             disable=not enabled,
         )
-        self._task = self._progress.add_task(label, total=n_steps, numbers="")
+        self._task = self._progress.add_task(label, total=n_steps, completed=done, numbers="")
 
     def advance(self, numbers: dict[str, float] | None = None) -> None:
         """One step is done; `numbers` replaces what the line shows."""

@@ -8,8 +8,10 @@ bit. On another machine, or with another number of threads, sums may round diffe
 
 import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
@@ -20,7 +22,14 @@ from open_mythos.device import Device, setup_device
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
-from open_mythos.train.checkpoint import save_model_folder
+from open_mythos.train.checkpoint import (
+    Checkpoints,
+    Keeping,
+    load,
+    optimizer_tensors,
+    restore_optimizer,
+    save_model_folder,
+)
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.losses import total_loss
@@ -37,15 +46,19 @@ SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tok/s": "perf/tok_s"}  # w
 class Trainer:
     """One run of a configuration into one folder.
 
-    Writes `config.yaml` at the start, `metrics.jsonl` as it goes and the model folder `final/` at the end.
+    Writes `config.yaml` at the start, `metrics.jsonl` and `checkpoints/` as it goes and the model folder `final/` at the
+    end.
 
     Args:
         cfg: the run.
-        out_dir: made if absent; refused if it already holds a run.
+        out_dir: made if absent; refused if it already holds a run, unless `resume`.
         progress: whether to show the live line in a terminal.
+        keeping: when to save checkpoints.
+        resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
 
     Raises:
-        ValueError: `out_dir` holds a run, the device is not there, or the data cannot be read. Nothing is written then.
+        ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
+            data cannot be read. Nothing is written then.
     """
 
     def __init__(
@@ -56,12 +69,14 @@ class Trainer:
         device: Device = "auto",
         threads: int | None = None,
         progress: bool = True,
+        keeping: Keeping | None = None,
+        resume: bool = False,
     ) -> None:
         self.cfg = cfg
         self.out_dir = Path(out_dir)
-        for name in ("config.yaml", "metrics.jsonl", "final"):
-            if (self.out_dir / name).exists():
-                raise ValueError(f"{self.out_dir} already holds a run ({name}); use another folder or remove this one")
+        self._check_folder(resume)
+        self.keeping = keeping or Keeping()
+        self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping)
         self.device = setup_device(device, threads)
         self.progress = progress
         self.tokenizer = cfg.data.tokenizer()
@@ -78,6 +93,11 @@ class Trainer:
         self._forward = self.model if cfg.compile == "none" else compile_model(self.model, cfg.compile)
         self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
         self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.steps_done = 0
+        """Of this run, before and after a resume."""
+        self._names = {p: name for name, p in self.model.named_parameters()}
+        if resume and (newest := self.checkpoints.newest()) is not None:
+            self._restore(newest)
         self._hooks: list[tuple[Hook, int]] = []
         if cfg.eval.every:
             self.add_hook(Trainer.validate, cfg.eval.every)
@@ -88,20 +108,27 @@ class Trainer:
         self._hooks.append((fn, every))
 
     def run(self) -> Path:
-        """Train for `cfg.steps` steps and return the folder of the final model.
+        """Train up to `cfg.steps` steps and return the folder of the final model.
+
+        With checkpoints, SIGTERM and SIGINT (Ctrl-C) end the run after the step in work and a save.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite at a logged step.
+            Interrupted: a signal ended the run.
         """
         cfg = self.cfg
+        final = self.out_dir / "final"
+        if final.exists():
+            return final
         self.out_dir.mkdir(parents=True, exist_ok=True)
         (self.out_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         with (
-            MetricsWriter(self.out_dir / "metrics.jsonl") as writer,
-            ProgressLine(cfg.steps, cfg.data.name, self.progress) as line,
+            MetricsWriter(self.out_dir / "metrics.jsonl", self.steps_done) as writer,
+            ProgressLine(cfg.steps, cfg.data.name, self.progress, self.steps_done) as line,
+            _signals(self.keeping.every > 0) as signalled,
         ):
             tokens, seconds = 0, 0.0
-            for step in range(cfg.steps):
+            for step in range(self.steps_done, cfg.steps):
                 done = step + 1
                 log = done == 1 or done % cfg.log_every == 0 or done == cfg.steps
                 started = time.perf_counter()
@@ -115,9 +142,47 @@ class Trainer:
                 for hook, every in self._hooks:
                     if done % every == 0 and (extra := hook(self, done)):
                         writer.write(done, extra)
-        final = self.out_dir / "final"
+                self.steps_done = done
+                if done == cfg.steps:
+                    break
+                if self.keeping.every and (signalled or done % self.keeping.every == 0):
+                    self._save()
+                if signalled:
+                    saved = self.checkpoints.wait()
+                    raise Interrupted(done, saved)
+        self.checkpoints.wait()
         save_model_folder(self.model, self.tokenizer, final)
         return final
+
+    def _save(self) -> None:
+        groups = {"model": {name: x for name, x in self.model.state_dict().items() if name != "head.weight"}}
+        for i, optimizer in enumerate(self.optimizers):
+            groups[f"optimizer{i}"] = optimizer_tensors(optimizer, self._names)
+        self.checkpoints.save(self.steps_done, groups, {"config": self.cfg.to_yaml()})
+
+    def _restore(self, folder: Path) -> None:
+        groups, state = load(folder)
+        # Whatever is random in a step is made from the seed and the step, so there is no more state than this.
+        self.model.load_state_dict({**groups["model"], "head.weight": groups["model"]["embed.weight"]})
+        for i, optimizer in enumerate(self.optimizers):
+            restore_optimizer(optimizer, self._names, groups[f"optimizer{i}"])
+        self.steps_done = state["step"]
+
+    def _check_folder(self, resume: bool) -> None:
+        path = self.out_dir / "config.yaml"
+        if not resume:
+            for name in ("config.yaml", "metrics.jsonl", "checkpoints", "final"):
+                if (self.out_dir / name).exists():
+                    raise ValueError(
+                        f"{self.out_dir} already holds a run ({name}); go on with it with --resume, use another folder, "
+                        "or remove this one"
+                    )
+        elif path.exists() and (theirs := TrainConfig.load(path).to_dict()) != (ours := self.cfg.to_dict()):
+            name = next(name for name in ours if ours[name] != theirs[name])
+            raise ValueError(
+                f"{path} has {name}={theirs[name]!r}, not {ours[name]!r}: resume with the configuration that the run "
+                f"began with (--config {path}), or use another folder"
+            )
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
@@ -195,6 +260,28 @@ class Trainer:
         """Spectral radius of the state's linear update, where the injection has one."""
         injection = None if self.model.recurrent is None else self.model.recurrent.injection
         return injection.get_A().max().item() if isinstance(injection, LTIInjection | DiagonalInjection) else None
+
+
+class Interrupted(Exception):
+    """A signal has ended a run."""
+
+    def __init__(self, steps_done: int, saved: bool) -> None:
+        what = "saved" if saved else "which could not be saved"
+        super().__init__(f"stopped after step {steps_done}, {what}; go on with the same command and --resume")
+
+
+@contextlib.contextmanager
+def _signals(caught: bool) -> Generator[list[int]]:
+    """A list that SIGTERM and SIGINT are put into, if `caught`. Only the main thread can be told of signals."""
+    seen: list[int] = []
+    caught = caught and threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if caught else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_finite(step: int, values: Metrics) -> None:

@@ -1,0 +1,305 @@
+"""Runs that are cut off and go on: the same weights, moments and numbers as a run that was not, whatever happens."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_mythos.cli import main
+from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
+from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.losses import LossConfig
+from open_mythos.train.metrics import read_metrics
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.tasks import Addition
+from open_mythos.train.trainer import Trainer
+from tests.models import tiny
+
+STEPS = 12
+
+
+def config(**changes: object) -> TrainConfig:
+    """A small run with everything that has a state: experts that are balanced, dropout, sampled depth, two optimizers."""
+    model = tiny(dropout=0.1, halting="none", initial_state="normal")
+    values = {
+        "model": model, "data": Addition(1, 2), "steps": STEPS, "batch_size": 4, "log_every": 1,
+        "optim": OptimConfig("muon", lr=1e-2), "loops": LoopsConfig("poisson", 2, max_loops=4),
+        "losses": LossConfig(router_z=1e-3), "eval": EvalConfig(every=5, rows=4, loops=(1, 3)), "expert_bias_rate": 1e-2,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def trainer(folder: Path, cfg: TrainConfig | None = None, every: int = 3, **options: object) -> Trainer:
+    keeping = Keeping(every, **{k: options.pop(k) for k in ("last", "milestones") if k in options})
+    return Trainer(cfg or config(), folder, device="cpu", threads=1, progress=False, keeping=keeping, **options)
+
+
+def state(run: Trainer) -> dict[str, torch.Tensor]:
+    """Everything that a step changes."""
+    optimizers = {
+        f"{i}/{run._names[p]}/{field}": x
+        for i, optimizer in enumerate(run.optimizers)
+        for p, fields in optimizer.state.items()
+        for field, x in fields.items()
+    }
+    return {**run.model.state_dict(), **optimizers}
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The log without what a clock says."""
+    return [{k: v for k, v in line.items() if k != "perf/tok_s"} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same(run: Trainer, whole: Trainer) -> None:
+    got, expected = state(run), state(whole)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert numbers(run.out_dir) == numbers(whole.out_dir)
+    weights = Path("final") / "model.safetensors"
+    assert (run.out_dir / weights).read_bytes() == (whole.out_dir / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The run that nothing happens to."""
+    run = trainer(tmp_path_factory.mktemp("runs") / "whole", every=0)
+    run.run()
+    return run
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_after(step: int):
+    def hook(run: Trainer, done: int) -> None:
+        if done == step:
+            raise Crash
+
+    return hook
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 11])
+def test_a_crash_costs_the_steps_since_the_last_save(tmp_path: Path, whole: Trainer, at: int) -> None:
+    run = trainer(tmp_path / "run")
+    run.add_hook(crash_after(at), 1)
+    with pytest.raises(Crash):
+        run.run()
+    run.checkpoints.wait()
+    again = trainer(tmp_path / "run", resume=True)
+    assert again.steps_done == (at - 1) // 3 * 3
+    again.run()
+    assert_same(again, whole)
+    # There is nothing left to do, and nothing is done.
+    assert trainer(tmp_path / "run", resume=True).run() == tmp_path / "run" / "final"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_in_float64(tmp_path: Path, kind: str) -> None:
+    cfg = config(dtype="float64", optim=OptimConfig(kind, lr=1e-2))
+    full = trainer(tmp_path / "full", cfg, every=0)
+    full.run()
+    run = trainer(tmp_path / "run", cfg)
+    run.add_hook(crash_after(8), 1)
+    with pytest.raises(Crash):
+        run.run()
+    run.checkpoints.wait()
+    again = trainer(tmp_path / "run", cfg, resume=True)
+    again.run()
+    assert_same(again, full)
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    """The same run as a command, resumed where there is something."""
+    code = (
+        "import sys, torch; from pathlib import Path; from tests.train.test_resume import trainer;"
+        "torch.set_num_threads(1); trainer(Path(sys.argv[1]), every=int(sys.argv[2]), resume=True).run()"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), *options], stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_instant(tmp_path: Path, whole: Trainer, trials: int) -> None:
+    """SIGKILL, also in the middle of a save; as many times as it takes to get through."""
+    rng, kills = random.Random(trials), 0
+    for trial in range(trials):
+        folder = tmp_path / str(trial)
+        while True:
+            process = start(folder, "1")
+            before = len(list((folder / "checkpoints").glob("*"))) if folder.exists() else 0
+            while process.poll() is None and len(list((folder / "checkpoints").glob("*"))) <= min(before, 2):
+                time.sleep(0.005)
+                if before >= 2:
+                    break
+            time.sleep(rng.uniform(0, 0.3) if before < 2 else rng.uniform(3, 8))
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        assert process.returncode == 0, process.stderr.read().decode()
+        again = trainer(folder, resume=True)
+        assert numbers(folder) == numbers(whole.out_dir)
+        weights = Path("final") / "model.safetensors"
+        assert (folder / weights).read_bytes() == (whole.out_dir / weights).read_bytes()
+        assert again.run() == folder / "final"
+    assert kills
+
+
+def test_a_signal_ends_a_run_that_goes_on(tmp_path: Path, whole: Trainer, capsys: pytest.CaptureFixture) -> None:
+    """Through the command: the step is finished and saved, the status says so, --resume goes on."""
+    (tmp_path / "run.yaml").write_text(config().to_yaml())
+    out = tmp_path / "run"
+    command = ["train", "--config", str(tmp_path / "run.yaml"), "--out", str(out), "--device", "cpu", "--threads", "1"]
+    saving = [*command, "--checkpoint-every", "100"]
+    step, seen = Trainer.train_step, []
+
+    def signalled(self: Trainer, number: int, log: bool = True):
+        if number in (4, 7) and number not in seen:
+            seen.append(number)
+            signal.raise_signal(signal.SIGTERM if number == 4 else signal.SIGINT)
+        return step(self, number, log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        for stopped in (5, 8):
+            with pytest.raises(SystemExit) as exit:
+                main([*saving, "--resume"])
+            assert exit.value.code == 75
+            assert f"stopped after step {stopped}, saved; go on with the same command and --resume" in capsys.readouterr().err
+        assert main([*saving, "--resume"]) == 0
+    assert numbers(out) == numbers(whole.out_dir)
+    weights = Path("final") / "model.safetensors"
+    assert (out / weights).read_bytes() == (whole.out_dir / weights).read_bytes()
+    assert main(command) == 2
+    assert "already holds a run (config.yaml); go on with it with --resume" in capsys.readouterr().err
+    assert main([*command, "--resume", "--seed", "1"]) == 2
+    assert "has seed=0, not 1: resume with the configuration that the run began with" in capsys.readouterr().err
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, every=1, last=3, milestones=4)
+    run.run()
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [4, 8, 9, 10, 11]
+    assert all(find_problem(path) is None for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_damage_is_named_and_passed_over(tmp_path: Path) -> None:
+    """Bit flips, cut files, missing, exchanged and foreign ones, in every file of the newest checkpoint."""
+    run = trainer(tmp_path, config(steps=7), every=2)
+    run.run()
+    older, newest = (tmp_path / "checkpoints" / f"step-0000000{step}" for step in (4, 6))
+    files = {path: path.read_bytes() for path in sorted(newest.iterdir())}
+    assert {path.name for path in files} == {
+        "model.safetensors", "optimizer0.safetensors", "optimizer1.safetensors", "state.json", "manifest.json",
+    }  # fmt: skip
+    checkpoints, rng = Checkpoints(tmp_path / "checkpoints", Keeping(1)), random.Random(0)
+
+    def assert_found(path: Path) -> None:
+        with pytest.warns(UserWarning, match=f"{path.name}.*going back to the checkpoint before"):
+            assert checkpoints.newest() == older
+
+    for trial in range(60):
+        path, good = rng.choice(list(files.items()))
+        bad = bytearray(good)
+        if trial % 3:
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        else:
+            del bad[rng.randrange(len(bad)) :]
+        path.write_bytes(bad)
+        with pytest.warns(UserWarning, match="going back to the checkpoint before"):
+            assert checkpoints.newest() == older
+        path.write_bytes(good)
+    for path, good in files.items():
+        path.unlink()
+        assert_found(path)
+        path.write_bytes(good)
+    (newest / "model.safetensors").write_bytes((older / "model.safetensors").read_bytes())
+    assert_found(newest / "model.safetensors")
+    (newest / "model.safetensors").write_bytes(files[newest / "model.safetensors"])
+    (newest / "notes.txt").write_text("x")
+    assert_found(newest / "notes.txt")
+    (newest / "notes.txt").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoints.newest() == newest
+
+
+def test_a_run_goes_on_behind_a_damaged_checkpoint(tmp_path: Path, whole: Trainer) -> None:
+    run = trainer(tmp_path / "run")
+    run.add_hook(crash_after(11), 1)
+    with pytest.raises(Crash):
+        run.run()
+    run.checkpoints.wait()
+    path = tmp_path / "run" / "checkpoints" / "step-00000009" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"model\.safetensors is damaged"):
+        again = trainer(tmp_path / "run", resume=True)
+    assert again.steps_done == 6
+    again.run()
+    assert_same(again, whole)
+    assert find_problem(path.parent) is None
+
+
+@pytest.mark.filterwarnings("ignore:a checkpoint could not be saved:UserWarning")
+def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
+    """No file may grow beyond some size: saves fail at different places, older checkpoints stay, training ends well."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = random.Random(0)
+    run = trainer(tmp_path / "run", every=1)
+    save, failed = run.checkpoints.save, []
+
+    def limited(step: int, groups, state) -> None:
+        save(step, groups, state)
+        if not run.checkpoints.wait():
+            failed.append(step)
+        newest = Checkpoints(tmp_path / "run" / "checkpoints", Keeping(1)).newest()
+        assert newest is not None and int(newest.name[5:]) == max({*range(1, step + 1)} - {*failed})
+
+    run.checkpoints.save = limited
+    write = run.checkpoints._write
+
+    def write_less(step: int, groups, state) -> None:
+        if step in (3, 4, 7, 8, 9):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes.randrange(60_000), before[1]))
+        try:
+            write(step, groups, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    run.checkpoints._write = write_less
+    run.run()
+    assert failed == [3, 4, 7, 8, 9]
+    assert_same(run, whole)
+
+
+def test_resume_without_anything_starts(tmp_path: Path, whole: Trainer) -> None:
+    run = trainer(tmp_path / "run", resume=True)
+    assert run.steps_done == 0
+    run.run()
+    assert_same(run, whole)
+
+
+def test_a_line_cut_short_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "x": 2.0}) + '\n{"step": 2, "x": 3')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 2.0}]
+
+
+def test_refuses(tmp_path: Path) -> None:
+    for name, value in (("every", -1), ("last", 0), ("milestones", True)):
+        with pytest.raises((TypeError, ValueError), match={"every": "checkpoint_every", "last": "keep_last", "milestones": "keep_every"}[name]):
+            Keeping(**{name: value})
+    run = trainer(tmp_path, config(steps=3), every=1)
+    run.run()
+    with pytest.raises(ValueError, match=r"has steps=3, not 12"):
+        trainer(tmp_path, resume=True)
