@@ -14,8 +14,8 @@ Cut = Literal["file", "paragraphs", "lines"]
 
 READERS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 """The kind of file by the end of its name."""
-UNIT_BYTES = 64 * 2**20
-"""About how much of a file one unit covers: minutes of work at most, which is what an interruption can lose."""
+UNIT_BYTES = 8 * 2**20
+"""About how much of a file one unit covers: seconds of work, which is what an interruption can lose."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ def find_files(inputs: list[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: an input is absent, or a folder holds no file of a known kind.
-        ValueError: a file is of no known kind, or is named twice.
+        ValueError: nothing is named, a file is of no known kind, or is named twice.
     """
+    if not inputs:
+        raise ValueError("no input is named; name files or folders")
     files: list[Path] = []
     for name in inputs:
         path = Path(name)

@@ -66,11 +66,16 @@ def mixture_counts(weights: tuple[float, ...]) -> np.ndarray:
 def mix(index: np.ndarray, weights: tuple[float, ...], key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The source of each row, and which of that source's rows it is, counted from 0: (N,) -> (N,), (N,) int64."""
     counts = mixture_counts(weights)
-    ends = counts.cumsum()
-    block, place = np.divmod(index, BLOCK)
-    slot = np.empty(len(index), dtype=np.int64)
-    for b in np.unique(block):
-        here = block == b
-        slot[here] = permute(place[here], BLOCK, (*key, int(b)))
-    source = np.searchsorted(ends, slot, side="right")
-    return source, block * counts[source] + slot - (ends - counts)[source]
+    blocks, places = np.divmod(index, BLOCK)
+    source, number = np.empty(len(index), dtype=np.int64), np.empty(len(index), dtype=np.int64)
+    for block in np.unique(blocks):
+        slots = permute(np.arange(BLOCK), BLOCK, (*key, int(block)))
+        sources = np.searchsorted(counts.cumsum(), slots, side="right")
+        # A source's rows are counted in the order in which they come, so that it goes through its windows in turn.
+        earlier = np.empty(BLOCK, dtype=np.int64)
+        for i, count in enumerate(counts):
+            earlier[sources == i] = np.arange(count)
+        here = blocks == block
+        source[here] = sources[places[here]]
+        number[here] = block * counts[source[here]] + earlier[places[here]]
+    return source, number

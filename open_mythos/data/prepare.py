@@ -11,6 +11,8 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -160,8 +162,17 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
     # One process is one unit's work; the library's own threads would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(waiting)), _start_worker, (job,)) as pool:
-        yield from pool.imap_unordered(_run_unit, waiting)
+    with ProcessPoolExecutor(min(workers, len(waiting)), context, _start_worker, (job,)) as pool:
+        try:
+            for done in as_completed([pool.submit(_run_unit, item) for item in waiting]):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process died, perhaps for want of memory; repeat the command, which goes on from here, with "
+                "fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -46,8 +46,8 @@ SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tok/s": "perf/tok_s"}  # w
 class Trainer:
     """One run of a configuration into one folder.
 
-    Writes `config.yaml` at the start, `metrics.jsonl` and `checkpoints/` as it goes and the model folder `final/` at the
-    end.
+    Writes `config.yaml` at the start, `metrics.jsonl` and `checkpoints/` as it goes, and at the end the model folder
+    `final/`.
 
     Args:
         cfg: the run.
@@ -95,7 +95,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, cfg.optim)
         self.steps_done = 0
         """Of this run, before and after a resume."""
-        self._names = {p: name for name, p in self.model.named_parameters()}
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         if resume and (newest := self.checkpoints.newest()) is not None:
             self._restore(newest)
         self._hooks: list[tuple[Hook, int]] = []
@@ -174,8 +174,8 @@ class Trainer:
             for name in ("config.yaml", "metrics.jsonl", "checkpoints", "final"):
                 if (self.out_dir / name).exists():
                     raise ValueError(
-                        f"{self.out_dir} already holds a run ({name}); go on with it with --resume, use another folder, "
-                        "or remove this one"
+                        f"{self.out_dir} already holds a run ({name}); go on with it with --resume, use another "
+                        "folder, or remove this one"
                     )
         elif path.exists() and (theirs := TrainConfig.load(path).to_dict()) != (ours := self.cfg.to_dict()):
             name = next(name for name in ours if ours[name] != theirs[name])

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,9 +75,6 @@ def test_deep_json_is_a_bad_record(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
     path = tmp_path / "a.parquet"
     texts = [None if i == 7 else f"document {i}" for i in range(100)]
     parquet.write_table(pyarrow.table({"text": texts, "id": list(range(100))}), path, row_group_size=9)
@@ -94,6 +93,7 @@ def test_files_are_found_in_order(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["1.jsonl", "2.txt", "a.md"]
     assert list(first_text([str(tmp_path / "b" / "2.txt"), str(tmp_path / "a.md")], Reading(), 1)) == ["x"]
     for inputs, message in (
+        ([], "no input is named"),
         (["absent"], "input absent does not exist"),
         ([str(tmp_path / "b/picture.png")], "of no known kind; use files that end in .txt"),
         ([str(tmp_path / "a.md")] * 2, "is named twice"),

@@ -82,6 +82,21 @@ def test_workers_change_nothing(corpus: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_a_worker_that_dies_is_an_error_and_no_wait(corpus: Path, tmp_path: Path) -> None:
+    """As in a script that starts processes while it is imported, which every worker then does again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from open_mythos.data import documents; documents.cut_into_units.__defaults__ = (1000,)\n"
+        "from open_mythos.data.prepare import prepare, Settings; from open_mythos.data.documents import Reading\n"
+        "settings = Settings(Reading(cut='lines'), 0.2)\n"
+        "prepare([sys.argv[1]], sys.argv[2], 'bytes', settings, workers=2, progress=False)\n"
+    )
+    command = [sys.executable, str(script), str(corpus), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1 and "a worker process died" in done.stderr
+
+
 def test_an_interrupted_call_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare([str(corpus)], tmp_path / "whole", "bytes", LINES, progress=False)
     run, done = module._Job.run, []
@@ -121,11 +136,12 @@ def test_killed_at_any_instant(corpus: Path, tmp_path: Path, trials: int) -> Non
     for trial in range(trials):
         out = tmp_path / f"out{trial}"
         while True:
+            done = len(list(out.glob("units/*.json")))
             process = subprocess.Popen([sys.executable, "-c", code, str(corpus), str(out)])
-            # The first files appear some time after the start; kill at a random instant of the work that follows.
-            while process.poll() is None and not (out / "units").is_dir():
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.08))
+            # Something is done in every round, so that there is an end; the kill falls somewhere behind it.
+            while process.poll() is None and len(list(out.glob("units/*.json"))) <= done:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.02))
             if process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)

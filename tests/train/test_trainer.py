@@ -132,7 +132,7 @@ def test_hooks_are_called_and_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "final"])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, left: str) -> None:
     (tmp_path / left).mkdir()
-    with pytest.raises(ValueError, match=f"already holds a run \\({left}\\); use another folder"):
+    with pytest.raises(ValueError, match=f"already holds a run \\({left}\\); go on with it with --resume"):
         Trainer(run_config(), tmp_path, device="cpu")
 
 
