@@ -35,6 +35,8 @@ Written by `python -m benchmarks` from [results.json]({folder}/results.json).
   two library kernels reaches at its shape (in training also the shapes of the gradients), attention's products counted
   as causal; in decoding, the bytes of all weights met, every loop anew, and of the cache, at the rate of memory. It is
   measured in the same rounds. Weights that stay in a processor's cache can exceed it.
+- Where the time goes, by operator, for cases that miss their reach: `python -m benchmarks.profiles CASE...`, kept under
+  `profiles.md` beside results.json.
 """
 
 CLOCKS = {
