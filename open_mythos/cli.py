@@ -324,7 +324,8 @@ def train_tokenizer(rest: list[str]) -> None:
     from open_mythos.data.documents import Reading, first_text
     from open_mythos.tokenizer import BPETokenizer
 
-    texts = first_text(list(args.inputs), Reading(args.column), int(args.max_mb * 2**20))
+    reading = Reading(args.column, max_document_bytes=2**62)
+    texts = first_text(list(args.inputs), reading, int(args.max_mb * 2**20))
     tokenizer = BPETokenizer.train(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{tokenizer.vocab_size} tokens in {args.out}.")

@@ -1,5 +1,6 @@
 """torch.compile where it pays: a graph for the looped block, for a whole call at fixed depth, or for decoding."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -35,7 +36,8 @@ def compile_model(model: OpenMythos, scope: Scope = "model", backend: str = "ind
             the loops unrolled: the fastest for small models, one graph for each plan or `n_loops`. No loop is then left
             out when every token has exited; the result is the same. "decode" compiles, in place, what a call with a
             `StaticKVCache` and one new token per row does, and returns `model`; other calls run as before. One graph
-            for all loops, so tokens that are done still stop; a second cache length makes the length a variable.
+            for all loops and cache lengths, so tokens that are done still stop; another number of rows, rule or
+            threshold is another graph, of at most 64.
         backend: of torch.compile.
 
     Raises:
@@ -65,11 +67,13 @@ def _compile_stages(model: OpenMythos, backend: str) -> None:
     if model.recurrent is not None:
         stages += [(model.recurrent, "loop"), (model.recurrent, "advance")]
     for owner, name in stages:
-        setattr(owner, name, MethodType(_of_one_token(getattr(type(owner), name), backend), owner))
+        setattr(owner, name, MethodType(_of_one_token(name, getattr(type(owner), name), backend), owner))
 
 
-def _of_one_token(stage: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """`stage` compiled for calls that bring one token per row to a static cache, and as it is for others."""
+def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A stage, compiled for calls that bring one token per row to a static cache, and as it is for others."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     compiled = torch.compile(  # ty: ignore[no-matching-overload] (two options are missing in torch's overloads)
         stage,
         fullgraph=True,
@@ -82,18 +86,24 @@ def _of_one_token(stage: Callable[..., Any], backend: str) -> Callable[..., Any]
     )
 
     @wraps(stage)
-    def call(self: nn.Module, *args: Any) -> Any:
-        place = next(i for i, x in enumerate(args) if isinstance(x, View))
+    def call(self: nn.Module, *args: Any, **options: Any) -> Any:
+        place = next((i for i, x in enumerate(args) if isinstance(x, View)), None)
+        if place is None or options or self.training or captured():
+            return stage(self, *args, **options)
         view = args[place]
-        if isinstance(view.store, StaticKVCache):
+        if isinstance(view.store, StaticKVCache) and view.loop_index is None:
             view = replace(view, store=view.store.at(0))
-        if not isinstance(view.store, StaticLevel) or view.positions.shape[1] > 1 or self.training or captured():
+        if not isinstance(view.store, StaticLevel) or view.positions.shape[1] > 1:
             return stage(self, *args)
         for x in (view.mask, *(x for kept in view.store.kept for x in kept)):
             if not hasattr(x, "_dynamo_dynamic_indices"):
                 # One graph for caches of any length.
                 torch._dynamo.mark_dynamic(x, 3 if x is view.mask else 1)
-        return compiled(self, *args[:place], view, *args[place + 1 :])
+        try:
+            return compiled(self, *args[:place], view, *args[place + 1 :])
+        except FailOnRecompileLimitHit:
+            warnings.warn(f"{MANY_SHAPES} graphs of {name} are made; others run uncompiled", stacklevel=2)
+            return stage(self, *args)
 
     return call
 

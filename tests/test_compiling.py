@@ -1,5 +1,6 @@
 """Compiled against eager: the same values and gradients, in as few graphs as promised, without a graph break."""
 
+import contextlib
 import copy
 import dataclasses
 from functools import partial
@@ -149,6 +150,40 @@ def test_compiled_text_is_the_eager_text(attn_type: str) -> None:
     ]  # fmt: skip
     assert answers[0] == answers[1] and calls[False] == calls[True]
     assert len({len(row) for row in answers[0][1]}) > 1 and len({n for row in answers[0][1] for n in row}) > 1
+
+
+@torch.no_grad()
+def test_stages_called_by_hand_stay_as_they_were() -> None:
+    """One loop at a time on a static cache, and arguments by name, before and after compiling."""
+    model, ids, results = scaled(tiny(halting="none"), dtype=torch.float64), None, []
+    for compiled in (False, True):
+        if compiled:
+            compile_model(model, "decode", backend="eager")
+        ids, cache, steps = random_ids(model.cfg, 2, 4), model.make_cache(2, 4, 3, static=True), []
+        for token in ids.split(1, dim=1):
+            view = model.make_view((2, 1), cache=cache)
+            h = e = model.encode(token, view=view)
+            for loop in range(3):
+                at = dataclasses.replace(view, lockstep=loop)
+                h = model.recur(h, e, torch.full((2,), loop), at)
+            steps.append(model.readout(h, view, last_only=True))
+            cache.advance(1, None)
+        results.append(torch.cat(steps, dim=1))
+    assert worst_of(results[1:], results[:1]) < 1e-12
+
+
+@torch.no_grad()
+def test_beyond_the_graphs_it_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_mythos.compiling.MANY_SHAPES", 1)
+    model = compile_model(scaled(tiny(), dtype=torch.float64), "decode", backend="eager")
+    for rows in (1, 2):
+        ids = random_ids(model.cfg, rows, 4)
+        static, ordinary = (model.make_cache(rows, 4, 4, static=static) for static in (True, False))
+        told = pytest.warns(UserWarning, match="1 graphs of .* are made") if rows == 2 else contextlib.nullcontext()
+        with told:
+            for token in ids.split(1, dim=1):
+                got, expected = (model(token, 4, cache=cache) for cache in (static, ordinary))
+                assert worst_of([got], [expected]) < 1e-12
 
 
 @pytest.mark.parametrize("scope", ["block", "decode"])

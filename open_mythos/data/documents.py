@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -74,7 +75,7 @@ def find_files(inputs: list[str]) -> list[Path]:
             raise ValueError(f"input {path} is of no known kind; use files that end in {', '.join(READERS)}")
         else:
             files.append(path)
-    if twice := [path for path in files if files.count(path) > 1]:
+    if twice := [path for path, n in Counter(files).items() if n > 1]:
         raise ValueError(f"input {twice[0]} is named twice; name it once")
     return files
 
@@ -108,15 +109,26 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
 
 
 def first_text(inputs: list[str], reading: Reading, n_bytes: int) -> Iterator[str]:
-    """The first documents of the inputs, until they hold `n_bytes`."""
+    """The first documents of the inputs, until they hold `n_bytes`; the last one is cut.
+
+    Raises:
+        ValueError: there is no text at all.
+    """
+    skipped: Counter[str] = Counter()
+    left = n_bytes
     for unit in cut_into_units(find_files(inputs), reading):
         for text in read_documents(unit, reading):
             if isinstance(text, Skipped):
+                skipped[text.reason] += 1
                 continue
-            yield text
-            n_bytes -= len(text.encode("utf-8"))
-            if n_bytes <= 0:
+            yield text[:left]
+            left -= len(text.encode("utf-8"))
+            if left <= 0:
                 return
+    if left == n_bytes:
+        raise ValueError(
+            f"the inputs hold no text (skipped: {dict(skipped) or 'none'}); name others, or another column"
+        )
 
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
@@ -190,6 +202,8 @@ def _parquet_records(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
 def _lines(unit: Unit) -> Iterator[bytes]:
     """The lines that begin inside the unit; the last one may end behind it."""
     with open(unit.path, "rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark of some editors
+            file.seek(0)
         if unit.start:
             file.seek(unit.start - 1)
             file.readline()  # the rest of a line that begins in the unit before

@@ -9,6 +9,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +34,7 @@ from open_mythos.data.documents import (
     fingerprint,
     read_documents,
 )
-from open_mythos.data.shards import FORMAT, INDEX, SPLITS, digest, write_shard
+from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, digest, find_problem, write_shard
 from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
@@ -70,7 +72,7 @@ def prepare(
         ValueError: `out` holds the data of other inputs or settings, or the inputs have no document to train on.
     """
     check_int("workers", workers, 1)
-    settings, out = settings or Settings(), Path(out)
+    settings, out = settings or Settings(), Path(out).resolve()
     files = find_files(inputs)
     units = cut_into_units(files, settings.reading)
     encoder = open_tokenizer(tokenizer)
@@ -79,7 +81,7 @@ def prepare(
     plan = {"format": FORMAT, "settings": asdict(settings), "units": [fingerprint(unit) for unit in units]}
     plan = _claim(out, plan, encoder)
     job = _Job(out, settings, "uint16" if encoder.vocab_size <= 2**16 else "uint32")
-    done = [i for i in range(len(units)) if _unit_file(out, i).is_file()]
+    done = {i for i in range(len(units)) if _is_done(out, i, job.dtype)}
     waiting = [(i, unit) for i, unit in enumerate(units) if i not in done]
     with _progress(units, progress) as advance:
         for i in chain(done, _work(job, waiting, workers)):
@@ -169,7 +171,7 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
         except BrokenProcessPool as error:
             raise OSError(
                 "a worker process died, perhaps for want of memory; repeat the command, which goes on from here, with "
-                "fewer workers"
+                "fewer workers (in a script of your own, call prepare under if __name__ == '__main__')"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -181,28 +183,33 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
     Raises:
         ValueError: it is the folder of another plan; nothing in it has changed.
     """
-    partial = out.with_name(out.name + ".tokenizer")
-    tokenizer.save(partial)
-    files = sorted(path for path in partial.iterdir())
-    plan = json.loads(json.dumps({**plan, "tokenizer": digest(*files)}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
+        tokenizer.save(partial)
+        plan = json.loads(json.dumps({**plan, "tokenizer": digest(*sorted(partial.iterdir()))}))
         if (out / PLAN).is_file():
             old = json.loads((out / PLAN).read_text("utf-8"))
             if other := [key for key in plan if old.get(key) != plan[key]]:
                 what = {"units": "inputs"}.get(other[0], other[0])
                 raise ValueError(f"out={out} holds data of another {what}; use another folder, or remove this one")
-            return plan
-        if out.exists() and any(out.iterdir()):
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out={out} is not empty and holds no prepared data; use another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        for path in files:
-            path.rename(out / path.name)
-        _write_json(out / PLAN, plan)
+        else:
+            _write_json(partial / PLAN, plan)
+            partial.chmod(0o755)
+            partial.rename(out)  # all of it at once, also over an empty folder
         return plan
     finally:
-        for path in partial.iterdir():
-            path.unlink()
-        partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_done(out: Path, i: int, dtype: str) -> bool:
+    """Whether a unit has its mark, and its shards the sizes that the mark says."""
+    if not _unit_file(out, i).is_file():
+        return False
+    shards = json.loads(_unit_file(out, i).read_text("utf-8"))["shards"].values()
+    return all(find_problem(out, Shard(**shard), dtype) is None for shard in shards)
 
 
 def _unit_file(out: Path, i: int) -> Path:

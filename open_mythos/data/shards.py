@@ -54,11 +54,8 @@ class TokenShards:
         self._dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         for shard in self.shards:
-            for file, size in ((shard.path, shard.tokens * self._dtype.itemsize), (_ends(shard), 8 * shard.documents)):
-                path = self.folder / file
-                if not path.is_file() or path.stat().st_size != size:
-                    found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-                    raise ValueError(f"{path} should have {size} bytes and there is {found}; prepare the data again")
+            if (problem := find_problem(self.folder, shard, self.info["dtype"])) is not None:
+                raise ValueError(f"{problem}; repeat the mythos prepare-data that made {self.folder}")
 
     @property
     def n_tokens(self) -> int:
@@ -97,7 +94,11 @@ class TokenShards:
         """
         for shard in self.shards:
             if digest(self.folder / shard.path, self.folder / _ends(shard)) != shard.sha256:
-                raise ValueError(f"{self.folder / shard.path} is damaged; prepare the data again")
+                mark = self.folder / "units" / f"{Path(shard.path).stem}.json"
+                raise ValueError(
+                    f"{self.folder / shard.path} is damaged; remove {mark} and repeat the mythos prepare-data that made"
+                    " it"
+                )
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
@@ -137,6 +138,16 @@ def load_index(folder: Path) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{path} is of another format than {FORMAT}; prepare the data again with this version")
     return info
+
+
+def find_problem(folder: Path, shard: Shard, dtype: str) -> str | None:
+    """Which of a shard's files has another size than it should; None if both are as long as they were written."""
+    for file, size in ((shard.path, shard.tokens * np.dtype(dtype).itemsize), (_ends(shard), 8 * shard.documents)):
+        path = folder / file
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+            return f"{path} should have {size} bytes and there is {found}"
+    return None
 
 
 def digest(*paths: Path) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -114,17 +113,18 @@ class Checkpoints:
             partial.rename(target)
             _to_disk(self.folder)
             shutil.rmtree(old, ignore_errors=True)
-            self._drop()
-        except (OSError, SafetensorError) as error:
+            self._drop(step)
+        except Exception as error:
+            # Whatever it is, the one who waits has to hear of it: an exception ends nothing but this thread.
             self._failed = error
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _drop(self) -> None:
-        """Remove what need not be kept."""
-        for path in self._paths()[: -self.keeping.last]:
-            step = int(path.name.removeprefix("step-"))
+    def _drop(self, newest: int) -> None:
+        """Remove what need not be kept. Later steps than `newest` are damaged ones that the run went back behind."""
+        steps = {int(path.name.removeprefix("step-")): path for path in self._paths()}
+        for step in sorted(step for step in steps if step <= newest)[: -self.keeping.last]:
             if not self.keeping.milestones or step % self.keeping.milestones:
-                shutil.rmtree(path)
+                shutil.rmtree(steps[step], ignore_errors=True)
 
 
 def find_problem(folder: Path) -> str | None:
@@ -181,6 +181,8 @@ def save_model_folder(model: OpenMythos, tokenizer: Tokenizer, folder: Path) -> 
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     tokenizer.save(partial)
+    for path in (*partial.iterdir(), partial):
+        _to_disk(path)
     partial.rename(folder)
 
 

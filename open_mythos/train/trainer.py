@@ -113,7 +113,8 @@ class Trainer:
         With checkpoints, SIGTERM and SIGINT (Ctrl-C) end the run after the step in work and a save.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite at a logged step.
+            FloatingPointError: the loss or the gradient is not finite at a logged step, or a weight when it is to be
+                saved.
             Interrupted: a signal ended the run.
         """
         cfg = self.cfg
@@ -121,7 +122,10 @@ class Trainer:
         if final.exists():
             return final
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        (self.out_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
+        if not (self.out_dir / "config.yaml").exists():
+            partial = self.out_dir / "config.yaml.partial"
+            partial.write_text(cfg.to_yaml(), encoding="utf-8")
+            partial.rename(self.out_dir / "config.yaml")
         with (
             MetricsWriter(self.out_dir / "metrics.jsonl", self.steps_done) as writer,
             ProgressLine(cfg.steps, cfg.data.name, self.progress, self.steps_done) as line,
@@ -155,6 +159,13 @@ class Trainer:
         return final
 
     def _save(self) -> None:
+        # Between logged steps nothing else looks; and weights that are lost must not push good ones out.
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.steps_done}, so nothing is saved; lower optim.lr or "
+                    "lengthen schedule.warmup_steps"
+                )
         groups = {"model": {name: x for name, x in self.model.state_dict().items() if name != "head.weight"}}
         for i, optimizer in enumerate(self.optimizers):
             groups[f"optimizer{i}"] = optimizer_tensors(optimizer, self._names)

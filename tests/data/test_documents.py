@@ -105,6 +105,15 @@ def test_files_are_found_in_order(tmp_path: Path) -> None:
         find_files([str(tmp_path / "empty")])
 
 
+def test_text_for_a_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "abcdef"}\n{"text": "gh"}\n', encoding="utf-8")
+    for n_bytes, expected in ((3, ["abc"]), (7, ["abcdef", "g"]), (99, ["abcdef", "gh"])):
+        assert list(first_text([str(path)], Reading(), n_bytes)) == expected
+    with pytest.raises(ValueError, match=r"hold no text \(skipped: \{'no text in the record': 2\}\)"):
+        list(first_text([str(path)], Reading(column="body"), 9))
+
+
 def test_an_empty_file_has_no_documents(tmp_path: Path) -> None:
     for cut in ("file", "lines"):
         path = tmp_path / "a.txt"

@@ -170,7 +170,41 @@ def test_a_folder_is_of_one_preparation(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data of another inputs"):
         prepare([str(corpus)], out, "bytes", LINES, progress=False)
     assert contents(out) == before
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tokenizer")]
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out", "bpe"}
+
+
+def test_only_its_own_folder_is_touched(corpus: Path, tmp_path: Path) -> None:
+    """Whatever stands beside it, and whatever it is called."""
+    tokenizer = tmp_path / "out.tokenizer"
+    BPETokenizer.train(TEXTS, 300).save(tokenizer)
+    (tokenizer / "README.md").write_text("mine")
+    before = contents(tokenizer)
+    for _ in range(2):
+        prepare([str(corpus)], tmp_path / "out", str(tokenizer), LINES, progress=False)
+    with pytest.raises(ValueError, match="data of another settings"):
+        prepare([str(corpus)], tmp_path / "out", str(tokenizer), Settings(LINES.reading, 0.1), progress=False)
+    assert contents(tokenizer) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out", "out.tokenizer"}
+
+
+def test_missing_shards_are_made_again(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare([str(corpus)], out, "bytes", LINES, progress=False)
+    before = contents(out)
+    (out / "train" / "00000.bin").unlink()
+    (out / "train" / "00001.ends").write_bytes(b"")
+    with pytest.raises(ValueError, match="there is nothing; repeat the mythos prepare-data that made"):
+        TokenShards(out, "train")
+    prepare([str(corpus)], out, "bytes", LINES, progress=False)
+    assert contents(out) == before
+    path = out / "train" / "00002.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"remove .*00002\.json and repeat") as error:
+        TokenShards(out, "train").verify()
+    assert str(out / "units" / "00002.json") in str(error.value)
+    (out / "units" / "00002.json").unlink()
+    prepare([str(corpus)], out, "bytes", LINES, progress=False)
+    assert contents(out) == before
 
 
 def test_refuses_what_gives_no_data(corpus: Path, tmp_path: Path) -> None:

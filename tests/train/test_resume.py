@@ -256,6 +256,43 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint(tmp_path: Path, whole: Traine
     assert find_problem(path.parent) is None
 
 
+def test_damaged_ones_do_not_push_new_ones_out(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config(steps=7), every=1, last=2)
+    for step in (5, 6):
+        run.steps_done = step
+        run._save()
+    run.checkpoints.wait()
+    for step in (5, 6):
+        (tmp_path / "checkpoints" / f"step-0000000{step}" / "state.json").write_text("x")
+    for step in (1, 2, 3):
+        run.steps_done = step
+        run._save()
+        assert run.checkpoints.wait()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-0000000{step}" for step in (2, 3, 5, 6)]
+    with pytest.warns(UserWarning, match="is damaged"):
+        newest = run.checkpoints.newest()
+    assert newest is not None and newest.name == "step-00000003"
+
+
+def test_weights_that_are_lost_are_not_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", config(log_every=100, eval=EvalConfig()), every=2)
+
+    def lose(run: Trainer, done: int) -> None:
+        if done == 5:
+            with torch.no_grad():
+                run.model.embed.weight[0, 0] = torch.nan
+
+    run.add_hook(lose, 1)
+    with pytest.raises(FloatingPointError, match=r"is not finite after step 6, so nothing is saved; lower optim\.lr"):
+        run.run()
+    run.checkpoints.wait()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:a checkpoint could not be saved:UserWarning")
 def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
     """No file may grow beyond some size: saves fail at different places, older checkpoints stay, training ends well."""
