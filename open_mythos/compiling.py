@@ -81,7 +81,7 @@ def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callabl
         backend=backend,
         recompile_limit=MANY_SHAPES,
         isolate_recompiles=True,
-        # A stage's modules are those of one model in eval mode, and checking that again took a quarter of a token.
+        # A stage's modules are those of one model in eval mode, and checking that again took up to a fifth of a token.
         options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
     )
 
