@@ -158,7 +158,7 @@ class GenerateArgs:
     show_loops: bool = False
     """Colour every token by the loops it took."""
     compiled: bool = False
-    """Decode with machine code made for this model: tens of seconds at first, then up to twice as fast. Needs a C++
+    """Decode with machine code made for this model: 10 to 20 s at first, then up to twice as fast. Needs a C++
     compiler on a CPU."""
     device: Device = "auto"
     dtype: Dtype = "float32"

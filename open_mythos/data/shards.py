@@ -10,15 +10,15 @@
 Every document ends with the tokenizer's end token.
 """
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from open_mythos.files import sha256, to_disk
 
 FORMAT = 1
 INDEX = "dataset.json"
@@ -48,7 +48,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
-        self.folder, self.split = Path(folder), split
+        self.folder = Path(folder)
         self.info = load_index(self.folder)
         self.shards = [Shard(**shard) for shard in self.info["splits"][split]]
         self._dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
@@ -93,7 +93,7 @@ class TokenShards:
             ValueError: a shard is damaged; the message names it.
         """
         for shard in self.shards:
-            if digest(self.folder / shard.path, self.folder / _ends(shard)) != shard.sha256:
+            if sha256(self.folder / shard.path, self.folder / _ends(shard)) != shard.sha256:
                 mark = self.folder / "units" / f"{Path(shard.path).stem}.json"
                 raise ValueError(
                     f"{self.folder / shard.path} is damaged; remove {mark} and repeat the mythos prepare-data that made"
@@ -116,11 +116,9 @@ def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: i
     tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.dtype(dtype).newbyteorder("<"))
     shard = Shard(path, len(tokens), len(documents), n_bytes, "")
     for file, values in ((path, tokens), (_ends(shard), ends)):
-        with open(folder / file, "wb") as out:
-            out.write(values.tobytes())
-            out.flush()
-            os.fsync(out.fileno())  # before anything says that it is there
-    return replace(shard, sha256=digest(folder / path, folder / _ends(shard)))
+        values.tofile(folder / file)
+        to_disk(folder / file)  # before anything says that it is there
+    return replace(shard, sha256=sha256(folder / path, folder / _ends(shard)))
 
 
 def load_index(folder: Path) -> dict[str, Any]:
@@ -148,16 +146,6 @@ def find_problem(folder: Path, shard: Shard, dtype: str) -> str | None:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             return f"{path} should have {size} bytes and there is {found}"
     return None
-
-
-def digest(*paths: Path) -> str:
-    """SHA-256 of the files, one after another."""
-    hasher = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                hasher.update(block)
-    return hasher.hexdigest()
 
 
 def _ends(shard: Shard) -> str:

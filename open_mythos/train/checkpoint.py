@@ -9,21 +9,19 @@ A folder appears under its name when all of it is on disk, so a crash at any ins
 Nothing is ever unpickled.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_mythos.checks import check_int
+from open_mythos.files import sha256, to_disk
 from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer
 
@@ -58,7 +56,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+    def save(self, step: int, groups: Groups) -> None:
         """Copy and start to write. One save at a time: a second waits for the first.
 
         A save that fails, as on a full disk, is a warning: the older checkpoints are there, and training goes on.
@@ -69,7 +67,7 @@ class Checkpoints:
             file: {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
             for file, tensors in groups.items()
         }
-        self._thread = threading.Thread(target=self._write, args=(step, copies, {**state, "step": step}))
+        self._thread = threading.Thread(target=self._write, args=(step, copies))
         self._thread.start()
 
     def wait(self) -> bool:
@@ -93,7 +91,7 @@ class Checkpoints:
         """The checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("step-????????") if path.is_dir())
 
-    def _write(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+    def _write(self, step: int, groups: Groups) -> None:
         self._failed = None
         target = self.folder / f"step-{step:08d}"
         partial, old = target.with_suffix(".partial"), target.with_suffix(".old")
@@ -103,15 +101,15 @@ class Checkpoints:
             partial.mkdir(parents=True)
             for name, tensors in groups.items():
                 save_file(tensors, partial / f"{name}.safetensors")
-            (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
+            (partial / STATE).write_text(json.dumps({"step": step}) + "\n", "utf-8")
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in partial.iterdir()}
             (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", "utf-8")
             for path in (*partial.iterdir(), partial):
-                _to_disk(path)
+                to_disk(path)
             if target.exists():  # a damaged one, that a run went back behind
                 target.rename(old)
             partial.rename(target)
-            _to_disk(self.folder)
+            to_disk(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self._drop(step)
         except Exception as error:
@@ -138,17 +136,17 @@ def find_problem(folder: Path) -> str | None:
             return f"{folder / odd[0]} is {'missing' if odd[0] in files else 'no file of this checkpoint'}"
         for name, expected in files.items():
             path = folder / name
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{path} is damaged"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error})"
     return None
 
 
-def load(folder: Path) -> tuple[Groups, dict[str, Any]]:
-    """The tensors and the state of a checkpoint that `newest` gave."""
+def load(folder: Path) -> tuple[Groups, int]:
+    """The tensors and the steps done of a checkpoint that `newest` gave."""
     groups = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-    return groups, json.loads((folder / STATE).read_text("utf-8"))
+    return groups, json.loads((folder / STATE).read_text("utf-8"))["step"]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
@@ -182,19 +180,5 @@ def save_model_folder(model: OpenMythos, tokenizer: Tokenizer, folder: Path) -> 
     model.save_pretrained(partial)
     tokenizer.save(partial)
     for path in (*partial.iterdir(), partial):
-        _to_disk(path)
+        to_disk(path)
     partial.rename(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Return when a file, or a folder's list of names, would survive a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

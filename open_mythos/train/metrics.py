@@ -1,10 +1,11 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
 import json
-import os
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from open_mythos.files import write_text
 
 
 class MetricsWriter:
@@ -14,9 +15,7 @@ class MetricsWriter:
         """Args: steps_done: lines of later steps, which a run that goes on is going to write again, are dropped."""
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:

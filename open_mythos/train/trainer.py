@@ -19,6 +19,7 @@ import torch
 from open_mythos.checks import check_int
 from open_mythos.compiling import compile_model
 from open_mythos.device import Device, setup_device
+from open_mythos.files import write_text
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
@@ -88,7 +89,6 @@ class Trainer:
         if self.model.recurrent is not None:
             # Validation too reads no clock, so that a run repeated gives the same metrics bit for bit.
             self.model.recurrent.compaction = "counts"
-        if self.model.recurrent is not None:
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
         self._forward = self.model if cfg.compile == "none" else compile_model(self.model, cfg.compile)
         self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
@@ -123,9 +123,7 @@ class Trainer:
             return final
         self.out_dir.mkdir(parents=True, exist_ok=True)
         if not (self.out_dir / "config.yaml").exists():
-            partial = self.out_dir / "config.yaml.partial"
-            partial.write_text(cfg.to_yaml(), encoding="utf-8")
-            partial.rename(self.out_dir / "config.yaml")
+            write_text(self.out_dir / "config.yaml", cfg.to_yaml())
         with (
             MetricsWriter(self.out_dir / "metrics.jsonl", self.steps_done) as writer,
             ProgressLine(cfg.steps, cfg.data.name, self.progress, self.steps_done) as line,
@@ -169,15 +167,14 @@ class Trainer:
         groups = {"model": {name: x for name, x in self.model.state_dict().items() if name != "head.weight"}}
         for i, optimizer in enumerate(self.optimizers):
             groups[f"optimizer{i}"] = optimizer_tensors(optimizer, self._names)
-        self.checkpoints.save(self.steps_done, groups, {"config": self.cfg.to_yaml()})
+        self.checkpoints.save(self.steps_done, groups)
 
     def _restore(self, folder: Path) -> None:
-        groups, state = load(folder)
+        groups, self.steps_done = load(folder)
         # Whatever is random in a step is made from the seed and the step, so there is no more state than this.
         self.model.load_state_dict({**groups["model"], "head.weight": groups["model"]["embed.weight"]})
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, self._names, groups[f"optimizer{i}"])
-        self.steps_done = state["step"]
 
     def _check_folder(self, resume: bool) -> None:
         path = self.out_dir / "config.yaml"

@@ -23,6 +23,7 @@ TEXTS = sorted(
 LAYERS: dict[str, int] = {
     "assets": 0,
     "checks": 0,
+    "files": 0,
     "config": 1,
     "nn": 2,
     "model": 4,

@@ -301,8 +301,8 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
     run = trainer(tmp_path / "run", every=1)
     save, failed = run.checkpoints.save, []
 
-    def limited(step: int, groups, state) -> None:
-        save(step, groups, state)
+    def limited(step: int, groups) -> None:
+        save(step, groups)
         if not run.checkpoints.wait():
             failed.append(step)
         newest = Checkpoints(tmp_path / "run" / "checkpoints", Keeping(1)).newest()
@@ -311,11 +311,11 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
     run.checkpoints.save = limited
     write = run.checkpoints._write
 
-    def write_less(step: int, groups, state) -> None:
+    def write_less(step: int, groups) -> None:
         if step in (3, 4, 7, 8, 9):
             resource.setrlimit(resource.RLIMIT_FSIZE, (sizes.randrange(60_000), before[1]))
         try:
-            write(step, groups, state)
+            write(step, groups)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
