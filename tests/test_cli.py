@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from open_mythos import cli, demo
+from open_mythos import demo
 from open_mythos.cli import COMMANDS, main
+from open_mythos.cli.train import RECIPES as NAMES
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
@@ -86,7 +87,7 @@ def test_generate_prints_nothing_before_a_refusal(run_folder: Path, capsys: pyte
 
 
 def test_the_commands_recipes_are_the_recipes() -> None:
-    assert tuple(RECIPES) == cli.RECIPES
+    assert tuple(RECIPES) == NAMES
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,8 @@ class TrainConfig:
     def _check_fit(self) -> None:
         """Fields of different sections that have to fit each other."""
         model, data = self.model, self.data
-        if data.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size={model.vocab_size} is too small for data {data.name!r}, which has "
-                f"{data.vocab_size} tokens; use model.vocab_size={data.vocab_size}"
-            )
+        if not data.on_disk:
+            self.check_data()
         if data.seq_len > model.max_seq_len:
             raise ValueError(
                 f"model.max_seq_len={model.max_seq_len} is shorter than the {data.seq_len} tokens of a row of data "
@@ -144,6 +141,21 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use {name}=0"
                 )
+
+    def check_data(self) -> None:
+        """Whether the model has room for the data's tokens.
+
+        Done when the configuration is made, unless the data is on disk: a recipe can be read before its data is
+        prepared.
+
+        Raises:
+            ValueError, OSError: it has not, or the data cannot be read.
+        """
+        if self.data.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} is too small for data {self.data.name!r}, which has "
+                f"{self.data.vocab_size} tokens; use model.vocab_size={self.data.vocab_size}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `data` carries the name of its task under "task"."""

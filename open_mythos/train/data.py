@@ -35,6 +35,8 @@ class Task(Protocol):
     """A source of batches, which is also its section of the configuration."""
 
     name: ClassVar[str]
+    on_disk: ClassVar[bool]
+    """Whether the data has to be prepared before it can be read."""
 
     @property
     def vocab_size(self) -> int:

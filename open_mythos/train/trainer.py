@@ -80,6 +80,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping)
         self.device = setup_device(device, threads)
         self.progress = progress
+        cfg.check_data()
         self.tokenizer = cfg.data.tokenizer()
         self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
 

@@ -24,6 +24,7 @@ class Addition:
     max_digits: int = 5
 
     name: ClassVar[str] = "addition"
+    on_disk: ClassVar[bool] = False
     vocab_size: ClassVar[int] = 16
     bytes_per_token: ClassVar[None] = None
 

@@ -40,6 +40,7 @@ class KHop:
     min_distance, if that is more)."""
 
     name: ClassVar[str] = "khop"
+    on_disk: ClassVar[bool] = False
     bytes_per_token: ClassVar[None] = None
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class Shards:
     order_seed: int = 0
 
     name: ClassVar[str] = "shards"
+    on_disk: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple) or not self.paths:

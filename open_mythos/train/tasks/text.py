@@ -32,6 +32,7 @@ class Text:
     """Share of the characters, from the end, that is never trained on."""
 
     name: ClassVar[str] = "text"
+    on_disk: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, get_args(Kind))

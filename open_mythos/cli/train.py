@@ -1,0 +1,101 @@
+"""Commands that train."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from open_mythos.device import Device, Dtype
+
+EXIT_INTERRUPTED = 75
+"""Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
+
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
+"""The names of `open_mythos.recipes.RECIPES`, which imports torch."""
+
+
+@dataclass
+class DemoArgs:
+    """Train a model that answers longer questions by looping more, then a small text model, and draw both."""
+
+    out: Path = Path("demo")
+    """Folder for the figures, the table and both models; an earlier demo in it is replaced."""
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    threads: int = 1
+    """CPU threads. On a busy machine one is fastest."""
+    seed: int = 0
+
+
+def demo(rest: list[str]) -> None:
+    """train from nothing in minutes, and see more loops answer longer questions"""
+    args = tyro.cli(DemoArgs, prog="mythos demo", args=rest)
+    from open_mythos.demo import run_demo
+
+    run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
+
+
+@dataclass
+class TrainArgs:
+    """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
+
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
+    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    """
+
+    out: Path | None = None
+    """Folder of the run; it must not hold one yet."""
+    config: Path | None = None
+    """A run's config.yaml, which reproduces that run."""
+    device: Device = "auto"
+    threads: int | None = None
+    """CPU threads; left out: torch's choice."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, in OUT/checkpoints; 0: none."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those at multiples of so many steps."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; start where there is none."""
+
+
+def train(rest: list[str]) -> None:
+    """train a recipe, or reproduce a run from its config.yaml"""
+    kept = [arg for arg in rest if arg not in ("-h", "--help")]
+    wants_help = len(kept) < len(rest)
+    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
+    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
+    place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
+    recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
+    if wants_help and not recipe:
+        tyro.cli(TrainArgs, prog="mythos train RECIPE", args=["--help"])
+    if bool(recipe) == (args.config is not None):
+        raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
+
+    from open_mythos.recipes import load_recipe
+    from open_mythos.train.config import TrainConfig
+
+    cfg = tyro.cli(
+        TrainConfig,
+        prog=f"mythos train {recipe or '--config FILE'} --out DIR",
+        args=[*overrides, "--help"] if wants_help else overrides,
+        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if args.out is None:
+        raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
+
+    from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.trainer import Interrupted, Trainer
+
+    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
+    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    try:
+        final = trainer.run()
+    except Interrupted as interrupted:
+        print(f"mythos train: {interrupted}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
+    print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')

@@ -1,0 +1,123 @@
+"""Commands that use a model, or tell what one costs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from open_mythos.device import Device, Dtype, setup_device
+
+Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+
+
+@dataclass
+class GenerateArgs:
+    """Continue a prompt with the model of a folder, and print the text as it comes."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model and its tokenizer, such as RUN/final."""
+    prompt: Annotated[str, tyro.conf.Positional]
+    max_new_tokens: int = 64
+    n_loops: int | None = None
+    """Loops per token; left out: the model's max_loop_iters."""
+    exit: Exit | None = None
+    """Rule that lets a token leave the loop early; left out: the model's own."""
+    exit_threshold: float | None = None
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 50
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
+    string itself may be shown."""
+    seed: int | None = None
+    show_loops: bool = False
+    """Colour every token by the loops it took."""
+    compiled: bool = False
+    """Decode with machine code made for this model: 10 to 20 s at first, then up to twice as fast. Needs a C++
+    compiler on a CPU."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    threads: int | None = None
+
+
+def generate(rest: list[str]) -> None:
+    """continue a prompt, with as many loops as you like"""
+    args = tyro.cli(GenerateArgs, prog="mythos generate", args=rest)
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+
+    from open_mythos.model import OpenMythos
+    from open_mythos.terminal import loop_legend, loop_style
+    from open_mythos.tokenizer import TextStream, load_tokenizer
+
+    device = setup_device(args.device, args.threads)
+    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(args.folder)
+    most = args.n_loops or model.cfg.max_loop_iters
+    console, stream = Console(highlight=False, soft_wrap=True), TextStream(tokenizer)
+    started = False
+
+    def write(piece: str, style: str = "") -> None:
+        if args.show_loops:
+            console.print(Text(piece, style), end="")
+        else:
+            # Unchanged, which rich would not leave it: it expands tabs.
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    def show(_: int, token: int, loops: int) -> None:
+        nonlocal started
+        if not started:
+            # Not before: an argument may yet be refused.
+            write(args.prompt)
+            started = True
+        write(stream.push(token), loop_style(loops, most))
+
+    _, loops = model.generate(
+        args.prompt,
+        args.max_new_tokens,
+        args.n_loops,
+        args.temperature,
+        args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        exit=args.exit,
+        exit_threshold=args.exit_threshold,
+        stop=args.stop if tokenizer.eos_id is None else (*args.stop, tokenizer.eos_id),
+        tokenizer=tokenizer,
+        seed=args.seed,
+        on_token=show,
+        return_loops=True,
+        compiled=args.compiled,
+    )
+    write(stream.flush() + "\n")
+    if args.show_loops:
+        console.print(loop_legend(most), f"   {sum(loops) / len(loops):.2f} loops per token on average")
+
+
+@dataclass
+class InfoArgs:
+    """What a model costs: parameters, compute and memory, from its configuration alone."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
+    gpu_gb: float = 80.0
+    """Memory of one GPU in GB, for the count of GPUs."""
+
+
+def info(rest: list[str]) -> None:
+    """count a model's parameters, FLOPs per token, cache and memory"""
+    args = tyro.cli(InfoArgs, prog="mythos info", args=rest)
+    from open_mythos.info import print_info
+
+    print_info(args.model, args.gpu_gb)
