@@ -73,6 +73,8 @@ class TrainOutput:
     """Scalar, mean over routed tokens of logsumexp(router logits)^2 (Zoph et al. 2022); only with experts."""
     tokens_per_expert: Tensor | None
     """(recurrent_layers, n_experts), for `update_expert_bias`; only with experts."""
+    n_routed: Tensor | None
+    """Scalar, loops that tokens have run: what `router_z_loss` is the mean over, layers apart; only with experts."""
 
     @cached_property
     def logits(self) -> Tensor:
@@ -424,7 +426,10 @@ class OpenMythos(nn.Module):
         ponder = result.ponder_cost
         if ponder is not None:
             ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
-        return TrainOutput(hidden, loop_hidden, head, result.loops, ponder, result.router_z, result.tokens_per_expert)
+        load, n_routed = result.tokens_per_expert, None
+        if load is not None:
+            n_routed = load.sum() / (self.cfg.n_experts_per_tok * self.cfg.recurrent_layers)
+        return TrainOutput(hidden, loop_hidden, head, result.loops, ponder, result.router_z, load, n_routed)
 
     def _recurrent(self) -> RecurrentBlock:
         if self.recurrent is None:

@@ -59,6 +59,8 @@ class TrainArgs:
     """Also keep those at multiples of so many steps."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none."""
+    workers: int = 0
+    """Processes that make batches ahead of time."""
 
 
 def train(rest: list[str]) -> None:
@@ -91,11 +93,21 @@ def train(rest: list[str]) -> None:
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
-    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    trainer = Trainer(
+        cfg,
+        args.out,
+        device=args.device,
+        threads=args.threads,
+        keeping=keeping,
+        resume=args.resume,
+        workers=args.workers,
+    )
     try:
         final = trainer.run()
     except Interrupted as interrupted:
         print(f"mythos train: {interrupted}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    if not trainer.world.is_first:
+        return
     print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
     print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')

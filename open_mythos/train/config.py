@@ -10,6 +10,8 @@ import yaml
 from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
+from open_mythos.train.distributed import ParallelConfig
+from open_mythos.train.guard import GuardConfig
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
@@ -50,13 +52,16 @@ class TrainConfig:
     """Rows of one optimizer step."""
     seed: int = 0
     dtype: Dtype = "float32"
-    """float32; bfloat16: autocast over float32 weights, slow on CPUs without bf16 units; float64: weights too."""
+    """float32; bfloat16 and float16: autocast over float32 weights, slow on CPUs without such units, float16 with a
+    scaled loss for GPUs without bfloat16; float64: weights too."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loops: LoopsConfig = field(default_factory=LoopsConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     expert_bias_rate: float | None = None
     """How far one step moves the balancing bias of an expert; None: 1e-3 where there are experts."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log_every: int = 10
     checkpoint_loops: bool = False
@@ -111,6 +116,11 @@ class TrainConfig:
                 "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
                 f"loops.per={self.loops.per!r}, model.recurrent_layers={model.recurrent_layers} and "
                 f"model.halting={model.halting!r}; change these or use losses.per_loop=false"
+            )
+        if self.parallel.experts > 1 and not (model.recurrent_layers and model.n_experts % self.parallel.experts == 0):
+            raise ValueError(
+                f"parallel.experts={self.parallel.experts} must divide model.n_experts={model.n_experts} of a "
+                "recurrent block; use parallel.experts=1, or another number of either"
             )
         one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps
         if self.compile == "model" and model.recurrent_layers and not one_depth:

@@ -30,13 +30,17 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
 
+    def take(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        return Batch(self.input_ids[rows], self.labels[..., rows, :])
+
 
 class Task(Protocol):
     """A source of batches, which is also its section of the configuration."""
 
     name: ClassVar[str]
     on_disk: ClassVar[bool]
-    """Whether the data has to be prepared before it can be read."""
+    """Whether the data has to be prepared before it can be read. A row then depends on its number, and not on `rng`."""
 
     @property
     def vocab_size(self) -> int:

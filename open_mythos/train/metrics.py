@@ -11,14 +11,22 @@ from open_mythos.files import write_text
 class MetricsWriter:
     """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing."""
 
-    def __init__(self, path: Path, steps_done: int = 0) -> None:
-        """Args: steps_done: lines of later steps, which a run that goes on is going to write again, are dropped."""
+    def __init__(self, path: Path | None, steps_done: int = 0) -> None:
+        """Args:
+        path: None: nothing is written, as in all processes of a run but the first.
+        steps_done: lines of later steps, which a run that goes on is going to write again, are dropped.
+        """
+        if path is None:
+            self._file = None
+            return
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            return
         # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
         self._file.write(json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -27,7 +35,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
