@@ -154,6 +154,10 @@ class DrawnInPieces(TorchFunctionMode):
         if func is nn.init.normal_:
             p, std = args[0] if args else kwargs["tensor"], kwargs["std"]
             return _draw(p, self.spread.piece(p), std)
+        if func is nn.init.constant_:
+            # Rounded as a float32 model's would be, of which one process makes its float64 model.
+            p, value = args if len(args) == 2 else (kwargs["tensor"], kwargs["val"])
+            return func(p, torch.tensor(value).item())
         if func is Tensor.fill_diagonal_ and isinstance(args[0], DTensor):
             piece = self.spread.piece(args[0])
             piece.local.diagonal(piece.start).fill_(args[1])
