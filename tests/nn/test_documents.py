@@ -92,7 +92,7 @@ def test_with_padding() -> None:
 def test_in_blocks(attn_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 a long row goes through the blocks, where they are."""
     taken = []
-    monkeypatch.setattr(causal._Mask, "__init__", _spy(causal._Mask.__init__, taken))
+    monkeypatch.setattr(causal, "_blocks", _spy(causal._blocks, taken))
     cfg = tiny(attn_type=attn_type, max_seq_len=600)
     model = scaled(cfg).train()
     lengths = ((300, 1, 127, 92), (520,), (128, 128, 264))
@@ -157,6 +157,6 @@ def test_refuses() -> None:
         with pytest.raises(error, match=message):
             model(ids, documents=documents)
     cache = model.make_cache(2, 8)
-    with pytest.raises(ValueError, match="documents= does not go with cache=, .* a row of its own"):
+    with pytest.raises(ValueError, match=r"documents= does not go with cache=, .* a row of its own"):
         model(ids, cache=cache, documents=torch.zeros_like(ids))
     assert cache.length == 0
