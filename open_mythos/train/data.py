@@ -25,10 +25,12 @@ class Batch:
     input_ids: (B, T) int64.
     labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE. With labels
     of their own for every loop, (L, B, T).
+    documents: (B, T) int64, the number of each token's document in its row, where attention is to stop at their ends.
     """
 
     input_ids: Tensor
     labels: Tensor
+    documents: Tensor | None = None
 
 
 class Task(Protocol):

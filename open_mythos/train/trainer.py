@@ -210,7 +210,9 @@ class Trainer:
 
         self.model.train()
         with self._autocast():
-            out = self._forward(self._on_device(batch.input_ids), plan=plan, trace=cfg.losses.per_loop)
+            documents = None if batch.documents is None else self._on_device(batch.documents)
+            ids = self._on_device(batch.input_ids)
+            out = self._forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
         loss, parts = total_loss(out, self._on_device(batch.labels), cfg.losses)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
