@@ -23,7 +23,7 @@ from open_mythos.train.evaluate import evaluate
 from open_mythos.train.tasks import Shards
 from open_mythos.train.trainer import Trainer
 
-OPENINGS = ("a", "“Yes", "é", "日本", "the ", "—")
+OPENINGS = ("a", "\u201cYes", "\u00e9", "\u65e5\u672c", "the ", "\u2014")
 """Texts begin with tokens of 1 to 4 bytes, some of them part of a character."""
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Documents of 2 to 40 tokens in several shards, tokens and documents of which some end together with a window."""
     made = tmp_path_factory.mktemp("separate")
     rng = np.random.default_rng(0)
-    texts = [OPENINGS[i % 6] + "the cat “sat” " * int(rng.integers(0, 4)) for i in range(400)]
+    texts = [OPENINGS[i % 6] + "the cat \u201csat\u201d " * int(rng.integers(0, 4)) for i in range(400)]
     (made / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     BPETokenizer.train(texts, 264).save(made / "bpe")
     with pytest.MonkeyPatch.context() as patch:
