@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos import weights
 from open_mythos.arguments import (
+    check_documents,
     check_generator,
     check_ids,
     check_load,
@@ -147,13 +148,18 @@ class OpenMythos(nn.Module):
         return block(x, view, layer)
 
     def make_view(
-        self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> View:
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
+        check_documents(documents, shape, cache)
         dim, theta = self.cfg.rope_dim, self.cfg.rope_theta
         if isinstance(cache, StaticKVCache):
             return make_static_view(shape, dim, theta, cache, attention_mask)
-        return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache)
+        return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
 
     @overload
     def make_cache(
@@ -203,6 +209,7 @@ class OpenMythos(nn.Module):
         trace: Literal[False] = ...,
         last_only: bool = ...,
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -218,6 +225,7 @@ class OpenMythos(nn.Module):
         exit_threshold: float | None = ...,
         trace: Literal[True],
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> LoopTrace: ...
 
     @overload
@@ -229,6 +237,7 @@ class OpenMythos(nn.Module):
         plan: LoopPlan,
         trace: bool = ...,
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> TrainOutput: ...
 
     def forward(
@@ -244,6 +253,7 @@ class OpenMythos(nn.Module):
         trace: bool = False,
         last_only: bool = False,
         generator: torch.Generator | None = None,
+        documents: Tensor | None = None,
         **removed: Any,
     ) -> Tensor | LoopTrace | TrainOutput:
         """Logits of every position.
@@ -265,6 +275,8 @@ class OpenMythos(nn.Module):
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
             generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
                 generator in training.
+            documents: (B, T) int64, the number of each token's document in its row, never falling: tokens see those of
+                their own document only. Not with a cache.
 
         Raises:
             TypeError, ValueError: an argument is unusable; nothing has been computed and the cache is untouched.
@@ -288,7 +300,7 @@ class OpenMythos(nn.Module):
             self._recurrent()
         rule = self.exit_rule(exit, exit_threshold)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache)
+            view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache, documents)
             if plan is not None:
                 return self._train_output(self._loop(input_ids, view, depth, rule, cache, generator, trace), view)
             logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)

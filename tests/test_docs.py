@@ -38,8 +38,8 @@ def name_of(path: Path) -> str:
 def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     """(line number, text) of the fenced blocks of a language, in order."""
     text = path.read_text("utf-8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: match.start()].count("\n") + 2, match[2]) for match in found if match[1] == language]
 
 
 def rows(path: Path) -> Iterator[list[str]]:

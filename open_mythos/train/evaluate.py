@@ -50,10 +50,11 @@ def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_
     nats = 0.0
     n_labels = n_right = n_rows = 0
     with evaluating(model):
-        for ids, labels in zip(batch.input_ids.split(chunk_rows), batch.labels.split(chunk_rows), strict=True):
-            labels = labels.to(model.device)
+        for rows in (slice(i, i + chunk_rows) for i in range(0, len(batch.input_ids), chunk_rows)):
+            ids, labels = batch.input_ids[rows].to(model.device), batch.labels[rows].to(model.device)
+            documents = None if batch.documents is None else batch.documents[rows].to(model.device)
             # The output of a training call, whose logits are made below, for some tokens at a time.
-            out = model(ids.to(model.device), plan=LoopPlan((n_loops,) * len(ids)))
+            out = model(ids, plan=LoopPlan((n_loops,) * len(ids)), documents=documents)
             n, right = tokens_per_chunk(out.head), []
             for hidden, label in zip(out.hidden.flatten(0, 1).split(n), labels.flatten().split(n), strict=True):
                 with no_autocast(hidden):

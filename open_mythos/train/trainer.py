@@ -275,10 +275,12 @@ class Trainer:
                 len(plan.depths) / cfg.batch_size,
                 1 / (int(depths.sum()) * batch.input_ids.shape[1]),
             )
+            ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
+            documents = None if part.documents is None else self._on_device(part.documents)
             with self.spread.accumulate(last):
                 with self._autocast():
-                    out = self.spread.forward(self._on_device(part.input_ids), plan=plan, trace=cfg.losses.per_loop)
-                loss, parts = total_loss(out, self._on_device(part.labels), cfg.losses, share)
+                    out = self.spread.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
+                loss, parts = total_loss(out, labels, cfg.losses, share)
                 # Processes' gradients are averaged, and each process's loss is a share of the whole.
                 (loss * (self.world.size * self.guard.scale)).backward()
             found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
@@ -372,11 +374,11 @@ class Trainer:
         """This process's share of them. All processes have equally many, for they have to make the same calls."""
         n, size = len(self.validation.input_ids), self.world.size
         index = torch.arange(self.world.rank, -(-n // size) * size, size)
-        labels = self.validation.labels[..., index % n, :].clone()
-        labels[..., index >= n, :] = IGNORE
-        return Batch(self.validation.input_ids[index % n], labels)
+        rows = self.validation.take(index % n)
+        rows.labels[..., index >= n, :] = IGNORE
+        return rows
 
-    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+    def _on_device(self, x: Tensor) -> Tensor:
         """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 

@@ -1,6 +1,5 @@
 """Several processes against one: the same numbers, whatever is spread over them and how."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
