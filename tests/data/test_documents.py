@@ -119,4 +119,4 @@ def test_an_empty_file_has_no_documents(tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(b"")
         assert [d for d in read(path, Reading(cut=cut)) if isinstance(d, str)] == []
-    assert list(read_documents(Unit(str(path), "text", 0, 0), Reading(cut="lines"))) == []
+    assert list(read_documents(Unit(str(path), "text", 0, 0, 0), Reading(cut="lines"))) == []
