@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from open_mythos.data.documents import Reading, Skipped, Unit, find_files, read_documents
-from open_mythos.data.hub import HubDataset
+from open_mythos.data.hub import HubDataset, first_line
 from open_mythos.data.parquet import row_group_bytes
 
 WAITS_S = (1.0, 4.0, 16.0, 64.0)
@@ -61,12 +61,12 @@ class RowGroups:
                     first += 1
                     yield document
                 return
-            except ValueError:
+            except (ValueError, ImportError):
                 raise
             except Exception as error:  # the hub's HTTP client raises its own kinds, which differ by version
                 if wait is None:
                     raise OSError(
-                        f"row group {group} of {unit.path} cannot be read, after {len(WAITS_S) + 1} tries ({error}); "
-                        "check the connection, and go on with --resume"
+                        f"row group {group} of {unit.path} cannot be read, after {len(WAITS_S) + 1} tries "
+                        f"({first_line(error)}); check the connection, and go on with --resume"
                     ) from error
                 time.sleep(wait)

@@ -72,13 +72,14 @@ class HubDataset:
         return [f"hf://{name}" for name in found[: self.limit_files]]
 
     def _info(self) -> Any:
+        api = _hub().HfApi()
         try:
-            return _hub().HfApi().dataset_info(self.name, revision=self.revision)
+            return api.dataset_info(self.name, revision=self.revision)
         except Exception as error:  # the library's HTTP client raises its own kinds, which differ by version
             at = f" at revision {self.revision!r}" if self.revision else ""
             raise OSError(
                 f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at} "
-                f"({_first_line(error)}); check the name and the connection, and call `hf auth login` where a dataset "
+                f"({first_line(error)}); check the name and the connection, and call `hf auth login` where a dataset "
                 "asks for consent"
             ) from error
 
@@ -104,10 +105,11 @@ def fetch(address: str) -> Path:
         OSError: the hub does not give the file.
     """
     name, commit, path = _parts(address)
+    download = _hub().hf_hub_download
     try:
-        return Path(_hub().hf_hub_download(name, path, repo_type="dataset", revision=commit))
+        return Path(download(name, path, repo_type="dataset", revision=commit))
     except Exception as error:  # as above
-        raise OSError(f"{address} cannot be downloaded ({_first_line(error)}); repeat the command to go on") from error
+        raise OSError(f"{address} cannot be downloaded ({first_line(error)}); repeat the command to go on") from error
 
 
 def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress: bool) -> list[list[int]]:
@@ -154,7 +156,7 @@ def _patterns(configs: list[dict[str, Any]], dataset: HubDataset) -> list[str]:
     by_name = {config["config_name"]: config for config in configs}
     if subset is None:
         default = [name for name, config in by_name.items() if name == "default" or config.get("default")]
-        subset = default[0] if default else next(iter(by_name)) if len(by_name) == 1 else "none"
+        subset = default[0] if default else next(iter(by_name)) if len(by_name) == 1 else "none given"
     if subset not in by_name:
         raise ValueError(f"dataset {dataset.name} has no subset {subset!r}; use one of {', '.join(by_name)}")
     config = by_name[subset]
@@ -181,5 +183,6 @@ def _hub() -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that the hub adds to it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 
 class FakeHub:
     """One dataset, the files of a folder; a test may change `commit` and `card`, and fail requests by `broken`."""
@@ -120,3 +122,19 @@ def serve(hub: FakeHub) -> Generator[FakeHub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def use(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub, here and in processes begun from here, ask this server and keep what it gets in `cache`."""
+    import huggingface_hub
+    from huggingface_hub.utils import _cache_assets
+
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(cache / "assets"))
+    huggingface_hub.HfFileSystem.clear_instance_cache()
