@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from open_mythos.data.documents import Reading, Skipped, Unit, find_files, read_documents
-from open_mythos.data.hub import HubDataset, first_line
+from open_mythos.data.hub import HubDataset, first_line, is_remote
 from open_mythos.data.parquet import row_group_bytes
 
 WAITS_S = (1.0, 4.0, 16.0, 64.0)
-"""Before each further try to read a row group."""
+"""Before each further try to read a row group of the hub."""
 
 
 class RowGroups:
@@ -55,7 +55,8 @@ class RowGroups:
         file = int(np.searchsorted(self._ends, i, side="right"))
         group = i - int(self._ends[file - 1] if file else 0)
         unit = Unit(self._files[file], "parquet", group, group + 1, 0)
-        for wait in (*WAITS_S, None):
+        waits = WAITS_S if is_remote(unit.path) else ()
+        for wait in (*waits, None):
             try:
                 for document in islice(read_documents(unit, self._reading), first, None):
                     first += 1
@@ -66,7 +67,7 @@ class RowGroups:
             except Exception as error:  # the hub's HTTP client raises its own kinds, which differ by version
                 if wait is None:
                     raise OSError(
-                        f"row group {group} of {unit.path} cannot be read, after {len(WAITS_S) + 1} tries "
-                        f"({first_line(error)}); check the connection, and go on with --resume"
+                        f"row group {group} of {unit.path} cannot be read ({first_line(error)}; tries: "
+                        f"{len(waits) + 1}); check the connection or the file, and go on with --resume"
                     ) from error
                 time.sleep(wait)
