@@ -32,7 +32,7 @@ class HubDataset:
     name: str
     """OWNER/NAME."""
     subset: str | None = None
-    """As the card names it; None: the card's default, or its only one."""
+    """As the card names it, or a folder where the card names none; None: the card's default, or its only one."""
     revision: str | None = None
     """Branch, tag or commit; None: what the hub has now."""
     limit_files: int | None = None
@@ -66,8 +66,8 @@ class HubDataset:
         if not found:
             kinds = ", ".join(sorted({Path(name).suffix for name in names})) or "no files"
             raise ValueError(
-                f"dataset {self.name} has no parquet files in subset {self.subset or 'default'} ({kinds}); get its "
-                "files yourself and name them, or use another dataset"
+                f"dataset {self.name} has no parquet files in subset {self.subset or 'default'} ({kinds}); use "
+                "another subset, or get its files yourself and name them"
             )
         return [f"hf://{name}" for name in found[: self.limit_files]]
 
@@ -150,9 +150,7 @@ def _patterns(configs: list[dict[str, Any]], dataset: HubDataset) -> list[str]:
     """Patterns of the training files, from what the card says."""
     subset = dataset.subset
     if not configs:
-        if subset is not None:
-            raise ValueError(f"dataset {dataset.name} has no subsets, so not {subset!r}; leave the subset out")
-        return ["**"]
+        return ["**" if subset is None else f"{subset}/**"]
     by_name = {config["config_name"]: config for config in configs}
     if subset is None:
         default = [name for name, config in by_name.items() if name == "default" or config.get("default")]

@@ -81,7 +81,8 @@ def test_a_subset_is_what_the_card_says(server: FakeHub) -> None:
         names()
     server.card = {}
     assert names() == ["b/train.parquet"]
-    with pytest.raises(ValueError, match="has no subsets, so not 'x'; leave the subset out"):
+    assert names("sample/10BT", 1) == ["sample/10BT/000_00000.parquet"]
+    with pytest.raises(ValueError, match=r"no parquet files in subset x \(no files\)"):
         names("x")
 
 
