@@ -1,6 +1,7 @@
 """What is taken out of files, and what is left out and why."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -83,6 +84,18 @@ def test_parquet(tmp_path: Path) -> None:
         assert read(path, unit_bytes=unit_bytes) == expected
     with pytest.raises(ValueError, match=r"column='body' is not in .*, which has text, id; name one of these"):
         read(path, Reading(column="body"))
+
+
+def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    units = cut_into_units([tmp_path / "a.parquet"], WHOLE)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for call in (
+        lambda: cut_into_units([tmp_path / "a.parquet"], WHOLE),
+        lambda: list(read_documents(units[0], WHOLE)),
+    ):
+        with pytest.raises(ImportError, match=r"parquet files need pyarrow; install it with pip install 'open-mythos"):
+            call()
 
 
 def test_files_are_found_in_order(tmp_path: Path) -> None:

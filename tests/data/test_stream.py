@@ -3,6 +3,8 @@
 import dataclasses
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -259,3 +261,9 @@ def test_in_a_configuration(task: Stream, tmp_path: Path) -> None:
     dataclasses.replace(cfg, data=Stream("no/where", seq_len=16))
     with pytest.raises(ValueError, match=r"model.vocab_size=200 is too small for data 'stream'"):
         dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=200)).check_data()
+
+
+def test_ends_quietly_in_the_middle_of_a_row_group(task: Stream) -> None:
+    code = f"from open_mythos.train.tasks import Stream; lanes = {task!r}.lanes(range(4), 4); lanes.next()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

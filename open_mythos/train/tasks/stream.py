@@ -213,12 +213,14 @@ class _Lane:
         while there <= n_tokens:
             self._waiting.append(next(self._documents))
             there += len(self._waiting[-1][2])
-        tokens = np.concatenate([ids for _, _, ids in self._waiting])
-        window = tokens[self._used : self._used + n_tokens + 1]
+        parts, start, left = [], self._used, n_tokens + 1
+        for _, _, ids in self._waiting:
+            parts.append(ids[start : start + left])
+            start, left = 0, left - len(parts[-1])
         self._used += n_tokens
         while self._used >= len(self._waiting[0][2]):
             self._used -= len(self._waiting.popleft()[2])
-        return window, (*self._waiting[0][:2], self._used)
+        return np.concatenate(parts), (*self._waiting[0][:2], self._used)
 
     def _read(self, turn: int, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Documents to train on, without end: turn, row in its row group, and ids."""
