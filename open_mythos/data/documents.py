@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -163,10 +163,11 @@ def first_text(files: Sequence[str | Path], reading: Reading, n_bytes: int) -> I
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
     """What tells whether a unit is still the same: its place, and size and time of the file. A commit never changes."""
+    place = {"path": unit.path, "kind": unit.kind, "start": unit.start, "end": unit.end}
     if is_remote(unit.path):
-        return asdict(unit)
+        return place
     stat = Path(unit.path).stat()
-    return {**asdict(unit), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {**place, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _document(record: bytes | str | Skipped, reading: Reading) -> str | Skipped:

@@ -62,9 +62,7 @@ class RowGroups:
                     first += 1
                     yield document
                 return
-            except (ValueError, ImportError):
-                raise
-            except Exception as error:  # the hub's HTTP client raises its own kinds, which differ by version
+            except OSError as error:
                 if wait is None:
                     raise OSError(
                         f"row group {group} of {unit.path} cannot be read ({first_line(error)}; tries: "

@@ -118,18 +118,20 @@ def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress
     for path in {_index(address) for address in addresses}:
         kept[path] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     missing = [address for address in addresses if address not in kept[_index(address)]]
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        console = Console(stderr=True)
-        found = track(
-            pool.map(look_up, missing), "reading footers", len(missing), console=console, transient=True,
-            disable=not (progress and missing),
-        )  # fmt: skip
-        for address, value in zip(missing, found, strict=True):
-            kept[_index(address)][address] = value
-    for path in {_index(address) for address in missing}:
-        own = path.with_name(f"{os.getpid()}-{path.name}")  # several processes may be at this
-        write_text(own, json.dumps(kept[path]))
-        os.replace(own, path)
+    try:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            console = Console(stderr=True)
+            found = track(
+                pool.map(look_up, missing), "reading footers", len(missing), console=console, transient=True,
+                disable=not (progress and missing),
+            )  # fmt: skip
+            for address, value in zip(missing, found, strict=True):
+                kept[_index(address)][address] = value
+    finally:
+        for path in {_index(address) for address in missing}:
+            own = path.with_name(f"{os.getpid()}-{path.name}")  # several processes may be at this
+            write_text(own, json.dumps(kept[path]))
+            os.replace(own, path)
     return [kept[_index(address)][address] for address in addresses]
 
 

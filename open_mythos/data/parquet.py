@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from open_mythos.data.hub import is_remote, open_remote, remember
+from open_mythos.data.hub import first_line, is_remote, open_remote, remember
 
 ROWS = 256
 """Rows decoded at a time."""
@@ -25,23 +25,33 @@ def read_column(path: str, groups: range, column: str) -> Iterator[Any]:
         ValueError: the file has no such column.
         OSError: the file cannot be read, or is damaged.
     """
-    damaged = _arrow_error()  # now: what is left unread is closed when the interpreter ends, which can import no more
-    try:
-        with _open(path) as file:
-            if column not in (names := file.schema_arrow.names):
-                raise ValueError(f"column={column!r} is not in {path}, which has {', '.join(names)}; name one of these")
-            for batch in file.iter_batches(ROWS, groups, [column]):
-                yield from batch.column(0).to_pylist()
-    except damaged as error:
-        raise OSError(f"{path} is damaged ({error}); get it again") from error
+    with _named(path), _open(path) as file:
+        if column not in (names := file.schema_arrow.names):
+            raise ValueError(f"column={column!r} is not in {path}, which has {', '.join(names)}; name one of these")
+        for batch in file.iter_batches(ROWS, groups, [column]):
+            yield from batch.column(0).to_pylist()
 
 
 def _sizes(path: str) -> list[int]:
-    try:
+    with _named(path):
         metadata = _remote_metadata(path) if is_remote(path) else _library().ParquetFile(path).metadata
-    except _arrow_error() as error:
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+
+
+@contextmanager
+def _named(path: str) -> Generator[None]:
+    """Errors of what is inside become an OSError that names the file."""
+    _library()
+    # Not when it is needed: generators are closed when the interpreter ends, and then nothing can be imported.
+    damaged = importlib.import_module("pyarrow").ArrowInvalid
+    try:
+        yield
+    except damaged as error:
         raise OSError(f"{path} is damaged ({error}); get it again") from error
-    return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the hub's HTTP client raises its own kinds, which differ by version
+        raise OSError(f"{path} cannot be read ({first_line(error)}); check the connection") from error
 
 
 @contextmanager
@@ -67,8 +77,3 @@ def _library() -> Any:
         return importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ImportError("parquet files need pyarrow; install it with pip install 'open-mythos-rdt[data]'") from error
-
-
-def _arrow_error() -> type[Exception]:
-    _library()
-    return importlib.import_module("pyarrow").ArrowInvalid

@@ -13,7 +13,7 @@ import pytest
 from open_mythos.cli import main
 from open_mythos.data import documents, hub
 from open_mythos.data.hub import HubDataset
-from open_mythos.data.parquet import _remote_metadata
+from open_mythos.data.parquet import _remote_metadata, row_group_bytes
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import TokenShards
 from tests.data.fake_hub import FakeHub, serve, use
@@ -135,6 +135,30 @@ def test_an_interrupted_call_goes_on_with_its_commit(server: FakeHub, tmp_path: 
     for other in (HubDataset(NAME), HubDataset(NAME, "sample-10BT", limit_files=1), HubDataset(NAME, "halves", "main")):
         with pytest.raises(ValueError, match="holds data of another dataset; use another folder"):
             prepare(other, out, "bytes", HELD_OUT, progress=False)
+
+
+def test_footers_that_were_read_are_kept(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, the second of three fails; the first is not asked for again, nor any by another process."""
+    monkeypatch.setattr(hub, "CONNECTIONS", 1)
+    files = HubDataset(NAME, "sample-10BT").files()
+    look_up = iter(([1, 2], ConnectionError("gone"), [4]))
+
+    def once(address: str) -> list[int]:
+        value = next(look_up)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    with pytest.raises(ConnectionError):
+        hub.remember(files, once, progress=False)
+    assert hub.remember(files[:1], once, progress=False) == [[1, 2]]
+    shutil.rmtree(tmp_path / "cache" / "assets")
+    server.requests.clear()
+    sizes = row_group_bytes(files)
+    assert [len(size) for size in sizes] == [6, 6, 6] and len(server.requests) >= 3
+    server.requests.clear()
+    _remote_metadata.cache_clear()
+    assert row_group_bytes(files) == sizes and not server.requests
 
 
 def test_the_commands(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
