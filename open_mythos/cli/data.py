@@ -129,4 +129,5 @@ def train_tokenizer(rest: list[str]) -> None:
     tokenizer = BPETokenizer.train(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{tokenizer.vocab_size} tokens in {args.out}.")
-    print(f"Next: mythos prepare-data {' '.join(args.inputs)} --tokenizer {args.out} --out DIR")
+    subset = f" --subset {args.subset}" if args.subset else ""
+    print(f"Next: mythos prepare-data {' '.join(args.inputs)}{subset} --tokenizer {args.out} --out DIR")

@@ -7,8 +7,9 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ class HubDataset:
         info = self._info()
         configs = (info.card_data or {}).get("configs") or []
         root = f"{PREFIX.removeprefix('hf://')}{self.name}@{info.sha}"
-        names = {name for pattern in _patterns(configs, self) for name in _file_system().glob(f"{root}/{pattern}")}
+        system, patterns = _file_system(), _patterns(configs, self)
+        with _told(f"the hub does not list the files of {self.name}", "check the connection"):
+            names = {name for pattern in patterns for name in system.glob(f"{root}/{pattern}")}
         found = sorted(name for name in names if name.endswith(".parquet"))
         if not configs:
             # No card says what is for training, but by custom the names do.
@@ -73,15 +76,11 @@ class HubDataset:
 
     def _info(self) -> Any:
         api = _hub().HfApi()
-        try:
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        what = f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at}"
+        remedy = "check the name and the connection, and call `hf auth login` where a dataset asks for consent"
+        with _told(what, remedy):
             return api.dataset_info(self.name, revision=self.revision)
-        except Exception as error:  # the library's HTTP client raises its own kinds, which differ by version
-            at = f" at revision {self.revision!r}" if self.revision else ""
-            raise OSError(
-                f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at} "
-                f"({first_line(error)}); check the name and the connection, and call `hf auth login` where a dataset "
-                "asks for consent"
-            ) from error
 
 
 def looks_like_a_dataset(name: str) -> bool:
@@ -106,10 +105,8 @@ def fetch(address: str) -> Path:
     """
     name, commit, path = _parts(address)
     download = _hub().hf_hub_download
-    try:
+    with _told(f"{address} cannot be downloaded", "repeat the command to go on"):
         return Path(download(name, path, repo_type="dataset", revision=commit))
-    except Exception as error:  # as above
-        raise OSError(f"{address} cannot be downloaded ({first_line(error)}); repeat the command to go on") from error
 
 
 def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress: bool) -> list[list[int]]:
@@ -181,6 +178,15 @@ def _hub() -> Any:
         raise ImportError(
             "datasets of the hub need huggingface_hub; install it with pip install 'open-mythos-rdt[data]'"
         ) from error
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Generator[None]:
+    """Whatever the library raises is an OSError that says what, why and the remedy."""
+    try:
+        yield
+    except Exception as error:  # the library's HTTP client raises its own kinds, which differ by version
+        raise OSError(f"{what} ({first_line(error)}); {remedy}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -91,6 +92,10 @@ def test_what_the_hub_does_not_give(server: FakeHub, monkeypatch: pytest.MonkeyP
         HubDataset("some/thing").pinned()
     with pytest.raises(OSError, match="at revision 'v2'"):
         HubDataset(NAME, revision="v2").files()
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_file_system", lambda: SimpleNamespace(glob=lambda pattern: 1 / 0))
+        with pytest.raises(OSError, match=r"does not list the files of .*division.*; check the connection"):
+            HubDataset(NAME).files()
     with pytest.raises(ValueError, match=r"dataset 'fineweb' must be OWNER/NAME"):
         HubDataset("fineweb")
     with pytest.raises(ValueError, match="limit_files=0 must be at least 1"):
@@ -165,6 +170,7 @@ def test_the_commands(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFix
     bpe, out = str(tmp_path / "bpe"), str(tmp_path / "out")
     tokenizer = ["train-tokenizer", NAME, "--subset", "sample-10BT", "--out", bpe, "--vocab-size", "260"]
     assert main([*tokenizer, "--max-mb", "0.0001"]) == 0
+    assert f"mythos prepare-data {NAME} --subset sample-10BT --tokenizer" in capsys.readouterr().out
     # Of one file the footer and a row group's text, of the others nothing.
     assert server.bytes_sent("/000_00000.parquet") < 70_000
     assert not server.bytes_sent("/001_00000.parquet")
