@@ -256,6 +256,13 @@ def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
     return 1 if name is None or name.startswith("<0x") else len(name)
 
 
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that was saved in a folder, such as a model folder.
 

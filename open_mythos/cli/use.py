@@ -113,6 +113,11 @@ class InfoArgs:
     """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
+    tokenizer: str | None = None
+    """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
+    Hugging Face hub."""
+    vocab_size: int | None = None
+    """Count with so many tokens in the vocabulary."""
 
 
 def info(rest: list[str]) -> None:
@@ -120,4 +125,10 @@ def info(rest: list[str]) -> None:
     args = tyro.cli(InfoArgs, prog="mythos info", args=rest)
     from open_mythos.info import print_info
 
-    print_info(args.model, args.gpu_gb)
+    if args.tokenizer is not None:
+        if args.vocab_size is not None:
+            raise ValueError(f"--vocab-size {args.vocab_size} and --tokenizer are both given; give one")
+        from open_mythos.tokenizer import open_tokenizer
+
+        args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
+    print_info(args.model, args.gpu_gb, args.vocab_size)

@@ -3,8 +3,9 @@
 from open_mythos.train.tasks.addition import Addition
 from open_mythos.train.tasks.khop import KHop
 from open_mythos.train.tasks.shards import Shards
+from open_mythos.train.tasks.stream import Stream
 from open_mythos.train.tasks.text import Text
 
-TASKS = {task.name: task for task in (Addition, KHop, Text, Shards)}
+TASKS = {task.name: task for task in (Addition, KHop, Text, Shards, Stream)}
 
-__all__ = ["TASKS", "Addition", "KHop", "Shards", "Text"]
+__all__ = ["TASKS", "Addition", "KHop", "Shards", "Stream", "Text"]
