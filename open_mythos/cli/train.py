@@ -11,7 +11,7 @@ from open_mythos.device import Device, Dtype
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text", "chat")
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -40,14 +40,17 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
-    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat. Any field of one can be given, as
+    in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None
     """Folder of the run; it must not hold one yet."""
     config: Path | None = None
     """A run's config.yaml, which reproduces that run."""
+    init_from: str | None = None
+    """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
+    recipe's."""
     device: Device = "auto"
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
@@ -74,14 +77,19 @@ def train(rest: list[str]) -> None:
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
 
+    if recipe == "chat" and args.init_from is None and not wants_help:
+        raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
+
     from open_mythos.recipes import load_recipe
     from open_mythos.train.config import TrainConfig
+    from open_mythos.train.init_from import adopt
 
+    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
     cfg = tyro.cli(
         TrainConfig,
         prog=f"mythos train {recipe or '--config FILE'} --out DIR",
         args=[*overrides, "--help"] if wants_help else overrides,
-        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
+        default=default if args.init_from is None else adopt(default, args.init_from),
         config=(tyro.conf.AvoidSubcommands,),
     )
     if args.out is None:

@@ -36,6 +36,8 @@ class GenerateArgs:
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""
     seed: int | None = None
+    chat: bool = False
+    """The prompt is a user's message, in the template that the recipe chat trains; only the answer is printed."""
     show_loops: bool = False
     """Colour every token by the loops it took."""
     compiled: bool = False
@@ -55,6 +57,7 @@ def generate(rest: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from open_mythos.chat import end_of_turn, render
     from open_mythos.model import OpenMythos
     from open_mythos.terminal import loop_legend, loop_style
     from open_mythos.tokenizer import TextStream, load_tokenizer
@@ -78,12 +81,14 @@ def generate(rest: list[str]) -> None:
         nonlocal started
         if not started:
             # Not before: an argument may yet be refused.
-            write(args.prompt)
+            write("" if args.chat else args.prompt)
             started = True
         write(stream.push(token), loop_style(loops, most))
 
+    prompt = render([{"role": "user", "content": args.prompt}], tokenizer, reply=True)[0] if args.chat else args.prompt
+    end = end_of_turn(tokenizer) if args.chat else tokenizer.eos_id
     _, loops = model.generate(
-        args.prompt,
+        prompt,
         args.max_new_tokens,
         args.n_loops,
         args.temperature,
@@ -93,7 +98,7 @@ def generate(rest: list[str]) -> None:
         repetition_penalty=args.repetition_penalty,
         exit=args.exit,
         exit_threshold=args.exit_threshold,
-        stop=args.stop if tokenizer.eos_id is None else (*args.stop, tokenizer.eos_id),
+        stop=args.stop if end is None else (*args.stop, end),
         tokenizer=tokenizer,
         seed=args.seed,
         on_token=show,

@@ -33,6 +33,7 @@ from open_mythos.train.checkpoint import (
 )
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.evaluate import evaluate
+from open_mythos.train.init_from import load_initial
 from open_mythos.train.losses import total_loss
 from open_mythos.train.metrics import MetricsWriter, ProgressLine
 from open_mythos.train.optim import build_optimizers, set_lr
@@ -99,6 +100,8 @@ class Trainer:
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         if resume and (newest := self.checkpoints.newest()) is not None:
             self._restore(newest)
+        elif cfg.init_from is not None:
+            load_initial(self.model, self.tokenizer, cfg.init_from)
         self._hooks: list[tuple[Hook, int]] = []
         if cfg.eval.every:
             self.add_hook(Trainer.validate, cfg.eval.every)
