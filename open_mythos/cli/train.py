@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -60,6 +61,8 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none."""
 
@@ -96,10 +99,20 @@ def train(rest: list[str]) -> None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
-    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    trackers = make_trackers(args.track)
+    trainer = Trainer(
+        cfg,
+        args.out,
+        device=args.device,
+        threads=args.threads,
+        keeping=keeping,
+        resume=args.resume,
+        trackers=trackers,
+    )
     try:
         final = trainer.run()
     except Interrupted as interrupted:

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,9 +35,10 @@ from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.init_from import load_initial
 from open_mythos.train.losses import total_loss
-from open_mythos.train.metrics import MetricsWriter, ProgressLine
+from open_mythos.train.metrics import MetricsWriter, ProgressLine, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.rng import Purpose, stream
+from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
@@ -57,6 +58,7 @@ class Trainer:
         progress: whether to show the live line in a terminal.
         keeping: when to save checkpoints.
         resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
+        trackers: get what metrics.jsonl gets; see `make_trackers`.
 
     Raises:
         ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
@@ -73,8 +75,10 @@ class Trainer:
         progress: bool = True,
         keeping: Keeping | None = None,
         resume: bool = False,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.cfg = cfg
+        self.trackers = trackers
         self.out_dir = Path(out_dir)
         self._check_folder(resume)
         self.keeping = keeping or Keeping()
@@ -125,11 +129,13 @@ class Trainer:
         final = self.out_dir / "final"
         if final.exists():
             return final
+        metrics = self.out_dir / "metrics.jsonl"
+        tracking = Tracking(self.trackers, Run(cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics)))
         self.out_dir.mkdir(parents=True, exist_ok=True)
         if not (self.out_dir / "config.yaml").exists():
             write_text(self.out_dir / "config.yaml", cfg.to_yaml())
         with (
-            MetricsWriter(self.out_dir / "metrics.jsonl", self.steps_done) as writer,
+            MetricsWriter(metrics, self.steps_done, tracking) as writer,
             ProgressLine(cfg.steps, cfg.data.name, self.progress, self.steps_done) as line,
             _signals(self.keeping.every > 0) as signalled,
         ):
