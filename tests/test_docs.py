@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -83,6 +84,10 @@ def commands(path: Path) -> list[list[str]]:
 def test_mythos_commands_work(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each document's commands, one after the other in an empty folder; training is cut to two steps."""
     monkeypatch.chdir(tmp_path)
+    # The files of a reader's own that commands name.
+    Path("text.txt").write_text("She had been forced into prudence in her youth. " * 50)
+    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(99)]
+    Path("chat.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
     for program, *args in commands(path):
         if program != "mythos":
             continue
