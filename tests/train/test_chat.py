@@ -132,8 +132,21 @@ def test_refuses(sums: str) -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text model of two steps, over a BPE."""
     folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text("Who wrote Persuasion? What is a loop? It is one application of the block. " * 30)
     small = ["--model.dim", "64", "--model.vocab-size", "320", "--data.kind", "bpe", "--data.bpe-vocab-size", "320"]
-    command = ["train", "tiny-text", "--out", str(folder / "run"), "--steps", "2", *small, "--data.seq-len", "32"]
+    command = [
+        "train",
+        "tiny-text",
+        "--out",
+        str(folder / "run"),
+        "--steps",
+        "2",
+        *small,
+        "--data.path",
+        str(folder / "text.txt"),
+        "--data.seq-len",
+        "32",
+    ]
     assert main([*command, "--device", "cpu", "--threads", "1"]) == 0
     return folder / "run" / "final"
 
