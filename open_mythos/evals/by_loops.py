@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -43,6 +44,8 @@ def evaluate_files(
 
     Args:
         text: files, or folders of files, as `mythos prepare-data` reads them.
+        context: tokens of a window; None: those of a row that the model was trained on, where the run's config.yaml
+            stands beside its folder, else `max_seq_len`.
         n_loops: none: 1, 2, 4 and so on up to twice the model's `max_loop_iters`; 1 for a plain transformer.
         out: None: FOLDER/eval.
 
@@ -61,7 +64,8 @@ def evaluate_files(
         # No clock decides what is computed with what, so that the same call gives the same numbers.
         model.recurrent.compaction = "counts"
     texts, skipped = read_texts(text, column)
-    context = context or cfg.max_seq_len
+    if context is None:
+        context = trained_context(folder) or cfg.max_seq_len
     n_windows = len(windows(tokenizer, texts, context))
     scores: list[TextScore] = []
     with Progress(disable=not progress, transient=True) as bar:
@@ -110,9 +114,20 @@ def evaluate_files(
     write_text(out / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
     for ending in (".png", ".svg"):
         values = [score.bits_per_byte for score in scores]
-        title = f"{results['bytes']:,} bytes of text" + (f", exit={exit}" if exit else "")
+        title = f"{results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
         loop_curve(values, [score.n_loops for score in scores], out / (FIGURE + ending), "bits per byte", title)
     return results
+
+
+def trained_context(folder: Path) -> int | None:
+    """Tokens of a row that the model was trained on, from RUN/config.yaml for RUN/final; None where that says nothing.
+
+    Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
+    """
+    path = folder.resolve().parent / "config.yaml"
+    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = run.get("data") if isinstance(run, dict) else None
+    return data.get("seq_len") if isinstance(data, dict) else None
 
 
 def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], dict[str, int]]:

@@ -10,7 +10,7 @@ import torch
 from open_mythos.assets import novel
 from open_mythos.cli import main
 from open_mythos.evals.bits_per_byte import bits_per_byte, cut
-from open_mythos.evals.by_loops import evaluate_files
+from open_mythos.evals.by_loops import evaluate_files, trained_context
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, Tokenizer
 from tests.models import scaled, tiny
 
@@ -94,6 +94,21 @@ def test_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=named):
             call()
+
+
+def test_windows_are_as_long_as_the_rows_of_training(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "final"
+    scaled(tiny(vocab_size=259)).save_pretrained(folder)
+    ByteTokenizer().save(folder)
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    evaluation = {"n_loops": [1], "device": "cpu", "progress": False}
+    assert evaluate_files(folder, [str(tmp_path / "text.txt")], **evaluation)["context"] == 64
+    config = folder.parent / "config.yaml"
+    config.write_text("data: {task: text, seq_len: 20}")
+    assert evaluate_files(folder, [str(tmp_path / "text.txt")], **evaluation)["context"] == 20
+    for other in ("data: {task: addition}", "[1, 2]", ""):
+        config.write_text(other)
+        assert trained_context(folder) is None
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
