@@ -144,8 +144,8 @@ class EvalArgs:
     """Rule that lets a token leave the loop early; left out: the model's own."""
     exit_threshold: float | None = None
     context: int | None = None
-    """Tokens of a window, half of which at least precede each token; left out: those of a row of training, where FOLDER is
-    RUN/final, else the model's max_seq_len."""
+    """Tokens of a window, half of which at least precede each token; left out: those of a row of training, where
+    FOLDER is RUN/final, else the model's max_seq_len."""
     column: str = "text"
     """Field of a JSON line, or column of a parquet file, with the text."""
     device: Device = "auto"

@@ -65,8 +65,9 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Windows
     """The windows of all texts, the longest first, so that those of a call are of about one length.
 
     Raises:
-        ValueError: the texts are empty, or the tokenizer has no end token for them to begin after.
+        ValueError: the texts are empty, the tokenizer has no end token for them to begin after, or `context` is below 1.
     """
+    check_int("context", context, 1)
     if tokenizer.eos_id is None:
         raise ValueError("the tokenizer has no end token, which a text begins after; use one that has")
     found: Windows = []
