@@ -65,7 +65,7 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Windows
     """The windows of all texts, the longest first, so that those of a call are of about one length.
 
     Raises:
-        ValueError: the texts are empty, the tokenizer has no end token for them to begin after, or `context` is below 1.
+        ValueError: the texts are empty, `context` is below 1, or the tokenizer has no end token to begin after.
     """
     check_int("context", context, 1)
     if tokenizer.eos_id is None:
