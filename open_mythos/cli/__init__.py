@@ -4,7 +4,7 @@ import sys
 
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.train import demo, train
-from open_mythos.cli.use import generate, info
+from open_mythos.cli.use import evaluate, generate, info
 
 
 def main(args: list[str] | None = None) -> int:
@@ -41,5 +41,6 @@ COMMANDS = {
     "train-tokenizer": train_tokenizer,
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "info": info,
 }

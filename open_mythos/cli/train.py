@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -11,7 +12,7 @@ from open_mythos.device import Device, Dtype
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text", "chat")
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -40,14 +41,17 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
-    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat. Any field of one can be given, as
+    in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None
     """Folder of the run; it must not hold one yet."""
     config: Path | None = None
     """A run's config.yaml, which reproduces that run."""
+    init_from: str | None = None
+    """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
+    recipe's."""
     device: Device = "auto"
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
@@ -57,6 +61,8 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none."""
     workers: int = 0
@@ -76,23 +82,30 @@ def train(rest: list[str]) -> None:
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
 
+    if recipe == "chat" and args.init_from is None and not wants_help:
+        raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
+
     from open_mythos.recipes import load_recipe
     from open_mythos.train.config import TrainConfig
+    from open_mythos.train.init_from import adopt
 
+    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
     cfg = tyro.cli(
         TrainConfig,
         prog=f"mythos train {recipe or '--config FILE'} --out DIR",
         args=[*overrides, "--help"] if wants_help else overrides,
-        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
+        default=default if args.init_from is None else adopt(default, args.init_from),
         config=(tyro.conf.AvoidSubcommands,),
     )
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
+    trackers = make_trackers(args.track)
     trainer = Trainer(
         cfg,
         args.out,
@@ -101,6 +114,7 @@ def train(rest: list[str]) -> None:
         keeping=keeping,
         resume=args.resume,
         workers=args.workers,
+        trackers=trackers,
     )
     try:
         final = trainer.run()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from open_mythos.recipes.adaptive import adaptive_text
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
+from open_mythos.recipes.chat import chat
 from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.text import tiny_text
 from open_mythos.train.config import TrainConfig
@@ -17,6 +18,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
     "adaptive-text": adaptive_text,
+    "chat": chat,
 }
 
 

@@ -16,7 +16,7 @@ from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import TASKS, Addition, KHop, Shards, Stream, Text
+from open_mythos.train.tasks import TASKS, Addition, Chat, KHop, Shards, Stream, Text
 
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""
@@ -46,7 +46,7 @@ class TrainConfig:
     """Everything that decides a run's result. Device and threads are not in it: they belong to the machine."""
 
     model: MythosConfig
-    data: Addition | KHop | Text | Shards | Stream
+    data: Addition | KHop | Text | Shards | Stream | Chat
     steps: int
     batch_size: int
     """Rows of one optimizer step."""
@@ -69,6 +69,8 @@ class TrainConfig:
     bit for bit, for less memory and more time."""
     compile: Literal["none", "block", "model"] = "none"
     """What torch.compile makes one graph of: the looped block, or the whole model, whose depth is then fixed."""
+    init_from: str | None = None
+    """Model folder, or repository of the Hugging Face hub, whose weights the run begins with."""
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
@@ -80,6 +82,8 @@ class TrainConfig:
         check_int("log_every", self.log_every, 1)
         check_bool("checkpoint_loops", self.checkpoint_loops)
         check_choice("compile", self.compile, ("none", "block", "model"))
+        if self.init_from is not None and (not isinstance(self.init_from, str) or not self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be a folder; use init_from='runs/text/final'")
         self._check_fit()
 
     def _check_fit(self) -> None:

@@ -9,12 +9,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.data import Batch
 from open_mythos.train.rng import Purpose, stream
+from open_mythos.train.tasks import Stream
 
 MAX_DEATHS, DEATH_WINDOW = 3, 100
 """Workers that may die within so many steps before the run gives up."""
@@ -38,26 +42,52 @@ class Steps(Dataset[Batch]):
         return cfg.data.batch(rng, cfg.batch_size, depths, first).take(slice(rows.start, rows.stop))
 
 
+@dataclass(frozen=True)
+class Windows(IterableDataset[tuple[Batch, Tensor]]):
+    """The same of a stream, whose rows go on where they stood: batches, each with the place behind it."""
+
+    data: Stream
+    rows: range
+    batch_size: int
+    place: Tensor | None
+    n_steps: int
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        state = None if self.place is None else self.place.numpy()
+        lanes = self.data.lanes(self.rows, self.batch_size, state)
+        for _ in range(self.n_steps):
+            yield lanes.next(), torch.from_numpy(lanes.state.copy())
+
+
 class Loader:
     """Batches from `first_step` on, in order."""
 
-    def __init__(self, cfg: TrainConfig, rows: range, first_step: int, workers: int = 0) -> None:
-        """Args: workers: processes that make batches; 0: this process does, when a batch is asked for."""
-        self.steps, self.next_step, self.workers = Steps(cfg, rows), first_step, workers
-        self.n_steps = cfg.steps
+    def __init__(
+        self, cfg: TrainConfig, rows: range, first_step: int, workers: int = 0, place: Tensor | None = None
+    ) -> None:
+        """Args:
+        workers: processes that make batches; 0: this process does, when a batch is asked for. A stream takes one.
+        place: (len(rows), k) int64, where the rows of a stream go on; None: at its beginning.
+        """
+        self.cfg, self.rows, self.next_step, self.place = cfg, rows, first_step, place
+        self.streams = isinstance(cfg.data, Stream)
+        self.workers = min(workers, 1) if self.streams else workers
         self._deaths: list[int] = []
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator | None = None
 
-    def _start(self) -> Iterator[Batch]:
+    def _start(self) -> Iterator:
+        options: dict[str, Any] = {"dataset": Steps(self.cfg, self.rows)}
+        if isinstance(self.cfg.data, Stream):
+            n_steps = self.cfg.steps - self.next_step
+            options["dataset"] = Windows(self.cfg.data, self.rows, self.cfg.batch_size, self.place, n_steps)
+        else:
+            options["sampler"] = range(self.next_step, self.cfg.steps)
+        if not self.workers:
+            dataset = options["dataset"]
+            return iter(dataset) if self.streams else (dataset[step] for step in options["sampler"])
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(
-            DataLoader(
-                self.steps,
-                batch_size=None,
-                sampler=range(self.next_step, self.n_steps),
-                num_workers=self.workers,
-                worker_init_fn=_leave_signals_to_the_run,
-            )
+            DataLoader(**options, batch_size=None, num_workers=self.workers, worker_init_fn=_leave_signals_to_the_run)
         )
         # torch's raises wherever the main thread stands when a worker dies; waiting for the next batch does so too.
         if threading.current_thread() is threading.main_thread():
@@ -71,9 +101,10 @@ class Loader:
 
         Raises:
             RuntimeError: workers die again and again.
+            ValueError: a stream is asked for another step than the next.
         """
-        if not self.workers:
-            return self.steps[step]
+        if step != self.next_step and self.streams:
+            raise ValueError(f"step={step} of a stream cannot be read now; the next is {self.next_step}")
         if self._batches is None or step != self.next_step:
             self.next_step, self._batches = step, self._start()
         while True:
@@ -93,6 +124,8 @@ class Loader:
                 self._batches = self._start()
                 continue
             self.next_step += 1
+            if self.streams:
+                batch, self.place = batch
             return batch
 
 

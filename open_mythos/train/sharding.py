@@ -24,7 +24,7 @@ from open_mythos.nn.init import init_weights
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.pieces import Piece
+from open_mythos.train.pieces import Piece, Stored
 
 DRAWN_AT_ONCE = 2**24
 """Values of a parameter that exist in full, beyond the piece that is kept, while it is drawn."""
@@ -120,6 +120,18 @@ class Spread:
         return {
             name: self.piece(own.get(name, x)) for name, x in self.model.state_dict().items() if name != "head.weight"
         }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take this process's pieces of a whole model's tensors."""
+        for name, piece in self.pieces().items():
+            piece.local.copy_(state[name][piece.start : piece.start + len(piece.local)])
+
+    @torch.no_grad()
+    def restore(self, stored: Stored) -> None:
+        """Take this process's pieces of what any number of processes have stored of a model."""
+        for name, piece in self.pieces().items():
+            piece.local.copy_(stored.read("model", name, piece.start, len(piece.local)))
 
     def full_state(self) -> dict[str, Tensor]:
         """The whole model's tensors on the CPU, on the first process; an empty dictionary on the others.

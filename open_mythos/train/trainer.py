@@ -12,7 +12,7 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,13 +37,15 @@ from open_mythos.train.data import IGNORE, Batch
 from open_mythos.train.distributed import World
 from open_mythos.train.evaluate import Score, evaluate
 from open_mythos.train.guard import Guard
+from open_mythos.train.init_from import read_initial
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
-from open_mythos.train.metrics import MetricsWriter, ProgressLine
+from open_mythos.train.metrics import MetricsWriter, ProgressLine, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.sharding import Spread
+from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
@@ -64,6 +66,7 @@ class Trainer:
         keeping: when to save checkpoints.
         resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
         workers: processes that make batches ahead of time; 0: none.
+        trackers: get what metrics.jsonl gets; see `make_trackers`.
 
     Raises:
         ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
@@ -82,8 +85,10 @@ class Trainer:
         keeping: Keeping | None = None,
         resume: bool = False,
         workers: int = 0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.cfg = cfg
+        self.trackers = trackers
         self.out_dir = Path(out_dir)
         self.keeping = keeping or Keeping()
         self.device = setup_device(device, threads)
@@ -108,10 +113,13 @@ class Trainer:
             self.steps_done = 0
             """Of this run, before and after a resume."""
             self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping, self.world, self._describe)
-            if resume and (newest := self.checkpoints.newest()) is not None:
-                self._restore(newest)
             self.rows = self.world.rows(cfg.batch_size)
-            self.loader = Loader(cfg, self.rows, self.steps_done, workers)
+            place = None
+            if resume and (newest := self.checkpoints.newest()) is not None:
+                place = self._restore(newest)
+            elif cfg.init_from is not None:
+                self.spread.load(read_initial(cfg.model, self.tokenizer, cfg.init_from))
+            self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
             self._signalled: list[int] = []
             self._stopping = False
             self._hooks: list[tuple[Hook, int]] = []
@@ -140,10 +148,9 @@ class Trainer:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             if self.world.is_first and not (self.out_dir / "config.yaml").exists():
                 write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
-            path = self.out_dir / "metrics.jsonl" if self.world.is_first else None
-            shown = self.progress and self.world.is_first
+            metrics, shown = self.out_dir / "metrics.jsonl", self.progress and self.world.is_first
             with (
-                MetricsWriter(path, self.steps_done) as writer,
+                self._writer(metrics) as writer,
                 ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
                 _signals(self.keeping.every > 0, self._signalled),
             ):
@@ -154,6 +161,12 @@ class Trainer:
                 save_model_folder(self.cfg.model, state, self.tokenizer, final)
             self.world.leave()
             return final
+
+    def _writer(self, path: Path) -> MetricsWriter:
+        if not self.world.is_first:
+            return MetricsWriter(None)
+        run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(path))
+        return MetricsWriter(path, self.steps_done, Tracking(self.trackers, run))
 
     def _loop(self, writer: MetricsWriter, line: ProgressLine) -> None:
         cfg = self.cfg
@@ -217,18 +230,20 @@ class Trainer:
         held = self._held()
         for i, optimizer in enumerate(self.optimizers):
             groups[f"optimizer{i}"] = optimizer_pieces(optimizer, held)
+        if self.loader.place is not None:
+            groups["data"] = {"place": Piece(self.loader.place, self.rows.start, self.cfg.batch_size)}
         self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state()})
 
-    @torch.no_grad()
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path) -> Tensor | None:
+        """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
         # Whatever is random in a step is made from the seed, the step and the row, so there is no more state than this.
         stored, state, held = Stored(folder), read_state(folder), self._held()
         self.steps_done = state["step"]
         self.guard.restore(state["guard"])
-        for name, piece in self.spread.pieces().items():
-            piece.local.copy_(stored.read("model", name, piece.start, len(piece.local)))
+        self.spread.restore(stored)
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, held, stored, f"optimizer{i}")
+        return stored.read("data", "place", self.rows.start, len(self.rows)) if stored.names("data") else None
 
     def _check_folder(self, resume: bool) -> None:
         path = self.out_dir / "config.yaml"

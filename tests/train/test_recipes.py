@@ -12,10 +12,14 @@ from open_mythos.train.config import EvalConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.trainer import Trainer
 
+CONVERSATIONS = str(Path(__file__).parent / "chat.jsonl")
+
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_a_step(name: str, tmp_path: Path) -> None:
     cfg = dataclasses.replace(RECIPES[name](), steps=1, batch_size=2, eval=EvalConfig())
+    if name == "chat":
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=(CONVERSATIONS,), held_out=0))
     Trainer(cfg, tmp_path, device="cpu", progress=False).run()
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["train/loss"] > 0
 
