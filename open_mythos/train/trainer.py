@@ -145,12 +145,17 @@ class Trainer:
             final = self.out_dir / "final"
             if self.world.agree({"configuration": _hash(self.cfg.to_yaml().encode())}, int(final.exists())):
                 return final
+            metrics = tracking = None
+            if self.world.is_first:
+                metrics = self.out_dir / "metrics.jsonl"
+                run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics))
+                tracking = Tracking(self.trackers, run)
+            shown = self.progress and self.world.is_first
             self.out_dir.mkdir(parents=True, exist_ok=True)
             if self.world.is_first and not (self.out_dir / "config.yaml").exists():
                 write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
-            metrics, shown = self.out_dir / "metrics.jsonl", self.progress and self.world.is_first
             with (
-                self._writer(metrics) as writer,
+                MetricsWriter(metrics, self.steps_done, tracking) as writer,
                 ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
                 _signals(self.keeping.every > 0, self._signalled),
             ):
@@ -161,12 +166,6 @@ class Trainer:
                 save_model_folder(self.cfg.model, state, self.tokenizer, final)
             self.world.leave()
             return final
-
-    def _writer(self, path: Path) -> MetricsWriter:
-        if not self.world.is_first:
-            return MetricsWriter(None)
-        run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(path))
-        return MetricsWriter(path, self.steps_done, Tracking(self.trackers, run))
 
     def _loop(self, writer: MetricsWriter, line: ProgressLine) -> None:
         cfg = self.cfg
