@@ -126,11 +126,11 @@ class TrainConfig:
                 f"parallel.experts={self.parallel.experts} must divide model.n_experts={model.n_experts} of a "
                 "recurrent block; use parallel.experts=1, or another number of either"
             )
-        one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps
+        one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps and not self.loops.mean_ramp_steps
         if self.compile == "model" and model.recurrent_layers and not one_depth:
             raise ValueError(
-                "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without loops.ramp_steps, "
-                f"not {self.loops.law!r} with {self.loops.ramp_steps}; use compile='block' with loops.per='batch'"
+                "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without a ramp, not "
+                f"{self.loops.law!r} with {self.loops.ramp_steps or self.loops.mean_ramp_steps}; use compile='block' with loops.per='batch'"
             )
         same_rows = self.loops.law == "fixed" or self.loops.per == "batch"
         if self.compile == "block" and not (model.recurrent_layers and model.halting == "none" and same_rows):

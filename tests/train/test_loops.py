@@ -43,15 +43,44 @@ def test_uniform_covers_its_range() -> None:
 
 
 @pytest.mark.parametrize("cfg", LAWS.values(), ids=LAWS)
-def test_depends_on_seed_step_and_row_alone(cfg: LoopsConfig) -> None:
+def test_depends_on_seed_and_step_alone(cfg: LoopsConfig) -> None:
     whole = cfg.depths(seed=7, step=11, rows=64)
     assert np.array_equal(whole, cfg.depths(seed=7, step=11, rows=64))
-    # Row i is the same in a batch of any size, so how the batch is cut into micro-batches or ranks does not matter.
-    for rows in (1, 7, 63):
-        assert np.array_equal(whole[:rows], cfg.depths(seed=7, step=11, rows=rows))
     if cfg.law != "fixed":
         assert not np.array_equal(whole, cfg.depths(seed=7, step=12, rows=64))
         assert not np.array_equal(whole, cfg.depths(seed=8, step=11, rows=64))
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(2, 8), (64, 8), (48, 10), (7, 9)])
+def test_processes_have_about_equal_work(processes: int, rows: int) -> None:
+    """What the largest share has over the mean one, against rows that are only drawn."""
+    cfg, worst = LAWS["poisson"], {"dealt": 0.0, "drawn": 0.0}
+    for step in range(200):
+        depths = cfg.depths(0, step, processes * rows)
+        drawn = np.random.default_rng(step).permutation(depths)
+        for name, x in (("dealt", depths), ("drawn", drawn)):
+            worst[name] += x.reshape(processes, rows).sum(1).max() / x.sum() * processes - 1
+    assert worst["dealt"] < 0.6 * worst["drawn"]
+
+
+def test_every_row_gets_every_depth() -> None:
+    """Dealing favours no place in the batch."""
+    depths = np.array([LAWS["poisson"].depths(0, step, 24) for step in range(4000)])
+    assert np.abs(depths.mean(0) - 4).max() < 0.15
+    assert np.abs(depths.std(0) - np.sqrt(3)).max() < 0.15
+
+
+@pytest.mark.parametrize("law", ["fixed", "uniform", "poisson", "poisson_lognormal"])
+def test_a_mean_that_rises(law: str) -> None:
+    cfg = LoopsConfig(law, 8, mean_ramp_steps=100)
+    means = [cfg.mean_at(step) for step in range(101)]
+    assert means[0] == 1 and means[75] == pytest.approx(1 + 7 / 2) and means[100] == 8
+    assert means == sorted(means)
+    first, half, last = (cfg.depths(0, step, 20_000).mean() for step in (0, 75, 100))
+    extra = 1 if law == "poisson_lognormal" else 0
+    assert first == pytest.approx(1 + extra, abs=0.05)
+    assert half == pytest.approx(5 if law == "fixed" else 4.5 + extra, rel=0.02)
+    assert last == pytest.approx(8 + extra, rel=0.02)
 
 
 def test_one_depth_per_batch() -> None:
