@@ -128,9 +128,10 @@ class TrainConfig:
             )
         one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps and not self.loops.mean_ramp_steps
         if self.compile == "model" and model.recurrent_layers and not one_depth:
+            ramp = self.loops.ramp_steps or self.loops.mean_ramp_steps
             raise ValueError(
                 "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without a ramp, not "
-                f"{self.loops.law!r} with {self.loops.ramp_steps or self.loops.mean_ramp_steps}; use compile='block' with loops.per='batch'"
+                f"{self.loops.law!r} with {ramp}; use compile='block' with loops.per='batch'"
             )
         same_rows = self.loops.law == "fixed" or self.loops.per == "batch"
         if self.compile == "block" and not (model.recurrent_layers and model.halting == "none" and same_rows):

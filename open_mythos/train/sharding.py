@@ -26,7 +26,7 @@ from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
 from open_mythos.train.pieces import Piece, Stored
 
-DRAWN_AT_ONCE = 2**24
+DRAWN_AT_ONCE = 2**22
 """Values of a parameter that exist in full, beyond the piece that is kept, while it is drawn."""
 
 

@@ -1,17 +1,21 @@
 """Several processes against one: the same numbers, whatever is spread over them and how."""
 
+import dataclasses
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from open_mythos.accounting import count_parameters
 from open_mythos.model import OpenMythos
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.distributed import ParallelConfig
+from open_mythos.train.distributed import ParallelConfig, World
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
+from open_mythos.train.sharding import DRAWN_AT_ONCE, Spread
 from open_mythos.train.tasks import Addition
 from open_mythos.train.trainer import Trainer
 from tests.models import tiny
@@ -79,3 +83,47 @@ def test_equal_to_one_process(tmp_path: Path, model: str, spread: str) -> None:
     train(str(tmp_path / "one"), config(model))
     run_ranks(size, train, str(tmp_path / "many"), config(model, parallel))
     assert_close(tmp_path / "many", tmp_path / "one", 1e-8 if "fsdp" in parallel.kind else 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["fsdp", "experts", "experts twice"])
+@pytest.mark.parametrize("changes", [{"checkpoint_loops": True}, {"optim": OptimConfig("adamw", lr=3e-3)}], ids=str)
+def test_equal_to_one_process_also(tmp_path: Path, spread: str, changes: dict) -> None:
+    size, parallel = SPREADS[spread]
+    train(str(tmp_path / "one"), config("act", **changes))
+    run_ranks(size, train, str(tmp_path / "many"), config("act", parallel, **changes))
+    assert_close(tmp_path / "many", tmp_path / "one", 1e-8)
+
+
+@pytest.mark.parametrize("spread", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_first_step_in_float32(tmp_path: Path, spread: str) -> None:
+    size, parallel = SPREADS[spread]
+    train(str(tmp_path / "one"), config(dtype="float32", steps=1))
+    run_ranks(size, train, str(tmp_path / "many"), config(dtype="float32", steps=1, parallel=parallel))
+    one, many = (numbers(tmp_path / name)[0]["train/loss"] for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=1e-6)
+
+
+def build(folder: str, cfg: TrainConfig) -> None:
+    """Write how many bytes of memory it takes to make this process's part of the model."""
+    world = World(torch.device("cpu"), cfg.parallel)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spread = Spread(cfg, world, torch.device("cpu"))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    (Path(folder) / f"{cfg.parallel.kind}{world.rank}").write_text(str(grown * 1024))
+    assert sum(p.numel() for p in spread.model.parameters()) == count_parameters(cfg.model).total
+    world.leave()
+
+
+@pytest.mark.slow
+def test_a_process_never_holds_the_whole_model(tmp_path: Path) -> None:
+    """Of 4 bytes a parameter each of two processes needs half, and room to draw one piece."""
+    model = tiny(dim=512, vocab_size=100_000, n_experts=16, expert_dim=2048, prelude_layers=0, coda_layers=0)
+    cfg = config(model="poisson", dtype="float32")
+    cfg = dataclasses.replace(cfg, model=model, losses=LossConfig(), loops=LoopsConfig())
+    run_ranks(1, build, str(tmp_path), cfg)
+    run_ranks(2, build, str(tmp_path), dataclasses.replace(cfg, parallel=ParallelConfig("fsdp")))
+    whole = 4 * count_parameters(model).total
+    one, *many = (int((tmp_path / name).read_text()) for name in ("ddp0", "fsdp0", "fsdp1"))
+    assert one > 0.95 * whole
+    assert max(many) < 0.5 * whole + 3 * 4 * DRAWN_AT_ONCE + 2**25
