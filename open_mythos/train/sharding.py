@@ -179,14 +179,14 @@ class DrawnInPieces(TorchFunctionMode):
 
 @torch.no_grad()
 def _draw(p: Tensor, piece: Piece, std: float) -> Tensor:
-    local, rest = piece.local, piece.local.shape[1:]
-    per_row = math.prod(rest)
+    per_row = math.prod(piece.local.shape[1:])
+    total, begin = piece.rows * per_row, piece.start * per_row
+    local = piece.local.view(-1)
     # torch draws in blocks of 16 on a CPU, so pieces of whole blocks are what one draw of everything would give.
-    at_once = max(16, DRAWN_AT_ONCE // per_row // 16 * 16)
-    stops = [*range(at_once, piece.rows - 15, at_once), piece.rows]
+    stops = [*range(DRAWN_AT_ONCE, total - 15, DRAWN_AT_ONCE), total]
     for start, stop in zip([0, *stops], stops, strict=False):
-        rows = torch.empty(stop - start, *rest, device=local.device).normal_(0, std)
-        first, last = max(start, piece.start), min(stop, piece.start + len(local))
+        values = torch.empty(stop - start, device=local.device).normal_(0, std)
+        first, last = max(start, begin), min(stop, begin + len(local))
         if first < last:
-            local[first - piece.start : last - piece.start] = rows[first - start : last - start].to(local.dtype)
+            local[first - begin : last - begin] = values[first - start : last - start].to(local.dtype)
     return p
