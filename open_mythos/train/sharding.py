@@ -38,6 +38,8 @@ class Spread:
 
     def __init__(self, cfg: TrainConfig, world: World, device: torch.device) -> None:
         self.world, self.sharded = world, cfg.parallel.kind == "fsdp"
+        self.experts: list[nn.Parameter] = []
+        """The parameters of which each process of an expert group holds some experts; none if they are not spread."""
         self.n_replicas = world.size // cfg.parallel.experts
         dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         torch.manual_seed(cfg.seed)
@@ -52,6 +54,7 @@ class Spread:
             # Validation too reads no clock, so that a run repeated gives the same metrics bit for bit.
             self.model.recurrent.compaction = "counts"
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
+        self._copies = [(p, self.piece(p).copies) for p in self.model.parameters()]
         self.forward: Callable[..., Any] = self.model
         if cfg.compile != "none":
             self.forward = compile_model(self.model, cfg.compile)
@@ -68,13 +71,15 @@ class Spread:
             for ffn in self._mixtures():
                 ffn.experts.spread_over(self.mesh["expert"].get_group())
         mesh = init_device_mesh(device.type, (self.world.size,))
-        experts = set(self.expert_parameters())
+        experts = {p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()}
         # One unit for the whole loop: it is gathered once per pass, and ranks may differ in their loops.
         units = [*model.prelude, *([] if model.recurrent is None else [model.recurrent]), *model.coda, model]
         for unit in units:
             fully_shard(unit, mesh=mesh, ignored_params=experts)
         model.to_empty(device=device)
         model.head.weight = model.embed.weight
+        # Memory makes other parameters of those that had none.
+        self.experts = [p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()]
         with DrawnInPieces(self):
             init_weights(model, cfg.model)
 
@@ -82,16 +87,12 @@ class Spread:
         blocks = [] if self.model.recurrent is None else self.model.recurrent.blocks
         return [block.ffn for block in blocks if isinstance(block.ffn, MoEFFN)]
 
-    def expert_parameters(self) -> list[nn.Parameter]:
-        """The parameters of which each process of an expert group holds some experts; none if they are not spread."""
-        return [p for ffn in self._mixtures() if ffn.experts.group is not None for p in ffn.experts.parameters()]
-
     def piece(self, p: Tensor) -> Piece:
         """What this process holds of parameter `p`."""
         if isinstance(p, DTensor):
             each = math.ceil(p.shape[0] / self.world.size)
             return Piece(p.to_local(), min(self.world.rank * each, p.shape[0]), p.shape[0])
-        if any(p is one for one in self.expert_parameters()):
+        if any(p is one for one in self.experts):
             place = self.mesh["expert"].get_local_rank()
             return Piece(p, place * p.shape[0], p.shape[0] * self.mesh["expert"].size(), self.n_replicas)
         return Piece(p, 0, p.shape[0], self.world.size)
@@ -103,7 +104,7 @@ class Spread:
 
     def reduce_experts(self) -> None:
         """Give the gradients of spread experts, which got what every process sent them, the scale of the others'."""
-        for p in self.expert_parameters():
+        for p in self.experts:
             if p.grad is not None:
                 if self.n_replicas > 1:
                     dist.all_reduce(p.grad, group=self.mesh["replica"].get_group())
@@ -111,7 +112,7 @@ class Spread:
 
     def gradients(self) -> list[tuple[Tensor, int]]:
         """This process's part of every gradient, and how many processes hold the same part."""
-        found = [(p.grad, self.piece(p).copies) for p in self.model.parameters() if p.grad is not None]
+        found = [(p.grad, copies) for p, copies in self._copies if p.grad is not None]
         return [(g.to_local() if isinstance(g, DTensor) else g, copies) for g, copies in found]
 
     def pieces(self) -> dict[str, Piece]:
