@@ -22,7 +22,8 @@ class Owners:
         for i in sorted(range(len(shapes)), key=lambda i: -math.prod(shapes[i])):
             self.owner[i] = load.index(min(load))
             load[self.owner[i]] += math.prod(shapes[i])
-        self.mine = [i for i, owner in enumerate(self.owner) if owner == self.rank]
+        self._owned = [[i for i, owner in enumerate(self.owner) if owner == rank] for rank in range(self.size)]
+        self.mine = self._owned[self.rank]
         """Numbers of the matrices that this process works on."""
 
     def _n_rows(self, i: int, rank: int) -> int:
@@ -35,11 +36,10 @@ class Owners:
 
     def gather(self, local: list[Tensor]) -> list[Tensor]:
         """This process's rows of every matrix -> the whole of each in `mine`."""
-        by_owner = [[i for i, owner in enumerate(self.owner) if owner == rank] for rank in range(self.size)]
-        sent = torch.cat([local[i].flatten() for owned in by_owner for i in owned])
+        sent = torch.cat([local[i].flatten() for owned in self._owned for i in owned])
         out = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
         got = sent.new_empty(sum(out))
-        into = [sum(local[i].numel() for i in owned) for owned in by_owner]
+        into = [sum(local[i].numel() for i in owned) for owned in self._owned]
         dist.all_to_all_single(got, sent, out, into, group=self.group)
         parts = [p.split([self._numel(i, rank) for i in self.mine]) for rank, p in enumerate(got.split(out))]
         return [
@@ -54,12 +54,11 @@ class Owners:
         ]
         sent = torch.cat([local[0].new_empty(0), *(p[rank].flatten() for rank in range(self.size) for p in pieces)])
         into = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
-        by_owner = [[i for i, owner in enumerate(self.owner) if owner == rank] for rank in range(self.size)]
-        out = [sum(local[i].numel() for i in owned) for owned in by_owner]
+        out = [sum(local[i].numel() for i in owned) for owned in self._owned]
         got = sent.new_empty(sum(out))
         dist.all_to_all_single(got, sent, out, into, group=self.group)
         back = [Tensor()] * len(local)
-        for owned, part in zip(by_owner, got.split(out), strict=True):
+        for owned, part in zip(self._owned, got.split(out), strict=True):
             for i, x in zip(owned, part.split([local[i].numel() for i in owned]), strict=True):
                 back[i] = x.view_as(local[i])
         return back
