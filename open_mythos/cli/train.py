@@ -11,7 +11,22 @@ from open_mythos.device import Device, Dtype
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
+RECIPES = (
+    "tiny-khop",
+    "tiny-addition",
+    "addition-dgx",
+    "tiny-text",
+    "adaptive-text",
+    "ablation-118m",
+    "parcae-style-140m",
+    "mythos-3b-fineweb-edu",
+    "mythos-1b",
+    "mythos-10b",
+    "mythos-50b",
+    "mythos-100b",
+    "mythos-500b",
+    "mythos-1t",
+)
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -40,8 +55,9 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
-    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text; and for text that is prepared first
+    ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, 10b, 50b, 100b, 500b, 1t. Any field of one can be
+    given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None

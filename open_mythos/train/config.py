@@ -10,6 +10,7 @@ import yaml
 from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
+from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
@@ -64,6 +65,7 @@ class TrainConfig:
     bit for bit, for less memory and more time."""
     compile: Literal["none", "block", "model"] = "none"
     """What torch.compile makes one graph of: the looped block, or the whole model, whose depth is then fixed."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
