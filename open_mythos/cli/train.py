@@ -6,28 +6,11 @@ from pathlib import Path
 
 import tyro
 
+from open_mythos.cli.run import read_run
 from open_mythos.device import Device, Dtype
 
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
-
-RECIPES = (
-    "tiny-khop",
-    "tiny-addition",
-    "addition-dgx",
-    "tiny-text",
-    "adaptive-text",
-    "ablation-118m",
-    "parcae-style-140m",
-    "mythos-3b-fineweb-edu",
-    "mythos-1b",
-    "mythos-10b",
-    "mythos-50b",
-    "mythos-100b",
-    "mythos-500b",
-    "mythos-1t",
-)
-"""The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
 @dataclass
@@ -56,8 +39,9 @@ class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
     Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text; and for text that is prepared first
-    ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, 10b, 50b, 100b, 500b, 1t. Any field of one can be
-    given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
+    mythos-500b, mythos-1t. Any field of one can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128;
+    `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None
@@ -79,27 +63,7 @@ class TrainArgs:
 
 def train(rest: list[str]) -> None:
     """train a recipe, or reproduce a run from its config.yaml"""
-    kept = [arg for arg in rest if arg not in ("-h", "--help")]
-    wants_help = len(kept) < len(rest)
-    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
-    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
-    place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
-    recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
-    if wants_help and not recipe:
-        tyro.cli(TrainArgs, prog="mythos train RECIPE", args=["--help"])
-    if bool(recipe) == (args.config is not None):
-        raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
-
-    from open_mythos.recipes import load_recipe
-    from open_mythos.train.config import TrainConfig
-
-    cfg = tyro.cli(
-        TrainConfig,
-        prog=f"mythos train {recipe or '--config FILE'} --out DIR",
-        args=[*overrides, "--help"] if wants_help else overrides,
-        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    args, _, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR")
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 

@@ -21,8 +21,8 @@ SEQ_LEN = 2048
 # Rows of one step: half a million tokens as published, and more for larger models, whose gradient is less noisy.
 _ROWS = {"1b": 256, "10b": 512, "50b": 1024, "100b": 2048, "500b": 2048, "1t": 4096}
 _TOKENS_PER_PARAMETER = 10
-_EXPERT_RANKS = {"10b": 8, "50b": 8, "100b": 16, "500b": 64, "1t": 64}
-"""Above 10b one rank cannot hold the gathered experts of a block."""
+_EXPERT_RANKS = {"10b": 8, "50b": 16, "100b": 64, "500b": 256, "1t": 512}
+"""Above 10b one GPU cannot hold the experts of a block beside their gradients."""
 
 
 def mythos_3b_fineweb_edu() -> TrainConfig:
@@ -76,7 +76,7 @@ def pretrain(variant: str) -> TrainConfig:
 
 
 def parcae_style_140m() -> TrainConfig:
-    """Parcae's 140M as far as this model can say it: 11.2 billion tokens, 2 + 2 looped + 2 layers, eight loops on average.
+    """Parcae's 140M as far as this model can say it: 11.2 billion tokens, 2, 2 and 2 layers, eight loops on average.
 
     As there: width 768 with 6 heads, normalised queries and keys, rotation base 50,000, vocabulary 32,768, diagonal
     injection on a normalised prelude output, a depth per row with the gradient of the last four loops, Muon and AdamW
