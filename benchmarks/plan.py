@@ -142,8 +142,8 @@ What `mythos plan` computes from a configuration beside what two training steps 
 - Parameters are exact for every recipe: tests/plan/test_plan.py builds each on the meta device.
 - FLOPs: all products that `torch.utils.flop_counter` sees in the second step. It sees those inside this package's own
   autograd functions; it is told of attention's kernel for CPUs, which it does not know, and which multiplies the whole
-  square. It knows no grouped products: in float32 on a CPU there are none, experts are products one by one. A GPU's path
-  is not counted here.
+  square. It knows no grouped products: on a CPU there are none, experts are products one by one. A GPU's path is not
+  counted here.
 - Memory: what torch allocates less what it frees, at its highest over two steps and the building of the model, from the
   profiler's allocation events: every tensor, and what operators take inside. The resident set would add what the C
   library's allocator keeps.

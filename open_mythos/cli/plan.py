@@ -12,8 +12,8 @@ from open_mythos.cli.run import read_run
 class PlanArgs:
     """What a run costs on given GPUs: parameters, memory, FLOPs, communication, days. Nothing is built.
 
-    Any field of the recipe can be given as in `mythos train`: --parallel.rows 2 --parallel.kind fsdp --checkpoint-loops
-    True --steps 1000.
+    Any field of the recipe can be given as in `mythos train`: --parallel.rows 2 --parallel.kind fsdp
+    --checkpoint-loops --steps 1000.
     """
 
     config: Path | None = None

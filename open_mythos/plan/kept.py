@@ -144,8 +144,9 @@ def _routed(cfg: MythosConfig, path: Path) -> float:
     gates = w * C if path.autocast else 0
     if path.device == "cpu":
         return router + gates + (w * D if path.autocast else 0) + w * C * 2 * F
-    # by_group: rows in the order of experts, gate and up, silu, the product, the result; two index vectors.
-    return router + gates + w * C * (D + 2 * F + F + F + D) + 2 * 8 * C
+    # by_group: rows in the order of experts, gate and up, silu, the product, the result in that order and back in the
+    # order of tokens; two index vectors.
+    return router + gates + w * C * (D + 2 * F + F + F + D + D) + 2 * 8 * C
 
 
 def _norm(width: int, value_bytes: int, path: Path) -> float:

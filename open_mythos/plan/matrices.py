@@ -35,4 +35,4 @@ def hidden_matrices(cfg: MythosConfig) -> Counter[tuple[int, int]]:
     for layers, shapes in ((cfg.prelude_layers + cfg.coda_layers, outer), (cfg.recurrent_layers, inner)):
         for shape, n in shapes.items():
             counts[shape] += layers * n
-    return counts
+    return +counts

@@ -204,7 +204,7 @@ def _changes(cfg: TrainConfig, gpus: int) -> Iterator[tuple[tuple[str, ...], Tra
     for n_rows, recompute, kind, experts in options:
         changes = []
         changes += [f"--parallel.rows {n_rows}"] if n_rows else []
-        changes += ["--checkpoint-loops True"] if recompute else []
+        changes += ["--checkpoint-loops"] if recompute else []
         changes += [f"--parallel.kind {kind}"] if kind else []
         changes += [f"--parallel.experts {experts}"] if experts else []
         parallel = replace(now, rows=n_rows or now.rows, kind=kind or now.kind, experts=experts or now.experts)
