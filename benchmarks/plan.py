@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from rich.progress import track
@@ -23,9 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from open_mythos.accounting import count_parameters
+from open_mythos.plan.depths import with_gradient
 from open_mythos.plan.flops import step_flops
+from open_mythos.plan.kept import Path
 from open_mythos.plan.memory import micro_batches, peak, rows_at_once
-from open_mythos.plan.path import Path
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.loops import LoopsConfig
@@ -103,6 +105,11 @@ def cases() -> dict[str, TrainConfig]:
     }
 
 
+def kept_loops(cfg: TrainConfig) -> np.ndarray:
+    """Of each row of the last step."""
+    return with_gradient(cfg.loops, cfg.loops.depths(cfg.seed, STEPS - 1, cfg.batch_size))
+
+
 def measure_flops(cfg: TrainConfig) -> Reading:
     """Of the second step."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +118,7 @@ def measure_flops(cfg: TrainConfig) -> Reading:
         with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
             trainer.train_step(1)
     depths = cfg.loops.depths(cfg.seed, 1, cfg.batch_size)
-    kept = depths.clip(None, cfg.loops.backprop_depth)
+    kept = with_gradient(cfg.loops, depths)
     planned = step_flops(cfg, Path.of(cfg, "cpu"), int(depths.sum()), int(kept.sum()))
     return Reading(planned.total, counter.get_total_flops())
 
@@ -128,7 +135,7 @@ def measure_memory(cfg: TrainConfig, rank: int = 0, world: int = 1) -> Reading:
         if event.name() == "[memory]":
             live += event.nbytes()
             highest = max(highest, live)
-    depths = cfg.loops.depths(cfg.seed, STEPS - 1, cfg.batch_size).clip(None, cfg.loops.backprop_depth)
+    depths = kept_loops(cfg)
     # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.
     each = depths.reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
     return Reading(peak(cfg, Path.of(cfg, "cpu"), world, int(each[rank].max())).total, highest)
@@ -160,8 +167,7 @@ def rows(chosen: dict[str, TrainConfig]) -> Iterator[str]:
     """Lines of the table, measured one by one."""
     for name, cfg in track(chosen.items(), description="measuring"):
         flops, memory = measure_flops(cfg), measure_memory(cfg)
-        depths = cfg.loops.depths(cfg.seed, STEPS - 1, cfg.batch_size).clip(None, cfg.loops.backprop_depth)
-        moment = peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(depths.sum())).moment
+        moment = peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).moment
         yield (
             f"| {name} | {count_parameters(cfg.model).total:,} | {flops.predicted / 1e9:.2f} G | "
             f"{flops.measured / 1e9:.2f} G | {flops.off:+.2%} | {memory.predicted / 1e6:.1f} MB | "

@@ -11,7 +11,7 @@ import pytest
 
 from open_mythos import demo
 from open_mythos.cli import COMMANDS, main
-from open_mythos.cli.run import RECIPES as NAMES
+from open_mythos.cli.train import RECIPES as NAMES
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from open_mythos.cli.run import read_run
+from open_mythos.cli.train import read_run
 
 
 @dataclass

@@ -36,7 +36,8 @@ def probabilities(loops: LoopsConfig) -> np.ndarray:
 def mean_loops(loops: LoopsConfig, window: bool = False) -> float:
     """Loops of a row, or with `window` those of them that have gradient."""
     p = probabilities(loops)
-    return float(_windowed(loops, np.arange(len(p)), window) @ p)
+    depth = np.arange(len(p))
+    return float((with_gradient(loops, depth) if window else depth) @ p)
 
 
 def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
@@ -45,7 +46,7 @@ def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
     A sum is passed over if `draws` micro-batches are expected to exceed it less than once.
     """
     p = probabilities(loops)
-    kept = _windowed(loops, np.arange(len(p)), True)
+    kept = with_gradient(loops, np.arange(len(p)))
     one = np.bincount(kept, weights=p)
     total, times = one, 1
     if loops.per == "batch":
@@ -58,8 +59,9 @@ def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
     return times * int(np.flatnonzero(beyond * draws >= 1 - 1e-9)[-1])
 
 
-def _windowed(loops: LoopsConfig, depth: np.ndarray, window: bool) -> np.ndarray:
-    return np.minimum(depth, loops.backprop_depth) if window and loops.backprop_depth else depth
+def with_gradient(loops: LoopsConfig, depth: np.ndarray) -> np.ndarray:
+    """How many of so many loops are inside the window of back-propagation."""
+    return np.minimum(depth, loops.backprop_depth) if loops.backprop_depth else depth
 
 
 def _one_more(p: np.ndarray) -> np.ndarray:

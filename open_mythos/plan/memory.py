@@ -1,7 +1,10 @@
 """Bytes that one rank holds at the moments of a training step that can be its highest.
 
 The sizes of weights, gradients and moments are exact; activations are those of plan/kept.py; what an operator needs for
-itself while it runs is counted for the largest operators only.
+itself while it runs is counted for the largest operators only. docs/results/plan.md has it against measurement.
+
+Of several ranks it is assumed: ddp reduces gradients where they are; fsdp gathers the recurrent block, an outer layer
+and the embedding whole, in the products' dtype, in which their gradients are summed, and reduces them in float32.
 """
 
 from dataclasses import dataclass
@@ -9,10 +12,8 @@ from dataclasses import dataclass
 from open_mythos.accounting import Parameters, count_parameters
 from open_mythos.config import MythosConfig
 from open_mythos.plan.depths import deepest
-from open_mythos.plan.flops import weights_met
-from open_mythos.plan.kept import Kept, around_loop, before_head, keys_and_values, one_loop, outer_block
-from open_mythos.plan.matrices import hidden_matrices
-from open_mythos.plan.path import Path
+from open_mythos.plan.flops import hidden_matrices, weights_met
+from open_mythos.plan.kept import Kept, Path, around_loop, before_head, keys_and_values, one_loop, outer_block
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.cross_entropy import CHUNK_BYTES
 
@@ -61,7 +62,7 @@ class Memory:
 
 
 def peak(cfg: TrainConfig, path: Path, n_gpus: int = 1, grad_loops: int | None = None) -> Memory:
-    """The highest of four moments.
+    """The highest moment of those that can be.
 
     Args:
         grad_loops: loops with gradient that the rows of a micro-batch have together; None: in the deepest micro-batch
@@ -148,6 +149,10 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
         again += Kept(routed=-loop.routed)
         name = "the backward pass of the last loop but one"
         found.append(moment(name, ticks - 1, again, prelude, stream, arrived + 2 * block + added))
+    if held.shards > 1:
+        # What is reduced is laid out anew, in float32.
+        name = "the reduce-scatter of the recurrent block"
+        found.append(moment(name, 0, Kept(), prelude, stream, arrived + block + s * held.block))
     update = {"working memory": _update_working(cfg, path, held)}
     return [*found, Memory("the update", standing | gradients | update)]
 

@@ -12,8 +12,8 @@ from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.plan.cards import CARDS, RESERVED_SHARE, Card, link_gb_s
 from open_mythos.plan.depths import mean_loops
 from open_mythos.plan.flops import StepFlops, step_flops
+from open_mythos.plan.kept import Path
 from open_mythos.plan.memory import Memory, micro_batches, peak, rows_at_once
-from open_mythos.plan.path import Path
 from open_mythos.plan.traffic import sent_bytes
 from open_mythos.train.config import TrainConfig
 

@@ -1,8 +1,8 @@
 """Bytes that one rank sends in a training step, by kind of exchange. Rings: each of n ranks sends (n - 1) / n of it."""
 
 from open_mythos.accounting import count_parameters
+from open_mythos.plan.kept import Path
 from open_mythos.plan.memory import micro_batches
-from open_mythos.plan.path import Path
 from open_mythos.train.config import TrainConfig
 
 

@@ -1,5 +1,5 @@
 """Recipes: a run is a function that returns its TrainConfig. A new one is one function, one line in this table and its
-name in `open_mythos/cli/run.py`, which does not import torch to know it.
+name in `open_mythos/cli/train.py`, which does not import torch to know it.
 """
 
 import difflib

@@ -10,8 +10,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.experts import StackedExperts, by_group
-from open_mythos.plan.kept import one_loop
-from open_mythos.plan.path import Path
+from open_mythos.plan.kept import Path, one_loop
 
 ROWS = 4
 SMALL = MythosConfig(

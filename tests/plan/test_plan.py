@@ -15,9 +15,9 @@ from open_mythos.model import OpenMythos
 from open_mythos.plan import make_plan
 from open_mythos.plan.cards import CARDS
 from open_mythos.plan.depths import deepest, mean_loops, probabilities
-from open_mythos.plan.matrices import hidden_matrices
+from open_mythos.plan.flops import hidden_matrices
+from open_mythos.plan.kept import Path
 from open_mythos.plan.memory import Held, peak
-from open_mythos.plan.path import Path
 from open_mythos.plan.traffic import sent_bytes
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
