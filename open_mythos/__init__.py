@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from open_mythos.config import MythosConfig as MythosConfig
     from open_mythos.convert import convert_open_mythos_0_5 as convert_open_mythos_0_5
-    from open_mythos.model import LoopTrace as LoopTrace
     from open_mythos.model import OpenMythos as OpenMythos
-    from open_mythos.model import TrainOutput as TrainOutput
     from open_mythos.nn.attention import GQAttention as GQAttention
     from open_mythos.nn.block import TransformerBlock as TransformerBlock
     from open_mythos.nn.cache import KVCache as KVCache
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from open_mythos.nn.norm import RMSNorm as RMSNorm
     from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
     from open_mythos.nn.rope import apply_rope as apply_rope
+    from open_mythos.outputs import LoopTrace as LoopTrace
+    from open_mythos.outputs import TrainOutput as TrainOutput
     from open_mythos.tokenizer import MythosTokenizer as MythosTokenizer
     from open_mythos.tokenizer import load_tokenizer as load_tokenizer
     from open_mythos.variants import VARIANTS as VARIANTS
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": ["MythosConfig"],
     "convert": ["convert_open_mythos_0_5"],
-    "model": ["LoopTrace", "OpenMythos", "TrainOutput"],
+    "model": ["OpenMythos"],
+    "outputs": ["LoopTrace", "TrainOutput"],
     "nn.attention": ["GQAttention"],
     "nn.block": ["TransformerBlock"],
     "nn.cache": ["KVCache"],

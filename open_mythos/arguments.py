@@ -66,6 +66,36 @@ def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
+def check_documents(documents: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> None:
+    """documents has to have the shape of input_ids and to count upwards in each row, and does not go with a cache."""
+    if documents is None:
+        return
+    if cache is not None:
+        raise ValueError(
+            "documents= does not go with cache=, which holds one document per row; leave documents out and give each "
+            "document a row of its own"
+        )
+    if not isinstance(documents, Tensor) or documents.dtype not in (torch.int64, torch.int32):
+        kind = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
+        raise TypeError(f"documents must be a (B, T) tensor of int64, not {kind}; number the documents of each row")
+    if tuple(documents.shape) != tuple(shape):
+        raise ValueError(
+            f"documents has shape {tuple(documents.shape)}, but numbers the tokens and so has input_ids' shape "
+            f"{tuple(shape)}"
+        )
+    # Numbers are looked at where that is free, as in check_ids.
+    no_numbers = documents.is_meta or type(documents) is not Tensor
+    if torch.compiler.is_compiling() or no_numbers or documents.is_cuda:
+        return
+    falls = (documents.diff(dim=1) < 0).nonzero()
+    if len(falls):
+        b, t = falls[0].tolist()
+        raise ValueError(
+            f"documents falls from {documents[b, t]} to {documents[b, t + 1]} in row {b}, but the tokens of a document "
+            "stand together; number the documents of a row upwards"
+        )
+
+
 def check_room(
     input_ids: Tensor, cache: KVCache | None, cfg: MythosConfig, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,16 +17,20 @@ TRAINING_BYTES = 16
 """Per parameter with Adam in mixed precision: float32 weight and two moments, bf16 weight and gradient."""
 
 
-def print_info(model: str, gpu_gb: float) -> None:
-    """Print the costs of a variant or of a model folder.
+def print_info(model: str, gpu_gb: float, vocab_size: int | None = None) -> None:
+    """Print the costs of a variant or of a model folder, with another vocabulary than its own if one is given.
 
     Raises:
-        ValueError: neither a variant nor a folder has that name, or `gpu_gb` is not positive.
+        ValueError: neither a variant nor a folder has that name, or a number is out of range.
     """
     if not gpu_gb > 0:
         raise ValueError(f"gpu_gb={gpu_gb} must be above 0; use 80")
     name, cfg = _find(model)
     console = Console(highlight=False)
+    if vocab_size is not None:
+        other = replace(cfg, vocab_size=vocab_size)
+        console.print(_vocabularies(name, (cfg, other)))
+        cfg = other
     console.print(_parameters(name, cfg))
     console.print(_per_token(cfg))
     console.print(_memory(cfg, gpu_gb))
@@ -42,6 +47,17 @@ def _find(model: str) -> tuple[str, MythosConfig]:
         remedy = f"did you mean {near[0]}?" if near else f"the variants are {', '.join(VARIANTS)}"
         raise ValueError(f"{model!r} is no variant and no folder with a config.json; {remedy}")
     return f"mythos_{short}", VARIANTS[short]()
+
+
+def _vocabularies(name: str, configs: tuple[MythosConfig, MythosConfig]) -> Table:
+    table = Table(title=f"{name}: vocabularies", title_justify="left")
+    table.add_column("")
+    for column in ("tokens", "embedding", "parameters"):
+        table.add_column(column, justify="right")
+    for label, cfg in zip(("its own", "this one, as below"), configs, strict=True):
+        counts = count_parameters(cfg)
+        table.add_row(label, f"{cfg.vocab_size:,}", f"{counts.embedding:,}", f"{counts.total:,}")
+    return table
 
 
 def _parameters(name: str, cfg: MythosConfig) -> Table:

@@ -6,8 +6,6 @@ The stages `encode`, `recur`, `readout` and the whole loop `recurrent` are what 
 Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos import weights
 from open_mythos.arguments import (
+    check_documents,
     check_generator,
     check_ids,
     check_load,
@@ -33,56 +32,13 @@ from open_mythos.nn.cache import KVCache, View, make_view
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.halting import HaltingRule, make_rule
 from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.linear import Linear, autocasts, linear
+from open_mythos.nn.linear import Linear, autocasts
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.state import initial_state
 from open_mythos.nn.static_cache import StaticKVCache, make_static_view
-
-
-@dataclass
-class LoopTrace:
-    """One forward pass with everything the loop did. L counts executed loops; a token that exited repeats its state."""
-
-    logits: Tensor
-    """(B, T, V)"""
-    hidden: Tensor
-    """(L, B, T, D), the state after each loop."""
-    halt_weight: Tensor
-    """(L, B, T), the weight of each loop's state in the output; sums to 1 over L."""
-    exit_loop: Tensor
-    """(B, T) int64, the last loop each token ran, 0-based; -1 for padding."""
-
-
-@dataclass
-class TrainOutput:
-    """What a training step needs of one forward pass. Logits are made when they are first asked for, and then kept."""
-
-    hidden: Tensor
-    """(B, T, D), what the head reads: after coda and norm, in the dtype of the head's product."""
-    loop_hidden: Tensor | None
-    """(L, B, T, D), what the head reads of the state after each loop; only with trace."""
-    head: Tensor
-    """(V, D), the head's weight in the same dtype: with `hidden`, all that a chunked cross-entropy needs."""
-    loops: Tensor
-    """(B, T) int64, loops each token ran."""
-    ponder_cost: Tensor | None
-    """Scalar, mean over tokens of loops plus remainder (Graves 2016); only with halting="act"."""
-    router_z_loss: Tensor | None
-    """Scalar, mean over routed tokens of logsumexp(router logits)^2 (Zoph et al. 2022); only with experts."""
-    tokens_per_expert: Tensor | None
-    """(recurrent_layers, n_experts), for `update_expert_bias`; only with experts."""
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """(B, T, V)"""
-        return linear(self.hidden, self.head)
-
-    @cached_property
-    def loop_logits(self) -> Tensor | None:
-        """(L, B, T, V), what coda and head read off the state after each loop; only with trace."""
-        return None if self.loop_hidden is None else linear(self.loop_hidden, self.head)
+from open_mythos.outputs import LoopTrace, TrainOutput
 
 
 class OpenMythos(nn.Module):
@@ -145,13 +101,18 @@ class OpenMythos(nn.Module):
         return block(x, view, layer)
 
     def make_view(
-        self, shape: tuple[int, int], attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> View:
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
+        check_documents(documents, shape, cache)
         dim, theta = self.cfg.rope_dim, self.cfg.rope_theta
         if isinstance(cache, StaticKVCache):
             return make_static_view(shape, dim, theta, cache, attention_mask)
-        return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache)
+        return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
 
     @overload
     def make_cache(
@@ -201,6 +162,7 @@ class OpenMythos(nn.Module):
         trace: Literal[False] = ...,
         last_only: bool = ...,
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -216,6 +178,7 @@ class OpenMythos(nn.Module):
         exit_threshold: float | None = ...,
         trace: Literal[True],
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> LoopTrace: ...
 
     @overload
@@ -227,6 +190,7 @@ class OpenMythos(nn.Module):
         plan: LoopPlan,
         trace: bool = ...,
         generator: torch.Generator | None = ...,
+        documents: Tensor | None = ...,
     ) -> TrainOutput: ...
 
     def forward(
@@ -242,6 +206,7 @@ class OpenMythos(nn.Module):
         trace: bool = False,
         last_only: bool = False,
         generator: torch.Generator | None = None,
+        documents: Tensor | None = None,
         **removed: Any,
     ) -> Tensor | LoopTrace | TrainOutput:
         """Logits of every position.
@@ -263,6 +228,8 @@ class OpenMythos(nn.Module):
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
             generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
                 generator in training.
+            documents: (B, T) int64, the number of each token's document in its row, never falling: tokens see those of
+                their own document only. Not with a cache.
 
         Raises:
             TypeError, ValueError: an argument is unusable; nothing has been computed and the cache is untouched.
@@ -286,7 +253,7 @@ class OpenMythos(nn.Module):
             self._recurrent()
         rule = self.exit_rule(exit, exit_threshold)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache)
+            view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache, documents)
             if plan is not None:
                 return self._train_output(self._loop(input_ids, view, depth, rule, cache, generator, trace), view)
             logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
@@ -424,7 +391,10 @@ class OpenMythos(nn.Module):
         ponder = result.ponder_cost
         if ponder is not None:
             ponder = ponder.mean() if view.valid is None else ponder.sum() / view.valid.sum().clamp(min=1)
-        return TrainOutput(hidden, loop_hidden, head, result.loops, ponder, result.router_z, result.tokens_per_expert)
+        load, n_routed = result.tokens_per_expert, None
+        if load is not None:
+            n_routed = load.sum() / (self.cfg.n_experts_per_tok * self.cfg.recurrent_layers)
+        return TrainOutput(hidden, loop_hidden, head, result.loops, ponder, result.router_z, load, n_routed)
 
     def _recurrent(self) -> RecurrentBlock:
         if self.recurrent is None:

@@ -86,5 +86,7 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    # Without the date and drawn names of an SVG's parts the same figure is the same file.
+    with plt.rc_context({"svg.hashsalt": "open_mythos"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

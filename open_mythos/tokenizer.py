@@ -246,6 +246,23 @@ class TextStream:
         return self._tokenizer.decode(self._ids)[len(self._shown) :]
 
 
+def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
+    """Bytes of UTF-8 that a token gives a text which begins with it; none if it is special."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" not in text:
+        return len(text.encode())
+    # Part of a character. Byte-level vocabularies write each byte as a character, others one byte as <0x..>.
+    name = tokenizer.backend.id_to_token(token_id) if isinstance(tokenizer, BPETokenizer) else None
+    return 1 if name is None or name.startswith("<0x") else len(name)
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that was saved in a folder, such as a model folder.
 

@@ -31,9 +31,7 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
 
 def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
     """The configuration and the tensors of a model folder, or of a hub repository when there is no such folder."""
-    folder = Path(folder_or_repo)
-    if not folder.exists() and str(folder_or_repo).count("/") == 1:
-        folder = _download(str(folder_or_repo))
+    folder = locate(folder_or_repo)
     cfg, path = read_config(folder), _file(folder, WEIGHTS_FILE)
     try:
         tensors = load_file(path)
@@ -41,6 +39,12 @@ def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
         raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
     # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
     return cfg, {name: x.clone() for name, x in tensors.items()}
+
+
+def locate(folder_or_repo: str | Path) -> Path:
+    """The folder, or the local copy of a hub repository when there is no such folder."""
+    folder = Path(folder_or_repo)
+    return _download(str(folder_or_repo)) if not folder.exists() and str(folder_or_repo).count("/") == 1 else folder
 
 
 def read_config(folder: str | Path) -> MythosConfig:
@@ -88,7 +92,8 @@ def _download(repo: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        # Configuration and tokenizer are JSON.
+        return Path(snapshot_download(repo, allow_patterns=["*.json", WEIGHTS_FILE]))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{repo!r} is no folder here and the Hugging Face hub does not give it; check the path, or the name of the "

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from open_mythos import demo
 from open_mythos.cli import COMMANDS, main
@@ -117,10 +119,23 @@ def test_info_of_a_folder(run_folder: Path, capsys: pytest.CaptureFixture) -> No
     assert str(run_folder / "final") in capsys.readouterr().out.replace("\n", "")
 
 
+def test_info_with_another_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The largest id of gpt-oss-20b's tokenizer is 200,018, and a row of the embedding of 3b is 3,072 wide."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|return|>": 200_018}, "a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for vocabulary in (["--tokenizer", str(tmp_path)], ["--vocab-size", "200019"]):
+        assert main(["info", "mythos_3b", *vocabulary]) == 0
+        out = capsys.readouterr().out
+        for figure in ("3,041,725,186", "3,557,879,554", f"{200_019 * 3072:,}", f"{32_000 * 3072:,}"):
+            assert figure in out
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (["trian"], "no command"),
+        (["info", "3b", "--vocab-size", "9", "--tokenizer", "bytes"], "are both given; give one"),
+        (["info", "3b", "--vocab-size", "0"], "vocab_size=0 must be at least"),
         (["info", "2b"], "is no variant"),
         (["info", "1b", "--gpu-gb", "0"], "gpu_gb=0.0 must be above 0"),
         (["train", "tiny-txet", "--out", "x"], "did you mean tiny-text?"),

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -61,6 +62,20 @@ def test_one_graph_serves_any_number_of_loops(attn_type: str, checkpoint: bool) 
     for n_loops, eager in expected.items():
         assert worst_of(step(model, model, n_loops), eager) < 1e-12
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_documents(scope: Literal["block", "model"]) -> None:
+    """One graph for rows whose documents differ from call to call."""
+    model = scaled(tiny(halting="none"), dtype=torch.float64).train()
+    packed = [torch.randint(2, (3, 7), generator=torch.Generator().manual_seed(i)).cumsum(1) for i in range(3)]
+    expected = [step(model, partial(model, documents=documents), 2) for documents in packed]
+    counter = graphs()
+    call = compile_model(model, scope, backend=counter)
+    for documents, eager in zip(packed, expected, strict=True):
+        assert worst_of(step(model, partial(call, documents=documents), 2), eager) < 1e-12
+    assert counter.frame_count == 1
+    assert worst_of(expected[0], expected[1]) > 1e-3
 
 
 def test_experts_too_large_to_run_all_of_them() -> None:

@@ -5,7 +5,7 @@ import sys
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.plan import plan
 from open_mythos.cli.train import demo, train
-from open_mythos.cli.use import generate, info
+from open_mythos.cli.use import evaluate, generate, info
 
 
 def main(args: list[str] | None = None) -> int:
@@ -43,5 +43,6 @@ COMMANDS = {
     "plan": plan,
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "info": info,
 }

@@ -1,9 +1,10 @@
 """Commands that train."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 import tyro
 
@@ -22,6 +23,7 @@ RECIPES = (
     "addition-dgx",
     "tiny-text",
     "adaptive-text",
+    "chat",
     "ablation-118m",
     "parcae-style-140m",
     "mythos-3b-fineweb-edu",
@@ -60,7 +62,7 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text; and for text that is prepared first
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat; and for text that is prepared first
     ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
     mythos-500b, mythos-1t. Any field of one can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128;
     `mythos train RECIPE --help` lists them all.
@@ -70,6 +72,9 @@ class TrainArgs:
     """Folder of the run; it must not hold one yet."""
     config: Path | None = None
     """A run's config.yaml, which reproduces that run."""
+    init_from: str | None = None
+    """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
+    recipe's."""
     device: Device = "auto"
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
@@ -79,28 +84,53 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none."""
+    workers: int = 0
+    """Processes that make batches ahead of time."""
 
 
 def train(rest: list[str]) -> None:
     """train a recipe, or reproduce a run from its config.yaml"""
-    args, _, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR")
+    args, recipe, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR", _adopted)
+    if recipe == "chat" and args.init_from is None:
+        raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
-    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    trackers = make_trackers(args.track)
+    trainer = Trainer(
+        cfg,
+        args.out,
+        device=args.device,
+        threads=args.threads,
+        keeping=keeping,
+        resume=args.resume,
+        workers=args.workers,
+        trackers=trackers,
+    )
     try:
         final = trainer.run()
     except Interrupted as interrupted:
         print(f"mythos train: {interrupted}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    if not trainer.world.is_first:
+        return
     print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
     print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')
+
+
+def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
+    from open_mythos.train.init_from import adopt
+
+    return cfg if args.init_from is None else adopt(cfg, args.init_from)
 
 
 class RunArgs(Protocol):
@@ -112,12 +142,19 @@ class RunArgs(Protocol):
 Args = TypeVar("Args", bound=RunArgs)
 
 
-def read_run(rest: list[str], options: type[Args], command: str, ending: str = "") -> tuple[Args, str, "TrainConfig"]:
+def read_run(
+    rest: list[str],
+    options: type[Args],
+    command: str,
+    ending: str = "",
+    begin: "Callable[[Args, TrainConfig], TrainConfig] | None" = None,
+) -> tuple[Args, str, "TrainConfig"]:
     """The command's options, the recipe's name ("" for a file) and the run's configuration.
 
     Args:
         rest: what stands behind the command.
         ending: what the usage line has to show behind the recipe.
+        begin: changes the configuration that the flags then change.
     """
     kept = [arg for arg in rest if arg not in ("-h", "--help")]
     wants_help = len(kept) < len(rest)
@@ -133,11 +170,12 @@ def read_run(rest: list[str], options: type[Args], command: str, ending: str = "
     from open_mythos.recipes import load_recipe
     from open_mythos.train.config import TrainConfig
 
+    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
     cfg = tyro.cli(
         TrainConfig,
         prog=f"{command} {recipe or '--config FILE'}{ending}",
         args=[*overrides, "--help"] if wants_help else overrides,
-        default=load_recipe(recipe) if args.config is None else TrainConfig.load(args.config),
+        default=default if begin is None else begin(args, default),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return args, recipe, cfg

@@ -36,6 +36,8 @@ class GenerateArgs:
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""
     seed: int | None = None
+    chat: bool = False
+    """The prompt is a user's message, in the template that the recipe chat trains; only the answer is printed."""
     show_loops: bool = False
     """Colour every token by the loops it took."""
     compiled: bool = False
@@ -55,6 +57,7 @@ def generate(rest: list[str]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from open_mythos.chat import end_of_turn, render
     from open_mythos.model import OpenMythos
     from open_mythos.terminal import loop_legend, loop_style
     from open_mythos.tokenizer import TextStream, load_tokenizer
@@ -78,12 +81,14 @@ def generate(rest: list[str]) -> None:
         nonlocal started
         if not started:
             # Not before: an argument may yet be refused.
-            write(args.prompt)
+            write("" if args.chat else args.prompt)
             started = True
         write(stream.push(token), loop_style(loops, most))
 
+    prompt = render([{"role": "user", "content": args.prompt}], tokenizer, reply=True)[0] if args.chat else args.prompt
+    end = end_of_turn(tokenizer) if args.chat else tokenizer.eos_id
     _, loops = model.generate(
-        args.prompt,
+        prompt,
         args.max_new_tokens,
         args.n_loops,
         args.temperature,
@@ -93,7 +98,7 @@ def generate(rest: list[str]) -> None:
         repetition_penalty=args.repetition_penalty,
         exit=args.exit,
         exit_threshold=args.exit_threshold,
-        stop=args.stop if tokenizer.eos_id is None else (*args.stop, tokenizer.eos_id),
+        stop=args.stop if end is None else (*args.stop, end),
         tokenizer=tokenizer,
         seed=args.seed,
         on_token=show,
@@ -113,6 +118,11 @@ class InfoArgs:
     """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
+    tokenizer: str | None = None
+    """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
+    Hugging Face hub."""
+    vocab_size: int | None = None
+    """Count with so many tokens in the vocabulary."""
 
 
 def info(rest: list[str]) -> None:
@@ -120,4 +130,66 @@ def info(rest: list[str]) -> None:
     args = tyro.cli(InfoArgs, prog="mythos info", args=rest)
     from open_mythos.info import print_info
 
-    print_info(args.model, args.gpu_gb)
+    if args.tokenizer is not None:
+        if args.vocab_size is not None:
+            raise ValueError(f"--vocab-size {args.vocab_size} and --tokenizer are both given; give one")
+        from open_mythos.tokenizer import open_tokenizer
+
+        args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
+    print_info(args.model, args.gpu_gb, args.vocab_size)
+
+
+@dataclass
+class EvalArgs:
+    """Bits per byte of a text by loops: a table, eval.json and a figure."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model and its tokenizer, such as RUN/final."""
+    text: tuple[str, ...]
+    """Files (.txt, .md, .jsonl, .parquet), or folders that hold such. Every token of them is scored once."""
+    n_loops: str = ""
+    """Loops to score at, as in 1,2,4,8,16; left out: doubling, up to twice the model's max_loop_iters."""
+    out: Path | None = None
+    """Folder for eval.json and the figure; left out: FOLDER/eval."""
+    exit: Exit | None = None
+    """Rule that lets a token leave the loop early; left out: the model's own."""
+    exit_threshold: float | None = None
+    context: int | None = None
+    """Tokens of a window, half of which at least precede each token; left out: those of a row of training, where
+    FOLDER is RUN/final, else the model's max_seq_len."""
+    column: str = "text"
+    """Field of a JSON line, or column of a parquet file, with the text."""
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    threads: int | None = None
+
+
+def evaluate(rest: list[str]) -> None:
+    """bits per byte of a text, by loops"""
+    args = tyro.cli(EvalArgs, prog="mythos eval", args=rest)
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
+    try:
+        n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
+    except ValueError:
+        raise ValueError(f"--n-loops {args.n_loops} must be numbers with commas between; use 1,2,4,8") from None
+    from rich.console import Console
+
+    from open_mythos.evals.by_loops import evaluate_files, print_results
+
+    out = args.folder / "eval" if args.out is None else args.out
+    results = evaluate_files(
+        args.folder,
+        args.text,
+        n_loops,
+        out,
+        exit=args.exit,
+        exit_threshold=args.exit_threshold,
+        context=args.context,
+        column=args.column,
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+    )
+    print_results(Console(), results)
+    print(f"In {out}: eval.json, bits_per_byte.png, bits_per_byte.svg")

@@ -1,15 +1,20 @@
 """Documents out of files: plain text, JSON lines and parquet, cut into units that workers read on their own."""
 
-import importlib
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from open_mythos.checks import check_choice, check_int
+from open_mythos.data.hub import is_remote
+from open_mythos.data.parquet import read_column, row_group_bytes
+from open_mythos.tokenizer import Tokenizer
 
 Cut = Literal["file", "paragraphs", "lines"]
 
@@ -24,9 +29,12 @@ class Unit:
     """A part of one file: bytes [start, end) of text or JSON lines, row groups [start, end) of parquet."""
 
     path: str
+    """Or the address of a file on the hub."""
     kind: str
     start: int
     end: int
+    n_bytes: int
+    """About how much there is to read, for the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +88,35 @@ def find_files(inputs: list[str]) -> list[Path]:
     return files
 
 
-def cut_into_units(files: list[Path], reading: Reading, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+def cut_into_units(
+    files: Sequence[str | Path], reading: Reading, unit_bytes: int = UNIT_BYTES, *, progress: bool = False
+) -> list[Unit]:
     """The units of all files. They depend on the files alone, so another run on the same files has the same."""
-    units = []
-    for path in files:
-        kind = READERS[path.suffix]
-        if kind == "parquet":
-            metadata = _parquet().ParquetFile(path).metadata
-            sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-            edges = [0]
-            for i in range(len(sizes)):
-                if sum(sizes[edges[-1] : i + 1]) >= unit_bytes:
-                    edges.append(i + 1)
-            edges += [len(sizes)] * (edges[-1] < len(sizes))
-        else:
-            # A file that is one document cannot be cut, nor can paragraphs be told apart from the middle of one.
-            whole = kind == "text" and reading.cut != "lines"
-            size = path.stat().st_size
-            edges = [0, size] if whole else [*range(0, size, unit_bytes), size]
-        units += [Unit(str(path), kind, start, end) for start, end in pairwise(edges)]
-    return units
+    names = [str(file) for file in files]
+    parquet = [name for name in names if _kind(name) == "parquet"]
+    sizes = dict(zip(parquet, row_group_bytes(parquet, progress), strict=True))
+    return [unit for name in names for unit in _cut(name, reading, unit_bytes, sizes.get(name, []))]
+
+
+def _cut(path: str, reading: Reading, unit_bytes: int, sizes: list[int]) -> list[Unit]:
+    """The units of one file; `sizes` are the bytes of its row groups."""
+    kind = _kind(path)
+    if kind != "parquet":
+        # A file that is one document cannot be cut, nor can paragraphs be told apart from the middle of one.
+        whole = kind == "text" and reading.cut != "lines"
+        size = Path(path).stat().st_size
+        edges = [0, size] if whole else [*range(0, size, unit_bytes), size]
+        return [Unit(path, kind, start, end, end - start) for start, end in pairwise(edges)]
+    edges = [0]
+    for i in range(len(sizes)):
+        if sum(sizes[edges[-1] : i + 1]) >= unit_bytes:
+            edges.append(i + 1)
+    edges += [len(sizes)] * (edges[-1] < len(sizes))
+    return [Unit(path, kind, start, end, sum(sizes[start:end])) for start, end in pairwise(edges)]
+
+
+def _kind(path: str) -> str:
+    return READERS[Path(path).suffix]
 
 
 def read_documents(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
@@ -108,15 +125,30 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
         yield _document(record, reading)
 
 
-def first_text(inputs: list[str], reading: Reading, n_bytes: int) -> Iterator[str]:
-    """The first documents of the inputs, until they hold `n_bytes`; the last one is cut.
+def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
+    """The ids of a document, (tokens,) int64; the last is the end token."""
+    ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64)
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        return Skipped("ids out of range")
+    return ids
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document is for validation. Its text alone decides, so all copies of it are on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48 < share
+
+
+def first_text(files: Sequence[str | Path], reading: Reading, n_bytes: int) -> Iterator[str]:
+    """The first documents of the files, until they hold `n_bytes`; the last one is cut.
 
     Raises:
         ValueError: there is no text at all.
     """
     skipped: Counter[str] = Counter()
     left = n_bytes
-    for unit in cut_into_units(find_files(inputs), reading):
+    # File by file, since the footer of one on the hub is a request.
+    units = (unit for file in files for unit in cut_into_units([file], reading))
+    for unit in units:
         for text in read_documents(unit, reading):
             if isinstance(text, Skipped):
                 skipped[text.reason] += 1
@@ -126,15 +158,16 @@ def first_text(inputs: list[str], reading: Reading, n_bytes: int) -> Iterator[st
             if left <= 0:
                 return
     if left == n_bytes:
-        raise ValueError(
-            f"the inputs hold no text (skipped: {dict(skipped) or 'none'}); name others, or another column"
-        )
+        raise ValueError(f"the files hold no text (skipped: {dict(skipped) or 'none'}); name others, or another column")
 
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
-    """What tells whether a unit is still the same: its place, and size and time of the file."""
+    """What tells whether a unit is still the same: its place, and size and time of the file. A commit never changes."""
+    place = {"path": unit.path, "kind": unit.kind, "start": unit.start, "end": unit.end}
+    if is_remote(unit.path):
+        return place
     stat = Path(unit.path).stat()
-    return {**asdict(unit), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {**place, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _document(record: bytes | str | Skipped, reading: Reading) -> str | Skipped:
@@ -188,15 +221,8 @@ def _json_records(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
 
 
 def _parquet_records(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
-    file = _parquet().ParquetFile(unit.path)
-    if reading.column not in file.schema_arrow.names:
-        raise ValueError(
-            f"column={reading.column!r} is not in {unit.path}, which has {', '.join(file.schema_arrow.names)}; "
-            "name one of these"
-        )
-    for batch in file.iter_batches(256, range(unit.start, unit.end), [reading.column]):
-        for text in batch.column(0).to_pylist():
-            yield text if isinstance(text, str) else Skipped("no text in the record")
+    for text in read_column(unit.path, range(unit.start, unit.end), reading.column):
+        yield text if isinstance(text, str) else Skipped("no text in the record")
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -212,11 +238,3 @@ def _lines(unit: Unit) -> Iterator[bytes]:
 
 
 _RECORDS = {"text": _text_records, "jsonl": _json_records, "parquet": _parquet_records}
-
-
-def _parquet() -> Any:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError("parquet files need pyarrow; install it with pip install 'open-mythos-rdt[data]'") from error
-    return parquet

@@ -5,7 +5,6 @@
 A document goes to the validation split by a hash of its text, so copies of one document are all on the same side.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,16 @@ from open_mythos.data.documents import (
     Skipped,
     Unit,
     cut_into_units,
+    encode,
     find_files,
     fingerprint,
+    is_held_out,
     read_documents,
 )
+from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, find_problem, write_shard
 from open_mythos.files import sha256, write_text
-from open_mythos.tokenizer import ByteTokenizer, MythosTokenizer, Tokenizer, load_tokenizer
+from open_mythos.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
 
@@ -54,7 +56,7 @@ class Settings:
 
 
 def prepare(
-    inputs: list[str],
+    inputs: list[str] | HubDataset,
     out: str | Path,
     tokenizer: str = "bytes",
     settings: Settings | None = None,
@@ -66,7 +68,8 @@ def prepare(
     A call that was interrupted goes on where it stopped when it is repeated; at most the units in work are done again.
 
     Args:
-        inputs: files and folders; see `find_files`.
+        inputs: files and folders (see `find_files`), or a dataset of the hub, whose files are downloaded to the cache
+            of huggingface_hub as their turn comes. A repeated call goes on with the commit that the first one found.
         tokenizer: "bytes", a folder or file that holds one, or the name of a model on the Hugging Face hub.
 
     Raises:
@@ -74,12 +77,22 @@ def prepare(
     """
     check_int("workers", workers, 1)
     settings, out = settings or Settings(), Path(out).resolve()
-    files = find_files(inputs)
-    units = cut_into_units(files, settings.reading)
+    dataset = None
+    if isinstance(inputs, HubDataset):
+        dataset = _pin(inputs, out)
+        files = dataset.files()
+    else:
+        files = find_files(inputs)
+    units = cut_into_units(files, settings.reading, progress=progress)
     encoder = open_tokenizer(tokenizer)
     if encoder.eos_id is None:
         raise ValueError(f"tokenizer={tokenizer!r} has no end token, which documents are told apart by; use another")
-    plan = {"format": FORMAT, "settings": asdict(settings), "units": [fingerprint(unit) for unit in units]}
+    plan = {
+        "format": FORMAT,
+        "settings": asdict(settings),
+        "dataset": asdict(dataset) if dataset else None,
+        "units": [fingerprint(unit) for unit in units],
+    }
     plan = _claim(out, plan, encoder)
     job = _Job(out, settings, "uint16" if encoder.vocab_size <= 2**16 else "uint32")
     done = {i for i in range(len(units)) if _is_done(out, i, job.dtype)}
@@ -95,13 +108,6 @@ def prepare(
     return info
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
-    if name == "bytes":
-        return ByteTokenizer()
-    return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
-
-
 @dataclass(frozen=True)
 class _Job:
     """What a worker knows. It reads the tokenizer back from `out`."""
@@ -115,18 +121,19 @@ class _Job:
         documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         n_bytes: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
+        if is_remote(unit.path):
+            unit = replace(unit, path=str(fetch(unit.path)))
         for text in read_documents(unit, self.settings.reading):
             if isinstance(text, Skipped):
                 skipped[text.reason] += 1
                 continue
-            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64)
-            if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                skipped["ids out of range"] += 1
+            ids = encode(text, tokenizer)
+            if isinstance(ids, Skipped):
+                skipped[ids.reason] += 1
                 continue
-            raw = text.encode("utf-8")
-            split = SPLITS[_place(raw) < self.settings.held_out]
+            split = SPLITS[is_held_out(text, self.settings.held_out)]
             documents[split].append(ids.astype(self.dtype))
-            n_bytes[split] += len(raw)
+            n_bytes[split] += len(text.encode("utf-8"))
         shards = {
             split: asdict(write_shard(self.out, f"{split}/{i:05d}.bin", kept, n_bytes[split], self.dtype))
             for split, kept in documents.items()
@@ -134,11 +141,6 @@ class _Job:
         }
         _write_json(_unit_file(self.out, i), {"shards": shards, "skipped": dict(skipped)})
         return i
-
-
-def _place(raw: bytes) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(raw).digest()[:6], "big") / 2**48
 
 
 _worker: tuple[_Job, Tokenizer] | None = None
@@ -176,6 +178,15 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _pin(dataset: HubDataset, out: Path) -> HubDataset:
+    """The dataset at the commit that the plan in `out` names, if there is one, else at today's."""
+    if dataset.revision is None and (out / PLAN).is_file():
+        before = json.loads((out / PLAN).read_text("utf-8")).get("dataset")
+        if before and before["name"] == dataset.name:
+            return replace(dataset, revision=before["revision"])
+    return dataset.pinned()
 
 
 def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -245,14 +256,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 @contextmanager
 def _progress(units: list[Unit], shown: bool) -> Generator[Callable[[Unit], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    sizes = {unit: _size(unit) for unit in units}
     with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
-        task = bar.add_task("tokenizing", total=sum(sizes.values()))
-        yield lambda unit: bar.advance(task, sizes[unit])
-
-
-def _size(unit: Unit) -> int:
-    """About how many bytes of its file a unit is."""
-    if unit.kind != "parquet":
-        return unit.end - unit.start
-    return Path(unit.path).stat().st_size * (unit.end - unit.start)
+        task = bar.add_task("tokenizing", total=sum(unit.n_bytes for unit in units))
+        yield lambda unit: bar.advance(task, unit.n_bytes)

@@ -11,6 +11,7 @@ Every document ends with the tokenizer's end token.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,19 +73,30 @@ class TokenShards:
 
     def read(self, start: int, n: int) -> np.ndarray:
         """The tokens [start, start + n), (n,) int64."""
-        if not 0 <= start <= start + n <= self.n_tokens:
-            raise ValueError(f"tokens {start} to {start + n} are not all in [0, {self.n_tokens}); ask for fewer")
-        parts, shard = [], int(np.searchsorted(self._starts, start, side="right")) - 1
-        while n:
-            offset = start - self._starts[shard]
-            part = self._maps[shard][offset : offset + n]
-            parts.append(part.astype(np.int64))
-            start, n, shard = start + len(part), n - len(part), shard + 1
+        parts = [self._maps[i][begin:end].astype(np.int64) for i, begin, end in self._spans(start, n)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def documents(self, start: int, n: int) -> np.ndarray:
+        """Which document each of the tokens [start, start + n) is of, counted from 0 there, (n,) int64."""
+        begins, at = np.zeros(n, bool), 0
+        for i, begin, end in self._spans(start, n):
+            ends = self.document_ends(i)
+            inside = slice(*np.searchsorted(ends, (begin, end)))
+            begins[at] = True  # no document goes on in the next shard
+            begins[at + ends[inside] - begin] = True
+            at += end - begin
+        return begins.cumsum() - 1
+
+    def first_tokens(self) -> np.ndarray:
+        """The token that each document begins with, (documents,) int64."""
+        ends = [self.document_ends(i) for i in range(len(self.shards))]
+        firsts = [tokens[np.append(0, e)[:-1]] for tokens, e in zip(self._maps, ends, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *firsts])
 
     def document_ends(self, i: int) -> np.ndarray:
         """Where the documents of shard i end in it, (documents,) int64."""
-        return np.fromfile(self.folder / _ends(self.shards[i]), dtype="<i8")
+        # Mapped each time: a map that is kept holds a file open.
+        return _map(self.folder / _ends(self.shards[i]), np.dtype("<i8"))
 
     def verify(self) -> None:
         """Read everything and compare it with the SHA-256 it was written with.
@@ -102,11 +114,19 @@ class TokenShards:
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
-        # An empty file cannot be mapped.
-        return [
-            np.memmap(self.folder / shard.path, self._dtype, "r") if shard.tokens else np.zeros(0, self._dtype)
-            for shard in self.shards
-        ]
+        return [_map(self.folder / shard.path, self._dtype) for shard in self.shards]
+
+    def _spans(self, start: int, n: int) -> Iterator[tuple[int, int, int]]:
+        """Where the tokens [start, start + n) are: a shard, and a part of its tokens that is not empty."""
+        if not 0 <= start <= start + n <= self.n_tokens:
+            raise ValueError(f"tokens {start} to {start + n} are not all in [0, {self.n_tokens}); ask for fewer")
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while n:
+            begin = int(start - self._starts[shard])
+            end = min(begin + n, self.shards[shard].tokens)
+            if begin < end:
+                yield shard, begin, end
+            start, n, shard = start + end - begin, n - (end - begin), shard + 1
 
 
 def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: int, dtype: str) -> Shard:
@@ -146,6 +166,11 @@ def find_problem(folder: Path, shard: Shard, dtype: str) -> str | None:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             return f"{path} should have {size} bytes and there is {found}"
     return None
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _ends(shard: Shard) -> str:

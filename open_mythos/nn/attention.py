@@ -16,8 +16,8 @@ from open_mythos.nn.rope import apply_rope
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(scale * q k^T) v, masked by the view: q (B, T, H, K), k (B, S, G, K), v (B, S, G, W) -> (B, T, H, W)."""
-    if view.is_causal and not dropout and takes_blocks(q):
-        return CausalAttention.apply(q, k, v, scale)
+    if view.is_square and not dropout and takes_blocks(q):
+        return CausalAttention.apply(q, k, v, scale, view.starts)
     width = v.shape[-1]
     # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
     v = F.pad(v, (0, k.shape[-1] - width)) if width < k.shape[-1] else v

@@ -73,6 +73,9 @@ class View:
     """With `mask` None: a causal square when true, every slot visible to the one new token when false."""
     valid: Tensor | None = None
     """(B, T) bool, false for padding; None when there is none."""
+    starts: Tensor | None = None
+    """(B, T) int64, the slot at which each query's document begins, where rows hold several documents and the queries
+    are every token of them. `mask` says the same; this lets a kernel skip the keys of earlier documents."""
     active: Tensor | None = None
     """(B, T) bool, tokens still in the loop; None: all of them."""
     loop_index: Tensor | None = None
@@ -85,6 +88,11 @@ class View:
     """Inside the loop, what no loop changes."""
     router_log: list[tuple[Tensor, Tensor]] | None = None
     """In training each MoE appends (sum of squared log-sum-exp, tokens per expert) of the tokens in the loop."""
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the queries are all of a row's tokens, there is no past, and only causality and documents hide."""
+        return self.is_causal or self.starts is not None
 
     def at_loop(
         self,
@@ -116,6 +124,7 @@ class View:
             positions=self.positions[rows],
             rope=(take(cos), take(sin)),
             mask=take(self.mask),
+            starts=take(self.starts),
             valid=take(self.valid),
             active=take(self.active),
             loop_index=take(self.loop_index),
@@ -141,6 +150,7 @@ class View:
             rope=(pick(self.rope[0]), pick(self.rope[1])),
             mask=None if by_query is None else by_query.transpose(1, 2),
             is_causal=self.is_causal and mask is None,
+            starts=pick(self.starts) if selection.slots is None else None,
             valid=pick(self.valid),
             selection=selection,
         )
@@ -154,16 +164,20 @@ def make_view(
     device: torch.device,
     attention_mask: Tensor | None = None,
     cache: "KVCache | None" = None,
+    documents: Tensor | None = None,
 ) -> View:
     """The view of a call that brings `shape` = (B, T) new tokens.
 
     Args:
         attention_mask: (B, T), nonzero for tokens and zero for padding, which may stand anywhere; None: no padding.
         cache: holds the earlier tokens of the same rows.
+        documents: (B, T), the number of each token's document in its row; a new one begins wherever the number changes.
+            Positions go on counting, for attention depends on their differences alone. Not with a cache.
     """
     B, T = shape
     past = cache.length if cache is not None else 0
     valid = None if attention_mask is None else attention_mask.bool()
+    starts = None if documents is None else _starts(documents)
     if valid is None and (cache is None or not cache.padded):
         # Every row stands at the same position, so one row of angles serves all.
         positions = torch.arange(past, past + T, device=device)[None].expand(B, T)
@@ -172,6 +186,9 @@ def make_view(
         mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
+        if starts is not None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() & (positions[:1] >= starts[..., None])
+            return View(cache or Scratch(), positions, rope, mask[:, None], False, starts=starts)
         return View(cache or Scratch(), positions, rope, mask, is_causal)
     new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid
     n_earlier = cache.n_valid if cache is not None else torch.zeros(B, dtype=torch.int64, device=device)
@@ -181,8 +198,17 @@ def make_view(
     query = slots[past:, None]
     # A padding query would see nothing and its softmax would be 0/0, so every query sees itself.
     mask = (torch.cat((earlier, new), dim=1)[:, None] & (slots <= query)) | (slots == query)
+    if starts is not None:
+        mask = mask & (slots >= starts[..., None])
     rope = rotary_table(positions, rope_dim, rope_theta, dtype)
     return View(cache or Scratch(), positions, rope, mask[:, None], False, valid)
+
+
+def _starts(documents: Tensor) -> Tensor:
+    """(B, T) -> (B, T) int64, the slot at which each token's document begins."""
+    slots = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents != documents.roll(1, dims=1)
+    return (slots * begins).cummax(dim=1).values
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Causal attention for training on a CPU: blocks of queries against the keys up to them, through the fast products.
 
+Where rows hold several documents, the keys begin at the document of a block's first query.
+
 Torch's fused kernel for CPUs multiplies with MKL (see nn/linear.py) and takes values only as wide as keys. This needs
 three quarters of its time from 512 tokens on, and keeps no padded copies for the backward pass.
 
@@ -7,6 +9,9 @@ Shapes: B rows, T tokens, H query heads, G key/value heads, R = H / G, K key wid
 """
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import product, repeat
 from typing import Any
 
 import torch
@@ -28,48 +33,49 @@ def takes_blocks(q: Tensor) -> bool:
 class CausalAttention(torch.autograd.Function):
     """softmax(scale * q k^T) v with every query seeing itself and what is before it.
 
-    q (B, T, H, K), k (B, T, G, K), v (B, T, G, W), scale -> (B, T, H, W). No second derivative.
+    q (B, T, H, K), k (B, T, G, K), v (B, T, G, W), scale -> (B, T, H, W). No second derivative. With `starts` (B, T)
+    int64, non-decreasing, a query sees nothing before its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> Tensor:
         B, T, H, _ = q.shape
         G, W = v.shape[2:]
-        q, k, v, hidden = _by_group(q * scale, G), _by_group(k, G), _by_group(v, G), _hidden()
+        q, k, v = _by_group(q * scale, G), _by_group(k, G), _by_group(v, G)
         out, log_sum = q.new_empty(B, T, H, W), q.new_empty(B * G, T * H // G)
-        for i in range(B * G):
-            head = out[i // G].unflatten(1, (G, -1))[:, i % G]
-            for start in range(0, T, BLOCK):
-                end, rows = _block(start, T, H // G)
-                p = _scores(q[i, rows], k[i], start, end, hidden)
+        for row, blocks in enumerate(_blocks(B, T, q.dtype, starts)):
+            for i, (first, end, keys, bias) in product(range(row * G, row * G + G), blocks):
+                queries = slice(first * H // G, end * H // G)
+                p = _scores(q[i, queries], k[i, keys], bias)
                 highest = p.amax(-1, keepdim=True)
                 total = p.sub_(highest).exp_().sum(-1, keepdim=True)
-                head[start:end] = linear(p, v[i, :end].T).div_(total).view(end - start, -1, W)
-                log_sum[i, rows] = highest.add_(total.log_())[:, 0]
-        ctx.save_for_backward(q, k, v, out, log_sum)
+                head = out[row].unflatten(1, (G, -1))[first:end, i % G]
+                head.copy_(linear(p, v[i, keys].T).div_(total).view_as(head))
+                log_sum[i, queries] = highest.add_(total.log_())[:, 0]
+        ctx.save_for_backward(q, k, v, out, log_sum, starts)
         ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_sum = ctx.saved_tensors
+        q, k, v, out, log_sum, starts = ctx.saved_tensors
         B, T, H, _ = out.shape
         G = len(k) // B
         # Each query's sum of p * dp, which the softmax takes off.
         taken_off = _by_group(torch.linalg.vecdot(grad, out)[..., None], G)
-        grad, hidden = _by_group(grad, G), _hidden()
+        grad = _by_group(grad, G)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i in range(B * G):
-            for start in range(0, T, BLOCK):
-                end, rows = _block(start, T, H // G)
-                p = _scores(q[i, rows], k[i], start, end, hidden).sub_(log_sum[i, rows, None]).exp_()
-                dv[i, :end] += linear(p.T, grad[i, rows].T)
-                ds = linear(grad[i, rows], v[i, :end]).sub_(taken_off[i, rows]).mul_(p)
-                dq[i, rows] = linear(ds, k[i, :end].T)
-                dk[i, :end] += linear(ds.T, q[i, rows].T)
+        for row, blocks in enumerate(_blocks(B, T, q.dtype, starts)):
+            for i, (first, end, keys, bias) in product(range(row * G, row * G + G), blocks):
+                queries = slice(first * H // G, end * H // G)
+                p = _scores(q[i, queries], k[i, keys], bias).sub_(log_sum[i, queries, None]).exp_()
+                dv[i, keys] += linear(p.T, grad[i, queries].T)
+                ds = linear(grad[i, queries], v[i, keys]).sub_(taken_off[i, queries]).mul_(p)
+                dq[i, queries] = linear(ds, k[i, keys].T)
+                dk[i, keys] += linear(ds.T, q[i, queries].T)
         dq, dk, dv = (x.view(B, G, T, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3) for x in (dq, dk, dv))
-        return dq.mul_(ctx.scale), dk, dv, None
+        return dq.mul_(ctx.scale), dk, dv, None, None
 
 
 def _by_group(x: Tensor, n_groups: int) -> Tensor:
@@ -77,20 +83,34 @@ def _by_group(x: Tensor, n_groups: int) -> Tensor:
     return x.unflatten(2, (n_groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
 
-def _block(start: int, n_tokens: int, per_token: int) -> tuple[int, slice]:
-    """The end of the block of queries from `start` on, and its rows in a group."""
-    end = min(start + BLOCK, n_tokens)
-    return end, slice(start * per_token, end * per_token)
+def _blocks(
+    n_rows: int, n_tokens: int, dtype: torch.dtype, starts: Tensor | None
+) -> Iterator[list[tuple[int, int, slice, Tensor]]]:
+    """For each row its blocks: the first query, the end of the queries, the keys, and (N, 1, S'), what is added to the
+    scores of the last S' keys, which takes a tenth of the time of filling them: -inf for what a query may not see."""
+    causal = torch.full((BLOCK, BLOCK), -math.inf, dtype=dtype).triu_(1)[:, None]
+    if starts is None:
+        cuts = [(i, min(i + BLOCK, n_tokens)) for i in range(0, n_tokens, BLOCK)]
+        yield from repeat([(i, end, slice(0, end), causal[: end - i, :, : end - i]) for i, end in cuts], n_rows)
+        return
+    for row in starts:
+        begins, blocks, i = row.tolist(), [], 0
+        bounds = [*sorted(set(begins)), n_tokens]
+        while i < n_tokens:
+            # What is left of a document that has begun before, or as many whole ones as fit, or part of one.
+            n_bounds = bisect_right(bounds, i + BLOCK)
+            whole = bounds[min(n_bounds - 1, bisect_right(bounds, i))] if begins[i] < i else bounds[n_bounds - 1]
+            end = whole if whole > i else i + BLOCK
+            bias = causal[: end - i, :, : end - i]
+            if begins[end - 1] > begins[i]:
+                bias = bias.masked_fill(torch.arange(i, end) < row[i:end, None, None], -math.inf)
+            blocks.append((i, end, slice(begins[i], end), bias))
+            i = end
+        yield blocks
 
 
-def _hidden() -> Tensor:
-    """(BLOCK, 1, BLOCK), true for keys behind a query."""
-    return torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)[:, None]
-
-
-def _scores(q: Tensor, k: Tensor, start: int, end: int, hidden: Tensor) -> Tensor:
-    """q k^T for a block of queries and the keys up to its end; -inf for what a query may not see."""
-    scores = linear(q, k[:end])
-    n = end - start
-    scores.view(n, -1, end)[:, :, start:].masked_fill_(hidden[:n, :, :n], -math.inf)
+def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """q k^T with the bias of the block."""
+    scores = linear(q, k)
+    scores.view(len(bias), -1, len(k))[..., -bias.shape[-1] :] += bias
     return scores

@@ -28,6 +28,9 @@ class LoopPlan:
     depths: tuple[int, ...]
     n_grad: int | None = None
     """Back-propagate through the last `n_grad` ticks; None: through all of them."""
+    n_ticks: int | None = None
+    """Ticks to run, with no rows in the first if no row is as deep: the largest depth of all processes that share the
+    experts, which have to call them equally often. None: max(depths), and less if every token has exited before."""
 
     def __post_init__(self) -> None:
         if not self.depths:
@@ -36,6 +39,8 @@ class LoopPlan:
             check_int("depths", depth, 1, MAX_LOOPS, "use depths=(8,) * batch_size")
         if self.n_grad is not None:
             check_int("n_grad", self.n_grad, 1, MAX_LOOPS, "use n_grad=None for all")
+        if self.n_ticks is not None:
+            check_int("n_ticks", self.n_ticks, max(self.depths), MAX_LOOPS, "use n_ticks=None for max(depths)")
 
 
 def loop_index_embedding(h: Tensor, loop_index: Tensor | int, loop_dim: int, theta: float = 10000.0) -> Tensor:

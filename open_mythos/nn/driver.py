@@ -96,11 +96,14 @@ class Run:
         view: View,
         depths: list[int],
         trace: bool,
+        n_ticks: int | None = None,
     ) -> None:
         self.block, self.rule, self.probe, self.e, self.view, self.depths = block, rule, probe, e, view, depths
-        self.lockstep = depths[0] == depths[-1]
+        self.n_ticks, self.together = n_ticks or depths[0], n_ticks is not None
+        """Ticks of the call, and whether all of them have to run, for other processes count on them."""
+        self.lockstep = self.n_ticks == depths[-1]
         # One depth for all needs no copy from the host, which a CUDA graph could not hold.
-        every = torch.full((len(depths),), depths[0], device=e.device)
+        every = torch.full((len(depths),), self.n_ticks, device=e.device)
         self.n_loops = every if self.lockstep else torch.tensor(depths, device=e.device)
         # At fixed depth nobody exits early: no masks, no copies, and nothing for a GPU to wait for.
         self.adaptive = not isinstance(rule, Fixed)
@@ -125,8 +128,8 @@ class Run:
 
     def join(self, h: Tensor, tick: int) -> None:
         """Take in the rows whose first loop is this tick."""
-        n_rows = sum(depth >= self.depths[0] - tick for depth in self.depths)
-        if n_rows == self.n_rows:
+        n_rows = sum(depth >= self.n_ticks - tick for depth in self.depths)
+        if n_rows == self.n_rows and self.rows:
             return
         new = slice(self.n_rows, n_rows)
         rows: Rows = {"h": h[new]}
@@ -158,12 +161,15 @@ class Run:
             if len(self.counts) < len(self.live):
                 self.counts = self.rows["active"].sum(1).tolist()
             if not any(self.counts):
-                return  # whoever has joined has exited, and other rows are still to come
+                # Whoever has joined has exited, and other rows are still to come.
+                if self.together:
+                    self._idle()
+                return
             self._narrow(tick)
         h = self.rows["h"]
         view, e, n_loops = self.here
-        loop_index, active = n_loops - (self.depths[0] - tick), self._active()
-        last = tick + 1 == self.depths[0]
+        loop_index, active = n_loops - (self.n_ticks - tick), self._active()
+        last = tick + 1 == self.n_ticks
         # All rows end at the same tick, where every rule lets everyone out: a prediction would not be used.
         exit = Exit(self.rule, self.probe if self.rule.needs_probe else None, last and self.rule.needs_probe)
         if self.static is not None and self.adaptive:
@@ -174,11 +180,7 @@ class Run:
         else:
             store = None if self.static is None else self.static.at(tick)
             view = view.at_loop(loop_index, tick if self.lockstep else None, active, store)
-            loop = partial(_loop, self.block, view, None if self.cached else self.scratch.current)
-            if self.block.checkpoint_loops and torch.is_grad_enabled():
-                h_new, store, log = checkpoint(loop, h, e, loop_index, use_reentrant=False)
-            else:
-                h_new, store, log = loop(h, e, loop_index)
+            h_new, store, log = self._loop(h, e, loop_index, view, None if self.cached else self.scratch.current)
             if isinstance(store, Scratch):
                 self.scratch = store
             if log:
@@ -190,12 +192,28 @@ class Run:
         if self.hidden is not None:
             self.hidden.append(self._whole("h"))
 
+    def _loop(
+        self, h: Tensor, e: Tensor, loop_index: Tensor, view: View, previous: dict[int, KeyValues] | None
+    ) -> tuple[Tensor, KVStore, RouterLog | None]:
+        loop = partial(_loop, self.block, view, previous)
+        if self.block.checkpoint_loops and torch.is_grad_enabled():
+            return checkpoint(loop, h, e, loop_index, use_reentrant=False)
+        return loop(h, e, loop_index)
+
+    def _idle(self) -> None:
+        """A loop of no rows, between those before and after it in the backward pass too."""
+        none = slice(0, 0)
+        view = self.view.take_rows(none).at_loop(self.n_loops[none])
+        zero = self._loop(self.rows["h"][none], self.e[none], self.n_loops[none], view, {})[0].sum()
+        self.rows |= {name: self.rows[name] + zero for name in ("h", "out") if name in self.rows}
+
     def _active(self) -> Tensor | None:
         """The mask of tokens in the loop; None if that is known to be every one, which spares a dozen operations."""
         if not self.adaptive:
             return None
         whole = self.selection is None or self.selection.slots is None
-        if whole and len(self.counts) == len(self.live) and min(self.counts) == self.rows["h"].shape[1]:
+        n_tokens = self.rows["h"].shape[1]
+        if whole and len(self.counts) == len(self.live) and min(self.counts, default=n_tokens) == n_tokens:
             return None
         return self.rows["active"]
 
@@ -215,7 +233,13 @@ class Run:
 
     def finished(self) -> bool:
         """Whether every row has joined and every token has exited."""
-        return self.adaptive and not self.blind and self.n_rows == len(self.depths) and not any(self.counts)
+        return (
+            self.adaptive
+            and not self.blind
+            and not self.together
+            and self.n_rows == len(self.depths)
+            and not any(self.counts)
+        )
 
     # Compaction. `within` counts rows and tokens inside `rows`, `selection` inside the call.
 

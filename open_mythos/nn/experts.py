@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from open_mythos.nn.exchange import through_owners
 from open_mythos.nn.grouped import grouped_linear
 from open_mythos.nn.linear import autocasts, captured, kept, linear, outer, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
@@ -37,9 +39,22 @@ class StackedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(n_experts, dim, expert_dim))
         nn.init.normal_(self.gate_up, std=0.02)
         nn.init.normal_(self.down, std=0.02)
+        self.group: ProcessGroup | None = None
+        """Processes that hold E / size experts each, in the order of their ranks; None: all are here."""
+
+    def spread_over(self, group: ProcessGroup) -> None:
+        """Keep this process's experts only, and let every call send tokens to the process of their experts."""
+        mine = slice(group.rank() * (n := len(self.gate_up) // group.size()), (group.rank() + 1) * n)
+        self.gate_up, self.down = (nn.Parameter(p.detach()[mine].clone()) for p in (self.gate_up, self.down))
+        self.group = group
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's."""
+        if self.group is not None:
+            return through_owners(x, chosen, gates, len(self.gate_up), self.group, self._here)
+        return self._here(x, chosen, gates)
+
+    def _here(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         gate_up, down = self.gate_up, self.down
         if autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)

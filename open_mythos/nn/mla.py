@@ -48,7 +48,7 @@ class MLAttention(nn.Module):
         q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
         (kept,) = view.store.write(layer, (torch.cat((self.kv_norm(latent), k_rope), dim=-1),), view)
         # Without a past there is nothing to spare, and the causal square needs no mask.
-        absorb = not view.is_causal and self._absorbing_is_cheaper(x.shape[1])
+        absorb = not view.is_square and self._absorbing_is_cheaper(x.shape[1])
         attend_here = self._absorbed if absorb else self._expanded
         return self.wo(attend_here(q_nope, q_rope, kept, view).flatten(-2))
 
@@ -89,4 +89,4 @@ def _per_head(view: View, n_heads: int) -> View:
         mask = torch.ones(T, T, dtype=torch.bool, device=view.positions.device).tril()[None, None]
     if mask is not None:
         mask = mask.repeat_interleave(n_heads, dim=2)
-    return dataclasses.replace(view, mask=mask, is_causal=False)
+    return dataclasses.replace(view, mask=mask, is_causal=False, starts=None)

@@ -39,8 +39,8 @@ class MoEFFN(nn.Module):
         # The bias moves by 1e-3 a step, which bf16 would round away: it follows the device of a cast, not the dtype.
         bias = self.router_bias
         super()._apply(fn, recurse)
-        if not bias.is_meta:
-            self.router_bias = bias.to(self.router_bias.device)
+        on_device = self.router_bias.device
+        self.router_bias = torch.empty_like(bias, device=on_device) if bias.is_meta else bias.to(on_device)
         return self
 
     def forward(self, x: Tensor, view: View | None = None) -> Tensor:

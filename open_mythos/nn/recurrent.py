@@ -19,6 +19,7 @@ from open_mythos.nn.driver import Exit, Probe, RecurrentOutput, Rows, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.linear import captured
+from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 
 
@@ -149,16 +150,21 @@ class RecurrentBlock(nn.Module):
             trace: keep every state; takes an int `depth`.
         """
         plan = depth if isinstance(depth, LoopPlan) else LoopPlan((depth,) * h.shape[0])
-        n_ticks = max(plan.depths)
+        n_ticks = plan.n_ticks or max(plan.depths)
         order = None
-        if min(plan.depths) < n_ticks:
+        if min(plan.depths) < max(plan.depths):
             # Deepest first: the rows in the loop are then always the first ones, and a slice drops those that wait.
             deepest_first = sorted(range(len(plan.depths)), key=lambda i: -plan.depths[i])
             order = torch.tensor(deepest_first, device=h.device)
             h, e, view = h[order], e[order], view.take_rows(order)
         view = dataclasses.replace(view, constants=self.constants(h))
         e = self.injection.prepare(e)
-        run = Run(self, exit or self.rule, probe, e, view, sorted(plan.depths, reverse=True), trace)
+        # Processes that share experts run equally many loops, whatever has exited.
+        together = plan.n_ticks is not None or any(
+            isinstance(block.ffn, MoEFFN) and block.ffn.experts.group is not None for block in self.blocks
+        )
+        depths = sorted(plan.depths, reverse=True)
+        run = Run(self, exit or self.rule, probe, e, view, depths, trace, n_ticks if together else None)
         for tick in range(n_ticks):
             run.join(h, tick)
             window = nullcontext() if plan.n_grad is None or tick >= n_ticks - plan.n_grad else torch.no_grad()

@@ -8,6 +8,7 @@ from functools import partial
 
 from open_mythos.recipes.adaptive import adaptive_text
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
+from open_mythos.recipes.chat import chat
 from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.pretrain import ablation_118m, mythos_3b_fineweb_edu, parcae_style_140m, pretrain
 from open_mythos.recipes.text import tiny_text
@@ -19,6 +20,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
     "adaptive-text": adaptive_text,
+    "chat": chat,
     "ablation-118m": ablation_118m,
     "parcae-style-140m": parcae_style_140m,
     "mythos-3b-fineweb-edu": mythos_3b_fineweb_edu,

@@ -1,34 +1,40 @@
 """What a run leaves on disk: checkpoints to go on from, and the model folder at the end.
 
     checkpoints/step-00000200/
-      model.safetensors, optimizer0.safetensors, ...
-      state.json
+      model-00000.safetensors, optimizer0-00000.safetensors, ...   a file per group and process
+      state.json, config.yaml, tokenizer files
       manifest.json            every file's size and SHA-256; written last
 
 A folder appears under its name when all of it is on disk, so a crash at any instant leaves the older ones as they were.
-Nothing is ever unpickled.
 """
 
 import json
 import shutil
 import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from open_mythos import weights
 from open_mythos.checks import check_int
+from open_mythos.config import MythosConfig
 from open_mythos.files import sha256, to_disk
-from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer
+from open_mythos.train import pieces
+from open_mythos.train.distributed import World
+from open_mythos.train.pieces import Groups, Piece, Stored
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
-Groups = dict[str, dict[str, Tensor]]
-"""Named tensors by file."""
+PATIENCE = timedelta(hours=1)
+"""For the other processes to write their files: what a very large model takes on a very slow disk."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,28 @@ class Keeping:
 class Checkpoints:
     """The checkpoints of one run. Files are written in a thread, from copies, while training goes on."""
 
-    def __init__(self, folder: Path, keeping: Keeping) -> None:
-        self.folder, self.keeping = folder, keeping
+    def __init__(self, folder: Path, keeping: Keeping, world: World, describe: Callable[[Path], None]) -> None:
+        """Args: describe: writes what does not change during the run into a checkpoint's folder."""
+        self.folder, self.keeping, self.world, self.describe = folder, keeping, world, describe
+        self._store = world.store()
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None
 
-    def save(self, step: int, groups: Groups) -> None:
-        """Copy and start to write. One save at a time: a second waits for the first.
+    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+        """Copy and start to write; `state` is JSON. One save at a time: a second waits for the first.
 
         A save that fails, as on a full disk, is a warning: the older checkpoints are there, and training goes on.
         """
         self.wait()
-        # safetensors refuses to store one memory twice, and the head is the embedding.
         copies = {
-            file: {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+            file: {
+                name: replace(p, local=p.local.detach().to("cpu", copy=True).contiguous())
+                for name, p in tensors.items()
+                if self.world.rank < self.world.size // p.copies
+            }
             for file, tensors in groups.items()
         }
-        self._thread = threading.Thread(target=self._write, args=(step, copies))
+        self._thread = threading.Thread(target=self._write, args=(step, copies, {"step": step, **state}))
         self._thread.start()
 
     def wait(self) -> bool:
@@ -75,58 +86,115 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._failed is not None:
+            if self._failed is not None and self.world.is_first:
                 warnings.warn(f"a checkpoint could not be saved ({self._failed}); the older ones stand", stacklevel=2)
         return self._failed is None
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole. Newer ones that are damaged are named in a warning."""
         for path in reversed(self._paths()):
-            if (problem := find_problem(path)) is None:
+            problem = find_problem(path, self.world.rank, self.world.size)
+            if problem is not None:
+                warnings.warn(f"{problem}; going back to the checkpoint before", stacklevel=2)
+            if not self.world.agree({"checkpoint": _step(path)}, int(problem is not None)):
                 return path
-            warnings.warn(f"{problem}; going back to the checkpoint before", stacklevel=2)
         return None
 
     def _paths(self) -> list[Path]:
         """The checkpoints, the oldest first."""
         return sorted(path for path in self.folder.glob("step-????????") if path.is_dir())
 
-    def _write(self, step: int, groups: Groups) -> None:
+    def _write(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         self._failed = None
         target = self.folder / f"step-{step:08d}"
         partial, old = target.with_suffix(".partial"), target.with_suffix(".old")
         try:
-            for left_over in (partial, old):
-                shutil.rmtree(left_over, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, tensors in groups.items():
-                save_file(tensors, partial / f"{name}.safetensors")
-            (partial / STATE).write_text(json.dumps({"step": step}) + "\n", "utf-8")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in partial.iterdir()}
+            if self.world.is_first:
+                for left_over in (partial, old):
+                    shutil.rmtree(left_over, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self._pass_on(f"{step}/begun")
+            self._finish(step, self._guarded(lambda: self._write_own(partial, groups)), partial, old, state)
+        except Exception as error:
+            # Whatever it is, the one who waits has to hear of it: an exception ends nothing but this thread.
+            self._failed = error
+            if self.world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                for key in ("begun", "done"):
+                    self._store.compare_set(f"{step}/{key}", "", f"{type(error).__name__}: {error}")
+
+    def _write_own(self, partial: Path, groups: Groups) -> dict[str, Any]:
+        """This process's files; their sizes and hashes."""
+        paths = []
+        for name, tensors in groups.items():
+            if tensors:
+                paths.append(partial / f"{name}-{self.world.rank:05d}.safetensors")
+                pieces.write(paths[-1], tensors)
+        return {path.name: _seal(path) for path in paths}
+
+    @staticmethod
+    def _guarded(write: Callable[[], dict[str, Any]]) -> str:
+        try:
+            return json.dumps({"files": write()})
+        except Exception as error:  # for the first process, which decides about the whole
+            return json.dumps({"error": f"{type(error).__name__}: {error}"})
+
+    def _pass_on(self, key: str) -> None:
+        """Wait for the first process to come to this point."""
+        if self.world.is_first:
+            self._store.compare_set(key, "", "ok")
+        self._store.wait([key], PATIENCE)
+        if (said := self._store.get(key).decode()) != "ok":
+            raise OSError(said)
+
+    def _finish(self, step: int, written: str, partial: Path, old: Path, state: dict[str, Any]) -> None:
+        """Let the first process see what all have written, complete the folder and give it its name."""
+        self._store.set(f"{step}/{self.world.rank}", written)
+        if self.world.is_first:
+            keys = [f"{step}/{rank}" for rank in range(self.world.size)]
+            self._store.wait(keys, PATIENCE)
+            parts = [json.loads(self._store.get(key)) for key in keys]
+            for rank, part in enumerate(parts):
+                if "error" in part:
+                    raise OSError(part["error"] if self.world.size == 1 else f"rank {rank}: {part['error']}")
+            files = {name: seal for part in parts for name, seal in part["files"].items()}
+            (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+            self.describe(partial)
+            files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}
             (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", "utf-8")
-            for path in (*partial.iterdir(), partial):
-                to_disk(path)
+            to_disk(partial / MANIFEST)
+            to_disk(partial)
+            target = self.folder / f"step-{step:08d}"
             if target.exists():  # a damaged one, that a run went back behind
                 target.rename(old)
             partial.rename(target)
             to_disk(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self._drop(step)
-        except Exception as error:
-            # Whatever it is, the one who waits has to hear of it: an exception ends nothing but this thread.
-            self._failed = error
-            shutil.rmtree(partial, ignore_errors=True)
+        self._pass_on(f"{step}/done")
 
     def _drop(self, newest: int) -> None:
         """Remove what need not be kept. Later steps than `newest` are damaged ones that the run went back behind."""
-        steps = {int(path.name.removeprefix("step-")): path for path in self._paths()}
+        steps = {_step(path): path for path in self._paths()}
         for step in sorted(step for step in steps if step <= newest)[: -self.keeping.last]:
             if not self.keeping.milestones or step % self.keeping.milestones:
                 shutil.rmtree(steps[step], ignore_errors=True)
 
 
-def find_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if every byte is as it was written."""
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    to_disk(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def find_problem(folder: Path, rank: int = 0, size: int = 1) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if every byte is as it was written.
+
+    Of `size` processes each reads its share of the files.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         files = manifest["files"]
@@ -134,8 +202,8 @@ def find_problem(folder: Path) -> str | None:
             return f"{folder / MANIFEST} has format {manifest['format']!r}, not {FORMAT}"
         if odd := sorted({path.name for path in folder.iterdir()} ^ {*files, MANIFEST}):
             return f"{folder / odd[0]} is {'missing' if odd[0] in files else 'no file of this checkpoint'}"
-        for name, expected in files.items():
-            path = folder / name
+        for name in sorted(files)[rank::size]:
+            path, expected = folder / name, files[name]
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{path} is damaged"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -143,30 +211,45 @@ def find_problem(folder: Path) -> str | None:
     return None
 
 
-def load(folder: Path) -> tuple[Groups, int]:
-    """The tensors and the steps done of a checkpoint that `newest` gave."""
-    groups = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-    return groups, json.loads((folder / STATE).read_text("utf-8"))["step"]
+def read_state(folder: Path) -> dict[str, Any]:
+    """The numbers of a checkpoint that `newest` gave."""
+    return json.loads((folder / STATE).read_text("utf-8"))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """Everything that an optimizer remembers, by parameter and field."""
-    return {f"{names[p]}/{field}": x for p, fields in optimizer.state.items() for field, x in fields.items()}
+def optimizer_pieces(optimizer: torch.optim.Optimizer, held: dict[Tensor, tuple[str, Piece]]) -> dict[str, Piece]:
+    """Everything that an optimizer remembers, by parameter and field.
+
+    Args:
+        held: for each parameter its name and what this process holds of it.
+    """
+    found = {}
+    for p, fields in optimizer.state.items():
+        name, piece = held[p]
+        for field, x in fields.items():
+            x = x.to_local() if isinstance(x, DTensor) else x
+            found[f"{name}/{field}"] = replace(piece, local=x)
+    return found
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    place = {names[p]: i for i, p in enumerate(parameters)}
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, held: dict[Tensor, tuple[str, Piece]], stored: Stored, group: str
+) -> None:
+    """Put back what `optimizer_pieces` gave, whatever the number of processes was then."""
+    parameters = [p for options in optimizer.param_groups for p in options["params"]]
+    place = {held[p][0]: i for i, p in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, x in tensors.items():
+    for key in stored.names(group):
         name, field = key.rsplit("/", 1)
-        # A copy: what is loaded is mapped from the file, at odd offsets, where kernels round differently.
-        state.setdefault(place[name], {})[field] = x.clone()
+        p = parameters[place[name]]
+        piece = held[p][1]
+        x = stored.read(group, key, piece.start, len(piece.local) if piece.local.ndim else 1)
+        if isinstance(p, DTensor) and x.ndim and field != "momentum":
+            x = DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        state.setdefault(place[name], {})[field] = x
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def save_model_folder(model: OpenMythos, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
 
     The folder appears complete or not at all: it is written beside its place and renamed.
@@ -177,7 +260,7 @@ def save_model_folder(model: OpenMythos, tokenizer: Tokenizer, folder: Path) -> 
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    weights.save(partial, cfg, state)
     tokenizer.save(partial)
     for path in (*partial.iterdir(), partial):
         to_disk(path)

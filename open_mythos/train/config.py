@@ -11,11 +11,12 @@ from open_mythos.checks import check_bool, check_choice, check_field, check_int,
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
 from open_mythos.train.distributed import ParallelConfig
+from open_mythos.train.guard import GuardConfig
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import TASKS, Addition, KHop, Shards, Text
+from open_mythos.train.tasks import TASKS, Addition, Chat, KHop, Shards, Stream, Text
 
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""
@@ -45,19 +46,22 @@ class TrainConfig:
     """Everything that decides a run's result. Device and threads are not in it: they belong to the machine."""
 
     model: MythosConfig
-    data: Addition | KHop | Text | Shards
+    data: Addition | KHop | Text | Shards | Stream | Chat
     steps: int
     batch_size: int
     """Rows of one optimizer step."""
     seed: int = 0
     dtype: Dtype = "float32"
-    """float32; bfloat16: autocast over float32 weights, slow on CPUs without bf16 units; float64: weights too."""
+    """float32; bfloat16 and float16: autocast over float32 weights, slow on CPUs without such units, float16 with a
+    scaled loss for GPUs without bfloat16; float64: weights too."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loops: LoopsConfig = field(default_factory=LoopsConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     expert_bias_rate: float | None = None
     """How far one step moves the balancing bias of an expert; None: 1e-3 where there are experts."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log_every: int = 10
     checkpoint_loops: bool = False
@@ -65,7 +69,8 @@ class TrainConfig:
     bit for bit, for less memory and more time."""
     compile: Literal["none", "block", "model"] = "none"
     """What torch.compile makes one graph of: the looped block, or the whole model, whose depth is then fixed."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init_from: str | None = None
+    """Model folder, or repository of the Hugging Face hub, whose weights the run begins with."""
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
@@ -77,6 +82,8 @@ class TrainConfig:
         check_int("log_every", self.log_every, 1)
         check_bool("checkpoint_loops", self.checkpoint_loops)
         check_choice("compile", self.compile, ("none", "block", "model"))
+        if self.init_from is not None and (not isinstance(self.init_from, str) or not self.init_from):
+            raise ValueError(f"init_from={self.init_from!r} must be a folder; use init_from='runs/text/final'")
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -113,6 +120,11 @@ class TrainConfig:
                 "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
                 f"loops.per={self.loops.per!r}, model.recurrent_layers={model.recurrent_layers} and "
                 f"model.halting={model.halting!r}; change these or use losses.per_loop=false"
+            )
+        if self.parallel.experts > 1 and not (model.recurrent_layers and model.n_experts % self.parallel.experts == 0):
+            raise ValueError(
+                f"parallel.experts={self.parallel.experts} must divide model.n_experts={model.n_experts} of a "
+                "recurrent block; use parallel.experts=1, or another number of either"
             )
         one_depth = self.loops.law == "fixed" and not self.loops.ramp_steps
         if self.compile == "model" and model.recurrent_layers and not one_depth:

@@ -25,10 +25,17 @@ class Batch:
     input_ids: (B, T) int64.
     labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE. With labels
     of their own for every loop, (L, B, T).
+    documents: (B, T) int64, the number of each token's document in its row, where attention is to stop at their ends.
     """
 
     input_ids: Tensor
     labels: Tensor
+    documents: Tensor | None = None
+
+    def take(self, rows: slice | Tensor) -> "Batch":
+        """Some of the rows; by an index, copies of them."""
+        documents = None if self.documents is None else self.documents[rows]
+        return Batch(self.input_ids[rows], self.labels[..., rows, :], documents)
 
 
 class Task(Protocol):
@@ -36,7 +43,7 @@ class Task(Protocol):
 
     name: ClassVar[str]
     on_disk: ClassVar[bool]
-    """Whether the data has to be prepared before it can be read."""
+    """Whether the data has to be prepared before it can be read. A row then depends on its number, and not on `rng`."""
 
     @property
     def vocab_size(self) -> int:

@@ -1,24 +1,196 @@
-"""How a run is spread over processes."""
+"""The processes that train one model together: how they find each other, what they agree on, and how they end.
 
+`torchrun` starts them and tells each its rank. Without it there is one process, and all of this does nothing.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
-from open_mythos.checks import check_choice, check_int
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from open_mythos.checks import check_choice, check_int, check_number
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """What each process (rank) holds, and how many rows it takes at once."""
+    """How a run is spread over processes. None of it changes the result by more than rounding."""
 
     kind: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every rank holds everything; fsdp: each holds its share of weights, gradients and moments."""
+    """ddp: every process holds the whole model. fsdp: each holds its share of parameters, gradients and moments, and
+    gathers the recurrent block once per forward pass."""
     experts: int = 1
-    """Ranks over which the routed experts are spread; 1: every rank has all of them."""
+    """Processes over which the experts are spread; needs kind="fsdp"."""
     rows: int | None = None
-    """Rows of one micro-batch on one rank; None: all of the rank's rows at once."""
+    """Rows that a process computes at a time; None: all of its rows. Fewer take less memory: gradients add up."""
+    timeout_s: float = 600.0
+    """Longest wait for the other processes."""
 
     def __post_init__(self) -> None:
         check_choice("parallel.kind", self.kind, ("ddp", "fsdp"))
         check_int("parallel.experts", self.experts, 1)
         if self.rows is not None:
             check_int("parallel.rows", self.rows, 1)
+        check_number("parallel.timeout_s", self.timeout_s, 0, above=True)
+        if self.experts > 1 and self.kind != "fsdp":
+            raise ValueError(
+                f"parallel.experts={self.experts} needs parallel.kind='fsdp', not {self.kind!r}; use kind='fsdp', or "
+                "parallel.experts=1"
+            )
+
+
+class RankFailed(ConnectionError):
+    """Another process of the run has failed or fallen silent."""
+
+
+class World:
+    """The processes of a run as one of them sees them."""
+
+    def __init__(self, device: torch.device, parallel: ParallelConfig) -> None:
+        """Join the processes that torchrun has started.
+
+        Raises:
+            ValueError: their number does not fit `parallel`.
+        """
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self._watch: Watch | None = None
+        if self.size % parallel.experts:
+            raise ValueError(
+                f"parallel.experts={parallel.experts} must divide the {self.size} processes of the run; start a "
+                f"multiple of it with torchrun, or use parallel.experts=1"
+            )
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=parallel.timeout_s)
+        if self.size > 1:
+            if not dist.is_initialized():
+                dist.init_process_group(backend, timeout=timeout)
+            self._watch = Watch(self.rank, self.size)
+            self._watch.start()
+        elif parallel.kind == "fsdp" and not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> range:
+        """The rows of the global batch that are this process's."""
+        n = batch_size // self.size
+        return range(self.rank * n, (self.rank + 1) * n)
+
+    def agree(self, values: Mapping[str, int], total: int = 0) -> int:
+        """Check that all processes have the same values, and return the sum of their totals.
+
+        Raises:
+            RankFailed: they differ; the message names what and who.
+        """
+        if self.size == 1:
+            return total
+        mine = torch.tensor([*values.values(), total])
+        each = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(each, mine)
+        every = torch.stack(each)
+        for i, name in enumerate(values):
+            if (odd := (every[:, i] != every[0, i]).nonzero()).numel():
+                rank = int(odd[0])
+                raise RankFailed(
+                    f"rank {rank} has {name}={every[rank, i].item()} and rank 0 {every[0, i].item()}: they must be "
+                    "equal; start all ranks with the same command, code and data"
+                )
+        return int(every[:, -1].sum())
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x, replaced by its sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def store(self) -> dist.Store:
+        """Where the processes leave each other what a thread has to say; a connection of its own for each call."""
+        return dist.HashStore() if self.size == 1 else connect()
+
+    def leave(self) -> None:
+        """Tell the others that this process has done its part."""
+        if self._watch is not None:
+            self._watch.leave()
+
+    def fail(self, error: Exception) -> Exception:
+        """Tell the others that this process has failed; what went wrong first in any of them."""
+        return error if self._watch is None else self._watch.fail(error)
+
+
+def connect() -> dist.Store:
+    """A new connection to the store that torchrun's processes share; a thread needs one of its own."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun may start everything anew, and what was said before then no longer holds.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"mythos{attempt}", dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
+
+
+class Watch(threading.Thread):
+    """Ends this process when another one has failed or fallen silent, whatever the main thread is waiting for.
+
+    Each process counts up a number of its own and looks at that of the next; whoever fails or sees one fail says so
+    where all look.
+    """
+
+    BEAT_S = 1.0
+    SILENCE_S = 15.0
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(daemon=True)
+        self.rank, self.size = rank, size
+        self._store, self._main_store = connect(), connect()
+        self._left = threading.Event()
+
+    def run(self) -> None:
+        next_rank, n, seen, since = (self.rank + 1) % self.size, 0, b"", time.monotonic()
+        try:
+            while not self._left.wait(self.BEAT_S):
+                n += 1
+                self._store.set(f"beat/{self.rank}", str(n))
+                if self._store.check(["failed"]):
+                    self._end(self._store.get("failed").decode())
+                beat = self._store.get(f"beat/{next_rank}") if self._store.check([f"beat/{next_rank}"]) else b""
+                if beat != seen or beat == b"done":
+                    seen, since = beat, time.monotonic()
+                elif time.monotonic() - since > self.SILENCE_S:
+                    self._store.compare_set("failed", "", f"rank {next_rank} has been silent for {self.SILENCE_S:g} s")
+        except RuntimeError:  # torch's error of a lost store
+            if not self._left.wait(5 * self.BEAT_S):
+                self._end("the process that started the ranks is gone")
+
+    def _end(self, reason: str) -> None:
+        if not self._left.wait(5 * self.BEAT_S):  # the main thread may be about to say it itself
+            print(f"mythos train: rank {self.rank} ends, for {reason}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def leave(self) -> None:
+        self._left.set()
+        self.join()
+        self._main_store.set(f"beat/{self.rank}", "done")
+
+    def fail(self, error: Exception) -> Exception:
+        lost = isinstance(error, RuntimeError)  # how torch reports a collective call that broke
+        try:
+            if lost:
+                deadline = time.monotonic() + 4 * self.BEAT_S
+                while not self._main_store.check(["failed"]) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            mine = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+            first = self._main_store.compare_set("failed", "", mine).decode()
+        except RuntimeError:
+            first = "the process that started the ranks is gone"
+        self._left.set()
+        return error if first == mine else RankFailed(first)

@@ -18,14 +18,27 @@ from open_mythos.train.data import IGNORE, Batch
 
 @dataclass(frozen=True)
 class Score:
-    """loss: nats per labelled token. accuracy: share of rows with every label right.
+    """Sums over what was scored.
 
     A row is right exactly when greedy decoding would write all its labelled tokens: both pick the likeliest token
     after the same text for as long as all were right.
     """
 
-    loss: float
-    accuracy: float
+    nats: float
+    n_labels: float
+    n_right: float
+    n_rows: float
+    """Rows with a label."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per labelled token."""
+        return self.nats / self.n_labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows with every label right."""
+        return self.n_right / self.n_rows
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
         return self.loss / math.log(2) / bytes_per_token
@@ -34,19 +47,22 @@ class Score:
 def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_rows: int = 256) -> Score:
     """Score `batch` in eval mode, `chunk_rows` rows at a time; the model's mode is restored."""
     n_loops = check_n_loops(n_loops, model.cfg)
-    loss = 0.0
-    labels_seen = rows_right = 0
+    nats = 0.0
+    n_labels = n_right = n_rows = 0
     with evaluating(model):
-        for ids, labels in zip(batch.input_ids.split(chunk_rows), batch.labels.split(chunk_rows), strict=True):
-            labels = labels.to(model.device)
+        for rows in (slice(i, i + chunk_rows) for i in range(0, len(batch.input_ids), chunk_rows)):
+            ids, labels = batch.input_ids[rows].to(model.device), batch.labels[rows].to(model.device)
+            documents = None if batch.documents is None else batch.documents[rows].to(model.device)
             # The output of a training call, whose logits are made below, for some tokens at a time.
-            out = model(ids.to(model.device), plan=LoopPlan((n_loops,) * len(ids)))
+            out = model(ids, plan=LoopPlan((n_loops,) * len(ids)), documents=documents)
             n, right = tokens_per_chunk(out.head), []
             for hidden, label in zip(out.hidden.flatten(0, 1).split(n), labels.flatten().split(n), strict=True):
                 with no_autocast(hidden):
                     logits = wide(linear(hidden, out.head))
-                loss += F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum").item()
+                nats += F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum").item()
                 right.append((logits.argmax(-1) == label) | (label == IGNORE))
-            labels_seen += (labels != IGNORE).sum().item()
-            rows_right += torch.cat(right).view_as(labels).all(-1).sum().item()
-    return Score(loss / labels_seen, rows_right / len(batch.input_ids))
+            labelled = (labels != IGNORE).any(-1)
+            n_labels += (labels != IGNORE).sum().item()
+            n_right += (torch.cat(right).view_as(labels).all(-1) & labelled).sum().item()
+            n_rows += labelled.sum().item()
+    return Score(nats, n_labels, n_right, n_rows)

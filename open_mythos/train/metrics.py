@@ -6,28 +6,49 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_mythos.files import write_text
+from open_mythos.train.trackers import Tracking
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing."""
 
-    def __init__(self, path: Path, steps_done: int = 0) -> None:
-        """Args: steps_done: lines of later steps, which a run that goes on is going to write again, are dropped."""
+    def __init__(self, path: Path | None, steps_done: int = 0, tracking: Tracking | None = None) -> None:
+        """Args:
+        path: None: nothing is written, as in all processes of a run but the first.
+        steps_done: lines of later steps, which a run that goes on is going to write again, are dropped.
+        tracking: gets the same numbers, and is closed with the file.
+        """
+        self._tracking = tracking
+        if path is None:
+            self._file = None
+            return
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            return
         # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
         self._file.write(json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n")
         self._file.flush()
+        if self._tracking is not None:
+            self._tracking.log(steps_done, values)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tracking is not None:
+            self._tracking.close(failed=error is not None)
+
+
+def last_step(path: Path) -> int:
+    """The largest step in a metrics.jsonl; 0 where there is none yet."""
+    return int(max((line["step"] for line in read_metrics(path)), default=0)) if path.exists() else 0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

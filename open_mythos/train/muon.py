@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
+from open_mythos.train.owners import Owners
 
 AdjustLR = Literal["match_rms_adamw", "original"]
 
@@ -89,26 +91,56 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params if p.grad is not None]
-            if not params:
+            named = [p for p in group["params"] if p.grad is not None]
+            if not named:
                 continue
-            for p in params:
+            params, grads = [_here(p) for p in named], [_here(p.grad) for p in named]
+            for p, local in zip(named, params, strict=True):
                 if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum"] for p in params]
+                    self.state[p]["momentum"] = torch.zeros_like(local)
+            buffers = [self.state[p]["momentum"] for p in named]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            updates = self._updates(named, list(nesterov), group["adjust_lr"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-            by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p, update in zip(params, nesterov, strict=True):
-                widths = self.widths.get(p, p.shape[-2:-1])
-                for part, u in zip(p.split(widths, dim=-2), update.split(widths, dim=-2), strict=True):
-                    by_shape[(*part.shape[-2:], p.dtype, p.device)].append((part, u))
-            for (rows, columns, *_), pairs in by_shape.items():
-                updates = orthogonalize(torch.cat([u.reshape(-1, rows, columns) for _, u in pairs]))
-                pieces = updates.split([u.numel() // (rows * columns) for _, u in pairs])
-                rate = group["lr"] * lr_factor(rows, columns, group["adjust_lr"])
-                for (part, _), piece in zip(pairs, pieces, strict=True):
-                    part.add_(piece.view_as(part), alpha=-rate)
+    def _updates(self, params: list[Tensor], nesterov: list[Tensor], adjust_lr: AdjustLR) -> list[Tensor]:
+        """The updates for what this process holds of each parameter, from what it holds of their momenta."""
+        # Matrices whose rows are spread over processes are worked on whole, each by one of them. Stacks of matrices are
+        # spread by matrix.
+        meshes = {i: p.device_mesh for i, p in enumerate(params) if isinstance(p, DTensor) and p.ndim == 2}
+        split = [i for i, mesh in meshes.items() if mesh.size() > 1]
+        rest = [i for i in range(len(params)) if i not in split]
+        updates = dict(
+            zip(rest, self._orthogonal([params[i] for i in rest], [nesterov[i] for i in rest], adjust_lr), strict=True)
+        )
+        if split:
+            shapes = [(params[i].shape[0], params[i].shape[1]) for i in split]
+            owners = Owners(shapes, meshes[split[0]].get_group())
+            local = [nesterov[i] for i in split]
+            whole = self._orthogonal([params[split[k]] for k in owners.mine], owners.gather(local), adjust_lr)
+            updates |= dict(zip(split, owners.scatter(whole, local), strict=True))
+        return [updates[i] for i in range(len(params))]
+
+    def _orthogonal(self, params: list[Tensor], nesterov: list[Tensor], adjust_lr: AdjustLR) -> list[Tensor]:
+        """Whole momenta -> orthogonalised, each map of a parameter by itself, and scaled as its shape asks for."""
+        by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        updates = [torch.empty_like(u) for u in nesterov]
+        for p, u, out in zip(params, nesterov, updates, strict=True):
+            widths = self.widths.get(p, u.shape[-2:-1])
+            for part, into in zip(u.split(widths, dim=-2), out.split(widths, dim=-2), strict=True):
+                by_shape[(*part.shape[-2:], u.dtype, u.device)].append((part, into))
+        for (rows, columns, *_), pairs in by_shape.items():
+            whole = orthogonalize(torch.cat([part.reshape(-1, rows, columns) for part, _ in pairs]))
+            whole *= lr_factor(rows, columns, adjust_lr)
+            for (_, into), piece in zip(
+                pairs, whole.split([u.numel() // (rows * columns) for u, _ in pairs]), strict=True
+            ):
+                into.copy_(piece.view_as(into))
+        return updates
+
+
+def _here(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -68,7 +68,10 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Opt
     rest = [p for name, p in named if not is_hidden_matrix(name, p)]
     groups = [{"params": rest, "weight_decay": cfg.weight_decay if cfg.decay == "all" else 0.0}]
     if cfg.kind == "adamw":
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
+        # One call of the fused update takes tensors of one kind: experts that are spread by hand are no DTensors.
+        for kind in dict.fromkeys(type(p) for p in matrices):
+            of_kind = [p for p in matrices if type(p) is kind]
+            groups.append({"params": of_kind, "weight_decay": cfg.weight_decay})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
     ]

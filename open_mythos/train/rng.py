@@ -17,6 +17,6 @@ class Purpose(IntEnum):
     MODEL = 3
 
 
-def stream(seed: int, step: int, purpose: Purpose) -> np.random.Generator:
-    """A fresh generator for one purpose at one step of a run."""
-    return np.random.default_rng((seed, step, int(purpose)))
+def stream(seed: int, step: int, purpose: Purpose, row: int = 0) -> np.random.Generator:
+    """A fresh generator for one purpose at one step of a run, and from one row of its batch on."""
+    return np.random.default_rng((seed, step, int(purpose), row))

@@ -2,41 +2,50 @@
 
     Trainer(recipe(), "runs/first").run()
 
-A run is decided by its TrainConfig alone: the same configuration on the same machine gives the same weights bit for
-bit. On another machine, or with another number of threads, sums may round differently.
+A run is decided by its TrainConfig alone: the same configuration on the same machine with the same number of processes
+gives the same weights bit for bit. Elsewhere sums may round differently.
 """
 
 import contextlib
-import math
+import dataclasses
+import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int
-from open_mythos.compiling import compile_model
 from open_mythos.device import Device, setup_device
 from open_mythos.files import write_text
-from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.train.checkpoint import (
     Checkpoints,
     Keeping,
-    load,
-    optimizer_tensors,
+    optimizer_pieces,
+    read_state,
     restore_optimizer,
     save_model_folder,
 )
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
-from open_mythos.train.evaluate import evaluate
-from open_mythos.train.losses import total_loss
-from open_mythos.train.metrics import MetricsWriter, ProgressLine
+from open_mythos.train.data import IGNORE, Batch
+from open_mythos.train.distributed import World
+from open_mythos.train.evaluate import Score, evaluate
+from open_mythos.train.guard import Guard
+from open_mythos.train.init_from import read_initial
+from open_mythos.train.loader import Loader
+from open_mythos.train.losses import Share, total_loss
+from open_mythos.train.metrics import MetricsWriter, ProgressLine, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
+from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream
+from open_mythos.train.sharding import Spread
+from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
@@ -48,7 +57,7 @@ class Trainer:
     """One run of a configuration into one folder.
 
     Writes `config.yaml` at the start, `metrics.jsonl` and `checkpoints/` as it goes, and at the end the model folder
-    `final/`.
+    `final/`. Under torchrun each process makes one; the folder has to be the same for all.
 
     Args:
         cfg: the run.
@@ -56,10 +65,13 @@ class Trainer:
         progress: whether to show the live line in a terminal.
         keeping: when to save checkpoints.
         resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
+        workers: processes that make batches ahead of time; 0: none.
+        trackers: get what metrics.jsonl gets; see `make_trackers`.
 
     Raises:
         ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
             data cannot be read. Nothing is written then.
+        RankFailed: the same, in another process of the run.
     """
 
     def __init__(
@@ -72,36 +84,47 @@ class Trainer:
         progress: bool = True,
         keeping: Keeping | None = None,
         resume: bool = False,
+        workers: int = 0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.cfg = cfg
+        self.trackers = trackers
         self.out_dir = Path(out_dir)
-        self._check_folder(resume)
         self.keeping = keeping or Keeping()
-        self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping)
         self.device = setup_device(device, threads)
-        self.progress = progress
-        cfg.check_data()
-        self.tokenizer = cfg.data.tokenizer()
-        self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
-
-        torch.manual_seed(cfg.seed)
-        weights_dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
-        self.model = OpenMythos(cfg.model).to(self.device, weights_dtype)
-        if self.model.recurrent is not None:
-            # Validation too reads no clock, so that a run repeated gives the same metrics bit for bit.
-            self.model.recurrent.compaction = "counts"
-            self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
-        self._forward = self.model if cfg.compile == "none" else compile_model(self.model, cfg.compile)
-        self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
-        self.optimizers = build_optimizers(self.model, cfg.optim)
-        self.steps_done = 0
-        """Of this run, before and after a resume."""
-        self._names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        if resume and (newest := self.checkpoints.newest()) is not None:
-            self._restore(newest)
-        self._hooks: list[tuple[Hook, int]] = []
-        if cfg.eval.every:
-            self.add_hook(Trainer.validate, cfg.eval.every)
+        self.world = World(self.device, cfg.parallel)
+        with self._answering():
+            self._check_folder(resume)
+            check_int("workers", workers, 0)
+            if cfg.batch_size % self.world.size:
+                raise ValueError(
+                    f"batch_size={cfg.batch_size} must be a multiple of the {self.world.size} processes of the run; "
+                    f"use batch_size={-(-cfg.batch_size // self.world.size) * self.world.size}"
+                )
+            self.progress = progress
+            cfg.check_data()
+            self.tokenizer = cfg.data.tokenizer()
+            self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
+            self.spread = Spread(cfg, self.world, self.device)
+            self.model = self.spread.model
+            self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
+            self.optimizers = build_optimizers(self.model, cfg.optim)
+            self.guard = Guard(cfg.guard, scaled=cfg.dtype == "float16")
+            self.steps_done = 0
+            """Of this run, before and after a resume."""
+            self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping, self.world, self._describe)
+            self.rows = self.world.rows(cfg.batch_size)
+            place = None
+            if resume and (newest := self.checkpoints.newest()) is not None:
+                place = self._restore(newest)
+            elif cfg.init_from is not None:
+                self.spread.load(read_initial(cfg.model, self.tokenizer, cfg.init_from))
+            self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
+            self._signalled: list[int] = []
+            self._stopping = False
+            self._hooks: list[tuple[Hook, int]] = []
+            if cfg.eval.every:
+                self.add_hook(Trainer.validate, cfg.eval.every)
 
     def add_hook(self, fn: Hook, every: int) -> None:
         """Call `fn(trainer, steps_done)` after every `every` steps; what it returns goes into metrics.jsonl."""
@@ -114,68 +137,113 @@ class Trainer:
         With checkpoints, SIGTERM and SIGINT (Ctrl-C) end the run after the step in work and a save.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite at a logged step, or a weight when it is to be
-                saved.
+            FloatingPointError: steps had to be left out again and again, or a weight that is to be saved is not finite.
             Interrupted: a signal ended the run.
+            RankFailed: another process has failed.
         """
-        cfg = self.cfg
-        final = self.out_dir / "final"
-        if final.exists():
+        with self._answering():
+            final = self.out_dir / "final"
+            if self.world.agree({"configuration": _hash(self.cfg.to_yaml().encode())}, int(final.exists())):
+                return final
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            if self.world.is_first and not (self.out_dir / "config.yaml").exists():
+                write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
+            metrics, shown = self.out_dir / "metrics.jsonl", self.progress and self.world.is_first
+            with (
+                self._writer(metrics) as writer,
+                ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
+                _signals(self.keeping.every > 0, self._signalled),
+            ):
+                self._loop(writer, line)
+            self.checkpoints.wait()
+            state = self.spread.full_state()
+            if self.world.is_first:
+                save_model_folder(self.cfg.model, state, self.tokenizer, final)
+            self.world.leave()
             return final
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        if not (self.out_dir / "config.yaml").exists():
-            write_text(self.out_dir / "config.yaml", cfg.to_yaml())
-        with (
-            MetricsWriter(self.out_dir / "metrics.jsonl", self.steps_done) as writer,
-            ProgressLine(cfg.steps, cfg.data.name, self.progress, self.steps_done) as line,
-            _signals(self.keeping.every > 0) as signalled,
-        ):
-            tokens, seconds = 0, 0.0
-            for step in range(self.steps_done, cfg.steps):
-                done = step + 1
-                log = done == 1 or done % cfg.log_every == 0 or done == cfg.steps
-                started = time.perf_counter()
-                n_tokens, values = self.train_step(step, log)
-                tokens, seconds = tokens + n_tokens, seconds + time.perf_counter() - started
-                if log:
-                    values["perf/tok_s"] = tokens / seconds
-                    tokens, seconds = 0, 0.0
-                    writer.write(done, values)
-                line.advance({label: values[name] for label, name in SHOWN.items()} if log else None)
-                for hook, every in self._hooks:
-                    if done % every == 0 and (extra := hook(self, done)):
-                        writer.write(done, extra)
-                self.steps_done = done
-                if done == cfg.steps:
-                    break
-                if self.keeping.every and (signalled or done % self.keeping.every == 0):
-                    self._save()
-                if signalled:
-                    saved = self.checkpoints.wait()
-                    raise Interrupted(done, saved)
-        self.checkpoints.wait()
-        save_model_folder(self.model, self.tokenizer, final)
-        return final
+
+    def _writer(self, path: Path) -> MetricsWriter:
+        if not self.world.is_first:
+            return MetricsWriter(None)
+        run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(path))
+        return MetricsWriter(path, self.steps_done, Tracking(self.trackers, run))
+
+    def _loop(self, writer: MetricsWriter, line: ProgressLine) -> None:
+        cfg = self.cfg
+        tokens, seconds, began = 0, 0.0, time.perf_counter()
+        for step in range(self.steps_done, cfg.steps):
+            done = step + 1
+            log = done == 1 or done % cfg.log_every == 0 or done == cfg.steps
+            started = time.perf_counter()
+            n_tokens, values = self.train_step(step, log)
+            tokens, seconds = tokens + n_tokens, seconds + time.perf_counter() - started
+            if log:
+                values["perf/tok_s"] = tokens / seconds
+                # What is not a step: metrics, validation, checkpoints.
+                values["perf/overhead"] = 1 - seconds / (time.perf_counter() - began)
+                tokens, seconds, began = 0, 0.0, time.perf_counter()
+                writer.write(done, values)
+            line.advance({label: values[name] for label, name in SHOWN.items() if name in values} if log else None)
+            for hook, every in self._hooks:
+                if done % every == 0 and (extra := hook(self, done)):
+                    writer.write(done, extra)
+            self.steps_done = done
+            if done == cfg.steps:
+                break
+            if self.keeping.every and (self._stopping or done % self.keeping.every == 0):
+                self._save()
+            if self._stopping:
+                saved = self.checkpoints.wait()
+                self.world.leave()
+                raise Interrupted(done, saved)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Generator[None]:
+        """Tell the other processes of what goes wrong inside, and name what went wrong first in any of them."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            named = self.world.fail(error)
+            if named is error:
+                raise
+            raise named from error
+
+    def _held(self) -> dict[Tensor, tuple[str, Piece]]:
+        return {p: (name, self.spread.piece(p)) for name, p in self.model.named_parameters()}
+
+    def _describe(self, folder: Path) -> None:
+        """What a checkpoint holds besides tensors and numbers, so that it can stand alone."""
+        (folder / "config.yaml").write_text(self.cfg.to_yaml(), "utf-8")
+        self.tokenizer.save(folder)
 
     def _save(self) -> None:
         # Between logged steps nothing else looks; and weights that are lost must not push good ones out.
-        for name, p in self.model.named_parameters():
-            if not p.isfinite().all():
+        groups = {"model": self.spread.pieces()}
+        for name, piece in groups["model"].items():
+            if not piece.local.isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}, so nothing is saved; lower optim.lr or "
                     "lengthen schedule.warmup_steps"
                 )
-        groups = {"model": {name: x for name, x in self.model.state_dict().items() if name != "head.weight"}}
+        held = self._held()
         for i, optimizer in enumerate(self.optimizers):
-            groups[f"optimizer{i}"] = optimizer_tensors(optimizer, self._names)
-        self.checkpoints.save(self.steps_done, groups)
+            groups[f"optimizer{i}"] = optimizer_pieces(optimizer, held)
+        if self.loader.place is not None:
+            groups["data"] = {"place": Piece(self.loader.place, self.rows.start, self.cfg.batch_size)}
+        self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state()})
 
-    def _restore(self, folder: Path) -> None:
-        groups, self.steps_done = load(folder)
-        # Whatever is random in a step is made from the seed and the step, so there is no more state than this.
-        self.model.load_state_dict({**groups["model"], "head.weight": groups["model"]["embed.weight"]})
+    def _restore(self, folder: Path) -> Tensor | None:
+        """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
+        # Whatever is random in a step is made from the seed, the step and the row, so there is no more state than this.
+        stored, state, held = Stored(folder), read_state(folder), self._held()
+        self.steps_done = state["step"]
+        self.guard.restore(state["guard"])
+        self.spread.restore(stored)
         for i, optimizer in enumerate(self.optimizers):
-            restore_optimizer(optimizer, self._names, groups[f"optimizer{i}"])
+            restore_optimizer(optimizer, held, stored, f"optimizer{i}")
+        return stored.read("data", "place", self.rows.start, len(self.rows)) if stored.names("data") else None
 
     def _check_folder(self, resume: bool) -> None:
         path = self.out_dir / "config.yaml"
@@ -186,68 +254,129 @@ class Trainer:
                         f"{self.out_dir} already holds a run ({name}); go on with it with --resume, use another "
                         "folder, or remove this one"
                     )
-        elif path.exists() and (theirs := TrainConfig.load(path).to_dict()) != (ours := self.cfg.to_dict()):
-            name = next(name for name in ours if ours[name] != theirs[name])
-            raise ValueError(
-                f"{path} has {name}={theirs[name]!r}, not {ours[name]!r}: resume with the configuration that the run "
-                f"began with (--config {path}), or use another folder"
-            )
+        elif path.exists():
+            ours, theirs = self.cfg.to_dict(), TrainConfig.load(path).to_dict()
+            for name in ours.keys() - {"parallel"}:  # that may change: see ParallelConfig
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"{path} has {name}={theirs[name]!r}, not {ours[name]!r}: resume with the configuration that "
+                        f"the run began with (--config {path}), or use another folder"
+                    )
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
 
-        On a GPU only reading the metrics waits for the device: the trainer asks it nothing in other steps.
+        The device is read once: to know whether loss and gradient allow the step.
         """
-        cfg = self.cfg
+        cfg, batch = self.cfg, self.loader.get(step)
         depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
-        rng = stream(cfg.seed, step, Purpose.DATA)
-        batch = cfg.data.batch(rng, cfg.batch_size, depths, first_row=step * cfg.batch_size)
-        plan = LoopPlan(tuple(depths.tolist()), cfg.loops.backprop_depth)
+        # Before the first of the calls in which processes wait for each other.
+        n_labels = self.world.agree(
+            {"step": step, "depths": _hash(depths.tobytes())}, int((batch.labels != IGNORE).sum())
+        )
         factor = cfg.schedule.factor(step, cfg.steps)
         set_lr(self.optimizers, factor)
-        # Dropout and noisy initial states then depend on the step alone, as the data does.
-        torch.manual_seed(int(stream(cfg.seed, step, Purpose.MODEL).integers(2**63)))
-
-        self.model.train()
-        with self._autocast():
-            out = self._forward(self._on_device(batch.input_ids), plan=plan, trace=cfg.losses.per_loop)
-        loss, parts = total_loss(out, self._on_device(batch.labels), cfg.losses)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss.backward()
-        # An infinite limit only measures the norm.
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optim.clip_norm or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        max_load = None
-        if out.tokens_per_expert is not None:
-            max_load = self.model.update_expert_bias(out.tokens_per_expert, self.expert_bias_rate)
-
-        n_tokens = batch.input_ids.numel()
+        self.model.train()
+        sums: dict[str, Tensor] = {}
+        for plan, rows, last in self._micro_batches(depths.tolist()):
+            # Dropout and noisy initial states then depend on the step and the row alone, as the data does.
+            first_row = self.rows.start + rows.start
+            torch.manual_seed(int(stream(cfg.seed, step, Purpose.MODEL, first_row).integers(2**63)))
+            part = batch.take(rows)
+            share = Share(
+                int((part.labels != IGNORE).sum()) / max(1, n_labels),
+                len(plan.depths) / cfg.batch_size,
+                1 / (int(depths.sum()) * batch.input_ids.shape[1]),
+            )
+            ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
+            documents = None if part.documents is None else self._on_device(part.documents)
+            with self.spread.accumulate(last):
+                with self._autocast():
+                    out = self.spread.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
+                loss, parts = total_loss(out, labels, cfg.losses, share)
+                # Processes' gradients are averaged, and each process's loss is a share of the whole.
+                (loss * (self.world.size * self.guard.scale)).backward()
+            found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
+            if out.tokens_per_expert is not None:
+                found["load"] = out.tokens_per_expert
+            sums = {name: x + sums[name] if name in sums else x for name, x in found.items()}
+        values, allowed = self._update(step, sums)
+        n_tokens = cfg.batch_size * batch.input_ids.shape[1]
         if not log:
             return n_tokens, {}
-        values = {
-            "train/loss": loss.item(),
-            **{f"train/{name}": value.item() for name, value in parts.items()},
-            "train/grad_norm": grad_norm.item(),
-            "train/lr": factor * cfg.optim.lr,
-            "loop/mean": out.loops.float().mean().item(),
-        }
-        if max_load is not None:
-            values["moe/max_load"] = max_load.item()
+        metrics = {f"train/{name}": x for name, x in values.items() if name not in ("loops", "load")}
+        metrics |= {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
+        metrics |= {"loop/mean": values["loops"] / n_tokens, "loop/max": float(depths.max())}
+        if not allowed:
+            # Numbers that are not finite are no JSON; that the step was left out says enough.
+            return n_tokens, {name: metrics[name] for name in ("train/skipped", "train/lr", "loop/max")}
+        if "load" in sums:
+            load = sums["load"]
+            metrics["moe/max_load"] = (load / load.mean(dim=-1, keepdim=True)).max().item()
+            metrics["moe/idle"] = (load == 0).float().mean().item()
         if (rho := self._rho()) is not None:
-            values["lti/rho"] = rho
-        _check_finite(step, values)
-        return n_tokens, values
+            metrics["lti/rho"] = rho
+        return n_tokens, metrics
+
+    def _micro_batches(self, depths: list[int]) -> Iterator[tuple[LoopPlan, slice, bool]]:
+        """For each part of this process's rows: the loops they run, which they are, and whether they are the last."""
+        cfg, n = self.cfg, len(self.rows)
+        size = cfg.parallel.rows or n
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            n_ticks = None
+            if cfg.parallel.experts > 1:
+                # Every process calls the experts as often as the one that loops deepest.
+                others = range(0, cfg.batch_size, n)
+                n_ticks = max(depth for first in others for depth in depths[first + rows.start : first + rows.stop])
+            own = depths[self.rows.start + rows.start : self.rows.start + rows.stop]
+            yield LoopPlan(tuple(own), cfg.loops.backprop_depth, n_ticks), rows, rows.stop == n
+
+    def _update(self, step: int, sums: dict[str, Tensor]) -> tuple[Metrics, bool]:
+        """Sum over the processes, and take the step if the guard allows it; the step's numbers, and whether it did."""
+        self.spread.reduce_experts()
+        gradients = self.spread.gradients()
+        grads = [g for g, _ in gradients]
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        squares = torch.stack(torch._foreach_norm(grads)).to(wide).square()
+        copies = squares.new_tensor([copies for _, copies in gradients])
+        names = [name for name, x in sums.items() if not x.ndim]
+        scalars = [sums[name].to(wide) for name in names]
+        signalled = squares.new_tensor(float(bool(self._signalled)))
+        load = [sums["load"].to(wide).flatten()] if "load" in sums else []
+        everything = torch.cat((torch.stack((*scalars, signalled, (squares / copies).sum())), *load))
+        everything = self.world.sum(everything)
+        *numbers, n_signalled, square = everything[: len(names) + 2].tolist()
+        values = dict(zip(names, numbers, strict=True))
+        self._stopping = n_signalled > 0
+        values["grad_norm"] = square**0.5 / self.guard.scale
+        scale = self.guard.scale
+        if not self.guard.allows(step, values["loss"], values["grad_norm"]):
+            return values, False
+        limit = self.cfg.optim.clip_norm
+        factor = 1.0 if limit is None else min(1.0, limit / (values["grad_norm"] + 1e-6))
+        if factor != scale:
+            torch._foreach_mul_(grads, factor / scale)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if load:
+            sums["load"] = everything[len(names) + 2 :].view_as(sums["load"]).to(sums["load"].dtype)
+            self.model.update_expert_bias(sums["load"], self.expert_bias_rate)
+        return values, True
 
     def validate(self, steps_done: int) -> Metrics:
         """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
+        rows = self._validation_rows()
         for n_loops in self.cfg.eval.loops or (None,):
             # Eager: a graph for the shapes of validation would take longer to make than it saves.
             eager = torch.compiler.set_stance("force_eager") if self.cfg.compile != "none" else contextlib.nullcontext()
             with self._autocast(), eager:
-                score = evaluate(self.model, self.validation, n_loops, self.cfg.batch_size)
+                own = evaluate(self.model, rows, n_loops, self.cfg.parallel.rows or len(self.rows))
+            sums = torch.tensor(dataclasses.astuple(own), dtype=torch.float64)
+            score = Score(*self.world.sum(sums).tolist())
             at = "" if n_loops is None else f"@{n_loops}"
             values[f"val/loss{at}"] = score.loss
             if self.cfg.data.bytes_per_token is None:
@@ -256,19 +385,30 @@ class Trainer:
                 values[f"val/bpb{at}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
         return values
 
-    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+    def _validation_rows(self) -> Batch:
+        """This process's share of them. All processes have equally many, for they have to make the same calls."""
+        n, size = len(self.validation.input_ids), self.world.size
+        index = torch.arange(self.world.rank, -(-n // size) * size, size)
+        rows = self.validation.take(index % n)
+        rows.labels[..., index >= n, :] = IGNORE
+        return rows
+
+    def _on_device(self, x: Tensor) -> Tensor:
         """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.cfg.dtype != "bfloat16":
+        if self.cfg.dtype not in ("bfloat16", "float16"):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, getattr(torch, self.cfg.dtype))
 
     def _rho(self) -> float | None:
         """Spectral radius of the state's linear update, where the injection has one."""
         injection = None if self.model.recurrent is None else self.model.recurrent.injection
-        return injection.get_A().max().item() if isinstance(injection, LTIInjection | DiagonalInjection) else None
+        if not isinstance(injection, LTIInjection | DiagonalInjection):
+            return None
+        decay = injection.get_A()
+        return (decay.full_tensor() if isinstance(decay, DTensor) else decay).max().item()
 
 
 class Interrupted(Exception):
@@ -280,22 +420,17 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def _signals(caught: bool) -> Generator[list[int]]:
-    """A list that SIGTERM and SIGINT are put into, if `caught`. Only the main thread can be told of signals."""
-    seen: list[int] = []
+def _signals(caught: bool, seen: list[int]) -> Generator[None]:
+    """Put SIGTERM and SIGINT into `seen`, if `caught`. Only the main thread can be told of signals."""
     caught = caught and threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT) if caught else ()
     before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
     try:
-        yield seen
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _check_finite(step: int, values: Metrics) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name}={value} at step {step} must be finite; lower optim.lr or lengthen schedule.warmup_steps"
-            )
+def _hash(value: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(value).digest()[:7], "big")

@@ -1,6 +1,7 @@
 """What is taken out of files, and what is left out and why."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -85,6 +86,18 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, Reading(column="body"))
 
 
+def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    units = cut_into_units([tmp_path / "a.parquet"], WHOLE)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for call in (
+        lambda: cut_into_units([tmp_path / "a.parquet"], WHOLE),
+        lambda: list(read_documents(units[0], WHOLE)),
+    ):
+        with pytest.raises(ImportError, match=r"parquet files need pyarrow; install it with pip install 'open-mythos"):
+            call()
+
+
 def test_files_are_found_in_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.jsonl", "a.md", "b/picture.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -119,4 +132,4 @@ def test_an_empty_file_has_no_documents(tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(b"")
         assert [d for d in read(path, Reading(cut=cut)) if isinstance(d, str)] == []
-    assert list(read_documents(Unit(str(path), "text", 0, 0), Reading(cut="lines"))) == []
+    assert list(read_documents(Unit(str(path), "text", 0, 0, 0), Reading(cut="lines"))) == []

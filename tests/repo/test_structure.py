@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "model": 4,
     "info": 4,
     "compiling": 5,
+    "chat": 5,
     "data": 5,
     "generate": 6,
     "train": 6,

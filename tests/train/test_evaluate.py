@@ -56,4 +56,4 @@ def test_mode_is_restored_and_no_gradient_is_left(training: bool) -> None:
 
 def test_bits_per_byte() -> None:
     # 8 bits per token of 4 bytes.
-    assert Score(loss=8 * np.log(2), accuracy=0).bits_per_byte(4.0) == pytest.approx(2.0)
+    assert Score(nats=24 * np.log(2), n_labels=3, n_right=0, n_rows=1).bits_per_byte(4.0) == pytest.approx(2.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos.model import TrainOutput
+from open_mythos.outputs import TrainOutput
 from open_mythos.train.data import IGNORE
 from open_mythos.train.losses import LossConfig, total_loss
 
@@ -24,7 +24,7 @@ def output(ponder: float | None = 3.0, router_z: float | None = 2.0) -> tuple[Tr
     scalars = [None if x is None else torch.tensor(x, dtype=torch.float64) for x in (ponder, router_z)]
     # The head is the identity, so that the hidden states are the logits.
     head = torch.eye(5, dtype=torch.float64)
-    return TrainOutput(hidden, None, head, torch.ones(3, 7), scalars[0], scalars[1], None), labels
+    return TrainOutput(hidden, None, head, torch.ones(3, 7), scalars[0], scalars[1], None, None), labels
 
 
 def test_cross_entropy_is_the_mean_over_labelled_tokens() -> None:

@@ -41,6 +41,11 @@ def small_model() -> OpenMythos:
     return OpenMythos(MythosConfig(vocab_size=259, dim=16, n_heads=2, n_kv_heads=2, attn_type="gqa", n_experts=0))
 
 
+def save(folder: Path) -> None:
+    model = small_model()
+    save_model_folder(model.cfg, model.state_dict(), ByteTokenizer(), folder)
+
+
 def test_model_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run" / "final"
 
@@ -50,14 +55,14 @@ def test_model_folder_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(ByteTokenizer, "save", full_disk)
         with pytest.raises(OSError, match="no space"):
-            save_model_folder(small_model(), ByteTokenizer(), folder)
+            save(folder)
     assert not folder.exists()
     # The next try is not disturbed by what the failed one left.
-    save_model_folder(small_model(), ByteTokenizer(), folder)
+    save(folder)
     assert OpenMythos.from_pretrained(folder).cfg.vocab_size == load_tokenizer(folder).vocab_size
     assert [p.name for p in folder.parent.iterdir()] == ["final"]
 
 
 def test_model_folder_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already; use another folder"):
-        save_model_folder(small_model(), ByteTokenizer(), tmp_path)
+        save(tmp_path)

@@ -26,6 +26,8 @@ from open_mythos.variants import VARIANTS
 ON_DISK = [name for name in RECIPES if load_recipe(name).data.on_disk]
 FIT = ["ablation-118m", "parcae-style-140m"]
 
+CONVERSATIONS = str(Path(__file__).parent / "chat.jsonl")
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -40,6 +42,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ON_DISK])
 def test_recipe_takes_a_step(name: str, tmp_path: Path) -> None:
     cfg = dataclasses.replace(RECIPES[name](), steps=1, batch_size=2, eval=EvalConfig())
+    if name == "chat":
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=(CONVERSATIONS,), held_out=0))
     Trainer(cfg, tmp_path, device="cpu", progress=False).run()
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["train/loss"] > 0
 

@@ -16,6 +16,7 @@ import torch
 from open_mythos.cli import main
 from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
 from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.distributed import ParallelConfig, World
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
@@ -46,8 +47,9 @@ def trainer(folder: Path, cfg: TrainConfig | None = None, every: int = 3, **opti
 
 def state(run: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a step changes."""
+    names = {p: name for name, p in run.model.named_parameters()}
     optimizers = {
-        f"{i}/{run._names[p]}/{field}": x
+        f"{i}/{names[p]}/{field}": x
         for i, optimizer in enumerate(run.optimizers)
         for p, fields in optimizer.state.items()
         for field, x in fields.items()
@@ -55,9 +57,17 @@ def state(run: Trainer) -> dict[str, torch.Tensor]:
     return {**run.model.state_dict(), **optimizers}
 
 
+def opened(folder: Path) -> Checkpoints:
+    """The checkpoints of a run, for one process that only reads them."""
+    world = World(torch.device("cpu"), ParallelConfig())
+    return Checkpoints(folder / "checkpoints", Keeping(1), world, lambda folder: None)
+
+
 def numbers(folder: Path) -> list[dict[str, float]]:
     """The log without what a clock says."""
-    return [{k: v for k, v in line.items() if k != "perf/tok_s"} for line in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same(run: Trainer, whole: Trainer) -> None:
@@ -206,9 +216,10 @@ def test_damage_is_named_and_passed_over(tmp_path: Path) -> None:
     older, newest = (tmp_path / "checkpoints" / f"step-0000000{step}" for step in (4, 6))
     files = {path: path.read_bytes() for path in sorted(newest.iterdir())}
     assert {path.name for path in files} == {
-        "model.safetensors", "optimizer0.safetensors", "optimizer1.safetensors", "state.json", "manifest.json",
+        "model-00000.safetensors", "optimizer0-00000.safetensors", "optimizer1-00000.safetensors", "state.json",
+        "manifest.json", "config.yaml", "mythos_tokenizer.json",
     }  # fmt: skip
-    checkpoints, rng = Checkpoints(tmp_path / "checkpoints", Keeping(1)), random.Random(0)
+    checkpoints, rng = opened(tmp_path), random.Random(0)
 
     def assert_found(path: Path) -> None:
         with pytest.warns(UserWarning, match=f"{path.name}.*going back to the checkpoint before"):
@@ -229,9 +240,10 @@ def test_damage_is_named_and_passed_over(tmp_path: Path) -> None:
         path.unlink()
         assert_found(path)
         path.write_bytes(good)
-    (newest / "model.safetensors").write_bytes((older / "model.safetensors").read_bytes())
-    assert_found(newest / "model.safetensors")
-    (newest / "model.safetensors").write_bytes(files[newest / "model.safetensors"])
+    name = "model-00000.safetensors"
+    (newest / name).write_bytes((older / name).read_bytes())
+    assert_found(newest / name)
+    (newest / name).write_bytes(files[newest / name])
     (newest / "notes.txt").write_text("x")
     assert_found(newest / "notes.txt")
     (newest / "notes.txt").unlink()
@@ -246,9 +258,9 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint(tmp_path: Path, whole: Traine
     with pytest.raises(Crash):
         run.run()
     run.checkpoints.wait()
-    path = tmp_path / "run" / "checkpoints" / "step-00000009" / "model.safetensors"
+    path = tmp_path / "run" / "checkpoints" / "step-00000009" / "model-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"model\.safetensors is damaged"):
+    with pytest.warns(UserWarning, match=r"model-00000\.safetensors is damaged"):
         again = trainer(tmp_path / "run", resume=True)
     assert again.steps_done == 6
     again.run()
@@ -301,21 +313,21 @@ def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
     run = trainer(tmp_path / "run", every=1)
     save, failed = run.checkpoints.save, []
 
-    def limited(step: int, groups) -> None:
-        save(step, groups)
+    def limited(step: int, groups, state) -> None:
+        save(step, groups, state)
         if not run.checkpoints.wait():
             failed.append(step)
-        newest = Checkpoints(tmp_path / "run" / "checkpoints", Keeping(1)).newest()
+        newest = opened(tmp_path / "run").newest()
         assert newest is not None and int(newest.name[5:]) == max({*range(1, step + 1)} - {*failed})
 
     run.checkpoints.save = limited
     write = run.checkpoints._write
 
-    def write_less(step: int, groups) -> None:
+    def write_less(step: int, groups, state) -> None:
         if step in (3, 4, 7, 8, 9):
             resource.setrlimit(resource.RLIMIT_FSIZE, (sizes.randrange(60_000), before[1]))
         try:
-            write(step, groups)
+            write(step, groups, state)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

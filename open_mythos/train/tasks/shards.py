@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_bool, check_int, check_number
 from open_mythos.data.order import in_epochs, mix
 from open_mythos.data.shards import TokenShards
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
-from open_mythos.train.data import Batch, to_tensor
+from open_mythos.tokenizer import Tokenizer, load_tokenizer, n_bytes
+from open_mythos.train.data import IGNORE, Batch, to_tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Shards:
     """Share of the rows that each folder gives, of any sum; none: in proportion to their tokens."""
     seq_len: int = 1024
     order_seed: int = 0
+    separate_documents: bool = False
+    """Whether attention stops at the ends of documents. The first token of a document, which then follows from nothing,
+    is not to be predicted."""
 
     name: ClassVar[str] = "shards"
     on_disk: ClassVar[bool] = True
@@ -44,7 +47,9 @@ class Shards:
             )
         for weight in self.weights:
             check_number("data.weights", weight, 0, above=True)
-        check_int("data.seq_len", self.seq_len, 1)
+        check_bool("data.separate_documents", self.separate_documents)
+        # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
+        check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)
         check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
 
     @cached_property
@@ -81,31 +86,41 @@ class Shards:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the held-out documents, whose end tokens count as tokens."""
-        return sum(s.n_bytes for s in self._validation) / sum(s.n_tokens for s in self._validation)
+        """Of the held-out documents, whose end tokens count as tokens; of what is to be predicted in them."""
+        n_tokens, bytes_ = sum(s.n_tokens for s in self._validation), sum(s.n_bytes for s in self._validation)
+        if self.separate_documents:
+            tokenizer = self.tokenizer()
+            firsts, counts = np.unique(np.concatenate([s.first_tokens() for s in self._validation]), return_counts=True)
+            n_tokens -= counts.sum()
+            bytes_ -= sum(n_bytes(tokenizer, token) * n for token, n in zip(firsts.tolist(), counts, strict=True))
+        return float(bytes_ / n_tokens)
 
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         weights = self.weights or tuple(float(source.n_tokens) for source in self._train)
         sources, numbers = mix(first_row + np.arange(rows), weights, (self.order_seed, 0))
-        ids = np.empty((rows, self.seq_len + 1), np.int64)
+        starts = np.empty(rows, np.int64)
         for i, source in enumerate(self._train):
-            here = np.flatnonzero(sources == i)
+            here = sources == i
             windows = in_epochs(numbers[here], (source.n_tokens - 1) // self.seq_len, (self.order_seed, 1, i))
-            for row, window in zip(here, windows, strict=True):
-                ids[row] = source.read(int(window) * self.seq_len, self.seq_len + 1)
-        return _shifted(ids)
+            starts[here] = windows * self.seq_len
+        return self._rows(self._train, sources, starts)
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
         room = np.array([max(0, source.n_tokens - self.seq_len) for source in self._validation])
         places = rng.integers(room.sum(), size=rows)
         sources = np.searchsorted(room.cumsum(), places, side="right")
         starts = places - (room.cumsum() - room)[sources]
-        pairs = zip(sources, starts, strict=True)
-        return _shifted(np.stack([self._validation[i].read(int(start), self.seq_len + 1) for i, start in pairs]))
+        return self._rows(self._validation, sources, starts)
+
+    def _rows(self, shards: list[TokenShards], sources: np.ndarray, starts: np.ndarray) -> Batch:
+        """The windows that begin at `starts` (B,) of `sources` (B,)."""
+        places, n = [(shards[i], int(start)) for i, start in zip(sources, starts, strict=True)], self.seq_len + 1
+        ids = np.stack([source.read(start, n) for source, start in places])
+        if not self.separate_documents:
+            return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
+        documents = np.stack([source.documents(start, n) for source, start in places])
+        labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], IGNORE)
+        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels), to_tensor(documents[:, :-1]))
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(Path(self.paths[0]))
-
-
-def _shifted(ids: np.ndarray) -> Batch:
-    return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))

@@ -1,0 +1,71 @@
+"""The row groups of parquet files as one list, each read from where one likes, local or from the hub."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from open_mythos.data.documents import Reading, Skipped, Unit, find_files, read_documents
+from open_mythos.data.hub import HubDataset, first_line, is_remote
+from open_mythos.data.parquet import row_group_bytes
+
+WAITS_S = (1.0, 4.0, 16.0, 64.0)
+"""Before each further try to read a row group of the hub."""
+
+
+class RowGroups:
+    """All row groups of some parquet files, in order of the files' names.
+
+    Raises:
+        ValueError: a file is no parquet file, or all are empty.
+    """
+
+    def __init__(self, dataset: HubDataset | Path, reading: Reading) -> None:
+        if isinstance(dataset, Path):
+            self._files = [str(path) for path in find_files([str(dataset)])]
+        else:
+            self._files = dataset.files()
+        if other := [file for file in self._files if not file.endswith(".parquet")]:
+            raise ValueError(f"{other[0]} is no parquet file, which a stream reads; use mythos prepare-data for others")
+        sizes = row_group_bytes(self._files, progress=True)
+        if isinstance(dataset, Path):
+            contents = [
+                (str(Path(file).relative_to(dataset)), size) for file, size in zip(self._files, sizes, strict=True)
+            ]
+            self.commit = hashlib.sha1(repr(contents).encode(), usedforsecurity=False).hexdigest()
+        else:
+            self.commit = self._files[0].partition("@")[2].partition("/")[0]
+        self._ends = np.cumsum([len(size) for size in sizes])
+        self._reading = reading
+        if not len(self):
+            raise ValueError(f"the parquet files of {dataset} hold no rows; use others")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, i: int, first: int = 0) -> Iterator[str | Skipped]:
+        """The documents of row group i from row `first` on, with a `Skipped` in the place of each row that is none.
+
+        Raises:
+            OSError: the row group cannot be read, however often that is tried.
+        """
+        file = int(np.searchsorted(self._ends, i, side="right"))
+        group = i - int(self._ends[file - 1] if file else 0)
+        unit = Unit(self._files[file], "parquet", group, group + 1, 0)
+        waits = WAITS_S if is_remote(unit.path) else ()
+        for wait in (*waits, None):
+            try:
+                for document in islice(read_documents(unit, self._reading), first, None):
+                    first += 1
+                    yield document
+                return
+            except OSError as error:
+                if wait is None:
+                    raise OSError(
+                        f"row group {group} of {unit.path} cannot be read ({first_line(error)}; tries: "
+                        f"{len(waits) + 1}); check the connection or the file, and go on with --resume"
+                    ) from error
+                time.sleep(wait)

@@ -1,0 +1,194 @@
+"""Datasets of the Hugging Face hub: the parquet files of a subset at one commit, read from afar or fetched.
+
+A remote file goes by its address, `hf://datasets/OWNER/NAME@COMMIT/PATH`, wherever a local one goes by its path.
+"""
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from open_mythos.checks import check_int
+from open_mythos.files import write_text
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+FINEWEB_EDU_SUBSET = "sample-10BT"
+PREFIX = "hf://datasets/"
+CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A subset of a dataset: the parquet files that the dataset's card lists for its training split."""
+
+    name: str
+    """OWNER/NAME."""
+    subset: str | None = None
+    """As the card names it, or a folder where the card names none; None: the card's default, or its only one."""
+    revision: str | None = None
+    """Branch, tag or commit; None: what the hub has now."""
+    limit_files: int | None = None
+    """Take only the first files, in order of their names."""
+
+    def __post_init__(self) -> None:
+        if not looks_like_a_dataset(self.name):
+            raise ValueError(f"dataset {self.name!r} must be OWNER/NAME; use {FINEWEB_EDU!r}")
+        if self.limit_files is not None:
+            check_int("limit_files", self.limit_files, 1)
+
+    def pinned(self) -> "HubDataset":
+        """The same at the commit that the revision stands for now."""
+        return replace(self, revision=self._info().sha)
+
+    def files(self) -> list[str]:
+        """Addresses of the parquet files at the pinned commit, in order of their names.
+
+        Raises:
+            OSError: the hub does not give the dataset.
+            ValueError: it has no such subset, or no parquet files.
+        """
+        info = self._info()
+        configs = (info.card_data or {}).get("configs") or []
+        root = f"{PREFIX.removeprefix('hf://')}{self.name}@{info.sha}"
+        system, patterns = _file_system(), _patterns(configs, self)
+        with _told(f"the hub does not list the files of {self.name}", "check the connection"):
+            names = {name for pattern in patterns for name in system.glob(f"{root}/{pattern}")}
+        found = sorted(name for name in names if name.endswith(".parquet"))
+        if not configs:
+            # No card says what is for training, but by custom the names do.
+            found = [name for name in found if "train" in name.removeprefix(root)] or found
+        if not found:
+            kinds = ", ".join(sorted({Path(name).suffix for name in names})) or "no files"
+            raise ValueError(
+                f"dataset {self.name} has no parquet files in subset {self.subset or 'default'} ({kinds}); use "
+                "another subset, or get its files yourself and name them"
+            )
+        return [f"hf://{name}" for name in found[: self.limit_files]]
+
+    def _info(self) -> Any:
+        api = _hub().HfApi()
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        what = f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at}"
+        remedy = "check the name and the connection, and call `hf auth login` where a dataset asks for consent"
+        with _told(what, remedy):
+            return api.dataset_info(self.name, revision=self.revision)
+
+
+def looks_like_a_dataset(name: str) -> bool:
+    """Whether a name can only be a dataset's: OWNER/NAME, and no local path."""
+    return re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def is_remote(path: str) -> bool:
+    return path.startswith(PREFIX)
+
+
+def open_remote(address: str) -> Any:
+    """A file object that asks the hub for what is read of it and nothing more."""
+    return _file_system().open(address, "rb", cache_type="none")
+
+
+def fetch(address: str) -> Path:
+    """A local copy, in the cache of huggingface_hub; downloaded unless it is there.
+
+    Raises:
+        OSError: the hub does not give the file.
+    """
+    name, commit, path = _parts(address)
+    download = _hub().hf_hub_download
+    with _told(f"{address} cannot be downloaded", "repeat the command to go on"):
+        return Path(download(name, path, repo_type="dataset", revision=commit))
+
+
+def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress: bool) -> list[list[int]]:
+    """`look_up` of each address, many at a time; what was found is kept on disk, since a commit never changes."""
+    kept: dict[Path, dict[str, list[int]]] = {}
+    for path in {_index(address) for address in addresses}:
+        kept[path] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    missing = [address for address in addresses if address not in kept[_index(address)]]
+    try:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            console = Console(stderr=True)
+            found = track(
+                pool.map(look_up, missing), "reading footers", len(missing), console=console, transient=True,
+                disable=not (progress and missing),
+            )  # fmt: skip
+            for address, value in zip(missing, found, strict=True):
+                kept[_index(address)][address] = value
+    finally:
+        for path in {_index(address) for address in missing}:
+            own = path.with_name(f"{os.getpid()}-{path.name}")  # several processes may be at this
+            write_text(own, json.dumps(kept[path]))
+            os.replace(own, path)
+    return [kept[_index(address)][address] for address in addresses]
+
+
+def _index(address: str) -> Path:
+    name, commit, _ = _parts(address)
+    folder = _hub().cached_assets_path("open_mythos", name.replace("/", "--"), commit)
+    return Path(folder) / "row_groups.json"
+
+
+def _parts(address: str) -> tuple[str, str, str]:
+    """Name of the dataset, commit, and path in it."""
+    name, _, rest = address.removeprefix(PREFIX).partition("@")
+    commit, _, path = rest.partition("/")
+    return name, commit, path
+
+
+def _patterns(configs: list[dict[str, Any]], dataset: HubDataset) -> list[str]:
+    """Patterns of the training files, from what the card says."""
+    subset = dataset.subset
+    if not configs:
+        return ["**" if subset is None else f"{subset}/**"]
+    by_name = {config["config_name"]: config for config in configs}
+    if subset is None:
+        default = [name for name, config in by_name.items() if name == "default" or config.get("default")]
+        subset = default[0] if default else next(iter(by_name)) if len(by_name) == 1 else "none given"
+    if subset not in by_name:
+        raise ValueError(f"dataset {dataset.name} has no subset {subset!r}; use one of {', '.join(by_name)}")
+    config = by_name[subset]
+    files = config.get("data_files") or f"{config.get('data_dir', '.')}/**"
+    files = [files] if isinstance(files, str) else files
+    paths = [file if isinstance(file, str) else file["path"] for file in files if _is_for_training(file)]
+    return [pattern for path in paths for pattern in ([path] if isinstance(path, str) else path)]
+
+
+def _is_for_training(file: Any) -> bool:
+    return isinstance(file, str) or file.get("split") == "train"
+
+
+def _file_system() -> Any:
+    return _hub().HfFileSystem()
+
+
+def _hub() -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            "datasets of the hub need huggingface_hub; install it with pip install 'open-mythos-rdt[data]'"
+        ) from error
+
+
+@contextmanager
+def _told(what: str, remedy: str) -> Generator[None]:
+    """Whatever the library raises is an OSError that says what, why and the remedy."""
+    try:
+        yield
+    except Exception as error:  # the library's HTTP client raises its own kinds, which differ by version
+        raise OSError(f"{what} ({first_line(error)}); {remedy}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that the hub adds to it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

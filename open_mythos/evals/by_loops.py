@@ -1,0 +1,161 @@
+"""mythos eval: bits per byte of files by loops, as a table, as JSON and as a figure."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from open_mythos.arguments import check_n_loops
+from open_mythos.data.documents import Reading, Skipped, cut_into_units, find_files, read_documents
+from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
+from open_mythos.files import write_text
+from open_mythos.model import OpenMythos
+from open_mythos.plots import loop_curve, require_matplotlib
+from open_mythos.tokenizer import load_tokenizer
+
+RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
+
+
+def evaluate_files(
+    folder: Path,
+    text: Sequence[str],
+    n_loops: Sequence[int] = (),
+    out: Path | None = None,
+    *,
+    exit: str | None = None,
+    exit_threshold: float | None = None,
+    context: int | None = None,
+    column: str = "text",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score the documents of `text` at each of `n_loops`, write eval.json and the figure into `out`, and return what
+    eval.json holds.
+
+    Args:
+        text: files, or folders of files, as `mythos prepare-data` reads them.
+        context: tokens of a window; None: those of a row that the model was trained on, where the run's config.yaml
+            stands beside its folder, else `max_seq_len`.
+        n_loops: none: 1, 2, 4 and so on up to twice the model's `max_loop_iters`; 1 for a plain transformer.
+        out: None: FOLDER/eval.
+
+    Raises:
+        ValueError, OSError: an argument is unusable; nothing has been scored.
+    """
+    require_matplotlib()
+    model = OpenMythos.from_pretrained(folder, setup_device(device, threads), getattr(torch, dtype))
+    tokenizer, cfg = load_tokenizer(folder), model.cfg
+    if not n_loops:
+        most = 2 * cfg.max_loop_iters if cfg.recurrent_layers else 1
+        n_loops = [2**i for i in range(most.bit_length())]
+    for n in n_loops if cfg.recurrent_layers else ():
+        check_n_loops(n, cfg)
+    if model.recurrent is not None:
+        # No clock decides what is computed with what, so that the same call gives the same numbers.
+        model.recurrent.compaction = "counts"
+    texts, skipped = read_texts(text, column)
+    if context is None:
+        context = trained_context(folder) or cfg.max_seq_len
+    n_windows = len(windows(tokenizer, texts, context))
+    scores: list[TextScore] = []
+    with Progress(disable=not progress, transient=True) as bar:
+        # A window costs about as much as it has loops, besides the layers around them.
+        around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
+        task = bar.add_task("", total=n_windows * sum(n + around for n in n_loops))
+        for n in n_loops:
+            bar.update(task, description=f"{n} loop{'s' * (n > 1)}")
+            scores.append(
+                bits_per_byte(
+                    model,
+                    tokenizer,
+                    texts,
+                    n if cfg.recurrent_layers else None,
+                    exit=exit,
+                    exit_threshold=exit_threshold,
+                    context=context,
+                    advance=lambda windows, cost=n + around: bar.advance(task, windows * cost),
+                )
+            )
+    best = min(score.bits_per_byte for score in scores)
+    results = {
+        "model": str(folder),
+        "text": list(text),
+        "documents": len(texts),
+        "skipped": skipped,
+        "bytes": scores[0].n_bytes,
+        "tokens": scores[0].n_tokens,
+        "context": context,
+        "exit": exit,
+        "exit_threshold": exit_threshold,
+        "dtype": dtype,
+        "scores": [
+            {
+                "loops": score.n_loops,
+                "bits_per_byte": score.bits_per_byte,
+                "nats_per_token": score.nats_per_token,
+                "ratio_to_best": score.bits_per_byte / best,
+                "mean_loops": score.mean_loops,
+            }
+            for score in scores
+        ],
+    }
+    out = folder / "eval" if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    for ending in (".png", ".svg"):
+        values = [score.bits_per_byte for score in scores]
+        title = f"{results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
+        loop_curve(values, [score.n_loops for score in scores], out / (FIGURE + ending), "bits per byte", title)
+    return results
+
+
+def trained_context(folder: Path) -> int | None:
+    """Tokens of a row that the model was trained on, from RUN/config.yaml for RUN/final; None where that says nothing.
+
+    Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
+    """
+    path = folder.resolve().parent / "config.yaml"
+    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = run.get("data") if isinstance(run, dict) else None
+    return data.get("seq_len") if isinstance(data, dict) else None
+
+
+def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], dict[str, int]]:
+    """The documents of files of text, JSON lines or parquet, and how many records gave none, by reason."""
+    reading, skipped = Reading(column, max_document_bytes=2**62), Counter[str]()
+    texts: list[str] = []
+    for unit in cut_into_units(find_files(list(inputs)), reading):
+        for document in read_documents(unit, reading):
+            if isinstance(document, Skipped):
+                skipped[document.reason] += 1
+            else:
+                texts.append(document)
+    if not texts:
+        raise ValueError(f"--text {' '.join(inputs)} holds no text (skipped: {dict(skipped) or 'none'}); name others")
+    return texts, dict(skipped)
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """The table of `evaluate_files`."""
+    shows_exits = any(round(score["mean_loops"], 2) != score["loops"] for score in results["scores"])
+    table = Table(title=f"{results['bytes']:,} bytes, {results['tokens']:,} tokens, context {results['context']:,}")
+    for name in ("loops", "bits per byte", "nats per token", "ratio to best"):
+        table.add_column(name, justify="right")
+    if shows_exits:
+        table.add_column("mean loops", justify="right")
+    for score in results["scores"]:
+        cells = [f"{score[name]:.4f}" for name in ("bits_per_byte", "nats_per_token", "ratio_to_best")]
+        table.add_row(str(score["loops"]), *cells, *([f"{score['mean_loops']:.2f}"] if shows_exits else []))
+    console.print(table)
+    for reason, n in results["skipped"].items():
+        console.print(f"skipped {n:,} records: {reason}")
