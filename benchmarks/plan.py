@@ -8,7 +8,9 @@ Memory: everything torch allocates less what it frees, at its highest, from the 
 includes what operators take inside; the resident set would add what the C library's allocator keeps.
 """
 
+import gc
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -60,11 +62,13 @@ class Args:
     """Measure FLOPs and memory of small runs on the CPU beside their plans. Under torchrun: memory of every rank."""
 
     out: File = File("docs/results/plan.md")
-    """The report; ranks of torchrun print instead."""
+    """The report; ranks of torchrun print their lines instead."""
     cases: tuple[str, ...] = ()
     """Names of cases; none: all."""
     kind: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks share the model."""
+    """How the ranks of torchrun share the model."""
+    experts: int = 1
+    """Ranks of torchrun over which the experts are spread."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,12 @@ def measure_flops(cfg: TrainConfig) -> Reading:
 
 def measure_memory(cfg: TrainConfig, rank: int = 0, world: int = 1) -> Reading:
     """Of one rank, building the model and two steps."""
+    gc.collect()  # what an earlier run left in cycles would be freed meanwhile, and count as less than nothing
     with tempfile.TemporaryDirectory() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
         for step in range(STEPS):
             trainer.train_step(step)
+            gc.collect()
     live = highest = 0
     assert p.profiler is not None and p.profiler.kineto_results is not None
     for event in p.profiler.kineto_results.events():
@@ -144,7 +150,7 @@ def measure_memory(cfg: TrainConfig, rank: int = 0, world: int = 1) -> Reading:
 HEAD = """# The plan against measurement
 
 What `mythos plan` computes from a configuration beside what two training steps take. Written by
-`python -m benchmarks.plan` on torch {torch}, one process, CPU; rows of 512 tokens, data the novel in bytes.
+`python -m benchmarks.plan` on torch {torch}, CPU; rows of 512 tokens, data the novel in bytes.
 
 - Parameters are exact for every recipe: tests/plan/test_plan.py builds each on the meta device.
 - FLOPs: all products that `torch.utils.flop_counter` sees in the second step. It sees those inside this package's own
@@ -156,11 +162,17 @@ What `mythos plan` computes from a configuration beside what two training steps 
   library's allocator keeps.
 - Formulas take the depths that the step really drew. No factor is fitted; what is off are groups of rows padded for the
   experts, the validation rows, rotary tables and small temporaries.
-- Not measured: GPUs, and several ranks (`torchrun -m benchmarks.plan --kind fsdp` measures each rank).
+- Python's collector runs after each step. Without that, steps with `fsdp` leave tensors in reference cycles until it
+  runs by itself, and the peak of a rank varies from run to run by up to 14 % here.
+- Not measured: GPUs.
 
 | case | parameters | FLOPs planned | measured | off | peak planned | measured | off | highest in |
-|---|---|---|---|---|---|---|---|---|
-"""
+|---|---|---|---|---|---|---|---|---|"""
+RANKS_HEAD = """
+Two processes on gloo, each measuring itself:
+
+| case | rank | peak planned | measured | off |
+|---|---|---|---|---|"""
 
 
 def rows(chosen: dict[str, TrainConfig]) -> Iterator[str]:
@@ -170,8 +182,7 @@ def rows(chosen: dict[str, TrainConfig]) -> Iterator[str]:
         moment = peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).moment
         yield (
             f"| {name} | {count_parameters(cfg.model).total:,} | {flops.predicted / 1e9:.2f} G | "
-            f"{flops.measured / 1e9:.2f} G | {flops.off:+.2%} | {memory.predicted / 1e6:.1f} MB | "
-            f"{memory.measured / 1e6:.1f} MB | {memory.off:+.1%} | {moment} |"
+            f"{flops.measured / 1e9:.2f} G | {flops.off:+.2%} | {_bytes(memory)} | {moment} |"
         )
 
 
@@ -185,13 +196,29 @@ def main(args: Args) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         for name, cfg in chosen.items():
-            reading = measure_memory(replace(cfg, parallel=ParallelConfig(args.kind)), rank, world)
-            print(
-                f"rank {rank} of {world}, {args.kind}, {name}: {reading.predicted:.0f} bytes planned, "
-                f"{reading.measured:.0f} measured, {reading.off:+.1%}"
-            )
+            reading = measure_memory(replace(cfg, parallel=ParallelConfig(args.kind, args.experts)), rank, world)
+            how = args.kind if args.experts == 1 else f"{args.kind}, experts over {args.experts}"
+            print(f"{RANK_LINE}{name}, {how} | {rank} of {world} | {_bytes(reading)} |", flush=True)
         return
-    args.out.write_text(HEAD.format(torch=torch.__version__) + "\n".join(rows(chosen)) + "\n", encoding="utf-8")
+    lines = [HEAD.format(torch=torch.__version__), *rows(chosen), RANKS_HEAD]
+    for how in (["--kind", "ddp"], ["--kind", "fsdp"], ["--kind", "fsdp", "--experts", "2"]):
+        lines += ranks(["--cases", "30m", *how])
+    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+RANK_LINE = "| rank: "
+
+
+def ranks(options: list[str]) -> list[str]:
+    """Lines of two processes that measure themselves."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "benchmarks.plan", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith(RANK_LINE)]
+    return sorted(line.replace(RANK_LINE, "| ") for line in found)
+
+
+def _bytes(reading: Reading) -> str:
+    return f"{reading.predicted / 1e6:.1f} MB | {reading.measured / 1e6:.1f} MB | {reading.off:+.1%}"
 
 
 if __name__ == "__main__":

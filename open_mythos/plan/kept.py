@@ -83,7 +83,7 @@ def outer_block(cfg: MythosConfig, path: Path, T: int) -> Kept:
     return Kept(attention(cfg, path, T), ffn, 0, _norms(cfg, path.state_bytes))
 
 
-def one_loop(cfg: MythosConfig, path: Path, T: int) -> Kept:
+def one_loop(cfg: MythosConfig, path: Path, T: int, expert_ranks: int = 1) -> Kept:
     """One loop with gradient."""
     D, w, s = cfg.dim, path.value_bytes, path.state_bytes
     # The adapter of `concat` gives its product's dtype to everything inside the loop.
@@ -92,6 +92,9 @@ def one_loop(cfg: MythosConfig, path: Path, T: int) -> Kept:
     if cfg.n_experts:
         shared = cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
         routed = _routed(cfg, path)
+        if expert_ranks > 1:
+            # Each pair is a token of its own where its expert is; its result travels back and into the tokens' order.
+            routed += cfg.n_experts_per_tok * (3 * w * D + 2 * 8)
         # In one dtype all read one tensor; under autocast each makes its own of a float32 stream.
         apart = path.autocast and (stream_bytes != w or path.device != "cpu")
         dense = _dense(D, shared, path) - (0 if apart else w * D) if shared else 0

@@ -3,8 +3,7 @@
 The sizes of weights, gradients and moments are exact; activations are those of plan/kept.py; what an operator needs for
 itself while it runs is counted for the largest operators only. docs/results/plan.md has it against measurement.
 
-Of several ranks it is assumed: ddp reduces gradients where they are; fsdp gathers the recurrent block, an outer layer
-and the embedding whole, in the products' dtype, in which their gradients are summed, and reduces them in float32.
+With fsdp the recurrent block, an outer layer and the embedding are whole at once, in float32, as are their gradients.
 """
 
 from dataclasses import dataclass
@@ -23,28 +22,32 @@ class Held:
     """Parameters on one rank, by how they are treated."""
 
     all: float
+    """What it keeps, with the moments of the optimizer; with fsdp its share."""
     matrices: float
-    """Hidden matrices, which Muon takes."""
+    """Of these, hidden matrices, which Muon takes."""
     block: float
-    """The whole recurrent block, with the experts that this rank computes."""
+    """The recurrent block with the routed experts that this rank computes."""
     experts: float
-    """Of these, the routed experts'."""
+    """These."""
+    unit: float
+    """What fsdp gathers of the recurrent block: experts that are spread over ranks are not gathered."""
     shards: int
-    """Ranks that share what fsdp divides; 1 otherwise."""
+    """Ranks that share what fsdp divides; 1 with ddp."""
 
     @classmethod
     def of(cls, cfg: TrainConfig, n_gpus: int) -> "Held":
         counts, ranks = count_parameters(cfg.model), cfg.parallel.experts
         shards = n_gpus if cfg.parallel.kind == "fsdp" else 1
-        # Experts are already spread over `ranks`; the ranks that hold the same ones divide them further.
-        routed = counts.routed_experts / max(shards, ranks)
         matrices = sum(n * rows * columns for (rows, columns), n in hidden_matrices(cfg.model).items())
-        experts = counts.routed_experts / ranks
+        spread = counts.routed_experts if ranks > 1 else 0
+        core, experts = counts.core + counts.loop + counts.other_loops, counts.routed_experts / ranks
         return cls(
-            all=(counts.total - counts.routed_experts) / shards + routed,
-            matrices=(matrices - counts.routed_experts) / shards + routed,
-            block=counts.core + counts.loop + counts.other_loops + experts,
+            # Ranks that hold the same spread experts all hold them whole.
+            all=(counts.total - spread) / shards + spread / ranks,
+            matrices=(matrices - spread) / shards + spread / ranks,
+            block=core + experts,
             experts=experts,
+            unit=core + counts.routed_experts - spread,
             shards=shards,
         )
 
@@ -91,10 +94,10 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
         grad_loops = deepest(cfg.loops, rows, draws)
     ticks = grad_loops / rows if model.recurrent_layers else 0
     readouts = max(ticks, 1) if cfg.losses.per_loop else 1
-    standing = _standing(cfg, path, counts, held, ticks)
+    standing = _standing(cfg, path, counts, held, ticks, n_gpus)
     gradients = {"gradients": s * held.all}
 
-    loop, outer = one_loop(model, path, T) * tokens, outer_block(model, path, T) * tokens
+    loop, outer = one_loop(model, path, T, cfg.parallel.experts) * tokens, outer_block(model, path, T) * tokens
     kept_loop, kept_outer, again, again_outer = loop, outer.total, Kept(), 0.0
     if cfg.checkpoint_loops:
         again, again_outer = loop, outer.total
@@ -117,15 +120,14 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
             "working memory": working,
             "new gradients": new,
         }
-        # One micro-batch's gradients are set free before the backward pass; of several, the sum stays.
+        # A step begins by setting gradients free; between micro-batches their sum stays.
         return Memory(name, parts | gradients if micro_batches(cfg, n_gpus) > 1 else parts)
 
     # Gradients of gate, up and their product; that product and silu again.
     dense = 5 * path.value_bytes * tokens
     stream = 3 * s * model.dim * tokens
-    everything = moment("", ticks, Kept(), prelude + coda, loss_working)
     found = [
-        Memory("the loss", everything.parts | gradients),
+        moment("the loss", ticks, Kept(), prelude + coda, loss_working),
         moment(
             "the backward pass of the coda",
             ticks,
@@ -134,11 +136,10 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
             dense * (model.dim * 4 // 3) + stream,
         ),
     ]
-    grad_bytes = s if held.shards == 1 else path.value_bytes  # what is gathered has gradients in its own dtype
-    arrived, block = s * counts.coda / held.shards, grad_bytes * held.block
+    arrived, block = s * counts.coda / held.shards, s * held.block
     # Autograd adds the gradients of two loops into a third tensor, of the largest parameter at a time.
     inner = shared_width(model) if model.n_experts else model.expert_dim
-    added = grad_bytes * max(held.experts * 2 / 3, 2 * inner * model.dim)
+    added = s * max(held.experts * 2 / 3, 2 * inner * model.dim)
     if ticks:
         name = "the backward pass of the last loop"
         found.append(moment(name, ticks, again, prelude, dense * inner + stream, arrived))
@@ -150,24 +151,28 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
         name = "the backward pass of the last loop but one"
         found.append(moment(name, ticks - 1, again, prelude, stream, arrived + 2 * block + added))
     if held.shards > 1:
-        # What is reduced is laid out anew, in float32.
+        # What is reduced is laid out anew.
         name = "the reduce-scatter of the recurrent block"
-        found.append(moment(name, 0, Kept(), prelude, stream, arrived + block + s * held.block))
+        found.append(moment(name, 0, Kept(), prelude, stream, arrived + block + s * held.unit))
     update = {"working memory": _update_working(cfg, path, held)}
     return [*found, Memory("the update", standing | gradients | update)]
 
 
-def _standing(cfg: TrainConfig, path: Path, counts: Parameters, held: Held, ticks: float) -> dict[str, float]:
+def _standing(
+    cfg: TrainConfig, path: Path, counts: Parameters, held: Held, ticks: float, n_gpus: int
+) -> dict[str, float]:
     """What is there all the time, but for gradients."""
     s, w, model = path.state_bytes, path.value_bytes, cfg.model
     one_moment = held.matrices if cfg.optim.kind == "muon" else 0
     standing = {"parameters": s * held.all, "moments of the optimizer": s * (2 * held.all - one_moment)}
-    if held.shards > 1:
+    if cfg.parallel.kind == "ddp" and n_gpus > 1:
+        standing["buckets of gradients"] = s * held.all
+    if cfg.parallel.kind == "fsdp":
         # Whole at once: the recurrent block, an outer layer, embedding and head.
         layer = (counts.prelude + counts.coda) / max(1, model.prelude_layers + model.coda_layers)
-        standing["gathered weights"] = w * (held.block + layer + counts.embedding)
-    elif path.autocast:
-        # Autocast keeps one of each matrix, but a loop its own of the routed experts.
+        standing["gathered weights"] = s * (held.unit + layer + counts.embedding)
+    if path.autocast:
+        # Autocast keeps one of each matrix for the backward pass, but a loop its own of the routed experts.
         met = weights_met(model)
         chosen = model.recurrent_layers * model.n_experts_per_tok * 3 * model.dim * model.expert_dim
         once = met.outer + met.prepared + met.loop + met.head - (chosen if model.n_experts else 0)
@@ -198,7 +203,10 @@ def _update_working(cfg: TrainConfig, path: Path, held: Held) -> float:
         return 0
     s = path.state_bytes
     iterate = 2 if path.device == "cuda" else s
-    sizes = {shape: n * shape[0] * shape[1] for shape, n in hidden_matrices(cfg.model).items()}
-    # Every momentum ahead of its step; then of the largest group of one shape all of that, two iterates and the result.
-    share = held.matrices / max(1, sum(sizes.values()))
-    return s * held.matrices + share * max(sizes.values()) * (2 * s + 2 * iterate)
+    matrices = hidden_matrices(cfg.model)
+    groups = [(n * min(shape), max(shape), min(shape)) for shape, n in matrices.items()]
+    # Every momentum ahead of its step, and every update; of the largest group of one shape all of that, two iterates
+    # and two squares of the shorter side.
+    rows, columns, square = max(groups, key=lambda group: group[0] * group[1])
+    share = held.matrices / sum(n * shape[0] * shape[1] for shape, n in matrices.items())
+    return 2 * s * held.matrices + share * rows * (s * columns + 2 * iterate * (columns + square))

@@ -145,15 +145,13 @@ def _peak_flops(cfg: TrainConfig, card: Card) -> float:
 
 
 def _check_spread(cfg: TrainConfig, gpus: int) -> None:
-    ranks, n_experts = cfg.parallel.experts, cfg.model.n_experts
+    ranks = cfg.parallel.experts
     if cfg.batch_size % gpus:
         raise ValueError(
             f"batch_size={cfg.batch_size} rows cannot be shared out evenly over --gpus {gpus}; use a divisor of it"
         )
     if gpus % ranks:
         raise ValueError(f"--gpus {gpus} must be a multiple of parallel.experts={ranks}; use --gpus {ranks}")
-    if ranks > 1 and (n_experts % ranks or not n_experts):
-        raise ValueError(f"parallel.experts={ranks} must divide model.n_experts={n_experts}; use parallel.experts=1")
 
 
 def _slowest(cfg: TrainConfig, gpus: int, steps: int = 64) -> float:
@@ -175,7 +173,7 @@ def _remedy(cfg: TrainConfig, gpus: int, room: float) -> str:
                 return f"use {' '.join((f'--gpus {more}', *changes))}"
         more *= 2
     counts = count_parameters(cfg.model)
-    core = Path.of(cfg).value_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
+    core = Path.of(cfg).state_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
     return (
         f"no number of these GPUs holds it: the recurrent block without its routed experts is {core:.1f} GB, which "
         "every GPU needs whole, and its gradient twice; use larger GPUs"
@@ -202,6 +200,8 @@ def _changes(cfg: TrainConfig, gpus: int) -> Iterator[tuple[tuple[str, ...], Tra
     )
     found = []
     for n_rows, recompute, kind, experts in options:
+        if experts and (kind or now.kind) != "fsdp":
+            continue
         changes = []
         changes += [f"--parallel.rows {n_rows}"] if n_rows else []
         changes += ["--checkpoint-loops"] if recompute else []

@@ -13,25 +13,26 @@ def sent_bytes(cfg: TrainConfig, path: Path, n_gpus: int, loops: float, grad_loo
         loops: of all rows of the step together; `grad_loops` of them have gradient.
     """
     counts, ranks = count_parameters(cfg.model), cfg.parallel.experts
-    rest, experts = counts.total - counts.routed_experts, counts.routed_experts / ranks
+    spread = counts.routed_experts if ranks > 1 else 0
+    s, w = path.state_bytes, path.value_bytes
 
     def ring(values: float, n: float) -> float:
         return values * (n - 1) / n
 
-    # Experts that are spread over `ranks` have n_gpus / ranks copies to agree with.
-    once = ring(rest, n_gpus) + ring(experts, n_gpus / ranks)
     sent = {}
     if n_gpus > 1 and cfg.parallel.kind == "ddp":
-        sent["all-reduce of gradients"] = 2 * path.state_bytes * once
+        sent["all-reduce of gradients"] = 2 * s * ring(counts.total, n_gpus)
     elif n_gpus > 1:
         times = micro_batches(cfg, n_gpus)
         # The recurrent block too is gathered once forward and once backward, however often it loops.
-        sent["all-gather of weights"] = 2 * times * path.value_bytes * once
-        sent["reduce-scatter of gradients"] = times * path.state_bytes * once
+        sent["all-gather of weights"] = 2 * times * s * ring(counts.total - spread, n_gpus)
+        sent["reduce-scatter of gradients"] = times * s * ring(counts.total - spread, n_gpus)
+    if n_gpus > ranks > 1:
+        sent["all-reduce of experts' gradients"] = 2 * s * ring(spread / ranks, n_gpus / ranks)
     if ranks > 1:
         model = cfg.model
-        # To the experts and back, for each of a token's choices.
-        both_ways = 2 * model.n_experts_per_tok * model.dim * path.value_bytes * model.recurrent_layers
+        # To the experts in the stream's dtype and back in the products', for each of a token's choices.
+        both_ways = model.n_experts_per_tok * model.dim * (s + w) * model.recurrent_layers
         passes = loops + grad_loops * (2 if cfg.checkpoint_loops else 1)
         sent["all-to-all of tokens"] = ring(both_ways, ranks) * passes * cfg.data.seq_len / n_gpus
     return sent

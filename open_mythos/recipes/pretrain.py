@@ -21,7 +21,7 @@ SEQ_LEN = 2048
 # Rows of one step: half a million tokens as published, and more for larger models, whose gradient is less noisy.
 _ROWS = {"1b": 256, "10b": 512, "50b": 1024, "100b": 2048, "500b": 2048, "1t": 4096}
 _TOKENS_PER_PARAMETER = 10
-_EXPERT_RANKS = {"10b": 8, "50b": 16, "100b": 64, "500b": 256, "1t": 512}
+_EXPERT_RANKS = {"10b": 8, "50b": 64, "100b": 128, "500b": 256, "1t": 512}
 """Above 10b one GPU cannot hold the experts of a block beside their gradients."""
 
 
