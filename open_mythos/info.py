@@ -93,10 +93,10 @@ def _per_token(cfg: MythosConfig) -> Table:
         kv = kv_bytes_per_token(cfg, n_loops)
         table.add_row(
             str(n_loops),
-            _scaled(flops_per_token(cfg, n_loops), 1000, "FLOP"),
-            _scaled(flops_per_token(cfg, n_loops, cfg.max_seq_len), 1000, "FLOP"),
-            _scaled(kv, 1024, "B"),
-            _scaled(kv * cfg.max_seq_len, 1024, "B"),
+            scaled(flops_per_token(cfg, n_loops), 1000, "FLOP"),
+            scaled(flops_per_token(cfg, n_loops, cfg.max_seq_len), 1000, "FLOP"),
+            scaled(kv, 1024, "B"),
+            scaled(kv * cfg.max_seq_len, 1024, "B"),
         )
     return table
 
@@ -116,7 +116,7 @@ def _memory(cfg: MythosConfig, gpu_gb: float) -> Table:
         (f"training with Adam, {TRAINING_BYTES} bytes a parameter, without activations", TRAINING_BYTES * total),
     ]
     for label, n_bytes in rows:
-        table.add_row(label, _scaled(n_bytes, 1024, "B"), f"{math.ceil(n_bytes / (gpu_gb * 1e9)):,}")
+        table.add_row(label, scaled(n_bytes, 1024, "B"), f"{math.ceil(n_bytes / (gpu_gb * 1e9)):,}")
     return table
 
 
@@ -124,7 +124,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def _scaled(value: float, base: int, unit: str) -> str:
+def scaled(value: float, base: int, unit: str) -> str:
     """`value` with a unit prefix: powers of 1000 for FLOPs, of 1024 (KiB) for bytes."""
     prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
     power = min(len(prefixes) - 1, int(math.log(value, base))) if value >= 1 else 0

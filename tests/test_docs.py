@@ -20,6 +20,8 @@ from open_mythos.accounting import count_parameters
 from open_mythos.cli import main
 from open_mythos.generate import generate
 from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.plan import make_plan
+from open_mythos.plan.cards import CARDS
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.sampling import sample
 from open_mythos.train import TrainConfig
@@ -219,6 +221,28 @@ def test_recipe_table_is_what_the_recipes_say() -> None:
         assert [int(cell.replace(",", "")) for cell in (steps, rows_per_step, parameters)] == [
             cfg.steps, cfg.batch_size, count_parameters(cfg.model).total,
         ]  # fmt: skip
+
+
+def test_costs_are_those_of_the_plan() -> None:
+    table = [cells for cells in rows(ROOT / "docs/scaling.md") if len(cells) == 9]
+    assert {code(cells[0]) for cells in table} == {name for name in RECIPES if load_recipe(name).data.name == "shards"}
+    for recipe, where, *told in table:
+        gpus, gpu = where.split(" x ")
+        plan = make_plan(load_recipe(code(recipe)), int(gpus), gpu)
+        tokens = plan.steps * plan.tokens_per_step / 1e9
+        memory = f"{plan.memory.total / 1e9:.1f} GB" + ("" if plan.fits else ", does not fit")
+        assert told == [
+            f"{plan.parameters.total:,}", f"{tokens:,.1f}", f"{plan.flops_per_token / 1e9:,.1f}", memory,
+            f"{plan.tokens_per_s:,.0f}", f"{plan.days:,.2f}", f"{plan.gpu_hours:,.1f}",
+        ]  # fmt: skip
+
+
+def test_cards_are_those_of_the_plan() -> None:
+    table = {code(cells[0]): cells[1:] for cells in rows(ROOT / "docs/scaling.md") if len(cells) == 5}
+    assert table == {
+        name: [f"{card.memory_gb:g} GB", f"{card.bf16_tflops:g}", f"{card.float32_tflops:g}", f"{card.link_gb_s:g}"]
+        for name, card in CARDS.items()
+    }
 
 
 @pytest.mark.parametrize("path", [README, REFERENCE], ids=name_of)

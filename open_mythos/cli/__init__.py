@@ -3,6 +3,7 @@
 import sys
 
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
+from open_mythos.cli.plan import plan
 from open_mythos.cli.train import demo, train
 from open_mythos.cli.use import evaluate, generate, info
 
@@ -39,6 +40,7 @@ COMMANDS = {
     "fetch-corpus": fetch_corpus,
     "prepare-data": prepare_data,
     "train-tokenizer": train_tokenizer,
+    "plan": plan,
     "train": train,
     "generate": generate,
     "eval": evaluate,

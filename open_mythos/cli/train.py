@@ -1,18 +1,39 @@
 """Commands that train."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 import tyro
 
 from open_mythos.device import Device, Dtype
 
+if TYPE_CHECKING:
+    from open_mythos.train.config import TrainConfig
+
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text", "chat")
+
+RECIPES = (
+    "tiny-khop",
+    "tiny-addition",
+    "addition-dgx",
+    "tiny-text",
+    "adaptive-text",
+    "chat",
+    "ablation-118m",
+    "parcae-style-140m",
+    "mythos-3b-fineweb-edu",
+    "mythos-1b",
+    "mythos-10b",
+    "mythos-50b",
+    "mythos-100b",
+    "mythos-500b",
+    "mythos-1t",
+)
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -41,8 +62,10 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat. Any field of one can be given, as
-    in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat; and for text that is prepared first
+    ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
+    mythos-500b, mythos-1t. Any field of one can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128;
+    `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None
@@ -71,32 +94,9 @@ class TrainArgs:
 
 def train(rest: list[str]) -> None:
     """train a recipe, or reproduce a run from its config.yaml"""
-    kept = [arg for arg in rest if arg not in ("-h", "--help")]
-    wants_help = len(kept) < len(rest)
-    args, overrides = tyro.cli(TrainArgs, prog="mythos train RECIPE", args=kept, return_unknown_args=True)
-    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
-    place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
-    recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
-    if wants_help and not recipe:
-        tyro.cli(TrainArgs, prog="mythos train RECIPE", args=["--help"])
-    if bool(recipe) == (args.config is not None):
-        raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
-
-    if recipe == "chat" and args.init_from is None and not wants_help:
+    args, recipe, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR", _adopted)
+    if recipe == "chat" and args.init_from is None:
         raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
-
-    from open_mythos.recipes import load_recipe
-    from open_mythos.train.config import TrainConfig
-    from open_mythos.train.init_from import adopt
-
-    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
-    cfg = tyro.cli(
-        TrainConfig,
-        prog=f"mythos train {recipe or '--config FILE'} --out DIR",
-        args=[*overrides, "--help"] if wants_help else overrides,
-        default=default if args.init_from is None else adopt(default, args.init_from),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
@@ -125,3 +125,57 @@ def train(rest: list[str]) -> None:
         return
     print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
     print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')
+
+
+def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
+    from open_mythos.train.init_from import adopt
+
+    return cfg if args.init_from is None else adopt(cfg, args.init_from)
+
+
+class RunArgs(Protocol):
+    """Options of a command, of which one names a file."""
+
+    config: Path | None
+
+
+Args = TypeVar("Args", bound=RunArgs)
+
+
+def read_run(
+    rest: list[str],
+    options: type[Args],
+    command: str,
+    ending: str = "",
+    begin: "Callable[[Args, TrainConfig], TrainConfig] | None" = None,
+) -> tuple[Args, str, "TrainConfig"]:
+    """The command's options, the recipe's name ("" for a file) and the run's configuration.
+
+    Args:
+        rest: what stands behind the command.
+        ending: what the usage line has to show behind the recipe.
+        begin: changes the configuration that the flags then change.
+    """
+    kept = [arg for arg in rest if arg not in ("-h", "--help")]
+    wants_help = len(kept) < len(rest)
+    args, overrides = tyro.cli(options, prog=f"{command} RECIPE", args=kept, return_unknown_args=True)
+    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
+    place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
+    recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
+    if wants_help and not recipe:
+        tyro.cli(options, prog=f"{command} RECIPE", args=["--help"])
+    if bool(recipe) == (args.config is not None):
+        raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in {command} tiny-text")
+
+    from open_mythos.recipes import load_recipe
+    from open_mythos.train.config import TrainConfig
+
+    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
+    cfg = tyro.cli(
+        TrainConfig,
+        prog=f"{command} {recipe or '--config FILE'}{ending}",
+        args=[*overrides, "--help"] if wants_help else overrides,
+        default=default if begin is None else begin(args, default),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return args, recipe, cfg

@@ -4,11 +4,13 @@ name in `open_mythos/cli/train.py`, which does not import torch to know it.
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 
 from open_mythos.recipes.adaptive import adaptive_text
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
 from open_mythos.recipes.chat import chat
 from open_mythos.recipes.khop import tiny_khop
+from open_mythos.recipes.pretrain import ablation_118m, mythos_3b_fineweb_edu, parcae_style_140m, pretrain
 from open_mythos.recipes.text import tiny_text
 from open_mythos.train.config import TrainConfig
 
@@ -19,6 +21,15 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny-text": tiny_text,
     "adaptive-text": adaptive_text,
     "chat": chat,
+    "ablation-118m": ablation_118m,
+    "parcae-style-140m": parcae_style_140m,
+    "mythos-3b-fineweb-edu": mythos_3b_fineweb_edu,
+    "mythos-1b": partial(pretrain, "1b"),
+    "mythos-10b": partial(pretrain, "10b"),
+    "mythos-50b": partial(pretrain, "50b"),
+    "mythos-100b": partial(pretrain, "100b"),
+    "mythos-500b": partial(pretrain, "500b"),
+    "mythos-1t": partial(pretrain, "1t"),
 }
 
 

@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
     "evals": 6,
     "hf": 6,
     "recipes": 7,
+    "plan": 7,
     "experiments": 8,
     "demo": 9,
     "cli": 10,
