@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "experiments": 8,
     "demo": 9,
     "cli": 10,
+    "__main__": 11,
 }
 UNNAMED = 3
 UPWARD = {("model", "generate")}  # OpenMythos.generate hands over to generate.py; the import stands in the method
