@@ -61,12 +61,17 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
-def assert_close(got: Path, expected: Path, tolerance: float) -> None:
+def assert_close(got: Path, expected: Path) -> None:
+    worst = 0.0
     for a, b in zip(numbers(got), numbers(expected), strict=True):
-        assert a == pytest.approx(b, rel=tolerance, abs=1e-12)
+        assert a.keys() == b.keys()
+        worst = max(worst, *(abs(a[name] - b[name]) / max(abs(b[name]), 1e-3) for name in b))
+    assert worst < 1e-9
     a, b = (OpenMythos.from_pretrained(folder / "final").state_dict() for folder in (got, expected))
-    for name, x in b.items():
-        torch.testing.assert_close(a[name], x, rtol=0, atol=tolerance, msg=name)
+    # Muon makes much of directions in which there is next to no gradient, and so of rounding.
+    far = max((a[name] - x).abs().max().item() for name, x in b.items())
+    assert far < 1e-7
+    print(f"log {worst:.1e}, weights {far:.1e}")  # with -s: the figures of docs/results
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_equal_to_one_process(tmp_path: Path, model: str, spread: str) -> None:
     size, parallel = SPREADS[spread]
     train(str(tmp_path / "one"), config(model))
     run_ranks(size, train, str(tmp_path / "many"), config(model, parallel))
-    assert_close(tmp_path / "many", tmp_path / "one", 1e-8 if "fsdp" in parallel.kind else 1e-9)
+    assert_close(tmp_path / "many", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -92,7 +97,7 @@ def test_equal_to_one_process_also(tmp_path: Path, spread: str, changes: dict) -
     size, parallel = SPREADS[spread]
     train(str(tmp_path / "one"), config("act", **changes))
     run_ranks(size, train, str(tmp_path / "many"), config("act", parallel, **changes))
-    assert_close(tmp_path / "many", tmp_path / "one", 1e-8)
+    assert_close(tmp_path / "many", tmp_path / "one")
 
 
 @pytest.mark.parametrize("spread", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
