@@ -28,7 +28,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.files import sha256, to_disk
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train import pieces
-from open_mythos.train.distributed import World
+from open_mythos.train.distributed import World, wait
 from open_mythos.train.pieces import Groups, Piece, Stored
 
 FORMAT = 2
@@ -143,7 +143,7 @@ class Checkpoints:
         """Wait for the first process to come to this point."""
         if self.world.is_first:
             self._store.compare_set(key, "", "ok")
-        self._store.wait([key], PATIENCE)
+        wait(self._store, [key], PATIENCE)
         if (said := self._store.get(key).decode()) != "ok":
             raise OSError(said)
 
@@ -152,7 +152,7 @@ class Checkpoints:
         self._store.set(f"{step}/{self.world.rank}", written)
         if self.world.is_first:
             keys = [f"{step}/{rank}" for rank in range(self.world.size)]
-            self._store.wait(keys, PATIENCE)
+            wait(self._store, keys, PATIENCE)
             parts = [json.loads(self._store.get(key)) for key in keys]
             for rank, part in enumerate(parts):
                 if "error" in part:

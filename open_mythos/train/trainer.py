@@ -94,13 +94,12 @@ class Trainer:
         self.device = setup_device(device, threads)
         self.world = World(self.device, cfg.parallel)
         with self._answering():
+            # Before the first of the calls in which processes wait for each other.
+            options = repr((self.keeping, resume))
+            self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
             self._check_folder(resume)
             check_int("workers", workers, 0)
-            if cfg.batch_size % self.world.size:
-                raise ValueError(
-                    f"batch_size={cfg.batch_size} must be a multiple of the {self.world.size} processes of the run; "
-                    f"use batch_size={-(-cfg.batch_size // self.world.size) * self.world.size}"
-                )
+            self.world.check_fit(cfg.parallel, cfg.batch_size)
             self.progress = progress
             cfg.check_data()
             self.tokenizer = cfg.data.tokenizer()
@@ -143,7 +142,7 @@ class Trainer:
         """
         with self._answering():
             final = self.out_dir / "final"
-            if self.world.agree({"configuration": _hash(self.cfg.to_yaml().encode())}, int(final.exists())):
+            if self.world.agree({}, int(final.exists())):
                 return final
             metrics = tracking = None
             if self.world.is_first:
@@ -203,9 +202,9 @@ class Trainer:
             yield
         except Interrupted:
             raise
-        except Exception as error:
+        except BaseException as error:
             named = self.world.fail(error)
-            if named is error:
+            if named is error or not isinstance(error, Exception):
                 raise
             raise named from error
 
