@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -82,7 +83,9 @@ class Ranks:
 
 def run_ranks(size: int, fn: Callable[..., None], *args: Any) -> None:
     """Call `fn(*args)` in `size` processes that can train together; all have to end well."""
-    assert Ranks(size, fn, *args).join() == [0] * size
+    with tempfile.TemporaryDirectory() as logs, Ranks(size, fn, *args, logs=Path(logs)) as ranks:
+        codes = ranks.join(600)
+        assert codes == [0] * size, "\n".join(ranks.said(rank) for rank in range(size))
 
 
 def _run(rank: int, size: int, port: int, logs: Path | None, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
