@@ -90,10 +90,8 @@ def inject(folder: str, cfg: TrainConfig, n: int) -> None:
             assert all(x.isfinite().all() for x in after)
             same = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             assert same == bool(left_out)
-            if not math.isnan(value) and site == "router":
-                pass  # one logit of -inf is an expert that nobody chooses
-            else:
-                assert left_out == 1, (site, value)
+            # A logit of -inf is an expert that the token does not choose, a probability of inf an exit: no harm in either.
+            assert left_out or (site in ("router", "halting") and math.isinf(value)), (site, value)
             skipped[site, value] += left_out
             step += 2
     if run.world.is_first:
@@ -110,25 +108,28 @@ def test_nothing_that_is_not_finite_reaches_a_weight(tmp_path: Path, model: str,
 
 
 def overflow(folder: str, cfg: TrainConfig) -> None:
+    """Train with a scale that is too large at the start, and again from step 20 on."""
     run = Trainer(cfg, folder, device="cpu", threads=1, progress=False)
-    first = run.train_step(0)[1]["train/loss"]
-    counted = [fields["step"].item() for fields in run.optimizers[0].state.values() if "step" in fields]
-    assert set(counted) == {1.0}
-    run.guard.scale = 2.0**30  # no float16 gradient is as large
-    before, n_halved = held(run), 0
-    while run.guard.skipped < n_halved + 1 and n_halved < 30:
-        scale = run.guard.scale
-        run.train_step(n_halved + 1)
-        if run.guard.scale == scale:
-            break
-        n_halved += 1
-        assert run.guard.scale == scale / 2 and run.guard.skipped == n_halved
-        assert all(torch.equal(x, y) for x, y in zip(before, held(run), strict=True))
-    assert 1 <= n_halved < 30
-    counted = [fields["step"].item() for fields in run.optimizers[0].state.values() if "step" in fields]
-    assert set(counted) == {2.0}
-    losses = [run.train_step(step)[1].get("train/loss", first) for step in range(n_halved + 2, cfg.steps)]
-    assert sum(losses[-10:]) / 10 < first - 0.5
+    losses = []
+    for step in range(cfg.steps):
+        if step == 20:
+            run.guard.scale = 2.0**40
+        scale, left_out, before = run.guard.scale, run.guard.skipped, held(run)
+        values = run.train_step(step)[1]
+        if run.guard.skipped > left_out:
+            assert run.guard.scale == scale / 2
+            assert all(torch.equal(x, y) for x, y in zip(before, held(run), strict=True))
+        else:
+            assert run.guard.scale == scale
+            losses.append(values["train/loss"])
+        counted = {fields["step"].item() for fields in run.optimizers[0].state.values()}
+        assert counted == ({len(losses)} if losses else set())
+    assert 10 <= run.guard.skipped <= 40 and len(losses) == cfg.steps - run.guard.skipped
+    assert sum(losses[-10:]) < sum(losses[:10]) - 5
+    if run.world.is_first:
+        print(
+            f"{run.guard.skipped} steps left out, scale {run.guard.scale:g}, loss {losses[0]:.2f} to {losses[-1]:.2f}"
+        )
     run.world.leave()
 
 
