@@ -90,7 +90,7 @@ def inject(folder: str, cfg: TrainConfig, n: int) -> None:
             assert all(x.isfinite().all() for x in after)
             same = all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             assert same == bool(left_out)
-            # A logit of -inf is an expert that the token does not choose, a probability of inf an exit: no harm in either.
+            # A logit of -inf is an expert that is not chosen, a probability of inf an exit: no harm in either.
             assert left_out or (site in ("router", "halting") and math.isinf(value)), (site, value)
             skipped[site, value] += left_out
             step += 2
