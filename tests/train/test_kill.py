@@ -28,6 +28,9 @@ CASES = {
 """Processes, how the model is spread over them, and how often to kill."""
 
 
+Whole = tuple[Path, int, TrainConfig, int]
+
+
 def run(folder: str, cfg: TrainConfig, every: int) -> None:
     """Train to the end, or on; the log also tells what was read and where random numbers stand."""
     Watch.BEAT_S = 0.2  # how soon a process ends after another one is no matter here
@@ -67,9 +70,7 @@ def files(folder: Path) -> dict[str, bytes]:
     scope="module",
     params=[pytest.param(case, marks=[] if case in ("alone", "fsdp") else pytest.mark.slow) for case in CASES],
 )
-def whole(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, int, TrainConfig, int]:
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run that nothing happens to; its processes and configuration, and how often to kill."""
     size, parallel, n = CASES[request.param]
     folder, cfg = tmp_path_factory.mktemp("whole") / "run", config(parallel=parallel)
@@ -96,7 +97,7 @@ def wait_for_an_instant(ranks: Ranks, folder: Path, done: int, rng: random.Rando
 
 
 @pytest.mark.parametrize("share", [0.05, pytest.param(1.0, marks=pytest.mark.slow)])
-def test_killed(tmp_path: Path, whole: tuple[Path, int, TrainConfig, int], share: float) -> None:
+def test_killed(tmp_path: Path, whole: Whole, share: float) -> None:
     """All processes at once, or one only: the other one then ends by itself."""
     expected, size, cfg, n = whole
     rng, kills, in_saves, alone, trial = random.Random(n), 0, 0, 0, 0
@@ -125,7 +126,7 @@ def test_killed(tmp_path: Path, whole: tuple[Path, int, TrainConfig, int], share
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_terminated(tmp_path: Path, whole: tuple[Path, int, TrainConfig, int], n: int) -> None:
+def test_terminated(tmp_path: Path, whole: Whole, n: int) -> None:
     """The step in work is finished and saved, by all, whoever got the signal, and however often."""
     expected, size, cfg, _ = whole
     rng, stops, in_saves, trial = random.Random(n), 0, 0, 0
