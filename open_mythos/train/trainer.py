@@ -153,16 +153,17 @@ class Trainer:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             if self.world.is_first and not (self.out_dir / "config.yaml").exists():
                 write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
-            with (
-                MetricsWriter(metrics, self.steps_done, tracking) as writer,
-                ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
-                _signals(self.keeping.every > 0, self._signalled),
-            ):
-                self._loop(writer, line)
-            self.checkpoints.wait()
-            state = self.spread.full_state()
-            if self.world.is_first:
-                save_model_folder(self.cfg.model, state, self.tokenizer, final)
+            with _signals(self.keeping.every > 0, self._signalled):
+                with (
+                    MetricsWriter(metrics, self.steps_done, tracking) as writer,
+                    ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
+                ):
+                    self._loop(writer, line)
+                # A signal that comes now changes nothing: there is less left to do than to do again.
+                self.checkpoints.wait()
+                state = self.spread.full_state()
+                if self.world.is_first:
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final)
             self.world.leave()
             return final
 

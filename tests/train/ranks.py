@@ -1,5 +1,6 @@
 """Several processes that train together, as torchrun starts them, without its seconds of imports for each."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -52,7 +53,8 @@ class Ranks:
         """Send a signal to those of some ranks that still run; None: to all."""
         for rank in self.alive if ranks is None else ranks:
             if self.processes[rank].is_alive():
-                os.kill(self.processes[rank].pid or 0, number)
+                with contextlib.suppress(ProcessLookupError):  # it ends just now
+                    os.kill(self.processes[rank].pid or 0, number)
 
     def wait(self, ranks: Iterable[int], timeout_s: float) -> float:
         """Seconds until the last of these ranks has ended; fails if one still runs after `timeout_s`."""

@@ -141,14 +141,16 @@ def test_terminated(tmp_path: Path, whole: Whole, n: int) -> None:
                 victims = rng.choice([[*range(size)], [rng.randrange(size)]])
                 ranks.send(signal.SIGTERM, victims)
                 seen = last_step(folder / "metrics.jsonl")
-                if rng.random() < 0.5:
+                twice = rng.random() < 0.5
+                if twice:
                     time.sleep(rng.uniform(0, 0.02))
                     ranks.send(signal.SIGTERM, victims)
                 ranks.wait(range(size), 30)
                 codes = [process.exitcode for process in ranks.processes]
             if codes == [0] * size:
                 break
-            assert codes == [75] * size, ranks.said(0)
+            # When all is saved and the process about to end, a second signal ends it at once.
+            assert {*codes} <= ({75, -signal.SIGTERM} if twice else {75}), (codes, ranks.said(0))
             # The signal came in step `seen + 1`, perhaps behind the point where the processes hear of it.
             assert done < newest_step(folder) <= seen + 2
             stops += 1
