@@ -28,7 +28,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.files import sha256, to_disk
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train import pieces
-from open_mythos.train.distributed import World
+from open_mythos.train.distributed import World, wait
 from open_mythos.train.pieces import Groups, Piece, Stored
 
 FORMAT = 2
@@ -91,13 +91,24 @@ class Checkpoints:
         return self._failed is None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole. Newer ones that are damaged are named in a warning."""
-        for path in reversed(self._paths()):
+        """The newest checkpoint that is whole, if there is any. Newer ones that are damaged are named in a warning.
+
+        Raises:
+            ValueError: all are damaged, or of another version.
+        """
+        paths = self._paths()
+        self.world.agree({"number of checkpoints": len(paths)})
+        for path in reversed(paths):
             problem = find_problem(path, self.world.rank, self.world.size)
             if problem is not None:
                 warnings.warn(f"{problem}; going back to the checkpoint before", stacklevel=2)
             if not self.world.agree({"checkpoint": _step(path)}, int(problem is not None)):
                 return path
+        if paths:
+            # Beginning anew would drop the log of all that was done.
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be used; restore one, or remove the folder to begin anew"
+            )
         return None
 
     def _paths(self) -> list[Path]:
@@ -110,7 +121,7 @@ class Checkpoints:
         partial, old = target.with_suffix(".partial"), target.with_suffix(".old")
         try:
             if self.world.is_first:
-                for left_over in (partial, old):
+                for left_over in (*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.old")):
                     shutil.rmtree(left_over, ignore_errors=True)
                 partial.mkdir(parents=True)
             self._pass_on(f"{step}/begun")
@@ -143,7 +154,7 @@ class Checkpoints:
         """Wait for the first process to come to this point."""
         if self.world.is_first:
             self._store.compare_set(key, "", "ok")
-        self._store.wait([key], PATIENCE)
+        wait(self._store, [key], PATIENCE)
         if (said := self._store.get(key).decode()) != "ok":
             raise OSError(said)
 
@@ -152,7 +163,7 @@ class Checkpoints:
         self._store.set(f"{step}/{self.world.rank}", written)
         if self.world.is_first:
             keys = [f"{step}/{rank}" for rank in range(self.world.size)]
-            self._store.wait(keys, PATIENCE)
+            wait(self._store, keys, PATIENCE)
             parts = [json.loads(self._store.get(key)) for key in keys]
             for rank, part in enumerate(parts):
                 if "error" in part:
@@ -206,7 +217,7 @@ def find_problem(folder: Path, rank: int = 0, size: int = 1) -> str | None:
             path, expected = folder / name, files[name]
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{path} is damaged"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error})"
     return None
 

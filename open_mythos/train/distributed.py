@@ -3,11 +3,12 @@
 `torchrun` starts them and tells each its rank. Without it there is one process, and all of this does nothing.
 """
 
+import itertools
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -50,23 +51,19 @@ class RankFailed(ConnectionError):
     """Another process of the run has failed or fallen silent."""
 
 
+_numbers = itertools.count()
+
+
 class World:
     """The processes of a run as one of them sees them."""
 
     def __init__(self, device: torch.device, parallel: ParallelConfig) -> None:
-        """Join the processes that torchrun has started.
-
-        Raises:
-            ValueError: their number does not fit `parallel`.
-        """
+        """Join the processes that torchrun has started."""
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self._watch: Watch | None = None
-        if self.size % parallel.experts:
-            raise ValueError(
-                f"parallel.experts={parallel.experts} must divide the {self.size} processes of the run; start a "
-                f"multiple of it with torchrun, or use parallel.experts=1"
-            )
+        # What the processes told each other in an earlier run of theirs does not hold in this one.
+        self._number = next(_numbers)
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -74,10 +71,27 @@ class World:
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=timeout)
-            self._watch = Watch(self.rank, self.size)
+            self._watch = Watch(self.rank, self.size, self._number)
             self._watch.start()
         elif parallel.kind == "fsdp" and not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+    def check_fit(self, parallel: ParallelConfig, batch_size: int) -> None:
+        """Whether a run can be spread over so many processes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.size % parallel.experts:
+            raise ValueError(
+                f"parallel.experts={parallel.experts} must divide the {self.size} processes of the run; start a "
+                f"multiple of it with torchrun, or use parallel.experts=1"
+            )
+        if batch_size % self.size:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the {self.size} processes of the run; "
+                f"use batch_size={-(-batch_size // self.size) * self.size}"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -118,24 +132,43 @@ class World:
 
     def store(self) -> dist.Store:
         """Where the processes leave each other what a thread has to say; a connection of its own for each call."""
-        return dist.HashStore() if self.size == 1 else connect()
+        return dist.HashStore() if self.size == 1 else connect(self._number)
 
     def leave(self) -> None:
         """Tell the others that this process has done its part."""
         if self._watch is not None:
             self._watch.leave()
 
-    def fail(self, error: Exception) -> Exception:
+    def fail(self, error: BaseException) -> BaseException:
         """Tell the others that this process has failed; what went wrong first in any of them."""
         return error if self._watch is None else self._watch.fail(error)
 
 
-def connect() -> dist.Store:
-    """A new connection to the store that torchrun's processes share; a thread needs one of its own."""
+def connect(number: int) -> dist.Store:
+    """A new connection to the store that torchrun's processes share, for their run of a number.
+
+    A thread needs one of its own.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun may start everything anew, and what was said before then no longer holds.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"mythos{attempt}", dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
+    return dist.PrefixStore(f"mythos{attempt}.{number}", dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
+
+
+def wait(store: dist.Store, keys: Sequence[str], patience: timedelta) -> None:
+    """Wait until all keys are in the store.
+
+    Raises:
+        RankFailed: some process has failed, or has not set its key in time.
+    """
+    deadline, named = time.monotonic() + patience.total_seconds(), "another process has not answered in time"
+    while not store.check(list(keys)):
+        if named != (first := store.get("failed").decode() if store.check(["failed"]) else named):
+            # What only has to be written still may come: the others have so long before they end.
+            named, deadline = first, time.monotonic() + Watch.GRACE_BEATS * Watch.BEAT_S
+        if time.monotonic() > deadline:
+            raise RankFailed(named)
+        time.sleep(0.01)
 
 
 class Watch(threading.Thread):
@@ -147,32 +180,39 @@ class Watch(threading.Thread):
 
     BEAT_S = 1.0
     SILENCE_S = 15.0
+    GRACE_BEATS = 5
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, number: int) -> None:
         super().__init__(daemon=True)
-        self.rank, self.size = rank, size
-        self._store, self._main_store = connect(), connect()
+        self.rank, self.next_rank = rank, (rank + 1) % size
+        self._store, self._main_store = connect(number), connect(number)
         self._left = threading.Event()
 
     def run(self) -> None:
-        next_rank, n, seen, since = (self.rank + 1) % self.size, 0, b"", time.monotonic()
+        n, seen, since = 0, b"", time.monotonic()
         try:
             while not self._left.wait(self.BEAT_S):
                 n += 1
                 self._store.set(f"beat/{self.rank}", str(n))
                 if self._store.check(["failed"]):
                     self._end(self._store.get("failed").decode())
-                beat = self._store.get(f"beat/{next_rank}") if self._store.check([f"beat/{next_rank}"]) else b""
+                beat = self._beat(self._store)
                 if beat != seen or beat == b"done":
                     seen, since = beat, time.monotonic()
                 elif time.monotonic() - since > self.SILENCE_S:
-                    self._store.compare_set("failed", "", f"rank {next_rank} has been silent for {self.SILENCE_S:g} s")
+                    silent = f"rank {self.next_rank} has been silent for {self.SILENCE_S:g} s"
+                    self._store.compare_set("failed", "", silent)
         except RuntimeError:  # torch's error of a lost store
-            if not self._left.wait(5 * self.BEAT_S):
+            if not self._left.wait(self.GRACE_BEATS * self.BEAT_S):
                 self._end("the process that started the ranks is gone")
 
+    def _beat(self, store: dist.Store) -> bytes:
+        """The number of the next process, "done", or nothing yet."""
+        key = f"beat/{self.next_rank}"
+        return store.get(key) if store.check([key]) else b""
+
     def _end(self, reason: str) -> None:
-        if not self._left.wait(5 * self.BEAT_S):  # the main thread may be about to say it itself
+        if not self._left.wait(self.GRACE_BEATS * self.BEAT_S):  # the main thread may be about to say it itself
             print(f"mythos train: rank {self.rank} ends, for {reason}", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -181,16 +221,27 @@ class Watch(threading.Thread):
         self.join()
         self._main_store.set(f"beat/{self.rank}", "done")
 
-    def fail(self, error: Exception) -> Exception:
-        lost = isinstance(error, RuntimeError)  # how torch reports a collective call that broke
+    def fail(self, error: BaseException) -> BaseException:
+        mine = (
+            str(error) if isinstance(error, RankFailed) else f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        )
         try:
-            if lost:
-                deadline = time.monotonic() + 4 * self.BEAT_S
-                while not self._main_store.check(["failed"]) and time.monotonic() < deadline:
-                    time.sleep(0.1)
-            mine = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-            first = self._main_store.compare_set("failed", "", mine).decode()
+            # A RuntimeError is how torch reports a collective call that broke.
+            lost = self._why_lost() if isinstance(error, RuntimeError) else None
+            first = self._main_store.compare_set("failed", "", lost or mine).decode()
         except RuntimeError:
             first = "the process that started the ranks is gone"
         self._left.set()
         return error if first == mine else RankFailed(first)
+
+    def _why_lost(self) -> str | None:
+        """Wait for another process to say what broke a call; None if none does and the next one is well."""
+        store, beat, began = self._main_store, self._beat(self._main_store), time.monotonic()
+        while not store.check(["failed"]):
+            waited = time.monotonic() - began
+            if waited > (self.GRACE_BEATS - 1) * self.BEAT_S and self._beat(store) == beat != b"done":
+                return f"rank {self.next_rank} is gone"
+            if waited > self.GRACE_BEATS * self.BEAT_S:
+                return None
+            time.sleep(0.1)
+        return None

@@ -100,7 +100,7 @@ class Loader:
         A worker that has died is replaced, and what it owed is made again.
 
         Raises:
-            RuntimeError: workers die again and again.
+            ChildProcessError: workers die again and again.
             ValueError: a stream is asked for another step than the next.
         """
         if step != self.next_step and self.streams:
@@ -110,17 +110,21 @@ class Loader:
         while True:
             try:
                 batch = next(self._batches)
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # What the data raises names the worker that it was raised in; all else is how a dead one is noticed.
+                if not self.workers or "in DataLoader worker process" in str(error):
                     raise
                 self._deaths = [step for step in self._deaths if step > self.next_step - DEATH_WINDOW]
                 self._deaths.append(self.next_step)
                 if len(self._deaths) > MAX_DEATHS:
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"{len(self._deaths)} data workers have died within {DEATH_WINDOW} steps; look for what ends "
                         "them (memory?), or use --workers 0"
                     ) from error
-                warnings.warn(f"{error}; its work is done again from step {self.next_step} on", stacklevel=2)
+                warnings.warn(
+                    f"a data worker has died ({error}); its work is done again from step {self.next_step} on",
+                    stacklevel=2,
+                )
                 self._batches = self._start()
                 continue
             self.next_step += 1

@@ -1,6 +1,7 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
 import json
+import warnings
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,7 +11,10 @@ from open_mythos.train.trackers import Tracking
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing."""
+    """Appends to `metrics.jsonl`; every line is flushed, so a run can be watched and a crash loses nothing.
+
+    On a full disk lines wait for room, with a warning.
+    """
 
     def __init__(self, path: Path | None, steps_done: int = 0, tracking: Tracking | None = None) -> None:
         """Args:
@@ -25,14 +29,22 @@ class MetricsWriter:
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: a buffer that cannot be emptied would lose or repeat parts of lines.
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
         # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
-        self._file.write(json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        had_room = not self._waiting
+        self._waiting += (json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if had_room:
+                warnings.warn(f"{self._file.name} cannot be written ({error}); its lines wait for room", stacklevel=2)
         if self._tracking is not None:
             self._tracking.log(steps_done, values)
 

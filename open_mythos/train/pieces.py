@@ -30,7 +30,8 @@ Groups = dict[str, dict[str, Piece]]
 
 
 def write(path: Path, pieces: dict[str, Piece]) -> None:
-    """One file. The tensors have to be on the CPU and contiguous."""
+    """One file, the same for the same tensors in any order. They have to be on the CPU and contiguous."""
+    pieces = dict(sorted(pieces.items()))
     places = {name: [p.start, p.rows] for name, p in pieces.items() if p.local.ndim and len(p.local) < p.rows}
     save_file({name: p.local for name, p in pieces.items()}, path, metadata={"pieces": json.dumps(places)})
 

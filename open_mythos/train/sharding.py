@@ -117,10 +117,13 @@ class Spread:
 
     def pieces(self) -> dict[str, Piece]:
         """What this process holds of the model's state, by name. The head is the embedding."""
-        own = dict(self.model.named_parameters())
-        return {
-            name: self.piece(own.get(name, x)) for name, x in self.model.state_dict().items() if name != "head.weight"
-        }
+        return {name: self.piece(x) for name, x in self._own_state().items() if name != "head.weight"}
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """This process's parameters and buffers by name."""
+        # state_dict first: it makes fully_shard put back what a forward pass has gathered, whose memory is then gone.
+        state = self.model.state_dict()
+        return {**state, **dict(self.model.named_parameters(remove_duplicate=False))}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -139,9 +142,9 @@ class Spread:
 
         One after the other, so that no device has to have room for more than the largest.
         """
-        own, whole = dict(self.model.named_parameters()), {}
-        for name, x in self.model.state_dict().items():
-            x, piece = own.get(name, x).detach(), self.piece(own.get(name, x))
+        whole = {}
+        for name, x in self._own_state().items():
+            piece, x = self.piece(x), x.detach()
             if isinstance(x, DTensor):
                 x = x.full_tensor()
             elif len(piece.local) < piece.rows:

@@ -94,13 +94,12 @@ class Trainer:
         self.device = setup_device(device, threads)
         self.world = World(self.device, cfg.parallel)
         with self._answering():
+            # Before the first of the calls in which processes wait for each other.
+            options = repr((self.keeping, resume))
+            self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
             self._check_folder(resume)
             check_int("workers", workers, 0)
-            if cfg.batch_size % self.world.size:
-                raise ValueError(
-                    f"batch_size={cfg.batch_size} must be a multiple of the {self.world.size} processes of the run; "
-                    f"use batch_size={-(-cfg.batch_size // self.world.size) * self.world.size}"
-                )
+            self.world.check_fit(cfg.parallel, cfg.batch_size)
             self.progress = progress
             cfg.check_data()
             self.tokenizer = cfg.data.tokenizer()
@@ -143,7 +142,7 @@ class Trainer:
         """
         with self._answering():
             final = self.out_dir / "final"
-            if self.world.agree({"configuration": _hash(self.cfg.to_yaml().encode())}, int(final.exists())):
+            if self.world.agree({}, int(final.exists())):
                 return final
             metrics = tracking = None
             if self.world.is_first:
@@ -154,16 +153,17 @@ class Trainer:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             if self.world.is_first and not (self.out_dir / "config.yaml").exists():
                 write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
-            with (
-                MetricsWriter(metrics, self.steps_done, tracking) as writer,
-                ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
-                _signals(self.keeping.every > 0, self._signalled),
-            ):
-                self._loop(writer, line)
-            self.checkpoints.wait()
-            state = self.spread.full_state()
-            if self.world.is_first:
-                save_model_folder(self.cfg.model, state, self.tokenizer, final)
+            with _signals(self.keeping.every > 0, self._signalled):
+                with (
+                    MetricsWriter(metrics, self.steps_done, tracking) as writer,
+                    ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
+                ):
+                    self._loop(writer, line)
+                # A signal that comes now changes nothing: there is less left to do than to do again.
+                self.checkpoints.wait()
+                state = self.spread.full_state()
+                if self.world.is_first:
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final)
             self.world.leave()
             return final
 
@@ -203,9 +203,9 @@ class Trainer:
             yield
         except Interrupted:
             raise
-        except Exception as error:
+        except BaseException as error:
             named = self.world.fail(error)
-            if named is error:
+            if named is error or not isinstance(error, Exception):
                 raise
             raise named from error
 

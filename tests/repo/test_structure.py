@@ -46,7 +46,8 @@ LAYERS: dict[str, int] = {
 }
 UNNAMED = 3
 UPWARD = {("model", "generate")}  # OpenMythos.generate hands over to generate.py; the import stands in the method
-FACADES = {"__init__", "main"}  # the public names, and the 0.5.0 import path: they hold no logic and may import all
+# The public names, the command as a module, and the 0.5.0 import path: they hold no logic and may import all.
+FACADES = {"__init__", "__main__", "main"}
 HEAVY = ["transformers", "huggingface_hub", "fastapi", "uvicorn", "matplotlib", "pyarrow", "tyro", "rich", "pandas"]
 
 

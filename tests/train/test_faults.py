@@ -1,0 +1,184 @@
+"""Ranks that disagree, fail, die or fall silent: all others end soon, and say what happened."""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.distributed import ParallelConfig, Watch
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.trainer import Trainer
+from tests.train.ranks import Ranks, run_ranks
+from tests.train.test_distributed import config, numbers, train
+from tests.train.test_resume import opened
+
+AT = 3
+SPREADS = {
+    "ddp": ParallelConfig(),
+    "fsdp": ParallelConfig("fsdp"),
+    "experts": ParallelConfig("fsdp", experts=2),
+}
+CONFIGURATION = "rank 1 has configuration="
+CHANGES: dict[str, Callable[[TrainConfig], dict]] = {
+    "seed": lambda cfg: {"seed": 1},
+    "rate": lambda cfg: {"optim": OptimConfig("muon", lr=1e-3)},
+    "kind": lambda cfg: {"parallel": ParallelConfig("fsdp" if cfg.parallel.kind == "ddp" else "ddp")},
+    "width": lambda cfg: {"model": dataclasses.replace(cfg.model, dim=32)},
+    "experts of 4": lambda cfg: {"parallel": ParallelConfig("fsdp", experts=4)},
+}
+SAID = {
+    **dict.fromkeys(CHANGES, CONFIGURATION),
+    "saves": "rank 1 has options=",
+    "step": "rank 1 has step=4 and rank 0 3",
+    "depth": "rank 1 has depths=",
+    "constructor": "rank 1 failed: ValueError: no tokenizer here",
+    "data": "rank 1 failed: OSError: no such shard",
+    "hook": "rank 1 failed: ValueError: this hook fails",
+    "runtime error": "rank 1 failed: RuntimeError: this hook fails",
+    "exit": "rank 1 failed: SystemExit: 3",
+    "interrupt": "rank 1 failed: KeyboardInterrupt",
+    "nan": "rank 1 failed: FloatingPointError: embed.weight is not finite",
+    "killed": "rank 1 is gone",
+    "killed in constructor": "rank 1 is gone",
+    "killed in save": "rank 1 is gone",
+    "stopped": "rank 1 has been silent",
+    "stopped in save": "rank 1 has been silent",
+    "stuck": "Timed out waiting",
+}
+"""What goes wrong in rank 1, and what rank 0 has to say."""
+FAST = {
+    ("kind", "ddp"), ("width", "fsdp"), ("saves", "ddp"), ("depth", "experts"), ("hook", "fsdp"), ("killed", "ddp"),
+    ("nan", "fsdp"), ("killed in save", "ddp"), ("stopped", "experts"),
+}  # fmt: skip
+
+
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def faulty(folder: str, cfg: TrainConfig, what: str, scale: float, every: int = 2) -> None:
+    """Train, with a fault in rank 1 and another clock."""
+    Watch.BEAT_S, Watch.SILENCE_S = scale * Watch.BEAT_S, scale * Watch.SILENCE_S
+    bad = os.environ["RANK"] == "1"
+    if bad and what in CHANGES:
+        cfg = dataclasses.replace(cfg, **CHANGES[what](cfg))
+    if bad and what == "saves":
+        every += 1
+    if bad and what == "constructor":
+        mock.patch.object(type(cfg.data), "tokenizer", side_effect=ValueError("no tokenizer here")).start()
+    if bad and what == "killed in constructor":
+        mock.patch.object(type(cfg.data), "tokenizer", side_effect=die).start()
+    run = Trainer(cfg, folder, device="cpu", threads=1, progress=False, keeping=Keeping(every), resume=True)
+    if bad:
+        break_rank(run, what)
+    run.run()
+
+
+def break_rank(run: Trainer, what: str) -> None:
+    get, step, write = run.loader.get, run.train_step, run.checkpoints._write_own
+    depths = LoopsConfig.depths
+
+    def hook(run: Trainer, done: int) -> None:
+        if done == AT:
+            if what == "hook":
+                raise ValueError("this hook fails")
+            if what == "runtime error":
+                raise RuntimeError("this hook fails")
+            if what == "killed":
+                die()
+            if what == "stopped":
+                die(signal.SIGSTOP)
+            if what == "exit":
+                raise SystemExit(3)
+            if what == "interrupt":
+                raise KeyboardInterrupt
+            if what == "stuck":
+                time.sleep(1000)
+            if what == "nan":
+                with torch.no_grad():
+                    run.spread.pieces()["embed.weight"].local.view(-1)[0] = torch.nan
+
+    def bad_get(number: int):
+        if what == "data" and number == AT:
+            raise OSError("no such shard")
+        return get(number)
+
+    def bad_step(number: int, log: bool = True):
+        return step(number + (what == "step" and number >= AT), log)
+
+    def bad_write(*args: object):
+        if what == "killed in save":
+            die()
+        if what == "stopped in save":
+            die(signal.SIGSTOP)
+        if what == "stuck in save":
+            time.sleep(1000)
+        return write(*args)
+
+    run.add_hook(hook, 1)
+    run.loader.get, run.train_step, run.checkpoints._write_own = bad_get, bad_step, bad_write
+    if what == "depth":
+        mock.patch.object(LoopsConfig, "depths", lambda *args: depths(*args) + (args[2] == AT)).start()
+
+
+@pytest.mark.parametrize(
+    ("what", "spread", "scale"),
+    [(*one, 0.2) for one in sorted(FAST)]
+    + [pytest.param(what, spread, 1.0, marks=pytest.mark.slow) for what in SAID for spread in SPREADS],
+)
+def test_all_end(tmp_path: Path, what: str, spread: str, scale: float) -> None:
+    parallel = SPREADS[spread]
+    if what == "stuck":  # The process lives and its main thread does nothing: the limit is the configured one.
+        parallel = dataclasses.replace(parallel, timeout_s=5)
+    cfg = config(batch_size=4, steps=12, dtype="float32", parallel=parallel, eval=EvalConfig())
+    with Ranks(2, faulty, str(tmp_path / "run"), cfg, what, scale, logs=tmp_path / "logs") as ranks:
+        started = time.monotonic()
+        faulted = ranks.wait([1], 60) if not what.startswith(("stopped", "stuck")) else 0.0
+        ranks.wait([0], 60)
+        ended = time.monotonic() - started
+        # A stopped process ends once it may go on.
+        ranks.send(signal.SIGCONT)
+        ranks.wait([1], 30)
+        codes = [process.exitcode for process in ranks.processes]
+        said = [ranks.said(rank).strip() for rank in range(2)]
+    print(f"{what}, {spread}: rank 1 ended {faulted:.1f} s and rank 0 {ended:.1f} s after the start")
+    assert all(codes) and ended < 30, codes
+    assert SAID[what] in said[0], said[0]
+    if codes[1] != -signal.SIGKILL and what not in ("exit", "interrupt"):
+        assert SAID[what].removeprefix("rank 1 failed: ") in said[1], said[1]
+    if what not in ("constructor", "killed in constructor", "killed in save", "stopped in save", "saves", *CHANGES):
+        newest = opened(tmp_path / "run").newest()  # what had been saved stands
+        assert newest is not None and newest.name == "step-00000002"
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.slow
+def test_ranks_that_halt_at_different_depths(tmp_path: Path, spread: str) -> None:
+    """Ranks read different rows, at different sampled depths, whose tokens halt at different loops."""
+    cfg = config("act", SPREADS[spread], steps=200, dtype="float32", eval=EvalConfig(every=50, rows=5))
+    run_ranks(2, train, str(tmp_path / "run"), cfg)
+    assert numbers(tmp_path / "run")[-1]["step"] == 200
+
+
+def twice(folder: str, cfg: TrainConfig) -> None:
+    for name in ("a", "b"):
+        train(f"{folder}/{name}", cfg, keeping=Keeping(2))
+
+
+def test_two_runs_one_after_another(tmp_path: Path) -> None:
+    """What the processes told each other in the first run does not end or mislead the second."""
+    cfg = config(batch_size=4, steps=6, dtype="float32", parallel=ParallelConfig("fsdp"), eval=EvalConfig())
+    run_ranks(2, twice, str(tmp_path), cfg)
+    for name in ("a", "b"):
+        newest = opened(tmp_path / name).newest()
+        assert newest is not None and newest.name == "step-00000004"
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
