@@ -58,6 +58,7 @@ class Spread:
         if world.size > 1 and not self.sharded:
             assert isinstance(self.forward, nn.Module)
             self.forward = DistributedDataParallel(self.forward)
+        self._copies = [(p, self.piece(p).copies) for p in self.model.parameters()]
 
     def _cut(self, cfg: TrainConfig, device: torch.device) -> None:
         model, n_expert_ranks = self.model, cfg.parallel.experts
@@ -111,7 +112,7 @@ class Spread:
 
     def gradients(self) -> list[tuple[Tensor, int]]:
         """This process's part of every gradient, and how many processes hold the same part."""
-        found = [(p.grad, self.piece(p).copies) for p in self.model.parameters() if p.grad is not None]
+        found = [(p.grad, copies) for p, copies in self._copies if p.grad is not None]
         return [(g.to_local() if isinstance(g, DTensor) else g, copies) for g, copies in found]
 
     def pieces(self) -> dict[str, Piece]:
