@@ -5,7 +5,7 @@ from typing import Any
 
 from open_mythos.config import MythosConfig
 from open_mythos.recipes.addition import addition_dgx
-from open_mythos.variants import mythos_1b, mythos_1t, mythos_100b
+from open_mythos.variants import RECIPE, mythos_1b, mythos_1t, mythos_3m, mythos_30m, mythos_100b
 
 N_PUBLISHED = 23
 """Fields of MythosConfig that 0.5.0 has, the first ones."""
@@ -75,6 +75,14 @@ MID = published(
 )
 """39.2M parameters; 87.1 MFLOP per token at 8 loops."""
 
+
+def as_published(cfg: MythosConfig) -> dict[str, Any]:
+    """A variant of ours in its shape, with the injection, halting and depth LoRA of 0.5.0 in place of our own."""
+    default = MythosConfig()
+    return published(dataclasses.replace(cfg, **{name: getattr(default, name) for name in RECIPE}))
+
+
+THREE_M, THIRTY_M = as_published(mythos_3m()), as_published(mythos_30m())
 ONE_B, ONE_T, HUNDRED_B = published(mythos_1b()), published(mythos_1t()), published(mythos_100b())
 
 # Models of transformers, each of about as many FLOPs per token as MID at 8 loops.

@@ -81,7 +81,7 @@ def render(data: dict[str, Any], folder: str) -> str:
     lines += ["## Machine", "", *_machine(data["machine"]), ""]
     if curves := cases.get("scaling", {}).get("curves"):
         lines += ["## Cost as work grows", "", *_scaling(curves, folder), ""]
-    lines += ["## Cases", "", *(line for name, case in cases.items() for line in _case(name, case))]
+    lines += ["## Cases", "", *(line for name, case in cases.items() for line in _case(name, case, data["machine"]))]
     lines += ["## Matrix products by shape", "", *_products(cases), ""]
     lines += ["## Run it again", "", AGAIN.format(out=f"docs/results/{folder}").rstrip()]
     return "\n".join(lines) + "\n"
@@ -171,7 +171,7 @@ def _scaling(curves: dict[str, Any], folder: str) -> list[str]:
     return lines
 
 
-def _case(name: str, case: dict[str, Any]) -> list[str]:
+def _case(name: str, case: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     made = case["made_by"]
     lines = [f"### {name}", "", case["protocol"], ""]
     if case["error"]:
@@ -182,7 +182,7 @@ def _case(name: str, case: dict[str, Any]) -> list[str]:
         parts += [f"{gate['loops']} loops on both sides"] if gate["loops"] else []
         lines.append(f"- Gate: {', '.join(parts)}; draw {gate['seed']} of the inputs.")
     for side, found in case["sides"].items():
-        lines.append(f"- {side}: {_side(found)}")
+        lines.append(f"- {side}: {_side(found, machine)}")
     lines += [f"- {note}" for note in case["notes"]]
     lines.append(
         f"- Commit {case['commit']}, {case['date']}, {case['seconds']:.0f} s, {made['device']}, {made['threads']} "
@@ -191,7 +191,7 @@ def _case(name: str, case: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _side(found: dict[str, Any]) -> str:
+def _side(found: dict[str, Any], machine: dict[str, Any]) -> str:
     parts = [f"{found['parameters']:,} parameters"] if "parameters" in found else []
     for clock in ("cpu", "wall", "device"):
         if clock in found:
@@ -200,6 +200,13 @@ def _side(found: dict[str, Any]) -> str:
     for what, unit in (("flops", "GFLOP"), ("bytes", "GB")):
         if found.get(what) and "seconds" in found:
             parts.append(f"{found[what] / 1e9:.4g} {unit} at {found[what] / 1e9 / found['seconds']:.3g} {unit}/s")
+    if "tokens_per_s" in found:
+        parts.append(f"{found['tokens_per_s']:,.0f} tok/s")
+        if machine and "flops" in found:
+            peak = max(rate for shape in machine["limits"]["products"]["float32"] for rate in shape.values())
+            parts.append(
+                f"{found['flops'] / found['seconds'] / peak:.0%} of what the machine's largest float32 products reach"
+            )
     if "bytes_per_token" in found:
         parts.append(f"{found['bytes']:,.0f} bytes, {found['bytes_per_token']:,.0f} per token")
     if "flops_per_token" in found:

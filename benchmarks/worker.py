@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from benchmarks.job import Job
 
-SIDES = ("ours", "exits", "open_mythos_0_5", "hf", "limits")
+SIDES = ("ours", "exits", "trainer", "open_mythos_0_5", "hf", "limits")
 
 
 def _free_channel() -> IO[str]:

@@ -16,6 +16,7 @@ from benchmarks.cases.memory import TrainingMemory
 from benchmarks.cases.pair import Pair
 from benchmarks.cases.scaling import Scaling
 from benchmarks.cases.start import Building, CacheBytes, LongRope
+from benchmarks.cases.trainer import MuonShare, Overhead
 from benchmarks.job import Job
 from benchmarks.results import Outcome
 from open_mythos.train.loops import LoopsConfig
@@ -35,6 +36,7 @@ class Case(Protocol):
 
 SMALL = {"gqa": models.SMALL_GQA, "mla": models.SMALL_MLA}
 MID = Job("ours", "train", models.MID, rows=4, tokens=512, n_loops=8)
+THIRTY_M = Job("ours", "train", models.THIRTY_M, rows=4, tokens=512, n_loops=4)
 POISSON = LoopsConfig("poisson", 8, max_loops=16).depths(seed=0, step=0, rows=8)
 SLOW = Budget(60.0, 3, 9)
 
@@ -68,6 +70,35 @@ _CASES: list[Case] = [
             memory=False,
         )
         for kind, model in SMALL.items()
+    ),
+    Pair(
+        "train_3m",
+        "training step, mythos_3m's shape",
+        Job("ours", "train", models.THREE_M, rows=8, tokens=256, n_loops=4),
+    ),
+    Pair("train_30m", "training step, mythos_30m's shape", THIRTY_M, budget=SLOW),
+    Depths(
+        "train_30m_poisson",
+        "training step, mythos_30m's shape, Poisson(8) depths against all rows at the deepest",
+        replace(THIRTY_M, rows=8, tokens=256, depths=tuple(POISSON.tolist())),
+    ),
+    MuonShare(
+        "muon_30m",
+        "Muon's share of a step of the trainer, mythos_30m",
+        Job("trainer", "steps", tokens=512, n_loops=8, arguments={"variant": "30m"}),
+        (4, 8),
+    ),
+    Overhead(
+        "overhead_3m",
+        "metrics and checkpoints, share of a run of mythos_3m",
+        Job(
+            "trainer",
+            "run",
+            rows=4,
+            tokens=128,
+            n_loops=4,
+            arguments={"variant": "3m", "steps": 101, "checkpoint_every": 50},
+        ),
     ),
     Pair("forward_mid", "forward pass, mid model (c)", replace(MID, task="forward")),
     Pair("train_mid", "training step, mid model (c)", MID, budget=SLOW),

@@ -60,6 +60,8 @@ class Pair:
                 "flops": work.flops,
                 "bytes": work.bytes,
             }
+            if job.task == "train":
+                outcome.sides[name]["tokens_per_s"] = job.rows * job.tokens / outcome.sides[name]["seconds"]
             if self.memory:
                 extra = self.ours if name == "ours" else {}
                 outcome.sides[name]["peak_bytes"] = bench.peak_bytes(replace(job, side=side, **extra))

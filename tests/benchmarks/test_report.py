@@ -101,6 +101,14 @@ def test_sides_that_are_not_timed() -> None:
     assert line(text, "| a cache").split(" | ")[3:6] == ["**2.67**", ">= 2.67", "yes"]
 
 
+def test_training_has_tokens_and_a_share_of_the_peak() -> None:
+    sides = {"ours": {"seconds": 2.0, "flops": 90e9, "tokens_per_s": 1024.0}}
+    text = render({"machine": MACHINE, "cases": {"train_mid": record(Outcome(sides=sides))}}, "performance")
+    assert (
+        "- ours: 90 GFLOP at 45 GFLOP/s, 1,024 tok/s, 50% of what the machine's largest float32 products reach." in text
+    )
+
+
 def test_figures_within_the_noise_claim_nothing() -> None:
     for value, itself, met in (
         (1.5, (0.5, 1.0, 2.0), "yes; no difference shown"),

@@ -1,0 +1,100 @@
+"""The trainer itself, with its optimizers, metrics and checkpoints: what a comparison of models leaves out."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.job import Job
+from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.metrics import read_metrics
+from open_mythos.train.muon import Muon
+from open_mythos.train.optim import OptimConfig
+from open_mythos.train.tasks import Text
+from open_mythos.train.trainer import Trainer
+from open_mythos.variants import VARIANTS
+
+
+class Training:
+    """A variant with Muon, on bytes of the embedded novel. `folder` of the job's arguments gets the runs."""
+
+    training = False
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.cfg = TrainConfig(
+            VARIANTS[job.arguments["variant"]](),
+            Text(seq_len=job.tokens),
+            steps=job.arguments.get("steps", 10**6),
+            batch_size=job.rows,
+            optim=OptimConfig("muon"),
+            loops=LoopsConfig("fixed", job.n_loops),
+            log_every=1,
+        )
+
+    def info(self) -> dict[str, Any]:
+        return {"tokens": self.job.rows * self.job.tokens}
+
+    def trainer(self, keeping: Keeping | None = None) -> Trainer:
+        """A new run, in a folder of its own."""
+        out = Path(tempfile.mkdtemp(dir=self.job.arguments["folder"])) / "run"
+        device = "cuda" if self.job.device == "cuda" else "cpu"
+        return Trainer(self.cfg, out, device=device, progress=False, keeping=keeping)
+
+
+class Steps(Training):
+    """Steps of one run. Read: the part of the last one's CPU time that Muon took."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.run_on = self.trainer()
+        self.step, self.muon_s, self.step_s = 0, 0.0, 0.0
+        [muon] = [optimizer for optimizer in self.run_on.optimizers if isinstance(optimizer, Muon)]
+        self._inner: Callable[[], None] = muon.step
+        muon.step = self._timed  # ty: ignore[invalid-assignment]
+
+    def _timed(self) -> None:
+        start = time.process_time()
+        self._inner()
+        self.muon_s = time.process_time() - start
+
+    def fresh(self) -> None:
+        return None
+
+    def run(self, fresh: None) -> None:
+        start = time.process_time()
+        self.run_on.train_step(self.step)
+        self.step_s = time.process_time() - start
+        self.step += 1
+
+    def reading(self) -> dict[str, float]:
+        return {f"muon {self.job.rows}": self.muon_s / self.step_s}
+
+
+class WholeRun(Training):
+    """A run with a line of metrics after every step. Read: the part of it that was no step, by its own timers."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.keeping = Keeping(job.arguments["checkpoint_every"])
+        self.read: dict[str, float] = {}
+
+    def fresh(self) -> Trainer:
+        return self.trainer(self.keeping)
+
+    def run(self, fresh: Trainer) -> None:
+        fresh.run()
+        steps_s = whole_s = 0.0
+        for line in read_metrics(fresh.out_dir / "metrics.jsonl"):
+            step_s = self.job.rows * self.job.tokens / line["perf/tok_s"]
+            steps_s, whole_s = steps_s + step_s, whole_s + step_s / (1 - line["perf/overhead"])
+        self.read = {f"overhead {self.keeping.every}": 1 - steps_s / whole_s}
+
+    def reading(self) -> dict[str, float]:
+        return self.read
+
+
+TASKS: dict[str, Callable[[Job], Any]] = {"steps": Steps, "run": WholeRun}
