@@ -38,5 +38,5 @@ class TransformerBlock(nn.Module):
         """(B, T, D) -> (B, T, D); `layer` names this block's place in the view's store."""
         x = self.attn_out_norm(x + self.dropout(self.attn(self.attn_norm(x), view, layer)))
         u = self.ffn_norm(x)
-        y = self.ffn(u, view) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
+        y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
         return self.ffn_out_norm(x + self.dropout(y))

@@ -181,7 +181,8 @@ class Run:
             store = None if self.static is None else self.static.at(tick)
             view = view.at_loop(loop_index, tick if self.lockstep else None, active, store)
             h_new, store, log = self._loop(h, e, loop_index, view, None if self.cached else self.scratch.current)
-            if isinstance(store, Scratch):
+            # At fixed depth every token writes in every loop, so no loop reads what the one before it has left.
+            if isinstance(store, Scratch) and self.adaptive:
                 self.scratch = store
             if log:
                 self.routers.append(log)

@@ -39,7 +39,7 @@ def through_owners(
     expert = torch.cat((expert, expert.new_zeros(1)))[:, None]
     y = experts(tokens, expert, torch.ones_like(expert, dtype=gates.dtype))[:-1]
     y = Exchange.apply(y, n_got, n_sent, group)
-    y = torch.zeros_like(y).index_copy(0, order, y).unflatten(0, chosen.shape)
+    y = torch.zeros_like(y).index_put((order,), y).unflatten(0, chosen.shape)
     return (y * gates[..., None].to(y.dtype)).sum(1)
 
 

@@ -7,6 +7,7 @@ Shapes: N tokens, C experts chosen per token, M = N * C pairs of both, D width, 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,34 +49,45 @@ class StackedExperts(nn.Module):
         self.gate_up, self.down = (nn.Parameter(p.detach()[mine].clone()) for p in (self.gate_up, self.down))
         self.group = group
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's."""
-        if self.group is not None:
-            return through_owners(x, chosen, gates, len(self.gate_up), self.group, self._here)
-        return self._here(x, chosen, gates)
+    def weights(self, x: Tensor) -> Weights:
+        """The parameters as products with x take them: under autocast copies in its dtype."""
+        if not autocasts(x):
+            return self.gate_up, self.down
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return self.gate_up.to(dtype), self.down.to(dtype)
 
-    def _here(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        gate_up, down = self.gate_up, self.down
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights | None = None) -> Tensor:
+        """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's.
+
+        Args:
+            weights: what `weights(x)` gave, for calls that share it; None: made here.
+        """
+        weights = weights or self.weights(x)
         if autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, gates, gate_up, down = x.to(dtype), gates.to(dtype), gate_up.to(dtype), down.to(dtype)
-        weights = gate_up, down
-        if x.device.type != "cpu":
-            return by_group(x, chosen, gates, weights)
-        n_left = gate_up.shape[0] - chosen.shape[1]
-        # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
-        # expert that was never meant for a token could overflow, and zero times infinity is NaN.
-        if x.element_size() >= 4 and max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
-            return all_experts(x, chosen, gates, weights)
-        if streams(x):
-            return by_gather(x, chosen, gates, weights)
-        if captured():
-            return by_group(x, chosen, gates, weights)
-        if torch.is_grad_enabled():
-            return _OneByOne.apply(x, chosen, gates, *weights)
-        return (
-            by_pair(x, chosen, gates, weights) if chosen.numel() <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
-        )
+            x, gates = x.to(dtype), gates.to(dtype)
+        if self.group is not None:
+            return through_owners(x, chosen, gates, len(self.gate_up), self.group, partial(_compute, weights))
+        return _compute(weights, x, chosen, gates)
+
+
+def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """The sum over the chosen experts by the best way for these shapes and this device."""
+    gate_up, down = weights
+    if x.device.type != "cpu":
+        return by_group(x, chosen, gates, weights)
+    n_left = gate_up.shape[0] - chosen.shape[1]
+    # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
+    # expert that was never meant for a token could overflow, and zero times infinity is NaN.
+    if x.element_size() >= 4 and max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
+        return all_experts(x, chosen, gates, weights)
+    if streams(x):
+        return by_gather(x, chosen, gates, weights)
+    if captured():
+        return by_group(x, chosen, gates, weights)
+    if torch.is_grad_enabled():
+        return _OneByOne.apply(x, chosen, gates, *weights)
+    return by_pair(x, chosen, gates, weights) if chosen.numel() <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
 
 
 def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
@@ -86,8 +98,9 @@ def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tens
     counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(order))
     mixed = silu_product(grouped_linear(x[order // chosen.shape[1]], gate_up, counts))
     y = grouped_linear(mixed, down, counts)
-    # Back to token order, so that the sum over a token's experts does not depend on the other tokens.
-    y = torch.zeros_like(y).index_copy(0, order, y).unflatten(0, chosen.shape)
+    # Back to token order, so that the sum over a token's experts does not depend on the other tokens. For the backward
+    # pass index_put keeps the index alone, where index_copy keeps y too.
+    y = torch.zeros_like(y).index_put((order,), y).unflatten(0, chosen.shape)
     return (y * gates[..., None]).sum(1)
 
 

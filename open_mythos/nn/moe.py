@@ -43,13 +43,18 @@ class MoEFFN(nn.Module):
         self.router_bias = torch.empty_like(bias, device=on_device) if bias.is_meta else bias.to(on_device)
         return self
 
-    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
-        """(..., D) -> (..., D). A `view` whose `router_log` is a list gets the router's statistics appended to it."""
+    def forward(self, x: Tensor, view: View | None = None, layer: int = 0) -> Tensor:
+        """(..., D) -> (..., D). A `view` whose `router_log` is a list gets the router's statistics appended to it.
+
+        Args:
+            layer: this layer's place in the view's constants.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         logits = wide_linear(tokens, self.router.weight)
         chosen = (logits + self.router_bias).topk(self.n_chosen, dim=-1).indices
         gates = logits.gather(-1, chosen).softmax(-1)
-        out = self.experts(tokens, chosen, gates.to(x.dtype)).to(x.dtype)
+        weights = None if view is None or view.constants is None else view.constants.experts.get(layer)
+        out = self.experts(tokens, chosen, gates.to(x.dtype), weights).to(x.dtype)
         if self.shared is not None:
             out = out + self.shared(tokens)
         if view is not None and view.router_log is not None:

@@ -18,7 +18,7 @@ from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_wave
 from open_mythos.nn.driver import Exit, Probe, RecurrentOutput, Rows, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
-from open_mythos.nn.linear import captured
+from open_mythos.nn.linear import autocasts, captured
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 
@@ -102,7 +102,11 @@ class RecurrentBlock(nn.Module):
         if self.cfg.loop_embedding:
             every = torch.arange(self.cfg.max_loop_iters, device=h.device)
             waves = loop_waves(every, h, self.cfg.dim // 8)
-        return LoopConstants(waves, self.injection.get_A())
+        experts = {}
+        if autocasts(h):
+            ffns = zip(self.layers, (block.ffn for block in self.blocks), strict=True)
+            experts = {layer: ffn.experts.weights(h) for layer, ffn in ffns if isinstance(ffn, MoEFFN)}
+        return LoopConstants(waves, self.injection.get_A(), experts)
 
     def cost_curve(self, dtype: torch.dtype) -> CostCurve:
         """What a loop costs on the CPU at the present number of threads; measured once."""

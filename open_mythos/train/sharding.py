@@ -60,7 +60,7 @@ class Spread:
             self.forward = compile_model(self.model, cfg.compile)
         if world.size > 1 and not self.sharded:
             assert isinstance(self.forward, nn.Module)
-            self.forward = DistributedDataParallel(self.forward)
+            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
     def _cut(self, cfg: TrainConfig, device: torch.device) -> None:
         model, n_expert_ranks = self.model, cfg.parallel.experts
