@@ -321,6 +321,6 @@ def _download(model_id: str) -> tuple[Path, Path]:
             return path, path.with_name(HUB_ROLES)
     except (OSError, HFValidationError) as error:
         raise OSError(
-            f"model_id={model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "
+            f"tokenizer {model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "
             "name and the connection, or pass a folder that holds the file"
         ) from error

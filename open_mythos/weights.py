@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +22,10 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     # The head is the embedding; safetensors refuses to store one memory twice.
     tensors = {name: x.detach().contiguous() for name, x in state.items() if name != "head.weight"}
     partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written ({error}); make room, and run the command again") from error
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, indent=2) + "\n")
@@ -45,6 +48,16 @@ def locate(folder_or_repo: str | Path) -> Path:
     """The folder, or the local copy of a hub repository when there is no such folder."""
     folder = Path(folder_or_repo)
     return _download(str(folder_or_repo)) if not folder.exists() and str(folder_or_repo).count("/") == 1 else folder
+
+
+def open_slices(folder: str | Path) -> dict[str, Any]:
+    """The tensors of a model folder as safetensors' slices: mapped, with `get_shape()` and rows by index."""
+    path = _file(Path(folder), WEIGHTS_FILE)
+    try:
+        file = safe_open(path, "pt")
+        return {name: file.get_slice(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
 
 
 def read_config(folder: str | Path) -> MythosConfig:

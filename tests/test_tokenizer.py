@@ -156,5 +156,5 @@ def test_hub_out_of_reach_names_the_remedy(monkeypatch) -> None:
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(OSError, match=r"model_id='openai/gpt-oss-20b' is no local path .* pass a folder that holds"):
+    with pytest.raises(OSError, match=r"tokenizer 'openai/gpt-oss-20b' is no local path .* pass a folder that holds"):
         MythosTokenizer()

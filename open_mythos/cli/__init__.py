@@ -1,6 +1,7 @@
 """The command `mythos`. Each command imports what it needs when it runs, so that --help answers at once."""
 
 import sys
+import warnings
 
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.plan import plan
@@ -18,6 +19,8 @@ def main(args: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mythos: {command!r} is no command\n\n{_usage()}", file=sys.stderr)
         return 2
+    # A user has no use for the line of code that a warning comes from.
+    warnings.formatwarning = lambda message, *_, **__: f"mythos {command}: {message}\n"
     try:
         COMMANDS[command](rest)
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:

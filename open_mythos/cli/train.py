@@ -124,7 +124,8 @@ def train(rest: list[str]) -> None:
     if not trainer.world.is_first:
         return
     print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
-    print(f'Next: mythos info {final}    mythos generate {final} "..." --show-loops')
+    show = "--chat" if cfg.data.name == "chat" else "--show-loops"
+    print(f'Next: mythos info {final}    mythos generate {final} "..." {show}')
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":

@@ -103,7 +103,12 @@ def prepare(
     results = [json.loads(_unit_file(out, i).read_text("utf-8")) for i in range(len(units))]
     info = _index(results, encoder, job.dtype, plan)
     if not info["splits"]["train"]:
-        raise ValueError(f"the inputs have no document to train on (skipped: {info['skipped'] or 'none'}); add text")
+        shutil.rmtree(out)  # so that the call can be corrected
+        skipped = ", ".join(f"{n:,} records: {reason}" for reason, n in info["skipped"].items())
+        raise ValueError(
+            f"the inputs have no document to train on (skipped: {skipped or 'none'}); add text, or name the field that "
+            "holds it with --column"
+        )
     _write_json(out / INDEX, info)
     return info
 
@@ -203,8 +208,8 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
         if (out / PLAN).is_file():
             old = json.loads((out / PLAN).read_text("utf-8"))
             if other := [key for key in plan if old.get(key) != plan[key]]:
-                what = {"units": "inputs"}.get(other[0], other[0])
-                raise ValueError(f"out={out} holds data of another {what}; use another folder, or remove this one")
+                what = {"units": "inputs", "tokenizer": "tokenizers"}.get(other[0], other[0])
+                raise ValueError(f"out={out} holds data made with other {what}; use another folder, or remove this one")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out={out} is not empty and holds no prepared data; use another folder")
         else:

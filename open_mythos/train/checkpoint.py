@@ -62,6 +62,7 @@ class Checkpoints:
         self.folder, self.keeping, self.world, self.describe = folder, keeping, world, describe
         self._store = world.store()
         self._thread: threading.Thread | None = None
+        self._step = 0
         self._failed: Exception | None = None
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
@@ -70,6 +71,7 @@ class Checkpoints:
         A save that fails, as on a full disk, is a warning: the older checkpoints are there, and training goes on.
         """
         self.wait()
+        self._step = step
         copies = {
             file: {
                 name: replace(p, local=p.local.detach().to("cpu", copy=True).contiguous())
@@ -87,7 +89,11 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
             if self._failed is not None and self.world.is_first:
-                warnings.warn(f"a checkpoint could not be saved ({self._failed}); the older ones stand", stacklevel=2)
+                warnings.warn(
+                    f"the checkpoint of step {self._step} could not be saved in {self.folder} ({self._failed}); older "
+                    "ones stand, and training goes on",
+                    stacklevel=2,
+                )
         return self._failed is None
 
     def newest(self) -> Path | None:
@@ -276,3 +282,4 @@ def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: To
     for path in (*partial.iterdir(), partial):
         to_disk(path)
     partial.rename(folder)
+    to_disk(folder.parent)

@@ -140,6 +140,16 @@ class TrainConfig:
                 f"model.recurrent_layers={model.recurrent_layers}, {model.halting!r}, loops.law={self.loops.law!r} and "
                 f"loops.per={self.loops.per!r}; change these or use compile='none'"
             )
+        if self.compile == "model" and self.parallel.kind == "fsdp":
+            raise ValueError(
+                "compile='model' makes one graph of the model, and parallel.kind='fsdp' has to act between its parts; "
+                "use compile='block', or parallel.kind='ddp'"
+            )
+        if self.compile != "none" and self.parallel.experts > 1:
+            raise ValueError(
+                f"compile={self.compile!r} makes graphs, in which tokens cannot travel to parallel.experts="
+                f"{self.parallel.experts} processes; use compile='none', or parallel.experts=1"
+            )
         if self.compile == "model" and self.checkpoint_loops:
             raise ValueError(
                 "checkpoint_loops=True does not go with compile='model', whose graph decides what it recomputes; "
@@ -215,6 +225,8 @@ class TrainConfig:
         """Read a run's config.yaml."""
         try:
             return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} does not exist; name a run's config.yaml") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

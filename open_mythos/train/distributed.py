@@ -3,8 +3,8 @@
 `torchrun` starts them and tells each its rank. Without it there is one process, and all of this does nothing.
 """
 
-import itertools
 import os
+import secrets
 import sys
 import threading
 import time
@@ -22,7 +22,11 @@ from open_mythos.checks import check_choice, check_int, check_number
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is spread over processes. None of it changes the result by more than rounding."""
+    """How a run is spread over processes.
+
+    None of it changes the result by more than rounding, but for dropout and noisy initial states, which are drawn for
+    the rows that are computed together.
+    """
 
     kind: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process holds the whole model. fsdp: each holds its share of parameters, gradients and moments, and
@@ -51,9 +55,6 @@ class RankFailed(ConnectionError):
     """Another process of the run has failed or fallen silent."""
 
 
-_numbers = itertools.count()
-
-
 class World:
     """The processes of a run as one of them sees them."""
 
@@ -62,8 +63,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self._watch: Watch | None = None
-        # What the processes told each other in an earlier run of theirs does not hold in this one.
-        self._number = next(_numbers)
+        self._talk = ""
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -71,7 +71,11 @@ class World:
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=timeout)
-            self._watch = Watch(self.rank, self.size, self._number)
+            # What processes told each other in an earlier run, or before torchrun started them anew, no longer holds.
+            token = torch.tensor(secrets.randbits(62))
+            dist.broadcast(token, 0)
+            self._talk = f"mythos{token.item()}"
+            self._watch = Watch(self.rank, self.size, self._talk)
             self._watch.start()
         elif parallel.kind == "fsdp" and not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -132,7 +136,7 @@ class World:
 
     def store(self) -> dist.Store:
         """Where the processes leave each other what a thread has to say; a connection of its own for each call."""
-        return dist.HashStore() if self.size == 1 else connect(self._number)
+        return dist.HashStore() if self.size == 1 else connect(self._talk)
 
     def leave(self) -> None:
         """Tell the others that this process has done its part."""
@@ -144,15 +148,10 @@ class World:
         return error if self._watch is None else self._watch.fail(error)
 
 
-def connect(number: int) -> dist.Store:
-    """A new connection to the store that torchrun's processes share, for their run of a number.
-
-    A thread needs one of its own.
-    """
+def connect(talk: str) -> dist.Store:
+    """A new connection to the store that torchrun's processes share, for one talk. A thread needs one of its own."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun may start everything anew, and what was said before then no longer holds.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"mythos{attempt}.{number}", dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
+    return dist.PrefixStore(talk, dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
 
 
 def wait(store: dist.Store, keys: Sequence[str], patience: timedelta) -> None:
@@ -182,10 +181,10 @@ class Watch(threading.Thread):
     SILENCE_S = 15.0
     GRACE_BEATS = 5
 
-    def __init__(self, rank: int, size: int, number: int) -> None:
+    def __init__(self, rank: int, size: int, talk: str) -> None:
         super().__init__(daemon=True)
         self.rank, self.next_rank = rank, (rank + 1) % size
-        self._store, self._main_store = connect(number), connect(number)
+        self._store, self._main_store = connect(talk), connect(talk)
         self._left = threading.Event()
 
     def run(self) -> None:

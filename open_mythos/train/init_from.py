@@ -4,9 +4,9 @@ import copy
 import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from open_mythos import weights
 from open_mythos.config import MythosConfig
@@ -34,8 +34,10 @@ def adopt(cfg: TrainConfig, folder: str) -> TrainConfig:
     return cfg
 
 
-def read_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[str, Tensor]:
+def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
     """The tensors of a model folder, or of a hub repository, for a model of configuration `cfg`.
+
+    They are slices of the file, which read the rows that they are asked for: no process reads more than it keeps.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks a file.
@@ -43,7 +45,7 @@ def read_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             tokenizer is not `tokenizer`.
     """
     path = weights.locate(folder)
-    theirs, state = weights.load(path)
+    theirs, state = weights.read_config(path), weights.open_slices(path)
     ours = cfg.to_dict()
     for name, value in theirs.to_dict().items():
         if name not in FREE and ours[name] != value:
@@ -56,7 +58,8 @@ def read_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             f"with it: data.tokenizer_from={folder!r} for chat, mythos prepare-data --tokenizer {folder} for shards"
         )
     with torch.device("meta"):
-        weights.check(state, OpenMythos(cfg).state_dict())
+        shapes = {name: torch.empty(rows.get_shape()) for name, rows in state.items()}
+        weights.check(shapes, OpenMythos(cfg).state_dict())
     return state
 
 

@@ -1,6 +1,7 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -36,9 +37,12 @@ class MetricsWriter:
     def write(self, steps_done: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
-        # allow_nan=False: NaN is not JSON, and one such line would break whatever reads the file.
+        # NaN is not JSON, and one such line would break whatever reads the file.
+        for name in [name for name, value in values.items() if not math.isfinite(value)]:
+            warnings.warn(f"{name}={values[name]} after step {steps_done} is left out of the log", stacklevel=2)
+            values = {other: value for other, value in values.items() if other != name}
         had_room = not self._waiting
-        self._waiting += (json.dumps({"step": steps_done, **values}, allow_nan=False) + "\n").encode()
+        self._waiting += (json.dumps({"step": steps_done, **values}) + "\n").encode()
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -87,7 +91,9 @@ class ProgressLine:
         """One step is done; `numbers` replaces what the line shows."""
         self._progress.advance(self._task)
         if numbers is not None:
-            shown = " ".join(f"{label} {value:.4g}" for label, value in numbers.items())
+            shown = " ".join(
+                f"{label} {value:,.0f}" if value >= 1000 else f"{label} {value:.4g}" for label, value in numbers.items()
+            )
             self._progress.update(self._task, numbers=shown)
 
     def __enter__(self) -> "ProgressLine":

@@ -5,7 +5,7 @@ process would have drawn.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,6 +44,11 @@ class Spread:
         dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         torch.manual_seed(cfg.seed)
         if self.sharded:
+            if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
+                raise ValueError(
+                    f"parallel.kind='fsdp' needs torch 2.13, not {torch.__version__}: older ones do not look for "
+                    "gradients inside of the model's outputs; install it, or use parallel.kind='ddp'"
+                )
             with torch.device("meta"):
                 self.model = OpenMythos(cfg.model)
             self.model.to(dtype)
@@ -126,8 +131,8 @@ class Spread:
         return {**state, **dict(self.model.named_parameters(remove_duplicate=False))}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take this process's pieces of a whole model's tensors."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take this process's pieces of a whole model's tensors, or of what gives their rows like a tensor."""
         for name, piece in self.pieces().items():
             piece.local.copy_(state[name][piece.start : piece.start + len(piece.local)])
 
@@ -140,19 +145,24 @@ class Spread:
     def full_state(self) -> dict[str, Tensor]:
         """The whole model's tensors on the CPU, on the first process; an empty dictionary on the others.
 
-        One after the other, so that no device has to have room for more than the largest.
+        Pieces travel from the memory of one host to that of the first, which alone has to have room for the whole.
         """
-        whole = {}
-        for name, x in self._own_state().items():
-            piece, x = self.piece(x), x.detach()
-            if isinstance(x, DTensor):
-                x = x.full_tensor()
-            elif len(piece.local) < piece.rows:
-                parts = [torch.empty_like(x) for _ in range(self.mesh["expert"].size())]
-                dist.all_gather(parts, x.contiguous(), group=self.mesh["expert"].get_group())
-                x = torch.cat(parts)
-            if self.world.is_first:
-                whole[name] = x.cpu()
+        whole: dict[str, Tensor] = {}
+        for name, piece in self.pieces().items():
+            local = piece.local.detach().cpu().contiguous()
+            n_writers = self.world.size // piece.copies
+            if n_writers > 1 and not self.world.is_first:
+                if self.world.rank < n_writers and len(local):
+                    dist.send(local, 0)
+            elif self.world.is_first:
+                whole[name] = torch.empty(piece.rows, *local.shape[1:], dtype=local.dtype) if n_writers > 1 else local
+                each = len(local)  # the first process has the most rows, and all others but the last as many
+                for rank, start in enumerate(range(0, piece.rows, each) if n_writers > 1 else ()):
+                    rows = whole[name][start : start + each]
+                    if rank:
+                        dist.recv(rows, rank)
+                    else:
+                        rows.copy_(local)
         return whole
 
 
@@ -186,11 +196,12 @@ def _draw(p: Tensor, piece: Piece, std: float) -> Tensor:
     per_row = math.prod(piece.local.shape[1:])
     total, begin = piece.rows * per_row, piece.start * per_row
     local = piece.local.view(-1)
-    # torch draws in blocks of 16 on a CPU, so pieces of whole blocks are what one draw of everything would give.
+    # On the CPU, as one process does. torch draws in blocks of 16 there, so that pieces of whole blocks are what one
+    # draw of everything would give.
     stops = [*range(DRAWN_AT_ONCE, total - 15, DRAWN_AT_ONCE), total]
     for start, stop in zip([0, *stops], stops, strict=False):
-        values = torch.empty(stop - start, device=local.device).normal_(0, std)
+        values = torch.empty(stop - start).normal_(0, std)
         first, last = max(start, begin), min(stop, begin + len(local))
         if first < last:
-            local[first - begin : last - begin] = values[first - start : last - start].to(local.dtype)
+            local[first - begin : last - begin].copy_(values[first - start : last - start])
     return p

@@ -37,7 +37,7 @@ from open_mythos.train.data import IGNORE, Batch
 from open_mythos.train.distributed import World
 from open_mythos.train.evaluate import Score, evaluate
 from open_mythos.train.guard import Guard
-from open_mythos.train.init_from import read_initial
+from open_mythos.train.init_from import open_initial
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, ProgressLine, last_step
@@ -117,7 +117,7 @@ class Trainer:
             if resume and (newest := self.checkpoints.newest()) is not None:
                 place = self._restore(newest)
             elif cfg.init_from is not None:
-                self.spread.load(read_initial(cfg.model, self.tokenizer, cfg.init_from))
+                self.spread.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
             self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
             self._signalled: list[int] = []
             self._stopping = False
@@ -143,6 +143,7 @@ class Trainer:
         with self._answering():
             final = self.out_dir / "final"
             if self.world.agree({}, int(final.exists())):
+                self.world.leave()
                 return final
             metrics = tracking = None
             if self.world.is_first:
@@ -246,6 +247,8 @@ class Trainer:
 
     def _check_folder(self, resume: bool) -> None:
         path = self.out_dir / "config.yaml"
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise ValueError(f"{self.out_dir} is a file; name a folder for the run")
         if not resume:
             for name in ("config.yaml", "metrics.jsonl", "checkpoints", "final"):
                 if (self.out_dir / name).exists():
@@ -265,7 +268,8 @@ class Trainer:
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
 
-        The device is read once: to know whether loss and gradient allow the step.
+        The trainer reads the device once, to know whether loss and gradient allow the step. (Exits and spread experts
+        read it in every loop.)
         """
         cfg, batch = self.cfg, self.loader.get(step)
         depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
@@ -280,7 +284,7 @@ class Trainer:
         self.model.train()
         sums: dict[str, Tensor] = {}
         for plan, rows, last in self._micro_batches(depths.tolist()):
-            # Dropout and noisy initial states then depend on the step and the row alone, as the data does.
+            # Dropout and noisy initial states then depend on the step and on which rows are computed together.
             first_row = self.rows.start + rows.start
             # torch.manual_seed also writes down a stack of calls for GPUs: a tenth of a millisecond.
             seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed

@@ -138,7 +138,7 @@ def test_an_interrupted_call_goes_on_with_its_commit(server: FakeHub, tmp_path: 
     assert contents(tmp_path / "new") != contents(out)
     assert json.loads((tmp_path / "new" / "plan.json").read_text())["dataset"]["revision"] == "b" * 40
     for other in (HubDataset(NAME), HubDataset(NAME, "sample-10BT", limit_files=1), HubDataset(NAME, "halves", "main")):
-        with pytest.raises(ValueError, match="holds data of another dataset; use another folder"):
+        with pytest.raises(ValueError, match="holds data made with other dataset; use another folder"):
             prepare(other, out, "bytes", HELD_OUT, progress=False)
 
 

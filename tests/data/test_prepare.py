@@ -212,7 +212,7 @@ def test_refuses_what_gives_no_data(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no end token"):
         prepare([str(corpus)], tmp_path / "out", str(tmp_path / "symbols"), LINES, progress=False)
     (tmp_path / "blank.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"no document to train on \(skipped: \{'empty': 1\}\)"):
+    with pytest.raises(ValueError, match=r"no document to train on \(skipped: 1 records: empty\); add text"):
         prepare([str(tmp_path / "blank.txt")], tmp_path / "out", "bytes", LINES, progress=False)
     with pytest.raises(ValueError, match=r"held_out=0\.6"):
         Settings(held_out=0.6)

@@ -13,7 +13,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import ByteTokenizer
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.init_from import FREE, adopt, read_initial
+from open_mythos.train.init_from import FREE, adopt, open_initial
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.tasks import Addition, Text
 from open_mythos.train.trainer import Trainer
@@ -70,18 +70,19 @@ def test_another_model_or_tokenizer_is_refused(folder: str) -> None:
         ({"halting": "none"}, "model.halting='none'"),
     ):
         with pytest.raises(ValueError) as caught:
-            read_initial(tiny(vocab_size=259, **changes), ByteTokenizer(), folder)
+            open_initial(tiny(vocab_size=259, **changes), ByteTokenizer(), folder)
         assert named in str(caught.value)
     with pytest.raises(ValueError, match="the data's tokenizer is not the one of init_from"):
-        read_initial(tiny(vocab_size=259), Addition().tokenizer(), folder)
+        open_initial(tiny(vocab_size=259), Addition().tokenizer(), folder)
 
 
 def test_what_may_differ_changes_no_output(folder: str) -> None:
     changes = {"max_seq_len": 200, "max_output_tokens": 5, "dropout": 0.5}
     assert set(changes) == set(FREE)
     model = OpenMythos(tiny(vocab_size=259, **changes)).eval()
-    state = read_initial(model.cfg, ByteTokenizer(), folder)
-    model.load_state_dict({**state, "head.weight": state["embed.weight"]})
+    state = open_initial(model.cfg, ByteTokenizer(), folder)
+    whole = {name: rows[:] for name, rows in state.items()}
+    model.load_state_dict({**whole, "head.weight": whole["embed.weight"]})
     ids = torch.arange(40)[None]
     assert torch.equal(model(ids), OpenMythos.from_pretrained(folder)(ids))
 
@@ -91,7 +92,7 @@ def test_a_damaged_folder_is_refused(folder: str) -> None:
     state.pop("norm.weight")
     weights.save(folder, tiny(vocab_size=259), state)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
-        read_initial(tiny(vocab_size=259), ByteTokenizer(), folder)
+        open_initial(tiny(vocab_size=259), ByteTokenizer(), folder)
 
 
 def test_the_command_takes_the_architecture_over(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -123,7 +124,7 @@ def test_a_repository_of_the_hub(folder: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     cfg = adopt(dataclasses.replace(run_config(folder), init_from=None), "someone/model")
     assert cfg.model == tiny(vocab_size=259) and cfg.init_from == "someone/model"
-    read_initial(cfg.model, ByteTokenizer(), "someone/model")
+    open_initial(cfg.model, ByteTokenizer(), "someone/model")
     assert asked[0] == ("someone/model", ["*.json", "model.safetensors"])
 
 

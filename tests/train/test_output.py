@@ -22,9 +22,12 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_nan_never_reaches_the_file(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "metrics.jsonl") as writer, pytest.raises(ValueError):
-        writer.write(1, {"train/loss": float("nan")})
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    with (
+        MetricsWriter(tmp_path / "metrics.jsonl") as writer,
+        pytest.warns(UserWarning, match="val/loss=nan after step 1 is left out of the log"),
+    ):
+        writer.write(1, {"val/loss": float("nan"), "train/loss": 2.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
 
 
 def test_progress_line_shows_the_latest_numbers(capsys: pytest.CaptureFixture[str]) -> None:

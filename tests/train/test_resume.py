@@ -305,7 +305,7 @@ def test_weights_that_are_lost_are_not_saved(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:a checkpoint could not be saved:UserWarning")
+@pytest.mark.filterwarnings("ignore:the checkpoint of step:UserWarning")
 def test_a_full_disk_stops_nothing(tmp_path: Path, whole: Trainer) -> None:
     """No file may grow beyond some size: saves fail at different places, older checkpoints stay, training ends well."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
