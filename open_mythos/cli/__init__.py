@@ -20,7 +20,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"mythos: {command!r} is no command\n\n{_usage()}", file=sys.stderr)
         return 2
     # A user has no use for the line of code that a warning comes from.
-    warnings.formatwarning = lambda message, *_, **__: f"mythos {command}: {message}\n"
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"mythos {command}: {message}\n"
     try:
         COMMANDS[command](rest)
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
