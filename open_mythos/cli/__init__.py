@@ -19,8 +19,12 @@ def main(args: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mythos: {command!r} is no command\n\n{_usage()}", file=sys.stderr)
         return 2
+
     # A user has no use for the line of code that a warning comes from.
-    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"mythos {command}: {message}\n"
+    def plain(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+        return f"mythos {command}: {message}\n"
+
+    warnings.formatwarning = plain
     try:
         COMMANDS[command](rest)
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:

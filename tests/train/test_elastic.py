@@ -87,7 +87,9 @@ def moments(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{g}/{name}": stored.read(g, name, 0, 10**9) for g in groups for name in stored.names(g)}
 
 
-@pytest.fixture(scope="module", params=["addition", "shards", "stream"])
+@pytest.fixture(
+    scope="module", params=["stream", *(pytest.param(task, marks=pytest.mark.slow) for task in ("addition", "shards"))]
+)
 def whole(request: pytest.FixtureRequest, tasks: dict, tmp_path_factory: pytest.TempPathFactory):
     """A run of one process that nothing happens to, and a function that makes its configuration."""
 
@@ -118,4 +120,4 @@ def test_other_processes_go_on(tmp_path: Path, whole, path: str) -> None:
     assert a.keys() == b.keys() and any("exp_avg" in name for name in a) and any("momentum" in name for name in a)
     for name, x in b.items():
         torch.testing.assert_close(a[name], x, rtol=1e-9, atol=1e-9, msg=name)
-    print(max((a[name] - x).abs().max().item() for name, x in b.items()))
+    print(f"{path}: largest difference {max((a[name] - x).abs().max().item() for name, x in b.items()):.1e}")

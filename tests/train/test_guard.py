@@ -99,9 +99,11 @@ def inject(folder: str, cfg: TrainConfig, n: int) -> None:
     run.world.leave()
 
 
-@pytest.mark.parametrize("model", ["poisson", "act"])
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "spread", "n"),
+    [("poisson", "ddp", 2), ("act", "experts", 2)]
+    + [pytest.param(model, spread, 20, marks=pytest.mark.slow) for model in ("poisson", "act") for spread in SPREADS],
+)
 def test_nothing_that_is_not_finite_reaches_a_weight(tmp_path: Path, model: str, spread: str, n: int) -> None:
     cfg = config(model, SPREADS[spread], batch_size=4, steps=10_000, dtype="float32", eval=EvalConfig())
     run_ranks(2, inject, str(tmp_path / "run"), cfg, n)
@@ -133,7 +135,9 @@ def overflow(folder: str, cfg: TrainConfig) -> None:
     run.world.leave()
 
 
-@pytest.mark.parametrize("spread", ["alone", "ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "spread", ["alone", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_float16_overflow(tmp_path: Path, spread: str) -> None:
     """The scale is halved, the step does not count, and training goes on and learns."""
     parallel = SPREADS.get(spread, ParallelConfig())
