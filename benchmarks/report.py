@@ -127,7 +127,9 @@ def _met(row: dict[str, Any], noise: Spread | None) -> str:
 def _value(value: float, unit: str) -> str:
     if unit == "x":
         return f"**{value:.2f}**"
-    return f"**{value:.0%}**" if unit == "share" else f"**{value:.3g}** {unit}".rstrip()
+    if unit == "share":
+        return f"**{value:.0%}**" if value >= 0.01 else f"**{value:.2%}**"
+    return f"**{value:.3g}** {unit}".rstrip()
 
 
 def _spread(values: dict[str, Any] | None) -> Spread | None:
