@@ -6,8 +6,12 @@ see either; in float32 on a CPU there are none.
 
 Memory: everything torch allocates less what it frees, at its highest, from the profiler's allocation events. That
 includes what operators take inside; the resident set would add what the C library's allocator keeps.
+
+Memory of a rank: what the C library (glibc) has given out, looked at after each operator. The profiler does not see
+what other threads free, and those of gloo free tensors that they were the last to hold, now this one and now that.
 """
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -23,6 +27,7 @@ import torch
 import tyro
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from open_mythos.accounting import count_parameters
@@ -127,24 +132,64 @@ def measure_flops(cfg: TrainConfig) -> Reading:
     return Reading(planned.total, counter.get_total_flops())
 
 
-def measure_memory(cfg: TrainConfig, rank: int = 0, world: int = 1) -> Reading:
-    """Of one rank, building the model and two steps."""
+def measure_memory(cfg: TrainConfig) -> Reading:
+    """Of one process, building the model and two steps."""
     gc.collect()  # what an earlier run left in cycles would be freed meanwhile, and count as less than nothing
     with tempfile.TemporaryDirectory() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
         for step in range(STEPS):
             trainer.train_step(step)
-            gc.collect()
     live = highest = 0
     assert p.profiler is not None and p.profiler.kineto_results is not None
     for event in p.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             highest = max(highest, live)
-    depths = kept_loops(cfg)
+    return Reading(peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).total, highest)
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def given_out() -> int:
+    """Bytes that malloc has given out: by mappings of their own, and out of its heaps."""
+    _LIBC.mallinfo2.restype = _MallocInfo
+    info = _LIBC.mallinfo2()
+    return info.field4 + info.field7
+
+
+class Meter(TorchDispatchMode):
+    """The most bytes given out after any operator."""
+
+    highest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.highest = max(self.highest, given_out())
+        return out
+
+
+def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
+    """Of one rank: building the model and two steps, the second time that it does so, for modules and buffers that are
+    made once are there by then."""
+    taken = 0
+    for _ in range(2):
+        gc.collect()
+        before = given_out()
+        with tempfile.TemporaryDirectory() as folder, Meter() as meter:
+            trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
+            for step in range(STEPS):
+                trainer.train_step(step)
+        trainer.world.leave()
+        taken = meter.highest - before
+        del trainer
     # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.
-    each = depths.reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
-    return Reading(peak(cfg, Path.of(cfg, "cpu"), world, int(each[rank].max())).total, highest)
+    each = kept_loops(cfg).reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
+    return Reading(peak(cfg, Path.of(cfg, "cpu"), world, int(each[rank].max())).total, taken)
 
 
 HEAD = """# The plan against measurement
@@ -162,8 +207,10 @@ What `mythos plan` computes from a configuration beside what two training steps 
   library's allocator keeps.
 - Formulas take the depths that the step really drew. No factor is fitted; what is off are groups of rows padded for the
   experts, the validation rows, rotary tables and small temporaries.
-- Python's collector runs after each step. Without that, steps with `fsdp` leave tensors in reference cycles until it
-  runs by itself, and the peak of a rank varies from run to run by up to 14 % here.
+- Memory of a rank: what glibc has given out, looked at after each operator, the second time that the process builds
+  the model and takes two steps; oneDNN keeps no products of earlier shapes. The profiler does not see what gloo's
+  threads free, so that its figures would be too high, by another amount each time. What an operator takes inside is not
+  in these lines.
 - Not measured: GPUs.
 
 | case | parameters | FLOPs planned | measured | off | peak planned | measured | off | highest in |
@@ -196,7 +243,7 @@ def main(args: Args) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         for name, cfg in chosen.items():
-            reading = measure_memory(replace(cfg, parallel=ParallelConfig(args.kind, args.experts)), rank, world)
+            reading = measure_rank(replace(cfg, parallel=ParallelConfig(args.kind, args.experts)), rank, world)
             how = args.kind if args.experts == 1 else f"{args.kind}, experts over {args.experts}"
             print(f"{RANK_LINE}{name}, {how} | {rank} of {world} | {_bytes(reading)} |", flush=True)
         return
@@ -212,7 +259,8 @@ RANK_LINE = "| rank: "
 def ranks(options: list[str]) -> list[str]:
     """Lines of two processes that measure themselves."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "benchmarks.plan", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found = [line for line in done.stdout.splitlines() if line.startswith(RANK_LINE)]
     return sorted(line.replace(RANK_LINE, "| ") for line in found)
 

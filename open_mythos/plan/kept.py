@@ -93,8 +93,11 @@ def one_loop(cfg: MythosConfig, path: Path, T: int, expert_ranks: int = 1) -> Ke
         shared = cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
         routed = _routed(cfg, path)
         if expert_ranks > 1:
-            # Each pair is a token of its own where its expert is; its result travels back and into the tokens' order.
-            routed += cfg.n_experts_per_tok * (3 * w * D + 2 * 8)
+            # Each pair's result in the tokens' order again, and indices; on a CPU also what its expert reads, as a
+            # token of its own. There the tokens in autocast's dtype are sent and not kept.
+            cpu = path.device == "cpu"
+            routed += cfg.n_experts_per_tok * ((2 if cpu else 1) * w * D + 3 * 8)
+            routed -= w * D if cpu and path.autocast else 0
         # In one dtype all read one tensor; under autocast each makes its own of a float32 stream.
         apart = path.autocast and (stream_bytes != w or path.device != "cpu")
         dense = _dense(D, shared, path) - (0 if apart else w * D) if shared else 0
@@ -136,7 +139,9 @@ def before_head(cfg: MythosConfig, path: Path) -> Kept:
 
 
 def keys_and_values(cfg: MythosConfig, path: Path) -> float:
-    """Of one loop, as the next one may have to read them."""
+    """Of one loop, as the next one reads them where tokens have exited; without halting nothing reads them."""
+    if cfg.halting != "act":
+        return 0
     if cfg.attn_type == "mla":
         values = cfg.kv_lora_rank + cfg.qk_rope_head_dim
     else:
@@ -183,9 +188,9 @@ def _routed(cfg: MythosConfig, path: Path) -> float:
     gates = w * C if path.autocast else 0
     if path.device == "cpu":
         return router + gates + (w * D if path.autocast else 0) + w * C * 2 * F
-    # by_group: rows in the order of experts, gate and up, silu, the product, the result in that order and back in the
-    # order of tokens; two index vectors.
-    return router + gates + w * C * (D + 2 * F + F + F + D + D) + 2 * 8 * C
+    # by_group: rows in the order of experts, gate and up, silu, the product, the result back in the order of tokens;
+    # two index vectors.
+    return router + gates + w * C * (D + 2 * F + F + F + D) + 2 * 8 * C
 
 
 def _norm(width: int, value_bytes: int, path: Path) -> float:

@@ -94,8 +94,10 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
         grad_loops = deepest(cfg.loops, rows, draws)
     ticks = grad_loops / rows if model.recurrent_layers else 0
     readouts = max(ticks, 1) if cfg.losses.per_loop else 1
-    standing = _standing(cfg, path, counts, held, ticks, n_gpus)
-    gradients = {"gradients": s * held.all}
+    standing = _standing(cfg, path, counts, held, n_gpus)
+    # With ddp gradients are views of the buckets in which they are sent.
+    own = 0 if _has_buckets(cfg, n_gpus) else s
+    gradients = {"gradients": own * held.all}
 
     loop, outer = one_loop(model, path, T, cfg.parallel.experts) * tokens, outer_block(model, path, T) * tokens
     kept_loop, kept_outer, again, again_outer = loop, outer.total, Kept(), 0.0
@@ -136,10 +138,13 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
             dense * (model.dim * 4 // 3) + stream,
         ),
     ]
-    arrived, block = s * counts.coda / held.shards, s * held.block
+    # Gradients of copies that autocast made for all loops add up in its dtype; recomputed loops share the experts'.
+    w = path.value_bytes
+    each = s if cfg.checkpoint_loops else w
+    arrived, block = own * counts.coda / held.shards, w * held.experts + each * (held.block - held.experts)
     # Autograd adds the gradients of two loops into a third tensor, of the largest parameter at a time.
     inner = shared_width(model) if model.n_experts else model.expert_dim
-    added = s * max(held.experts * 2 / 3, 2 * inner * model.dim)
+    added = max(w * held.experts * 2 / 3, each * 2 * inner * model.dim)
     if ticks:
         name = "the backward pass of the last loop"
         found.append(moment(name, ticks, again, prelude, dense * inner + stream, arrived))
@@ -153,32 +158,33 @@ def _moments(cfg: TrainConfig, path: Path, n_gpus: int, grad_loops: int | None) 
     if held.shards > 1:
         # What is reduced is laid out anew.
         name = "the reduce-scatter of the recurrent block"
-        found.append(moment(name, 0, Kept(), prelude, stream, arrived + block + s * held.unit))
+        found.append(moment(name, 0, Kept(), prelude, stream, arrived + s * (held.block + held.unit)))
     update = {"working memory": _update_working(cfg, path, held)}
     return [*found, Memory("the update", standing | gradients | update)]
 
 
-def _standing(
-    cfg: TrainConfig, path: Path, counts: Parameters, held: Held, ticks: float, n_gpus: int
-) -> dict[str, float]:
+def _has_buckets(cfg: TrainConfig, n_gpus: int) -> bool:
+    return cfg.parallel.kind == "ddp" and n_gpus > 1
+
+
+def _standing(cfg: TrainConfig, path: Path, counts: Parameters, held: Held, n_gpus: int) -> dict[str, float]:
     """What is there all the time, but for gradients."""
     s, w, model = path.state_bytes, path.value_bytes, cfg.model
     one_moment = held.matrices if cfg.optim.kind == "muon" else 0
     standing = {"parameters": s * held.all, "moments of the optimizer": s * (2 * held.all - one_moment)}
-    if cfg.parallel.kind == "ddp" and n_gpus > 1:
+    if _has_buckets(cfg, n_gpus):
         standing["buckets of gradients"] = s * held.all
     if cfg.parallel.kind == "fsdp":
         # Whole at once: the recurrent block, an outer layer, embedding and head.
         layer = (counts.prelude + counts.coda) / max(1, model.prelude_layers + model.coda_layers)
         standing["gathered weights"] = s * (held.unit + layer + counts.embedding)
     if path.autocast:
-        # Autocast keeps one of each matrix for the backward pass, but a loop its own of the routed experts.
+        # One of each matrix for the backward pass, whatever the number of loops.
         met = weights_met(model)
         chosen = model.recurrent_layers * model.n_experts_per_tok * 3 * model.dim * model.expert_dim
         once = met.outer + met.prepared + met.loop + met.head - (chosen if model.n_experts else 0)
-        times = 1 if cfg.checkpoint_loops else max(ticks, 1)
         standing["bf16 copies of weights"] = w * once
-        standing["bf16 copies of routed experts"] = w * held.experts * times
+        standing["bf16 copies of routed experts"] = w * held.experts
     return standing
 
 

@@ -1,5 +1,7 @@
 """The mixture of experts against a loop over tokens and experts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,3 +172,21 @@ def test_bias_stays_float32() -> None:
         assert moe.router_bias.dtype == torch.float32 and float(moe.router_bias[0]) == pytest.approx(1.0001, abs=1e-7)
         assert "router_bias" in dict(moe.named_buffers())
     assert moe.to("meta").router_bias.is_meta
+
+
+def test_tokens_travel_in_autocasts_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To spread experts, which are here all with one process."""
+    sent = []
+
+    def through_owners(x: Tensor, chosen: Tensor, gates: Tensor, n: int, group: None, experts: Callable) -> Tensor:
+        sent.append(x.dtype)
+        return experts(x, chosen, gates)
+
+    monkeypatch.setattr("open_mythos.nn.experts.through_owners", through_owners)
+    moe, x = build(torch.float32), torch.randn(7, tiny().dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = moe(x)
+        monkeypatch.setattr(moe.experts, "group", "some processes")
+        assert torch.equal(moe(x), alone)
+    moe(x)
+    assert sent == [torch.bfloat16, torch.float32]
