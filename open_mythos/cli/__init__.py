@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> int:
     def plain(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
         return f"mythos {command}: {message}\n"
 
-    warnings.formatwarning = plain
+    warnings.formatwarning = plain  # ty: ignore[invalid-assignment]
     try:
         COMMANDS[command](rest)
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
