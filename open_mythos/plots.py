@@ -46,6 +46,34 @@ def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label:
     _save(plt, figure, path)
 
 
+def loop_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[tuple[float, float]]]],
+    levels: Mapping[str, float],
+    loops: Sequence[int],
+    path: Path,
+    label: str,
+    title: str,
+) -> None:
+    """Curves over loops with their intervals, and levels of what has no loops; also as SVG beside `path`."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
+    for i, (name, (values, intervals)) in enumerate(curves.items()):
+        axes.plot(loops, values, marker="os"[i % 2], color=f"C{i}", label=name)
+        axes.fill_between(loops, *zip(*intervals, strict=True), color=f"C{i}", alpha=0.12, linewidth=0)
+    for i, (name, value) in enumerate(levels.items(), len(curves)):
+        axes.axhline(value, color=f"C{i}", linestyle=("--", ":")[i % 2], label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(loops), [str(n) for n in loops])
+    axes.minorticks_off()
+    axes.set_xlabel("loops")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    _save(plt, figure, path)
+
+
 def xy_curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path,

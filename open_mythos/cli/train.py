@@ -11,7 +11,7 @@ from open_mythos.device import Device, Dtype
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
-RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text")
+RECIPES = ("tiny-khop", "tiny-addition", "addition-dgx", "tiny-text", "adaptive-text", "small-text")
 """The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
@@ -40,8 +40,8 @@ def demo(rest: list[str]) -> None:
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text. Any field of one can be given, as in
-    --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
+    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, small-text. Any field of one can be
+    given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help` lists them all.
     """
 
     out: Path | None = None
@@ -74,7 +74,7 @@ def train(rest: list[str]) -> None:
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in mythos train tiny-text")
 
-    from open_mythos.recipes import load_recipe
+    from open_mythos.recipes import DATA, load_recipe
     from open_mythos.train.config import TrainConfig
 
     cfg = tyro.cli(
@@ -91,7 +91,12 @@ def train(rest: list[str]) -> None:
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
-    trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    try:
+        trainer = Trainer(cfg, args.out, device=args.device, threads=args.threads, keeping=keeping, resume=args.resume)
+    except FileNotFoundError as error:
+        if recipe not in DATA:
+            raise
+        raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
     try:
         final = trainer.run()
     except Interrupted as interrupted:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from open_mythos.recipes.adaptive import adaptive_text
 from open_mythos.recipes.addition import addition_dgx, tiny_addition
 from open_mythos.recipes.khop import tiny_khop
-from open_mythos.recipes.text import tiny_text
+from open_mythos.recipes.text import SMALL_TEXT_DATA, small_text, tiny_text
 from open_mythos.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -17,7 +17,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
     "adaptive-text": adaptive_text,
+    "small-text": small_text,
 }
+DATA = {"small-text": SMALL_TEXT_DATA}
+"""The commands that make the data of recipes whose data has to be prepared."""
 
 
 def load_recipe(name: str) -> TrainConfig:
