@@ -19,12 +19,12 @@ def write_record(results: Result, out: Path) -> None:
     write_text(out / "report.md", "\n".join(_report(results)))
     curves, levels = {}, {}
     for name, bits in bits_per_byte(results).items():
-        arm, by_loops = results["arms"][name], bits.mean(0)
+        arm, by_seed = results["arms"][name], bits.mean(2).tolist()
         what = f"{arm['title']}: {arm['parameters'] / 1e6:.2f} M parameters, {arm['flops'] / 1e6:.1f} MFLOP per token"
         if arm["blocks"][1]:
-            curves[f"{what} at {_mean(results)} loops"] = by_loops.mean(1).tolist(), [interval(x) for x in by_loops]
+            curves[f"{what} at {_mean(results)} loops"] = by_seed
         else:
-            levels[what] = float(by_loops.mean())
+            levels[what] = [value for (value,) in by_seed]
     title = f"small-text: {_tokens(results) / 1e6:.1f} million tokens, {_seeds(results)}"
     loop_curves(curves, levels, results["loops"], out / "loops.png", "bits per byte of held-out text", title)
 
@@ -79,6 +79,9 @@ def _report(results: Result) -> list[str]:
     bits, loops = bits_per_byte(results), results["loops"]
     seeds = [run["config"]["seed"] for run in runs["sampled"]]
     everything = [r for rs in runs.values() for r in rs] + [r for s in results["sweep"].values() for r in s.values()]
+    normed = results["normed"]
+    bits_normed = np.mean(normed["run"]["bits"], axis=1) / results["bytes_per_window"]
+    commits = sorted({run["commit"] for run in [*everything, normed["run"]]})
     seq_len, n_windows = recipe["data"]["seq_len"], runs["sampled"][0]["windows"]
     depths = np.repeat(np.arange(len(results["depths"])), results["depths"])
     saved = 2 * (mean - 1) * recipe["model"]["dim"] ** 2 / arms["sampled"]["flops"]
@@ -89,7 +92,7 @@ def _report(results: Result) -> list[str]:
         "Question: what do more loops give a model of text that was trained at sampled depth, and is it better than a "
         "plain transformer with as many parameters, or with as many FLOPs?",
         "",
-        f"Command: `{results['command']}`, commit {', '.join(sorted({r['commit'] for r in everything}))}, "
+        f"Command: `{results['command']} --seeds {' '.join(map(str, seeds))}`, commit {', '.join(commits)}, "
         f"{results['machine']}, {results['threads']} thread.",
         f"Recipe `small-text`: {recipe['steps']} steps of {recipe['batch_size']} windows of {seq_len} tokens. These "
         f"{_tokens(results):,} tokens are less than an epoch of the 11 MB corpus of `mythos fetch-corpus`. The "
@@ -106,7 +109,7 @@ def _report(results: Result) -> list[str]:
         "## What it says",
         "",
         "Differences of bits per byte, window by window; negative: the first is better. *Higher* and *lower* stand "
-        f"where the interval and each of {_seeds(results)} agree on the sign.",
+        f"where the interval and every seed agree on the sign ({_seeds(results)}).",
         "",
         *_table(
             ["difference", "mean", "95 % over windows", "by seed", ""],
@@ -139,7 +142,8 @@ def _report(results: Result) -> list[str]:
                 [arms[name]["title"], str(seed), *(f"{x:.4f}" for x in values.mean(1))]
                 for name in bits
                 for seed, values in zip(seeds, bits[name], strict=True)
-            ],
+            ]
+            + [[normed["title"], str(seeds[0]), *(f"{x:.4f}" for x in bits_normed)]],
         ),
         "",
         "## The arms",
@@ -226,4 +230,5 @@ def _score(sweep: Result, rate: float, results: Result) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]

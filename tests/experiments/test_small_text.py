@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from open_mythos.assets import novel
+from open_mythos.cli import main
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
-from open_mythos.data.shards import TokenShards
+from open_mythos.data.shards import TokenShards, load_index
 from open_mythos.experiments import small_text, small_text_report
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
+from open_mythos.recipes.text import SMALL_TEXT_DATA
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.data import Batch
 from open_mythos.train.trainer import Trainer
@@ -107,6 +111,24 @@ def test_null_lines_are_those_of_counting(base: TrainConfig) -> None:
     found = list(small_text.null_lines(data, batch).values())
     assert found[:2] == pytest.approx([x / batch.labels.numel() / data.bytes_per_token for x in bits])
     assert 0.1 < found[2] < 4
+
+
+def test_the_corpus_is_prepared_as_the_commands_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paragraphs = novel().split("\n\n")[:600]
+    for folder in ("data", "other"):
+        Path(folder).mkdir()
+        lines = [json.dumps({"text": text}) + "\n" for text in paragraphs]
+        Path(folder, "corpus.jsonl").write_text("".join(lines))
+    commands = [shlex.split(line)[1:] for line in SMALL_TEXT_DATA.splitlines()]
+    assert [args[0] for args in commands] == ["fetch-corpus", "train-tokenizer", "prepare-data"]
+    for args in commands[1:]:
+        assert main(args) == 0
+    small_text.prepare_corpus(Path("other/small-text"), 2048)
+    cfg = load_recipe("small-text")
+    here, there = (load_index(Path(folder)) for folder in (small_text.task(cfg).paths[0], "other/small-text"))
+    assert here["splits"] == there["splits"] and here["counts"]["validation"]["documents"] > 0
+    cfg.check_data()
 
 
 def test_a_verdict_needs_the_interval_and_every_seed() -> None:
