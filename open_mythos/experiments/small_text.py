@@ -199,7 +199,7 @@ class Args:
     """Folder for the runs; one of the same configuration that is there already is not repeated."""
     data: Path | None = None
     """Prepared text; left out: the recipe's, which is made if it is not there."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0,)
     windows: int = 400
     """Held-out windows of the evaluation."""
     threads: int = 1
