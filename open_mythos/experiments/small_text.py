@@ -57,7 +57,7 @@ TITLES = {
     "parameters": "plain, same parameters",
     "flops": "plain, same FLOPs",
 }
-NORMED = "looped, sampled depth, normalised prelude output"
+UNNORMED = "looped, sampled depth, prelude output not normalised"
 """One more run, of the first seed alone, which undoes a choice of the recipe."""
 Result = dict[str, Any]
 
@@ -77,7 +77,7 @@ def arms(base: TrainConfig) -> dict[str, TrainConfig]:
 
 def _plain(base: TrainConfig, blocks: int) -> TrainConfig:
     layers = {"prelude_layers": blocks, "coda_layers": 0, "recurrent_layers": 0}
-    model = dataclasses.replace(base.model, **layers)
+    model = dataclasses.replace(base.model, **layers, prelude_norm=False)
     return dataclasses.replace(base, model=model, loops=LoopsConfig())
 
 
@@ -235,14 +235,14 @@ def main(args: Args) -> None:
         "sweep": {name: _sweep(name, cfg, args) for name, cfg in arms(base).items()},
         "runs": {name: [] for name in arms(base)},
     }
-    normed = dataclasses.replace(arms(base)["sampled"], model=dataclasses.replace(base.model, prelude_norm=True))
+    unnormed = dataclasses.replace(arms(base)["sampled"], model=dataclasses.replace(base.model, prelude_norm=False))
     for seed in args.seeds:
         for name, cfg in arms(base).items():
             run = seeded(cfg, seed, best(results["sweep"][name]))
             results["runs"][name].append(_trained(run, f"{name}-{seed}", args, batch, LOOPS))
-        if "normed" not in results:
-            run = seeded(normed, seed, best(results["sweep"]["sampled"]))
-            results["normed"] = {"title": NORMED, "run": _trained(run, f"normed-{seed}", args, batch, LOOPS)}
+        if "unnormed" not in results:
+            run = seeded(unnormed, seed, best(results["sweep"]["sampled"]))
+            results["unnormed"] = {"title": UNNORMED, "run": _trained(run, f"unnormed-{seed}", args, batch, LOOPS)}
         # After every seed: if the rest is cut off, there is a record of the seeds so far.
         write_record(results, args.out)
     print(f"Wrote report.json, report.md, loops.png and loops.svg to {args.out}.")

@@ -56,8 +56,7 @@ def small_text() -> TrainConfig:
         mythos prepare-data data/corpus.jsonl --tokenizer data/bpe-2048 --held-out 0.03 --out data/small-text
 
     `expert_dim=dim` makes the looped block with its injection as large as a plain block, so that three plain blocks
-    have the same number of parameters. The prelude's output is not normalised: in this run that
-    costs more than it gives, which the report has too.
+    have the same number of parameters.
     """
     return TrainConfig(
         model=MythosConfig(
@@ -75,7 +74,7 @@ def small_text() -> TrainConfig:
             rope_theta=10000.0,
             qk_norm=True,
             initial_state="zero",
-            **{**RECIPE, "prelude_norm": False},
+            **RECIPE,
         ),
         data=Shards(("data/small-text",), seq_len=256),
         steps=600,
