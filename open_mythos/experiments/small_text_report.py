@@ -148,8 +148,8 @@ def _report(results: Result) -> list[str]:
             + [[unnormed["title"], str(seeds[0]), *(f"{x:.4f}" for x in bits_unnormed)]],
         ),
         "",
-        "The last line, one run, undoes a choice of the recipe: the norm between prelude and loop. It had other rates "
-        "never swept; these are the ones chosen for sampled depth.",
+        "The last line, one run, undoes a choice of the recipe: the norm between prelude and loop. Its rates are "
+        "those chosen for sampled depth.",
         "",
         "## The arms",
         "",
