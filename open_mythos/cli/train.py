@@ -23,6 +23,7 @@ RECIPES = (
     "addition-dgx",
     "tiny-text",
     "adaptive-text",
+    "small-text",
     "chat",
     "ablation-118m",
     "parcae-style-140m",
@@ -63,7 +64,7 @@ class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
     Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat; and for text that is prepared first
-    ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
+    small-text, ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
     mythos-500b, mythos-1t. Any field of one can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128;
     `mythos train RECIPE --help` lists them all.
     """
@@ -100,22 +101,28 @@ def train(rest: list[str]) -> None:
     if args.out is None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
+    from open_mythos.recipes import DATA
     from open_mythos.train.checkpoint import Keeping
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
     trackers = make_trackers(args.track)
-    trainer = Trainer(
-        cfg,
-        args.out,
-        device=args.device,
-        threads=args.threads,
-        keeping=keeping,
-        resume=args.resume,
-        workers=args.workers,
-        trackers=trackers,
-    )
+    try:
+        trainer = Trainer(
+            cfg,
+            args.out,
+            device=args.device,
+            threads=args.threads,
+            keeping=keeping,
+            resume=args.resume,
+            workers=args.workers,
+            trackers=trackers,
+        )
+    except FileNotFoundError as error:
+        if recipe not in DATA:
+            raise
+        raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
     try:
         final = trainer.run()
     except Interrupted as interrupted:

@@ -11,7 +11,7 @@ from open_mythos.recipes.addition import addition_dgx, tiny_addition
 from open_mythos.recipes.chat import chat
 from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.pretrain import ablation_118m, mythos_3b_fineweb_edu, parcae_style_140m, pretrain
-from open_mythos.recipes.text import tiny_text
+from open_mythos.recipes.text import SMALL_TEXT_DATA, small_text, tiny_text
 from open_mythos.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -20,6 +20,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "addition-dgx": addition_dgx,
     "tiny-text": tiny_text,
     "adaptive-text": adaptive_text,
+    "small-text": small_text,
     "chat": chat,
     "ablation-118m": ablation_118m,
     "parcae-style-140m": parcae_style_140m,
@@ -31,6 +32,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "mythos-500b": partial(pretrain, "500b"),
     "mythos-1t": partial(pretrain, "1t"),
 }
+DATA = {"small-text": SMALL_TEXT_DATA}
+"""The commands that make the data of recipes whose data has to be prepared."""
 
 
 def load_recipe(name: str) -> TrainConfig:

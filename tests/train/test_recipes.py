@@ -1,6 +1,7 @@
 """Every recipe builds, those of a size for it train, and what is published about a recipe is exact."""
 
 import dataclasses
+import inspect
 import math
 import runpy
 from pathlib import Path
@@ -14,7 +15,7 @@ from open_mythos.cli import main
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.model import OpenMythos
-from open_mythos.recipes import RECIPES, load_recipe
+from open_mythos.recipes import DATA, RECIPES, load_recipe
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.metrics import read_metrics
@@ -27,6 +28,8 @@ ON_SHARDS = [name for name in RECIPES if isinstance(load_recipe(name).data, Shar
 FIT = ["ablation-118m", "parcae-style-140m"]
 
 CONVERSATIONS = str(Path(__file__).parent / "chat.jsonl")
+
+TRAINING = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,16 @@ def test_unknown_recipe_names_the_nearest() -> None:
         load_recipe("tinytext")
     with pytest.raises(ValueError, match="tiny-addition, addition-dgx"):
         load_recipe("x")
+
+
+def test_data_that_is_not_there_is_named_with_the_commands_that_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, commands in DATA.items():
+        assert main(["train", name, "--out", "run", "--device", "cpu"]) == 2
+        assert commands in capsys.readouterr().err
+        for line in commands.splitlines():
+            assert line in inspect.getdoc(RECIPES[name]) and line in TRAINING
+        assert commands.endswith(f"--out {load_recipe(name).data.paths[0]}")
+    assert not list(tmp_path.iterdir())
