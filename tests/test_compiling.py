@@ -237,7 +237,7 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scope", ["block", "model"])
 def test_a_compiled_run_equals_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope) -> None:
-    monkeypatch.setattr("open_mythos.train.trainer.compile_model", partial(compile_model, backend="aot_eager"))
+    monkeypatch.setattr("open_mythos.train.sharding.compile_model", partial(compile_model, backend="aot_eager"))
     cfg = TrainConfig(
         model=tiny(halting="none"), data=Addition(1, 2), steps=3, batch_size=6, dtype="float64",
         eval=EvalConfig(every=3, rows=4, loops=(1, 6)), log_every=1,
