@@ -64,6 +64,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._failed: Exception | None = None
+        self._n_saves = 0
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         """Copy and start to write; `state` is JSON. One save at a time: a second waits for the first.
@@ -80,6 +81,7 @@ class Checkpoints:
             }
             for file, tensors in groups.items()
         }
+        self._n_saves += 1
         self._thread = threading.Thread(target=self._write, args=(step, copies, {"step": step, **state}))
         self._thread.start()
 
@@ -130,7 +132,7 @@ class Checkpoints:
                 for left_over in (*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.old")):
                     shutil.rmtree(left_over, ignore_errors=True)
                 partial.mkdir(parents=True)
-            self._pass_on(f"{step}/begun")
+            self._pass_on(f"{self._n_saves}/begun")
             self._finish(step, self._guarded(lambda: self._write_own(partial, groups)), partial, old, state)
         except Exception as error:
             # Whatever it is, the one who waits has to hear of it: an exception ends nothing but this thread.
@@ -138,7 +140,7 @@ class Checkpoints:
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 for key in ("begun", "done"):
-                    self._store.compare_set(f"{step}/{key}", "", f"{type(error).__name__}: {error}")
+                    self._store.compare_set(f"{self._n_saves}/{key}", "", f"{type(error).__name__}: {error}")
 
     def _write_own(self, partial: Path, groups: Groups) -> dict[str, Any]:
         """This process's files; their sizes and hashes."""
@@ -166,9 +168,9 @@ class Checkpoints:
 
     def _finish(self, step: int, written: str, partial: Path, old: Path, state: dict[str, Any]) -> None:
         """Let the first process see what all have written, complete the folder and give it its name."""
-        self._store.set(f"{step}/{self.world.rank}", written)
+        self._store.set(f"{self._n_saves}/{self.world.rank}", written)
         if self.world.is_first:
-            keys = [f"{step}/{rank}" for rank in range(self.world.size)]
+            keys = [f"{self._n_saves}/{rank}" for rank in range(self.world.size)]
             wait(self._store, keys, PATIENCE)
             parts = [json.loads(self._store.get(key)) for key in keys]
             for rank, part in enumerate(parts):
@@ -188,7 +190,7 @@ class Checkpoints:
             to_disk(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self._drop(step)
-        self._pass_on(f"{step}/done")
+        self._pass_on(f"{self._n_saves}/done")
 
     def _drop(self, newest: int) -> None:
         """Remove what need not be kept. Later steps than `newest` are damaged ones that the run went back behind."""
