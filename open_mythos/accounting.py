@@ -23,6 +23,8 @@ class Parameters:
     """The rest of the recurrent block: attention, norms, router, shared experts or dense feed-forward."""
     loop: int
     """Injection, depth LoRA with the scale of one loop, halting: what the loop adds around its blocks."""
+    prepared: int
+    """Those of `loop` that meet a token once: what the injection makes of the prelude's output."""
     other_loops: int
     """The depth LoRA's scales of all loops but one."""
     norms: int
@@ -37,12 +39,12 @@ class Parameters:
     @property
     def once(self) -> int:
         """Applied to a token once, whatever the loops; without the embedding."""
-        return self.prelude + self.coda + self.norms
+        return self.prelude + self.coda + self.norms + self.prepared
 
     @property
     def per_loop(self) -> int:
         """Applied to a token in every loop."""
-        return self.core + self.chosen_experts + self.loop
+        return self.core + self.chosen_experts + self.loop - self.prepared
 
     @property
     def active(self) -> int:
@@ -72,9 +74,10 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
         core = cfg.recurrent_layers * (block + cfg.n_experts * D + shared)
     else:
         core = cfg.recurrent_layers * (block + _swiglu(D, cfg.expert_dim))
-    loop = other_loops = 0
+    loop = prepared = other_loops = 0
     if cfg.recurrent_layers:
         injection = {"lti": 3 * D + 1, "diagonal": D * D + 2 * D, "concat": 2 * D * D + D, "add": 0}[cfg.injection]
+        prepared = D * D if cfg.injection in ("diagonal", "concat") else 0
         other_loops = (cfg.max_loop_iters - 1) * cfg.lora_rank
         loop = injection + (2 * D + 1) * cfg.lora_rank + (D + 1 if cfg.halting == "act" else 0)
     return Parameters(
@@ -85,6 +88,7 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
         chosen_experts=chosen,
         core=core,
         loop=loop,
+        prepared=prepared,
         other_loops=other_loops,
         norms=D + (D if cfg.prelude_norm else 0),
     )

@@ -54,11 +54,13 @@ def test_the_active_share_is_the_one_worked_out_by_hand(name: str, active_millio
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize("n_loops", [1, 3])
-def test_flops_match_the_counted_matrix_products(attn_type: str, n_loops: int) -> None:
+@pytest.mark.parametrize("injection", ["lti", "diagonal", "concat"])
+def test_flops_match_the_counted_matrix_products(attn_type: str, n_loops: int, injection: str) -> None:
     """Dense feed-forward, because torch counts no grouped products; the formula treats experts like any weight."""
     cfg = dataclasses.replace(
-        SMALL, attn_type=attn_type, n_experts=0, dim=512, vocab_size=300, max_seq_len=64, lora_rank=0
-    )
+        SMALL, attn_type=attn_type, n_experts=0, dim=512, vocab_size=300, max_seq_len=64, lora_rank=0,
+        injection=injection,
+    )  # fmt: skip
     model = OpenMythos(cfg).eval()
     T = 16
     # The plain backend, because torch does not count the fused one of a CPU.
