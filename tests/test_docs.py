@@ -225,7 +225,8 @@ def test_recipe_table_is_what_the_recipes_say() -> None:
 
 def test_costs_are_those_of_the_plan() -> None:
     table = [cells for cells in rows(ROOT / "docs/scaling.md") if len(cells) == 9]
-    assert {code(cells[0]) for cells in table} == {name for name in RECIPES if load_recipe(name).data.name == "shards"}
+    on_shards = {name for name in RECIPES if load_recipe(name).data.name == "shards"}
+    assert {code(cells[0]) for cells in table} == on_shards - {"small-text"}  # which a CPU trains
     for recipe, where, *told in table:
         gpus, gpu = where.split(" x ")
         plan = make_plan(load_recipe(code(recipe)), int(gpus), gpu)

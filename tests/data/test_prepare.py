@@ -158,7 +158,7 @@ def test_a_folder_is_of_one_preparation(corpus: Path, tmp_path: Path) -> None:
     before = contents(out)
     BPETokenizer.train(TEXTS, 300).save(tmp_path / "bpe")
     calls = [
-        (([str(corpus)], out, "bytes", Settings(LINES.reading, 0.1)), "data of another settings"),
+        (([str(corpus)], out, "bytes", Settings(LINES.reading, 0.1)), "data made with other settings"),
         (([str(corpus / "a.txt")], out, "bytes", LINES), "data of another inputs"),
         (([str(corpus)], out, str(tmp_path / "bpe"), LINES), "data of another tokenizer"),
         (([str(corpus)], corpus, "bytes", LINES), "is not empty and holds no prepared data"),
@@ -181,7 +181,7 @@ def test_only_its_own_folder_is_touched(corpus: Path, tmp_path: Path) -> None:
     before = contents(tokenizer)
     for _ in range(2):
         prepare([str(corpus)], tmp_path / "out", str(tokenizer), LINES, progress=False)
-    with pytest.raises(ValueError, match="data of another settings"):
+    with pytest.raises(ValueError, match="data made with other settings"):
         prepare([str(corpus)], tmp_path / "out", str(tokenizer), Settings(LINES.reading, 0.1), progress=False)
     assert contents(tokenizer) == before
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out", "out.tokenizer"}

@@ -130,5 +130,5 @@ def test_from_text_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     model = OpenMythos.from_pretrained(tmp_path / "run" / "final")
     assert model.cfg.vocab_size == 300
     assert main([*prepare_data, "--held-out", "0.1"]) == 2
-    assert "data of another settings; use another folder" in capsys.readouterr().err
+    assert "data made with other settings; use another folder" in capsys.readouterr().err
     assert main(["train-tokenizer", str(text), "--out", str(tmp_path / "bpe")]) == 2
