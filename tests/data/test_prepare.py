@@ -159,15 +159,15 @@ def test_a_folder_is_of_one_preparation(corpus: Path, tmp_path: Path) -> None:
     BPETokenizer.train(TEXTS, 300).save(tmp_path / "bpe")
     calls = [
         (([str(corpus)], out, "bytes", Settings(LINES.reading, 0.1)), "data made with other settings"),
-        (([str(corpus / "a.txt")], out, "bytes", LINES), "data of another inputs"),
-        (([str(corpus)], out, str(tmp_path / "bpe"), LINES), "data of another tokenizer"),
+        (([str(corpus / "a.txt")], out, "bytes", LINES), "data made with other inputs"),
+        (([str(corpus)], out, str(tmp_path / "bpe"), LINES), "data made with other tokenizers"),
         (([str(corpus)], corpus, "bytes", LINES), "is not empty and holds no prepared data"),
     ]
     for arguments, message in calls:
         with pytest.raises(ValueError, match=message):
             prepare(*arguments, progress=False)
     os.utime(corpus / "a.txt", ns=(0, 0))
-    with pytest.raises(ValueError, match="data of another inputs"):
+    with pytest.raises(ValueError, match="data made with other inputs"):
         prepare([str(corpus)], out, "bytes", LINES, progress=False)
     assert contents(out) == before
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out", "bpe"}
