@@ -190,9 +190,11 @@ class Trainer:
             self.steps_done = done
             if done == cfg.steps:
                 break
-            if self.keeping.every and (self._stopping or done % self.keeping.every == 0):
+            # Several processes stop where the sum over them told all of it; one alone need not wait for the next.
+            stopping = self._stopping or (self.world.size == 1 and bool(self._signalled))
+            if self.keeping.every and (stopping or done % self.keeping.every == 0):
                 self._save()
-            if self._stopping:
+            if stopping:
                 saved = self.checkpoints.wait()
                 self.world.leave()
                 raise Interrupted(done, saved)
