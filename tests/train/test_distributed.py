@@ -123,7 +123,7 @@ def build(folder: str, cfg: TrainConfig) -> None:
 @pytest.mark.slow
 def test_a_process_never_holds_the_whole_model(tmp_path: Path) -> None:
     """Of 4 bytes a parameter each of two processes needs half, and room for libraries and what it draws at once."""
-    model = tiny(dim=512, vocab_size=100_000, n_experts=16, expert_dim=2048, prelude_layers=0, coda_layers=0)
+    model = tiny(dim=512, vocab_size=400_000, n_experts=16, expert_dim=2048, prelude_layers=0, coda_layers=0)
     cfg = config(model="poisson", dtype="float32")
     cfg = dataclasses.replace(cfg, model=model, losses=LossConfig(), loops=LoopsConfig())
     run_ranks(1, build, str(tmp_path), cfg)
