@@ -28,12 +28,15 @@ def through_owners(
         experts: computes the same for this process's experts, numbered from 0.
     """
     order = chosen.flatten().argsort(stable=True)
-    sent = torch.bincount(chosen.flatten(), minlength=n_here * group.size()).view(-1, n_here)
+    sent = torch.zeros(n_here * group.size(), dtype=torch.int64, device=x.device)
+    sent = sent.scatter_add(0, chosen.flatten(), torch.ones_like(order)).view(-1, n_here)
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
-    n_sent, n_got = sent.sum(1).tolist(), got.sum(1).tolist()
+    # The only thing that the host waits for.
+    n_sent, n_got = torch.stack((sent.sum(1), got.sum(1))).tolist()
     tokens = Exchange.apply(x[order // chosen.shape[1]], n_sent, n_got, group)
-    expert = torch.arange(n_here, device=x.device).repeat(group.size()).repeat_interleave(got.flatten())
+    expert = torch.arange(n_here, device=x.device).repeat(group.size())
+    expert = expert.repeat_interleave(got.flatten(), output_size=sum(n_got))
     # A row of zeros for the first expert: experts that get no token at all have a gradient too, which is zero.
     tokens = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))
     expert = torch.cat((expert, expert.new_zeros(1)))[:, None]

@@ -150,19 +150,17 @@ class Spread:
         whole: dict[str, Tensor] = {}
         for name, piece in self.pieces().items():
             local = piece.local.detach().cpu().contiguous()
-            n_writers = self.world.size // piece.copies
-            if n_writers > 1 and not self.world.is_first:
-                if self.world.rank < n_writers and len(local):
-                    dist.send(local, 0)
-            elif self.world.is_first:
-                whole[name] = torch.empty(piece.rows, *local.shape[1:], dtype=local.dtype) if n_writers > 1 else local
-                each = len(local)  # the first process has the most rows, and all others but the last as many
-                for rank, start in enumerate(range(0, piece.rows, each) if n_writers > 1 else ()):
-                    rows = whole[name][start : start + each]
-                    if rank:
-                        dist.recv(rows, rank)
-                    else:
-                        rows.copy_(local)
+            n = len(local)
+            if self.world.is_first:
+                rows = (
+                    local if n == piece.rows else torch.cat((local, local.new_empty(piece.rows - n, *local.shape[1:])))
+                )
+                # All processes but the last with any have as many rows as the first.
+                for rank, start in enumerate(range(n, piece.rows, n), 1):
+                    dist.recv(rows[start : start + n], rank)
+                whole[name] = rows
+            elif n and self.world.rank < self.world.size // piece.copies:
+                dist.send(local, 0)
         return whole
 
 

@@ -1,7 +1,6 @@
 """Every recipe builds, those of a size for it train, and what is published about a recipe is exact."""
 
 import dataclasses
-import inspect
 import math
 import runpy
 from pathlib import Path
@@ -138,6 +137,6 @@ def test_data_that_is_not_there_is_named_with_the_commands_that_make_it(
         assert main(["train", name, "--out", "run", "--device", "cpu"]) == 2
         assert commands in capsys.readouterr().err
         for line in commands.splitlines():
-            assert line in inspect.getdoc(RECIPES[name]) and line in TRAINING
+            assert line in TRAINING
         assert commands.endswith(f"--out {load_recipe(name).data.paths[0]}")
     assert not list(tmp_path.iterdir())
