@@ -16,7 +16,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.static_cache import StaticKVCache
-from open_mythos.sampling import SamplingParams, sample
+from open_mythos.sampling import Sampling, sample
 from open_mythos.tokenizer import TextStream, Tokenizer
 
 OnToken = Callable[[int, int, int], Any]
@@ -53,7 +53,7 @@ def generate(
             Strings need a `tokenizer`.
         max_new_tokens: tokens to add, at most `max_output_tokens`; prompt and new tokens have to fit `max_seq_len`.
         n_loops: loops per token; None: `max_loop_iters`.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; temperature 0 is greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
         attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
         exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
         stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
@@ -75,7 +75,7 @@ def generate(
         TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
         RuntimeError: `compiled` on a CPU without a C++ compiler.
     """
-    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+    params = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = _read_prompts(input_ids, attention_mask, tokenizer, model)
     limit = min(model.cfg.max_output_tokens, model.cfg.max_seq_len - prompts.ids.shape[1])
     if limit < 1:
@@ -247,7 +247,7 @@ def _decode(
     max_new_tokens: int,
     depth: int,
     rule: HaltingRule | None,
-    params: SamplingParams,
+    params: Sampling,
     generators: torch.Generator | list[torch.Generator] | None,
     stops: _Stops,
     on_token: OnToken | None,

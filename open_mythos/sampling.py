@@ -16,7 +16,7 @@ from open_mythos.nn.numerics import wide
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class Sampling:
     """How the next token is chosen; the defaults draw from the model's own distribution.
 
     Raises:
@@ -47,7 +47,7 @@ class SamplingParams:
 @torch.no_grad()
 def sample(
     logits: Tensor,
-    params: SamplingParams,
+    params: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     previous_ids: Tensor | None = None,
 ) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos import KVCache, OpenMythos
 from open_mythos.nn.halting import LatentDiff
-from open_mythos.sampling import SamplingParams, sample
+from open_mythos.sampling import Sampling, sample
 from open_mythos.tokenizer import ByteTokenizer, SymbolTokenizer
 from tests.models import ATTENTIONS, RULES, THRESHOLDS, random_ids, scaled, tiny
 
@@ -89,7 +89,7 @@ def test_sampling_is_that_of_the_logits(model: OpenMythos) -> None:
         {"repetition_penalty": 1.8, "temperature": 0.7},
     ):
         got = model.generate(row, max_new_tokens=6, n_loops=3, seed=11, **options)
-        params = SamplingParams(**{"temperature": 1.0, "top_k": 50, **options})
+        params = Sampling(**{"temperature": 1.0, "top_k": 50, **options})
         generator, ids = torch.Generator().manual_seed(11), torch.tensor([row])
         for _ in range(6):
             token = sample(model(ids, 3)[:, -1], params, generator, ids)

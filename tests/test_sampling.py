@@ -9,20 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.sampling import SamplingParams, sample
+from open_mythos.sampling import Sampling, sample
 
 SETTINGS = [
-    SamplingParams(),
-    SamplingParams(temperature=0.5),
-    SamplingParams(temperature=3.0, top_k=3),
-    SamplingParams(top_p=0.6),
-    SamplingParams(min_p=0.2),
-    SamplingParams(repetition_penalty=1.7),
-    SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=0.5),
+    Sampling(),
+    Sampling(temperature=0.5),
+    Sampling(temperature=3.0, top_k=3),
+    Sampling(top_p=0.6),
+    Sampling(min_p=0.2),
+    Sampling(repetition_penalty=1.7),
+    Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=0.5),
 ]
 
 
-def reference(logits: list[float], params: SamplingParams, previous: list[int]) -> list[float]:
+def reference(logits: list[float], params: Sampling, previous: list[int]) -> list[float]:
     """The probabilities of the next token of one row, filter by filter."""
     scores = list(logits)
     for i in {i for i in previous if i >= 0}:
@@ -42,7 +42,7 @@ def reference(logits: list[float], params: SamplingParams, previous: list[int]) 
 
 @pytest.mark.parametrize("params", SETTINGS, ids=lambda p: " ".join(f"{v:g}" if v else "-" for v in vars(p).values()))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_draws_follow_the_reference(params: SamplingParams, dtype: torch.dtype) -> None:
+def test_draws_follow_the_reference(params: Sampling, dtype: torch.dtype) -> None:
     draws = 40_000
     logits = (torch.randn(13, dtype=torch.float64) * 2).to(dtype)
     previous = [3, 3, 7, 0, -1]
@@ -59,7 +59,7 @@ def test_draws_follow_the_reference(params: SamplingParams, dtype: torch.dtype) 
     vocab_size=st.sampled_from([1, 2, 7, 63]),
     scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
     params=st.builds(
-        SamplingParams,
+        Sampling,
         temperature=st.sampled_from([0, 1e-320, 1e-4, 1, 1e30]),
         top_k=st.none() | st.integers(0, 70),
         top_p=st.sampled_from([1e-300, 0.3, 0.999999, 1]),
@@ -90,7 +90,7 @@ def test_every_row_gets_a_token_that_the_reference_allows(seed, vocab_size, scal
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(6, 40) * 2
-    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    params = Sampling(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
     previous = torch.randint(-1, 40, (6, 9))
 
     def generators() -> list[torch.Generator]:
@@ -104,11 +104,11 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_a_seed_repeats_and_greedy_draws_nothing() -> None:
     logits = torch.randn(64, 100)
-    drawn = [sample(logits, SamplingParams(), torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    drawn = [sample(logits, Sampling(), torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     generator = torch.Generator().manual_seed(1)
     state = generator.get_state()
-    assert sample(logits, SamplingParams(temperature=0), generator).tolist() == logits.argmax(-1).tolist()
+    assert sample(logits, Sampling(temperature=0), generator).tolist() == logits.argmax(-1).tolist()
     assert torch.equal(generator.get_state(), state)
 
 
@@ -117,7 +117,7 @@ def test_the_ends_of_the_uniform_range_choose_a_kept_token(monkeypatch, uniform:
     monkeypatch.setattr(torch, "rand", lambda n, dtype, **_: torch.full((n,), uniform, dtype=dtype))
     logits = torch.randn(2000, 50)
     logits[:, [0, -1]] = -torch.inf
-    tokens = sample(logits, SamplingParams(min_p=0.3))
+    tokens = sample(logits, Sampling(min_p=0.3))
     probabilities = logits.softmax(-1)
     assert (probabilities.gather(1, tokens[:, None]) >= 0.299 * probabilities.amax(1, keepdim=True)).all()
 
@@ -127,12 +127,12 @@ def test_large_vocabulary_draws_the_right_tail_token(monkeypatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda n, dtype, **_: torch.full((n,), 0.75, dtype=dtype))
     logits = torch.zeros(1, 200_001)
     logits[0, 0] = math.log(200_000)
-    assert abs(sample(logits, SamplingParams()).item() - 100_000) <= 1
+    assert abs(sample(logits, Sampling()).item() - 100_000) <= 1
 
 
 def test_generators_must_fit_the_rows() -> None:
     with pytest.raises(ValueError, match="2 generators do not fit logits of 3 rows; pass one, or one per row"):
-        sample(torch.zeros(3, 4), SamplingParams(), [torch.Generator(), torch.Generator()])
+        sample(torch.zeros(3, 4), Sampling(), [torch.Generator(), torch.Generator()])
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_generators_must_fit_the_rows() -> None:
 )
 def test_bad_parameters_name_field_value_and_remedy(field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{field}={re.escape(repr(value))} must be .+; use .+"):
-        dataclasses.replace(SamplingParams(), **{field: value})
+        dataclasses.replace(Sampling(), **{field: value})

@@ -1,0 +1,1 @@
+"""The engine: many requests at once, each at its own depth."""

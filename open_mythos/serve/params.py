@@ -1,0 +1,61 @@
+"""What a request asks for besides its prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from open_mythos.checks import check_int
+from open_mythos.nn.halting import HaltingRule
+from open_mythos.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class SamplingParams(Sampling):
+    """How a request is answered: how tokens are chosen (`Sampling`), when it ends, and how deep it thinks.
+
+    Raises:
+        TypeError, ValueError: a field is not usable, whatever the model.
+    """
+
+    n: int = 1
+    """Answers to each prompt; answer i has the seed `seed + i`."""
+    max_tokens: int = 16
+    """New tokens of each answer, the stop token included."""
+    seed: int | None = None
+    """Of the request's own random numbers; None: a fresh one. Equal seeds draw equally, whatever else runs."""
+    stop: str | Sequence[str] = ()
+    """Strings that end an answer. The text ends before them."""
+    stop_token_ids: Sequence[int] = ()
+    """Ids that end an answer and are its last token, beside the tokenizer's end token."""
+    ignore_eos: bool = False
+    """Go on after the tokenizer's end token."""
+    logprobs: int | None = None
+    """Return the log-probability of each token, and those of so many best ones; None: neither."""
+    n_loops: int | None = None
+    """The most loops a token may take; None: the model's `max_loop_iters`."""
+    min_loops: int | None = None
+    """The fewest; None: the model's `min_loops`."""
+    exit: str | HaltingRule | None = None
+    """The rule that lets a token leave the loop, as in `OpenMythos.forward`; None: the model's own."""
+    exit_threshold: float | None = None
+    """Of that rule; None: its default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("n", self.n, 1, 2**16, "use n=1")
+        check_int("max_tokens", self.max_tokens, 1, 2**31, "use max_tokens=16")
+        if self.seed is not None:
+            check_int("seed", self.seed, 0, 2**63 - 1 - self.n, "use seed=0")
+        for text in self.stop_strings:
+            if not isinstance(text, str):
+                raise TypeError(f"stop={text!r} must be a string; use stop_token_ids for ids")
+            if not text:
+                raise ValueError("stop='' would end every answer at once; use a string of at least one character")
+        for token in self.stop_token_ids:
+            check_int("stop_token_ids", token, 0, 2**31, "use ids of the vocabulary")
+        if self.logprobs is not None:
+            check_int("logprobs", self.logprobs, 0, 20, "use logprobs=5 or less")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
