@@ -103,7 +103,9 @@ class Session:
         seconds = time.perf_counter() - began
         write(self._console, "\n")
         if request.finish_reason == "error":
-            raise FloatingPointError("the logits are NaN: the weights have diverged or overflow; use earlier weights")
+            raise FloatingPointError(
+                "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
+            )
         self._ids, self._n_answers = ids + request.token_ids, self._n_answers + 1
         # A turn that was cut off is over all the same.
         if not self._plain and request.finish_reason != "stop":
