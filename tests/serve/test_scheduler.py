@@ -169,8 +169,8 @@ class Engine:
         holders = Counter(block for seq in self.alive for block in seq.blocks)
         assert all(block.holders == n and (n == 1 or block.key) for block, n in holders.items())
         pages = scheduler._pages
-        assert all(not block.holders and pages._known[block.key] is block for block in pages._reusable)
-        blocks: list[Block] = [*holders, *pages._reusable]
+        assert all(not block.holders and pages._known[block.key] is block for block in pages._reusable.values())
+        blocks: list[Block] = [*holders, *pages._reusable.values()]
         assert len(set(blocks)) == len(blocks)
         assert {block for block in blocks if block.key} == set(pages._known.values())
         everywhere = [*pages._free, *(page for block in blocks for page in block.pages)]
