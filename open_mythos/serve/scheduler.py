@@ -149,10 +149,10 @@ class Scheduler:
                 now = self._refill(self._n_looping, tokens)
             else:
                 looping = self._in[Phase.LOOPING]
-                now = self._gathering.pays(looping, self._n_looping, len(exited), tokens, self._idle())
+                now = self._gathering.pays(looping, exited, self._n_looping, tokens, self._idle())
             if not now:
                 return []
-        self._gathering.read_out(len(exited), tokens)
+        self._gathering.read_out()
         return list(exited)
 
     def computed(self, seq: Sequence) -> None:
