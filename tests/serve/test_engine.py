@@ -57,7 +57,7 @@ def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_all_random_mixes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = check(range(FAST, FAST + ALL), dtype, monkeypatch)
-    assert min(seen.values()) >= 8
+    assert min(seen.values()) >= 7
 
 
 @pytest.mark.parametrize("case", range(0, len(CASES), 3))
