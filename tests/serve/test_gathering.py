@@ -211,6 +211,16 @@ def test_kinds_of_chunks() -> None:
     assert gathering._sizes([replace(decode, n_computed=4, n_running=5)])[0] == 1
 
 
+def test_what_waiting_loses() -> None:
+    """Seven rows of depth 16 loop beside one of depth 1 that waits: it would have gone on sixteen times as fast."""
+    gathering = Gathering(CURVES["loop-heavy"])
+    deep = [Sequence(i, [0], 1, 16, 16, 16, True, 1, n_running=1, n_looping=1) for i in range(7)]
+    gathering.waited(deep, [Sequence(7, [0], 1, 16, 1, 1, True, 1, n_running=1)])
+    assert gathering._lost == pytest.approx(4.05 - 4.2 * (7 / 16) / (7 / 16 + 1))
+    gathering.read_out()
+    assert gathering._lost == 0
+
+
 def test_refill_replaces_the_rule() -> None:
     asked = []
 
