@@ -20,13 +20,13 @@ def model_of(case: int, dtype: torch.dtype) -> OpenMythos:
     return scaled(tiny(max_seq_len=256, attn_type=attn_type, **PARTS[part]), seed=case, dtype=dtype)
 
 
-def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, n_requests: int = 7) -> dict[str, int]:
     """Carry out random loads; counts of what happened in them."""
     monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     seen = dict.fromkeys(("requests", "tokens", "cancelled", "preempted", "reused", "early", "largest"), 0)
     for seed in seeds:
         rng, model = random.Random(seed), model_of(seed, dtype)
-        load = random_load(rng, model)
+        load = random_load(rng, model, n_requests)
         outcome = carry_out(model, load)
         for (_, prompt, params), request in zip(load.requests, outcome.requests, strict=True):
             tokens, loops = alone(model, prompt, params)
@@ -49,8 +49,8 @@ def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
     # In float64, where no decision is as near to a tie as rounding.
-    seen = check(range(FAST), torch.float64, monkeypatch)
-    assert min(seen.values()) >= 5
+    seen = check(range(FAST), torch.float64, monkeypatch, n_requests=4)
+    assert min(seen.values()) >= 4
 
 
 @pytest.mark.slow
