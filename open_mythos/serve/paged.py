@@ -270,7 +270,8 @@ class Call:
         outs = [self._attend(layer, group, part.unflatten(0, (-1, group.n_queries)), scale) for group, part in parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         out = out if layout.inverse is None else out.index_select(0, layout.inverse)
-        return out.reshape(n_rows, 1, H, -1)
+        # In one layout, whatever the groups: products of bf16 go by it.
+        return out.reshape(n_rows, 1, H, -1).contiguous()
 
     def _attend(self, layer: int, group: Group, q: Tensor, scale: float) -> Tensor:
         """q (R, T, G, H / G, K) -> (R T, G, H / G, W)."""
