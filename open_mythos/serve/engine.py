@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.arguments import check_ids, check_n_loops
+from open_mythos.arguments import check_n_loops
 from open_mythos.checks import check_bool, check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
@@ -328,7 +328,9 @@ class Engine:
             raise TypeError(f"prompt={prompt!r:.60} must be text or a list of ids; use [1, 2, 3]")
         if not prompt:
             raise ValueError("the prompt is empty; give it a start token")
-        check_ids(torch.tensor([list(prompt)]), self.model.cfg)
+        for token in (min(prompt), max(prompt)):
+            remedy = "check that tokenizer and model belong together"
+            check_int("prompt: the id", token, 0, self.model.cfg.vocab_size - 1, remedy)
         return list(prompt)
 
     def _check_length(self, n_prompt: int, max_tokens: int) -> None:
@@ -351,24 +353,25 @@ class Engine:
         n_loops = check_n_loops(params.n_loops, cfg)
         exit = params.exit
         if block is None:
-            if exit is not None or params.min_loops is not None:
-                raise ValueError(f"exit={exit!r} and min_loops={params.min_loops} need a model with a recurrent block")
+            for name in ("exit", "exit_threshold", "min_loops"):
+                if (value := getattr(params, name)) is not None:
+                    raise ValueError(f"{name}={value!r} needs a model with a recurrent block; leave {name} out")
             return self.rules.setdefault(None, Fixed()), 1, None
-        min_loops = cfg.min_loops if params.min_loops is None else params.min_loops
-        check_int("min_loops", min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
+        min_loops = cfg.min_loops
+        if params.min_loops is not None:
+            check_int("min_loops", params.min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
+            min_loops = params.min_loops
         if isinstance(exit, HaltingRule):
             if params.min_loops is not None or params.exit_threshold is not None:
                 raise ValueError("min_loops and exit_threshold are for a rule given by name; set the rule's own")
             return exit, n_loops, (n_loops, exit)
         if exit is None and params.exit_threshold is not None:
             raise ValueError(f"exit_threshold={params.exit_threshold} needs a rule to belong to; pass exit='kl' too")
-        name = exit or ("fixed" if block.act is None else "act")
-        key = (name, params.exit_threshold, min_loops)
-        if key not in self.rules:
-            self.rules[key] = make_rule(
-                name, params.exit_threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold
-            )
-        return self.rules[key], n_loops, (n_loops, *key)
+        own = "fixed" if block.act is None else "act"
+        name, threshold = own if exit is None else exit, params.exit_threshold
+        rule = make_rule(name, threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold)
+        key = (name, threshold, min_loops)
+        return self.rules.setdefault(key, rule), n_loops, (n_loops, *key)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         for token in params.stop_token_ids:

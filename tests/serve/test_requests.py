@@ -4,7 +4,22 @@ from typing import Any
 
 import pytest
 
+from open_mythos.serve.engine import Engine, EngineConfig, Request
 from open_mythos.serve.params import SamplingParams
+from tests.models import scaled, tiny
+from tests.serve.mixes import COSTS
+
+
+def engine_of(**changes: Any) -> Engine:
+    config = EngineConfig(max_rows=2, kv_tokens=100, batch_invariant=False)
+    return Engine(scaled(tiny(**changes)), config=config, costs=COSTS)
+
+
+def answered(engine: Engine, prompt: list[int], params: SamplingParams) -> Request:
+    request = engine.add(prompt, params)
+    while engine.busy:
+        engine.step()
+    return request
 
 
 @pytest.mark.parametrize(
@@ -39,3 +54,54 @@ def test_params_stay_what_was_checked() -> None:
     assert hash(params) == hash(SamplingParams(stop=("a",), stop_token_ids=(1,), seed=2**63 - 1))
     assert SamplingParams(stop_token_ids=(i for i in [1, 2])).stop_token_ids == (1, 2)  # ty: ignore[invalid-argument-type]
     assert SamplingParams(stop="END").stop_strings == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "told"),
+    [
+        ({"exit": ""}, ValueError, "exit='' must be one of"),
+        ({"exit": 0}, TypeError, "exit=0 must be one of"),
+        ({"exit": ["kl"]}, TypeError, r"exit=\['kl'\] must be one of"),
+        ({"exit": "kl", "exit_threshold": [1]}, TypeError, r"exit_threshold=\[1\] must be a finite number"),
+        ({"exit_threshold": 0.1}, ValueError, "exit_threshold=0.1 needs a rule"),
+        ({"min_loops": 5}, ValueError, "min_loops=5 must be between 1 and 4"),
+        ({"n_loops": 4097}, ValueError, "n_loops=4097"),
+        ({"stop": "a"}, ValueError, "needs a tokenizer"),
+        ({"stop_token_ids": [53]}, ValueError, "stop_token_ids=53"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(fields: dict[str, Any], error: type[Exception], told: str) -> None:
+    engine = engine_of()
+    with pytest.raises(error, match=told):
+        engine.add([1], SamplingParams(**fields))
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "told"),
+    [
+        ([53], ValueError, "prompt: the id=53 must be between 0 and 52"),
+        ([1, -1], ValueError, "prompt: the id=-1"),
+        ([2**70], ValueError, "prompt: the id=1180591620717411303424"),
+        ([True], TypeError, "prompt="),
+        ([], ValueError, "the prompt is empty"),
+        ("a", ValueError, "needs a tokenizer"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(prompt: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        engine_of().add(prompt)
+
+
+@pytest.mark.parametrize("fields", [{"exit": "kl"}, {"exit_threshold": 0.1}, {"min_loops": 1}, {"n_loops": 1}], ids=str)
+def test_a_plain_transformer_has_no_depth_to_ask_for(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}="):
+        engine_of(recurrent_layers=0).add([1], SamplingParams(**fields))
+
+
+def test_fewer_loops_than_the_models_fewest_are_what_is_asked_for() -> None:
+    """As in `generate`; `min_loops` is refused only where a request itself contradicts it."""
+    engine = engine_of(min_loops=3)
+    request = answered(engine, [1, 2], SamplingParams(temperature=0, max_tokens=4, n_loops=2))
+    expected, loops = engine.model.generate([1, 2], 4, 2, 0, return_loops=True)
+    assert ([1, 2, *request.token_ids], request.loops) == (expected, loops)
