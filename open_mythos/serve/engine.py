@@ -5,6 +5,7 @@ import time
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, fields
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -154,8 +155,8 @@ class Engine:
             prefix_reuse=config.prefix_reuse,
         )
         self.scheduler = Scheduler(limits, costs or measure_costs(self.runner), refill)
-        self.rules: dict[Hashable, HaltingRule] = {}
-        """One object for each way to leave the loop that has been asked for."""
+        self.rules: WeakValueDictionary[Hashable, HaltingRule] = WeakValueDictionary()
+        """One object for each way to leave the loop, as long as a request asks for it: thresholds are without number."""
         self.work: dict[Sequence, _Work] = {}
         self.of: dict[Request, _Work] = {}
         self.rows: dict[Row, _Work] = {}

@@ -105,3 +105,16 @@ def test_fewer_loops_than_the_models_fewest_are_what_is_asked_for() -> None:
     request = answered(engine, [1, 2], SamplingParams(temperature=0, max_tokens=4, n_loops=2))
     expected, loops = engine.model.generate([1, 2], 4, 2, 0, return_loops=True)
     assert ([1, 2, *request.token_ids], request.loops) == (expected, loops)
+
+
+def test_rules_are_shared_and_forgotten() -> None:
+    """Requests of one rule stand together in the loop; one that nobody asks for any more takes no room."""
+    engine = engine_of()
+    params = [SamplingParams(exit="kl", exit_threshold=0.01 + i / 1000, max_tokens=2) for i in (0, 0, 1)]
+    rules = [engine.of[engine.add([1], each)].rule for each in params]
+    assert rules[0] is rules[1] is not rules[2]
+    assert len(engine.rules) == 2
+    del rules
+    while engine.busy:
+        engine.step()
+    assert len(engine.rules) == 0
