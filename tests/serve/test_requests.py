@@ -37,6 +37,8 @@ def answered(engine: Engine, prompt: list[int], params: SamplingParams) -> Reque
         ({"seed": 2**63 - 1, "n": 2}, ValueError, "seed=9223372036854775807"),
         ({"logprobs": 21}, ValueError, "logprobs=21"),
         ({"n": 0}, ValueError, "n=0"),
+        ({"temperature": 10**400}, ValueError, "temperature=10000.* must be a finite number"),
+        ({"repetition_penalty": 10**400}, ValueError, "repetition_penalty=10000"),
         ({"max_tokens": 0}, ValueError, "max_tokens=0"),
     ],
 )
@@ -64,6 +66,7 @@ def test_params_stay_what_was_checked() -> None:
         ({"exit": ["kl"]}, TypeError, r"exit=\['kl'\] must be one of"),
         ({"exit": "kl", "exit_threshold": [1]}, TypeError, r"exit_threshold=\[1\] must be a finite number"),
         ({"exit_threshold": 0.1}, ValueError, "exit_threshold=0.1 needs a rule"),
+        ({"exit": "latent_diff", "exit_threshold": 10**400}, ValueError, "exit_threshold=1000"),
         ({"min_loops": 5}, ValueError, "min_loops=5 must be between 1 and 4"),
         ({"n_loops": 4097}, ValueError, "n_loops=4097"),
         ({"stop": "a"}, ValueError, "needs a tokenizer"),
