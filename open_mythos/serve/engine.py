@@ -53,11 +53,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_int("max_rows", self.max_rows, 1, 2**16, "use max_rows=32")
-        check_int("max_queue", self.max_queue, 0, 2**31, "use max_queue=1024")
+        check_int("max_queue", self.max_queue, 1, 2**31, "use max_queue=1024")
         if self.kv_tokens is not None:
             check_int("kv_tokens", self.kv_tokens, 1, 2**40, "use kv_tokens=None for a quarter of the free memory")
-        if self.page_tokens not in (8, 16, 32, 64):
-            raise ValueError(f"page_tokens={self.page_tokens!r} must be 8, 16, 32 or 64; use page_tokens=16")
+        check_int("page_tokens", self.page_tokens, 8, GRID, "use page_tokens=16")
+        if GRID % self.page_tokens:
+            raise ValueError(f"page_tokens={self.page_tokens} must be 8, 16, 32 or 64; use page_tokens=16")
         check_int("max_prefill_tokens", self.max_prefill_tokens, GRID, 2**31, "use max_prefill_tokens=512")
         for name in ("prefix_reuse", "batch_invariant"):
             check_bool(name, getattr(self, name))
@@ -156,7 +157,7 @@ class Engine:
         )
         self.scheduler = Scheduler(limits, costs or measure_costs(self.runner), refill)
         self.rules: WeakValueDictionary[Hashable, HaltingRule] = WeakValueDictionary()
-        """One object for each way to leave the loop, as long as a request asks for it: thresholds are without number."""
+        """One object for each way to leave the loop, as long as a request asks for it: thresholds are endless."""
         self.work: dict[Sequence, _Work] = {}
         self.of: dict[Request, _Work] = {}
         self.rows: dict[Row, _Work] = {}

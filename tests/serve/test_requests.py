@@ -121,3 +121,30 @@ def test_rules_are_shared_and_forgotten() -> None:
     while engine.busy:
         engine.step()
     assert len(engine.rules) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "told"),
+    [
+        ({"max_queue": 0}, ValueError, "max_queue=0 must be between 1"),
+        ({"page_tokens": 16.0}, TypeError, "page_tokens=16.0 must be int"),
+        ({"page_tokens": 24}, ValueError, "page_tokens=24 must be 8, 16, 32 or 64"),
+        ({"page_tokens": 128}, ValueError, "page_tokens=128"),
+        ({"max_rows": 0}, ValueError, "max_rows=0"),
+        ({"kv_tokens": 0}, ValueError, "kv_tokens=0"),
+        ({"max_prefill_tokens": 63}, ValueError, "max_prefill_tokens=63"),
+        ({"prefix_reuse": 1}, TypeError, "prefix_reuse=1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(fields: dict[str, Any], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        EngineConfig(**fields)
+
+
+@pytest.mark.parametrize(("max_rows", "kv_tokens"), [(1, 1), (2, 1), (2, 24)])
+def test_the_least_memory_serves_and_promises_nothing_untried(max_rows: int, kv_tokens: int) -> None:
+    config = EngineConfig(max_rows=max_rows, kv_tokens=kv_tokens, page_tokens=8)
+    engine = Engine(scaled(tiny()), config=config, costs=COSTS)
+    assert not engine.invariant
+    request = answered(engine, [1, 2], SamplingParams(temperature=0, max_tokens=4))
+    assert [1, 2, *request.token_ids] == engine.model.generate([1, 2], 4, temperature=0)
