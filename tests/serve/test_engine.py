@@ -1,19 +1,22 @@
 """The engine's answers are those of `generate` on one request alone, whatever else it does at the same time."""
 
 import random
+from collections import Counter
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos
-from open_mythos.nn.halting import Decision, HaltingRule, State
+from open_mythos.nn.halting import KL, Decision, HaltingRule, LatentDiff, SecondDifference, State
 from open_mythos.serve import engine as engine_module
 from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.params import SamplingParams
 from tests.models import CASES, PARTS, scaled, tiny, worst
-from tests.serve.mixes import COSTS, alone, carry_out, random_load
+from tests.serve.mixes import COSTS, Load, alone, carry_out, random_load
 
 FAST, ALL = 100, 1000
 
@@ -29,26 +32,29 @@ def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, n_r
     monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     seen = dict.fromkeys(("requests", "tokens", "cancelled", "preempted", "reused", "early", "largest"), 0)
     for seed in seeds:
-        rng, model = random.Random(seed), model_of(seed, dtype)
-        load = random_load(rng, model, n_requests)
-        outcome = carry_out(model, load)
-        for (_, prompt, params), request in zip(load.requests, outcome.requests, strict=True):
-            tokens, loops = alone(model, prompt, params)
-            n = len(request.token_ids)
-            if request.finish_reason == "abort":
-                seen["cancelled"] += 1
-            else:
-                assert n == len(tokens), (seed, request.id)
-            assert request.token_ids == tokens[:n], (seed, request.id)
-            assert request.loops == loops[:n], (seed, request.id)
-            seen["requests"] += 1
-            seen["tokens"] += n
-            seen["reused"] += request.n_cached
-            seen["early"] += sum(k < (params.n_loops or model.cfg.max_loop_iters) for k in loops[:n])
-        seen["preempted"] += outcome.n_preempted
-        seen["largest"] = max(seen["largest"], outcome.n_most)
+        model = model_of(seed, dtype)
+        compare(model, random_load(random.Random(seed), model, n_requests), seen, seed)
     print(seen)
     return seen
+
+
+def compare(model: OpenMythos, load: Load, seen: dict[str, int], seed: int) -> None:
+    outcome = carry_out(model, load)
+    for (_, prompt, params), request in zip(load.requests, outcome.requests, strict=True):
+        tokens, loops = alone(model, prompt, params)
+        n = len(request.token_ids)
+        if request.finish_reason == "abort":
+            seen["cancelled"] += 1
+        else:
+            assert n == len(tokens), (seed, request.id)
+        assert request.token_ids == tokens[:n], (seed, request.id)
+        assert request.loops == loops[:n], (seed, request.id)
+        seen["requests"] += 1
+        seen["tokens"] += n
+        seen["reused"] += request.n_cached
+        seen["early"] += sum(k < (params.n_loops or model.cfg.max_loop_iters) for k in loops[:n])
+    seen["preempted"] += outcome.n_preempted
+    seen["largest"] = max(seen["largest"], outcome.n_most)
 
 
 def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +68,31 @@ def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_random_mixes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = check(range(FAST, FAST + ALL), dtype, monkeypatch)
     assert min(seen.values()) >= 7
+
+
+RARE: list[dict[str, Any]] = [
+    {"initial_state": "normal", "recurrent_layers": 2},
+    {"recurrent_layers": 0},
+    {"prelude_layers": 0, "coda_layers": 0, "attn_type": "mla"},
+]
+
+
+@pytest.mark.parametrize("part", RARE, ids=str)
+def test_rare_parts_and_rules_given_as_objects(part: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several requests share a rule object, by which beginnings are found again too."""
+    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
+    model, seen = scaled(tiny(max_seq_len=256, **part), dtype=torch.float64), Counter[str]()
+    rules = [LatentDiff(0.3), LatentDiff(0.3, min_loops=3), SecondDifference(0.5), KL(0.03, 2, model.cfg.vocab_size)]
+    for seed, rule in enumerate(rules):
+        rng = random.Random(seed)
+        load = random_load(rng, model, 5)
+        load.config = replace(load.config, prefix_reuse=True, kv_tokens=300)
+        exit = None if model.recurrent is None else rule
+        for i, (step, prompt, params) in enumerate(load.requests):
+            changed = replace(params, exit=exit, exit_threshold=None, n_loops=None, min_p=rng.choice([0.0, 0.1]))
+            load.requests[i] = step, prompt, changed
+        compare(model, load, seen, seed)
+    assert seen["reused"] and (seen["early"] or model.recurrent is None)
 
 
 class Certainty(HaltingRule):
