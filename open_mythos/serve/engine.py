@@ -122,6 +122,9 @@ class _Work:
 class Engine:
     """A model that many requests share. Not for several threads at once: one thread calls its methods, in turn.
 
+    While it lives the weights have to stay as they are, and so have rules that requests give as objects: keys and
+    values are used again.
+
     `invariant` says whether equal requests get equal bits whatever runs beside them, which is tried out at the start.
     """
 
@@ -220,13 +223,24 @@ class Engine:
         """End a request, wherever it is; its row and pages are free at once. Nothing if it has ended already."""
         work = self.of.get(request)
         if work is not None:
-            self.scheduler.cancel(work.sequence)
-            self.aborted.append(self._end(work, "abort"))
+            self.aborted.append(TokenEvent(request, None, self._end(work, "abort"), 0, finish_reason="abort"))
 
     def step(self) -> list[TokenEvent]:
-        """One loop for everything that is in it, and what goes before and after; the new tokens."""
+        """One loop for everything that is in it, and what goes before and after; the new tokens.
+
+        Should it raise, every request has ended with "error", and the engine takes new ones.
+        """
         if self.model.training:
             raise RuntimeError("the model is in training mode, but the engine answers; call model.eval()")
+        try:
+            return self._step()
+        except BaseException:
+            for work in list(self.work.values()):
+                self._end(work, "error")
+            self.runner.clear()
+            raise
+
+    def _step(self) -> list[TokenEvent]:
         events, self.aborted = self.aborted, []
         done = self.scheduler.read_out()
         if done:
@@ -246,25 +260,27 @@ class Engine:
         return events
 
     def _read_out(self, works: list[_Work]) -> list[TokenEvent]:
-        sequences = [work.sequence for work in works]
-        wanted = [s.n_computed + s.n_running == s.n_tokens for s in sequences]
-        logits, loops = self.runner.read_out([_row(work) for work in works], wanted)
-        for sequence in sequences:
-            self.scheduler.computed(sequence)
-        works = [work for work, want in zip(works, wanted, strict=True) if want]
-        if not works:
-            return []
-        chosen = choose(logits, [w.draw for w in works], [w.sequence.token_ids for w in works])
-        return [self._append(*each) for each in zip(works, chosen, loops, strict=True)]
+        ends = [work.sequence.n_computed + work.sequence.n_running == work.sequence.n_tokens for work in works]
+        out = self.runner.read_out([_row(work) for work in works], ends)
+        last = [work for work, end in zip(works, ends, strict=True) if end]
+        chosen = choose(out.logits, [w.draw for w in last], [w.sequence.token_ids for w in last]) if last else []
+        found = dict(zip(last, zip(chosen, out.loops, strict=True), strict=True))
+        events = []
+        for work, is_nan in zip(works, out.is_nan, strict=True):
+            token, loops = found.get(work, (None, 0))
+            if is_nan or (work in found and token is None):
+                # Before others could find its pages.
+                events.append(TokenEvent(work.request, None, self._end(work, "error"), 0, finish_reason="error"))
+                continue
+            self.scheduler.computed(work.sequence)
+            if token is not None:
+                events.append(self._append(work, token, loops))
+        return events
 
-    def _append(self, work: _Work, chosen: Chosen | None, loops: int) -> TokenEvent:
+    def _append(self, work: _Work, chosen: Chosen, loops: int) -> TokenEvent:
         """Add a token to an answer, and end it if that was the last."""
-        request, sequence = work.request, work.sequence
-        if chosen is None:
-            self.scheduler.finish(sequence)
-            return self._end(work, "error")
-        token = chosen.token
-        sequence.token_ids.append(token)
+        request, token = work.request, chosen.token
+        work.sequence.token_ids.append(token)
         request.token_ids.append(token)
         request.loops.append(loops)
         if request.first_token_s is None:
@@ -282,30 +298,24 @@ class Engine:
         if reason is None and len(request.token_ids) == request.params.max_tokens:
             reason = "length"
         request.text += piece
-        if reason is None:
-            return TokenEvent(request, token, piece, loops, chosen.logprob, chosen.top_logprobs)
-        self.scheduler.finish(sequence)
-        return self._end(work, reason, token, piece, loops, chosen)
+        if reason is not None:
+            piece += self._end(work, reason)
+        return TokenEvent(request, token, piece, loops, chosen.logprob, chosen.top_logprobs, reason)
 
-    def _end(
-        self,
-        work: _Work,
-        reason: str,
-        token: int | None = None,
-        piece: str = "",
-        loops: int = 0,
-        chosen: Chosen | None = None,
-    ) -> TokenEvent:
-        request = work.request
+    def _end(self, work: _Work, reason: str) -> str:
+        """Take a request out of the engine; the text that was still held back."""
+        request, row = work.request, work.row
         rest = "" if work.answer is None else work.answer.flush()
         request.text += rest
         request.finish_reason, request.finished_s = reason, time.monotonic()
-        if work.row is not None:
-            self.runner.release(work.row)
-            del self.rows[work.row]
-        del self.work[work.sequence], self.of[request]
-        logprob, top = (None, None) if chosen is None else (chosen.logprob, chosen.top_logprobs)
-        return TokenEvent(request, token, piece + rest, loops, logprob, top, reason)
+        self.scheduler.cancel(work.sequence)
+        if row is not None:
+            work.row = None
+            self.rows.pop(row, None)
+            self.runner.release(row)
+        self.work.pop(work.sequence, None)
+        self.of.pop(request, None)
+        return rest
 
     def _chunk(self, work: _Work, n: int) -> Chunk:
         sequence = work.sequence
@@ -314,8 +324,7 @@ class Engine:
             self.rows[work.row] = work
             work.request.n_cached = sequence.n_cached
         first = sequence.n_computed
-        ids = sequence.token_ids[first : first + n]
-        return Chunk(work.row, first, ids, [block.pages for block in sequence.blocks])
+        return Chunk(work.row, first, sequence.token_ids[first : first + n], sequence.blocks)
 
     # What a request asks for, checked against the model.
 

@@ -17,7 +17,8 @@ from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.invariant import batch_invariant, rows_of
 from open_mythos.nn.state import initial_state
 from open_mythos.serve.batch import Cohort, Left
-from open_mythos.serve.paged import Layout, PagedKV, Pages, Tokens, padded
+from open_mythos.serve.paged import Layout, PagedKV, Tokens, padded
+from open_mythos.serve.sequence import Block
 
 
 @dataclass(eq=False)
@@ -40,8 +41,20 @@ class Chunk:
     first: int
     """Position of the first."""
     ids: Sequence[int]
-    pages: Pages
-    """Of all the sequence's blocks, so that there is one for every token."""
+    blocks: Sequence[Block]
+    """All of the sequence, so that there is one for every token."""
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """What the coda and the head make of chunks that have left the loop."""
+
+    logits: Tensor
+    """(n, V), of the last token of each row that is wanted, in their order."""
+    loops: list[int]
+    """Of those tokens."""
+    is_nan: list[bool]
+    """For every row, whether something in its chunk is NaN."""
 
 
 class Runner:
@@ -89,6 +102,13 @@ class Runner:
         self.unmap(row)
         self.free_rows.append(row.number)
 
+    def clear(self) -> None:
+        """Forget all sequences, whatever state they are in."""
+        self.cohorts, self.left, self.layout = [], [], None
+        self.changed, self.running = set(), {}
+        self.free_rows = list(range(len(self.in_loop)))[::-1]
+        self.kv.table.fill(self.kv.null)
+
     def unmap(self, row: Row) -> None:
         """Take a sequence's pages away."""
         self.kv.drop(row.number)
@@ -125,11 +145,12 @@ class Runner:
         """Tell the table of pages that are new, and zero those that nothing has been written to."""
         fresh: dict[int, list[tuple[int, ...]]] = {}
         for chunk in chunks:
-            row, n_blocks = chunk.row, len(chunk.pages)
+            row, n_blocks = chunk.row, len(chunk.blocks)
             if row.n_blocks < n_blocks:
-                self.kv.hold(row.number, row.n_blocks, chunk.pages[row.n_blocks :])
+                pages = [block.pages for block in chunk.blocks[row.n_blocks :]]
+                self.kv.hold(row.number, row.n_blocks, pages)
                 n_written = max(row.n_blocks, -(-chunk.first // self.kv.page_tokens))
-                fresh.setdefault(len(chunk.pages[0]), []).extend(chunk.pages[n_written:])
+                fresh.setdefault(len(pages[0]), []).extend(pages[n_written - row.n_blocks :])
                 row.n_blocks = n_blocks
         for pages in fresh.values():
             if pages:
@@ -188,15 +209,8 @@ class Runner:
         n = len(x)
         return self.model.head(_rows([x], self._n_rows(n)))[:n]
 
-    def read_out(self, rows: Sequence[Row], wanted: Sequence[bool]) -> tuple[Tensor, list[int]]:
-        """Coda for chunks that have left the loop, and logits of their last tokens.
-
-        Args:
-            wanted: whether the next token of each is asked for.
-
-        Returns:
-            (logits (n, V) of the n rows that are wanted, in their order; the loops of those tokens).
-        """
+    def read_out(self, rows: Sequence[Row], wanted: Sequence[bool]) -> ReadOut:
+        """Coda for chunks that have left the loop, and logits where the next token is `wanted`."""
         everything = Left.join(self.left)
         mine = np.isin(everything.tokens.row, [row.number for row in rows])
         left = everything if mine.all() else everything.take(np.flatnonzero(mine))
@@ -210,7 +224,10 @@ class Runner:
             index = np.array(
                 [place[row.number] for row, want in zip(rows, wanted, strict=True) if want], dtype=np.int64
             )
-            return self._head(x[self.kv.index(index)])[:, 0], left.loops[index].tolist()
+            is_nan = x[: len(left.tokens), 0].isnan().any(-1).cpu().numpy()
+            broken = set(left.tokens.row[is_nan].tolist())
+            logits = self._head(x[self.kv.index(index)])[:, 0]
+            return ReadOut(logits, left.loops[index].tolist(), [row.number in broken for row in rows])
 
     def _n_rows(self, n: int) -> int:
         """Rows of a call on n tokens."""

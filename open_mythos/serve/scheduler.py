@@ -115,7 +115,7 @@ class Scheduler:
         if need > self._limits.n_pages:
             raise ValueError(
                 f"n_pages={self._limits.n_pages} must be at least {need} for a prompt of {seq.n_prompt} tokens and "
-                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give more pages"
+                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give more kv_tokens"
             )
         if len(self._waiting) >= self._limits.max_queue:
             raise QueueFull(f"max_queue={self._limits.max_queue} requests wait already; try again later")

@@ -114,11 +114,11 @@ def record(engine: Engine, outcome: Outcome) -> None:
     read_out, read = engine.runner.read_out, engine.kv.read
 
     def keep(rows: Any, wanted: Any) -> Any:
-        logits, loops = read_out(rows, wanted)
+        out = read_out(rows, wanted)
         ids = [engine.rows[row].request.id for row, want in zip(rows, wanted, strict=True) if want]
-        for i, row in zip(ids, logits, strict=True):
+        for i, row in zip(ids, out.logits, strict=True):
             outcome.logits.setdefault(i, []).append(row.clone())
-        return logits, loops
+        return out
 
     def count(pages: Any) -> Tensor:
         outcome.n_preempted += 1
