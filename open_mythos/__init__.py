@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from open_mythos.nn.rope import apply_rope as apply_rope
     from open_mythos.outputs import LoopTrace as LoopTrace
     from open_mythos.outputs import TrainOutput as TrainOutput
+    from open_mythos.serve.llm import LLM as LLM
+    from open_mythos.serve.params import SamplingParams as SamplingParams
     from open_mythos.tokenizer import MythosTokenizer as MythosTokenizer
     from open_mythos.tokenizer import load_tokenizer as load_tokenizer
     from open_mythos.variants import VARIANTS as VARIANTS
@@ -61,6 +63,8 @@ _NAMES = {
     "nn.norm": ["RMSNorm"],
     "nn.recurrent": ["RecurrentBlock"],
     "nn.rope": ["apply_rope"],
+    "serve.llm": ["LLM"],
+    "serve.params": ["SamplingParams"],
     "tokenizer": ["MythosTokenizer", "load_tokenizer"],
     "variants": [
         "VARIANTS", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_3m", "mythos_7b", "mythos_8b_fine", "mythos_10b",

@@ -17,7 +17,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.sampling import Sampling, sample
-from open_mythos.tokenizer import TextStream, Tokenizer
+from open_mythos.text import AnswerText
+from open_mythos.tokenizer import Tokenizer
 
 OnToken = Callable[[int, int, int], Any]
 """on_token(row, token_id, loops), called for every new token as soon as it is chosen."""
@@ -89,7 +90,7 @@ def generate(
     check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
     depth = check_n_loops(n_loops, model.cfg)
     rule = model.exit_rule(exit, exit_threshold)
-    stops = _Stops(stop, tokenizer, prompts.ids.shape[0], model.cfg.vocab_size)
+    stops = _Stops(stop, prompts, tokenizer, model.cfg.vocab_size)
     generators = _generators(seed, generator, prompts.ids.shape[0])
     if on_token is not None and not callable(on_token):
         raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
@@ -111,9 +112,13 @@ class _Prompts:
     mask: Tensor | None
     kind: str
     single: bool
-    tokenizer: Tokenizer | None
     texts: Sequence[str] = ()
     """The prompts as they were given, when they are text."""
+
+    def lists(self) -> list[list[int]]:
+        """The prompts without padding."""
+        lengths = [self.ids.shape[1]] * len(self.ids) if self.mask is None else self.mask.sum(1).tolist()
+        return [ids[len(ids) - n :] for ids, n in zip(self.ids.tolist(), lengths, strict=True)]
 
     def answer(
         self, new: list[list[int]], loops: list[list[int]], stops: "_Stops", pad_id: int, with_loops: bool
@@ -124,17 +129,10 @@ class _Prompts:
             out = torch.cat((self.ids, tail.to(self.ids.dtype)), dim=1)
             used = torch.tensor([row + [0] * (width - len(row)) for row in loops], device=self.ids.device)
             return (out, used) if with_loops else out
-        lengths = [self.ids.shape[1]] * len(new) if self.mask is None else self.mask.sum(1).tolist()
-        rows: list[Any] = [
-            ids[len(ids) - n :] + row for ids, n, row in zip(self.ids.tolist(), lengths, new, strict=True)
-        ]
-        if self.tokenizer is not None and self.kind == "text":
-            decode = self.tokenizer.decode
-            # Decoded together with the prompt, so that what stands between the two is not lost.
-            rows = [
-                text + stops.text(decode(ids)[len(decode(ids[:n])) :])
-                for text, ids, n in zip(self.texts, rows, lengths, strict=True)
-            ]
+        if self.kind == "text":
+            rows: list[Any] = [text + stops.text(row) for row, text in enumerate(self.texts)]
+        else:
+            rows = [ids + row for ids, row in zip(self.lists(), new, strict=True)]
         answer, used = (rows[0], loops[0]) if self.single else (rows, loops)
         return (answer, used) if with_loops else answer
 
@@ -147,7 +145,7 @@ def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None
             mask = mask.bool()
             if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
                 raise ValueError("attention_mask must be zeros, then ones in every row: pad prompts on the left")
-        return _Prompts(prompts, mask, "tensor", False, tokenizer)
+        return _Prompts(prompts, mask, "tensor", False)
     if mask is not None:
         raise ValueError(
             "attention_mask goes with a tensor of prompts; a list of prompts is padded here, so leave it out"
@@ -167,7 +165,7 @@ def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None
     lengths = torch.tensor([len(row) for row in ids], device=model.device)
     padded = torch.arange(width, device=model.device) >= width - lengths[:, None]
     return _Prompts(
-        batch, None if min(map(len, ids)) == width else padded, kind, single, tokenizer, rows if kind == "text" else ()
+        batch, None if min(map(len, ids)) == width else padded, kind, single, rows if kind == "text" else ()
     )
 
 
@@ -191,7 +189,7 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> li
 class _Stops:
     """What ends a row."""
 
-    def __init__(self, stop: Any, tokenizer: Tokenizer | None, n_rows: int, vocab_size: int) -> None:
+    def __init__(self, stop: Any, prompts: _Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         items = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int | str):
@@ -201,26 +199,25 @@ class _Stops:
             if item == "":
                 raise ValueError("stop='' would end every row at once; use a string of at least one character")
         self.ids = {item for item in items if isinstance(item, int)}
-        self.strings = [item for item in items if isinstance(item, str)]
-        if self.strings and tokenizer is None:
-            raise ValueError(
-                f"stop={self.strings[0]!r} is a string, which needs tokenizer=; pass it, or stop on a token id"
-            )
-        self.streams = [TextStream(tokenizer) for _ in range(n_rows)] if self.strings and tokenizer is not None else []
-        self.texts = [""] * n_rows
-
-    def __bool__(self) -> bool:
-        return bool(self.ids or self.strings)
+        strings = [item for item in items if isinstance(item, str)]
+        if strings and tokenizer is None:
+            raise ValueError(f"stop={strings[0]!r} is a string, which needs tokenizer=; pass it, or stop on a token id")
+        self.answers: list[AnswerText] = []
+        # Decoded together with the prompt, so that what stands between the two is not lost.
+        if tokenizer is not None and (strings or prompts.kind == "text"):
+            self.answers = [AnswerText(tokenizer, strings, ids) for ids in prompts.lists()]
+        self.texts = [""] * len(self.answers)
 
     def hit(self, row: int, token: int) -> bool:
-        if self.streams:
-            self.texts[row] += self.streams[row].push(token)
-        return token in self.ids or any(string in self.texts[row] for string in self.strings)
+        if self.answers:
+            self.texts[row] += self.answers[row].push(token)
+            if self.answers[row].stopped is not None:
+                return True
+        return token in self.ids
 
-    def text(self, text: str) -> str:
-        """`text`, a continuation, up to the first stop string."""
-        ends = [text.index(string) for string in self.strings if string in text]
-        return text[: min(ends, default=len(text))]
+    def text(self, row: int) -> str:
+        """The continuation of a row that has ended."""
+        return self.texts[row] + self.answers[row].flush()
 
 
 def _generators(
@@ -287,7 +284,7 @@ def _decode(
             used[row].append(loops)
             if on_token is not None:
                 on_token(row, token, loops)
-            if stops and stops.hit(row, token):
+            if stops.hit(row, token):
                 stopped.add(row)
         keep = [i for i, row in enumerate(rows) if row not in stopped]
         if not keep:

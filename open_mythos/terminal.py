@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -47,3 +49,35 @@ def accuracy_table(
 def _accuracy_style(value: float) -> str:
     red, green = int(220 * (1 - value)) + 20, int(160 * value) + 40
     return f"bold white on rgb({red},{green},50)"
+
+
+class ProgressLine:
+    """A bar with steps, the latest numbers and the time left; only its last state where the output is no terminal."""
+
+    def __init__(self, n_steps: int, label: str, enabled: bool = True, done: int = 0, stderr: bool = False) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=stderr),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task(label, total=n_steps, completed=done, numbers="")
+
+    def advance(self, numbers: dict[str, float] | None = None, n_steps: int = 1) -> None:
+        """So many steps are done; `numbers` replaces what the line shows."""
+        self._progress.advance(self._task, n_steps)
+        if numbers is not None:
+            shown = " ".join(
+                f"{label} {value:,.0f}" if value >= 1000 else f"{label} {value:.4g}" for label, value in numbers.items()
+            )
+            self._progress.update(self._task, numbers=shown)
+
+    def __enter__(self) -> "ProgressLine":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

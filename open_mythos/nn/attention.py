@@ -56,6 +56,8 @@ class GQAttention(nn.Module):
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv.split(x))
         q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)
+        if view.tokens is not None:
+            return self.wo(view.tokens.attend(layer, q, (k, v), self.head_dim**-0.5).flatten(-2))
         k, v = view.store.write(layer, (k, v), view)
         dropout = self.dropout if self.training else 0.0
         return self.wo(attend(q, k, v, view, self.head_dim**-0.5, dropout).flatten(-2))

@@ -22,10 +22,26 @@ KeyValues = tuple[Tensor, ...]
 
 
 class KVStore(Protocol):
-    """Keys and values of one call. An engine with paged memory implements this too."""
+    """Keys and values of one call."""
 
     def write(self, layer: int, new: KeyValues, view: "View") -> KeyValues:
         """Keep the new tokens' keys and values at the loop that `view` stands at; return those of every slot."""
+        ...
+
+
+class TokenStore(KVStore, Protocol):
+    """Keys and values of a call whose rows are single tokens of sequences with pasts of their own: an engine's."""
+
+    def attend(self, layer: int, q: Tensor, new: KeyValues, scale: float) -> Tensor:
+        """Keep the new tokens' keys and values, and attend to those that each token may see.
+
+        Args:
+            q: (B, 1, H, K).
+            new: keys (B, 1, G, K) and values (B, 1, G, W); or one (B, 1, K) that is the key of all heads and its value.
+
+        Returns:
+            (B, 1, H, W).
+        """
         ...
 
 
@@ -84,6 +100,8 @@ class View:
     """The loop that every row is at, when the caller knows: spares the cache a gather."""
     selection: Selection | None = None
     """Set when some of the call's tokens have left the computation: B and T then count those that are still in it."""
+    tokens: TokenStore | None = None
+    """The store, if rows are single tokens of sequences with pasts of their own; there is no mask then."""
     constants: LoopConstants | None = None
     """Inside the loop, what no loop changes."""
     router_log: list[tuple[Tensor, Tensor]] | None = None

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from open_mythos.nn.exchange import through_owners
 from open_mythos.nn.grouped import grouped_linear
+from open_mythos.nn.invariant import ROWS, invariant
 from open_mythos.nn.linear import autocasts, captured, kept, linear, outer, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
@@ -79,7 +80,8 @@ def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tens
     n_left = gate_up.shape[0] - chosen.shape[1]
     # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
     # expert that was never meant for a token could overflow, and zero times infinity is NaN.
-    if x.element_size() >= 4 and max(x.shape[0], 8) * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
+    n_rows = GROUP_MULTIPLE if invariant() else max(x.shape[0], GROUP_MULTIPLE)
+    if x.element_size() >= 4 and n_rows * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
         return all_experts(x, chosen, gates, weights)
     if streams(x):
         return by_gather(x, chosen, gates, weights)
@@ -87,7 +89,8 @@ def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tens
         return by_group(x, chosen, gates, weights)
     if torch.is_grad_enabled():
         return _OneByOne.apply(x, chosen, gates, *weights)
-    return by_pair(x, chosen, gates, weights) if chosen.numel() <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
+    one_by_one = chosen.numel() <= FEW_PAIRS and not invariant()
+    return by_pair(x, chosen, gates, weights) if one_by_one else by_expert(x, chosen, gates, weights)
 
 
 def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
@@ -159,7 +162,8 @@ def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, 
     start = 0
     for expert, n in enumerate(counts):
         if n:
-            end = start + (n if n < GROUP_MULTIPLE else -(-n // GROUP_MULTIPLE) * GROUP_MULTIPLE)
+            multiple = GROUP_MULTIPLE if n >= GROUP_MULTIPLE else ROWS if invariant() else 1
+            end = start - (-n // multiple) * multiple
             yield expert, n, tokens[start:end], pairs[start:end]
         start += n
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_choice, check_number
+from open_mythos.nn.invariant import invariant
 from open_mythos.nn.numerics import wide, wide_linear
 
 State = dict[str, Tensor]
@@ -83,6 +84,9 @@ class ACTHalting(nn.Module):
         nn.init.constant_(self.halt.bias, -math.log(max(2, self.max_loops) - 1))
 
     def forward(self, h: Tensor) -> Tensor:
+        if invariant():
+            # A product with one column has kernels of its own for every number of rows.
+            return ((wide(h) * wide(self.halt.weight)).sum(-1) + wide(self.halt.bias)).sigmoid()
         return wide_linear(h, self.halt.weight, self.halt.bias).squeeze(-1).sigmoid()
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from open_mythos.nn.invariant import invariant
+
 MANY_PRODUCTS = 2**21
 """Multiplications from which oneDNN wins over the ten microseconds that calling it from Python costs."""
 FEW_ROWS = 8
@@ -119,8 +121,9 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     if not _WIDE_CPU or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False
     size = weight.numel()
+    many = x.numel() * weight.shape[0] >= MANY_PRODUCTS and not invariant()
     return (
-        (x.numel() * weight.shape[0] >= MANY_PRODUCTS or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
+        (many or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
         and x.device.type == "cpu"
         and (not captured() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
         and not torch.is_autocast_enabled("cpu")

@@ -28,6 +28,7 @@ class MLAttention(nn.Module):
         super().__init__()
         self.n_heads, self.rank, self.dropout = cfg.n_heads, cfg.kv_lora_rank, cfg.dropout
         self.nope, self.rope, self.v_dim = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        self.scale = (self.nope + self.rope) ** -0.5
         self.down = Linear(cfg.dim, cfg.q_lora_rank, self.rank, self.rope)
         self.q_norm = RMSNorm(cfg.q_lora_rank)
         self.q_up = Linear(cfg.q_lora_rank, cfg.n_heads * (self.nope + self.rope))
@@ -46,7 +47,12 @@ class MLAttention(nn.Module):
         q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
         turned = apply_rope(torch.cat((q_rope, k_rope[:, :, None]), dim=2), *view.rope)
         q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
-        (kept,) = view.store.write(layer, (torch.cat((self.kv_norm(latent), k_rope), dim=-1),), view)
+        new = torch.cat((self.kv_norm(latent), k_rope), dim=-1)
+        if view.tokens is not None:
+            q = torch.cat((self._latent_query(q_nope), q_rope.flatten(0, 1)), dim=-1)[:, None]
+            out = view.tokens.attend(layer, q, (new,), self.scale)
+            return self.wo(self._values(out.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(-2))
+        (kept,) = view.store.write(layer, (new,), view)
         # Without a past there is nothing to spare, and the causal square needs no mask.
         absorb = not view.is_square and self._absorbing_is_cheaper(x.shape[1])
         attend_here = self._absorbed if absorb else self._expanded
@@ -64,19 +70,24 @@ class MLAttention(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
         B, T, H = q_nope.shape[:3]
-        up_k, up_v = self.kv_up.weight.unflatten(0, (H, -1)).split((self.nope, self.v_dim), 1)
-        # One product for each head, over the tokens of all rows.
-        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), up_k).transpose(0, 1)
-        q = torch.cat((q_latent, q_rope.flatten(0, 1)), dim=-1).view(B, T * H, 1, -1)
+        q = torch.cat((self._latent_query(q_nope), q_rope.flatten(0, 1)), dim=-1).view(B, T * H, 1, -1)
         # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head. The
         # keys serve as values too, which spares a copy of the past; what the rotated part adds is cut off.
         k = kept[:, :, None]
-        out = self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)[..., : self.rank]
-        return torch.bmm(out.transpose(0, 1), up_v.mT).transpose(0, 1).unflatten(0, (B, T))
+        return self._values(self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)).unflatten(0, (B, T))
+
+    def _latent_query(self, q_nope: Tensor) -> Tensor:
+        """What meets the latents, one product for each head: (B, T, H, N) -> (B T, H, R)."""
+        up_k = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, : self.nope]
+        return torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), up_k).transpose(0, 1)
+
+    def _values(self, out: Tensor) -> Tensor:
+        """The values that sums of latents and their rotated keys stand for: (B T, H, R + P) -> (B T, H, W)."""
+        up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, self.nope :]
+        return torch.bmm(out[..., : self.rank].transpose(0, 1), up_v.mT).transpose(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-        scale = (self.nope + self.rope) ** -0.5
-        return attend(q, k, v, view, scale, self.dropout if self.training else 0.0)
+        return attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
 
 
 def _per_head(view: View, n_heads: int) -> View:

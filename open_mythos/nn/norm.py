@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.nn.invariant import invariant
 from open_mythos.nn.linear import captured
 from open_mythos.nn.numerics import wide
 
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, self.eps)
-        if x.numel() <= SMALL:
+        if x.numel() <= SMALL and not invariant():
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return (x * _inverse_rms(x, self.eps).to(x.dtype)).mul_(weight)
 

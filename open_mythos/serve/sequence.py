@@ -56,6 +56,10 @@ class Sequence:
     """Tokens whose keys and values are complete."""
     n_running: int = 0
     """Tokens behind those that are in the chunk being computed."""
+    n_looping: int = 0
+    """Tokens of the chunk that have not left the loop."""
+    n_cached: int = 0
+    """Tokens of the prompt found in blocks that were there already."""
     loop: int = 0
     """Loops that the chunk has done."""
     blocks: list[Block] = field(default_factory=list)

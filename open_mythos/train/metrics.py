@@ -5,8 +5,6 @@ import math
 import warnings
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from open_mythos.files import write_text
 from open_mythos.train.trackers import Tracking
 
@@ -71,34 +69,3 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, in order; one that a crash has cut short is left out."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-class ProgressLine:
-    """A bar with steps, the latest numbers and the time left; only its last state where the output is no terminal."""
-
-    def __init__(self, n_steps: int, label: str, enabled: bool = True, done: int = 0) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            disable=not enabled,
-        )
-        self._task = self._progress.add_task(label, total=n_steps, completed=done, numbers="")
-
-    def advance(self, numbers: dict[str, float] | None = None) -> None:
-        """One step is done; `numbers` replaces what the line shows."""
-        self._progress.advance(self._task)
-        if numbers is not None:
-            shown = " ".join(
-                f"{label} {value:,.0f}" if value >= 1000 else f"{label} {value:.4g}" for label, value in numbers.items()
-            )
-            self._progress.update(self._task, numbers=shown)
-
-    def __enter__(self) -> "ProgressLine":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

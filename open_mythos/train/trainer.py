@@ -24,6 +24,7 @@ from open_mythos.device import Device, setup_device
 from open_mythos.files import write_text
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
+from open_mythos.terminal import ProgressLine
 from open_mythos.train.checkpoint import (
     Checkpoints,
     Keeping,
@@ -40,7 +41,7 @@ from open_mythos.train.guard import Guard
 from open_mythos.train.init_from import open_initial
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
-from open_mythos.train.metrics import MetricsWriter, ProgressLine, last_step
+from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream

@@ -7,9 +7,10 @@ import pytest
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
+from open_mythos.terminal import ProgressLine
 from open_mythos.tokenizer import ByteTokenizer, load_tokenizer
 from open_mythos.train.checkpoint import save_model_folder
-from open_mythos.train.metrics import MetricsWriter, ProgressLine, read_metrics
+from open_mythos.train.metrics import MetricsWriter, read_metrics
 
 
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,388 @@
+"""The engine: requests in, tokens out, as many at once as there are rows, each at its own depth."""
+
+import os
+import time
+from collections.abc import Hashable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from open_mythos.accounting import kv_bytes_per_token, n_layers
+from open_mythos.arguments import check_ids, check_n_loops
+from open_mythos.checks import check_bool, check_int
+from open_mythos.model import OpenMythos
+from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
+from open_mythos.sampling import Sampling
+from open_mythos.serve.choose import Chosen, Draw, choose
+from open_mythos.serve.costs import StepCosts
+from open_mythos.serve.paged import GRID, PagedKV
+from open_mythos.serve.params import SamplingParams
+from open_mythos.serve.runner import Chunk, Row, Runner
+from open_mythos.serve.scheduler import Limits, Refill, Scheduler
+from open_mythos.serve.sequence import Sequence
+from open_mythos.serve.startup import computes_alone, measure_costs
+from open_mythos.text import AnswerText
+from open_mythos.tokenizer import Tokenizer
+
+MEMORY_SHARE = 0.25
+"""Of the free memory, for keys and values, unless `kv_tokens` says how much."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine does at once."""
+
+    max_rows: int = 32
+    """Requests that are worked on together."""
+    max_queue: int = 1024
+    """Requests that wait, at most."""
+    kv_tokens: int | None = None
+    """Tokens that the pages have room for, at `max_loop_iters` loops each; None: a full context for each row, or what a
+    quarter of the free memory holds."""
+    page_tokens: int = 16
+    """Tokens of a page: 8, 16, 32 or 64."""
+    max_prefill_tokens: int = 512
+    """Tokens of prompts in the loop at once: more of them let the others wait longer between two tokens."""
+    prefix_reuse: bool = True
+    """Use the keys and values of equal beginnings again."""
+    batch_invariant: bool = True
+    """Give every request the same bits whatever else runs, for a little time; see docs/engine.md."""
+
+    def __post_init__(self) -> None:
+        check_int("max_rows", self.max_rows, 1, 2**16, "use max_rows=32")
+        check_int("max_queue", self.max_queue, 0, 2**31, "use max_queue=1024")
+        if self.kv_tokens is not None:
+            check_int("kv_tokens", self.kv_tokens, 1, 2**40, "use kv_tokens=None for a quarter of the free memory")
+        if self.page_tokens not in (8, 16, 32, 64):
+            raise ValueError(f"page_tokens={self.page_tokens!r} must be 8, 16, 32 or 64; use page_tokens=16")
+        check_int("max_prefill_tokens", self.max_prefill_tokens, GRID, 2**31, "use max_prefill_tokens=512")
+        for name in ("prefix_reuse", "batch_invariant"):
+            check_bool(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One more token of a request, or its end."""
+
+    request: "Request"
+    token_id: int | None
+    """None at an end without a token: "abort" and "error"."""
+    text: str
+    """What can be shown now; it may lag behind the tokens while a character or a stop string is incomplete."""
+    loops: int
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+    finish_reason: str | None = None
+    """"stop": a stop token or string; "length": `max_tokens`; "abort": cancelled; "error": the logits were NaN."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, and the answer so far."""
+
+    id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    token_ids: list[int] = field(default_factory=list)
+    """Of the answer."""
+    loops: list[int] = field(default_factory=list)
+    """Loops that each of them took: those of the position it was read from."""
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    """The stop token or string that ended it; None for the tokenizer's end token and any other end."""
+    n_cached: int = 0
+    """Tokens of the prompt that were found in pages of others."""
+    arrived_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(eq=False)
+class _Work:
+    """A request inside the engine."""
+
+    request: Request
+    sequence: Sequence
+    rule: HaltingRule
+    draw: Draw
+    answer: AnswerText | None
+    stop_ids: frozenset[int]
+    row: Row | None = None
+    swapped: Tensor | None = None
+    """Its keys and values while it has no pages."""
+
+
+class Engine:
+    """A model that many requests share. Not for several threads at once: one thread calls its methods, in turn.
+
+    `invariant` says whether equal requests get equal bits whatever runs beside them, which is tried out at the start.
+    """
+
+    def __init__(
+        self,
+        model: OpenMythos,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        costs: StepCosts | None = None,
+        refill: Refill | None = None,
+    ) -> None:
+        """Puts the model in eval mode.
+
+        Args:
+            tokenizer: for prompts and stop strings that are text.
+            costs: what a step costs; None: measured now.
+            refill: when rows that have left the loop are read out; None: when that costs least.
+        """
+        config = config or EngineConfig()
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        cfg = model.cfg
+        self.n_pages = -(-self._kv_tokens() // config.page_tokens) * n_layers(cfg, cfg.max_loop_iters)
+        self.kv = PagedKV(cfg, self.n_pages, config.page_tokens, config.max_rows, model.dtype, model.device)
+        self.runner = Runner(model, self.kv, config.max_rows, config.batch_invariant)
+        self.invariant = config.batch_invariant and computes_alone(self.runner)
+        limits = Limits(
+            max_rows=config.max_rows,
+            max_queue=config.max_queue,
+            n_pages=self.n_pages,
+            page_tokens=config.page_tokens,
+            max_prefill_tokens=config.max_prefill_tokens,
+            prefix_reuse=config.prefix_reuse,
+        )
+        self.scheduler = Scheduler(limits, costs or measure_costs(self.runner), refill)
+        self.rules: dict[Hashable, HaltingRule] = {}
+        """One object for each way to leave the loop that has been asked for."""
+        self.work: dict[Sequence, _Work] = {}
+        self.of: dict[Request, _Work] = {}
+        self.rows: dict[Row, _Work] = {}
+        self.aborted: list[TokenEvent] = []
+        self.n_requests = 0
+
+    def _kv_tokens(self) -> int:
+        cfg, device = self.model.cfg, self.model.device
+        if self.config.kv_tokens is not None:
+            return self.config.kv_tokens
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        each = kv_bytes_per_token(cfg, cfg.max_loop_iters, self.model.dtype.itemsize)
+        return max(GRID, min(self.config.max_rows * cfg.max_seq_len, int(MEMORY_SHARE * free) // each))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or in work, or an end has not been told."""
+        return bool(self.work or self.aborted)
+
+    def add(self, prompt: str | Ids[int], params: SamplingParams | None = None) -> Request:
+        """Queue a request.
+
+        Raises:
+            TypeError, ValueError: prompt or params are unusable with this model; nothing has been queued.
+            QueueFull: `max_queue` requests wait already.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(
+                f"n={params.n} is for LLM.generate; add a request for each answer, with seeds of their own"
+            )
+        ids = self._ids(prompt)
+        self._check_length(len(ids), params.max_tokens)
+        rule, n_loops, depth_key = self._depth(params)
+        stop_ids = self._stop_ids(params)
+        answer = AnswerText(self.tokenizer, params.stop_strings, ids) if self.tokenizer is not None else None
+        if params.stop_strings and answer is None:
+            raise ValueError(f"stop={params.stop_strings[0]!r} is text, which needs a tokenizer; use stop_token_ids")
+        sequence = Sequence(
+            id=self.n_requests,
+            token_ids=list(ids),
+            n_prompt=len(ids),
+            max_tokens=params.max_tokens,
+            n_loops=n_loops,
+            depth_key=depth_key,
+            is_fixed=isinstance(rule, Fixed),
+            pages_per_block=n_layers(self.model.cfg, n_loops),
+        )
+        self.scheduler.add(sequence)
+        self.n_requests += 1
+        request = Request(sequence.id, ids, params)
+        work = _Work(request, sequence, rule, _draw(params), answer, stop_ids)
+        self.work[sequence] = self.of[request] = work
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request, wherever it is; its row and pages are free at once. Nothing if it has ended already."""
+        work = self.of.get(request)
+        if work is not None:
+            self.scheduler.cancel(work.sequence)
+            self.aborted.append(self._end(work, "abort"))
+
+    def step(self) -> list[TokenEvent]:
+        """One loop for everything that is in it, and what goes before and after; the new tokens."""
+        if self.model.training:
+            raise RuntimeError("the model is in training mode, but the engine answers; call model.eval()")
+        events, self.aborted = self.aborted, []
+        done = self.scheduler.read_out()
+        if done:
+            events += self._read_out([self.work[sequence] for sequence in done])
+        todo = self.scheduler.schedule()
+        for sequence, pages in todo.swap_out:
+            work = self.work[sequence]
+            work.swapped = self.kv.read(pages) if pages else None
+            self.runner.unmap(_row(work))
+        for sequence, pages in todo.swap_in:
+            work = self.work[sequence]
+            if work.swapped is not None:
+                self.kv.write(pages, work.swapped)
+                work.swapped = None
+        self.runner.start([self._chunk(self.work[sequence], n) for sequence, n in todo.start])
+        self.scheduler.looped([(self.rows[row].sequence, n) for row, n in self.runner.loop()])
+        return events
+
+    def _read_out(self, works: list[_Work]) -> list[TokenEvent]:
+        sequences = [work.sequence for work in works]
+        wanted = [s.n_computed + s.n_running == s.n_tokens for s in sequences]
+        logits, loops = self.runner.read_out([_row(work) for work in works], wanted)
+        for sequence in sequences:
+            self.scheduler.computed(sequence)
+        works = [work for work, want in zip(works, wanted, strict=True) if want]
+        if not works:
+            return []
+        chosen = choose(logits, [w.draw for w in works], [w.sequence.token_ids for w in works])
+        return [self._append(*each) for each in zip(works, chosen, loops, strict=True)]
+
+    def _append(self, work: _Work, chosen: Chosen | None, loops: int) -> TokenEvent:
+        """Add a token to an answer, and end it if that was the last."""
+        request, sequence = work.request, work.sequence
+        if chosen is None:
+            self.scheduler.finish(sequence)
+            return self._end(work, "error")
+        token = chosen.token
+        sequence.token_ids.append(token)
+        request.token_ids.append(token)
+        request.loops.append(loops)
+        if request.first_token_s is None:
+            request.first_token_s = time.monotonic()
+        if chosen.logprob is not None and chosen.top_logprobs is not None:
+            request.logprobs.append(chosen.logprob)
+            request.top_logprobs.append(chosen.top_logprobs)
+        piece, reason = "", None
+        if work.answer is not None:
+            piece = work.answer.push(token)
+            if work.answer.stopped is not None:
+                reason, request.stop_reason = "stop", work.answer.stopped
+        if reason is None and token in work.stop_ids:
+            reason, request.stop_reason = "stop", token if token in request.params.stop_token_ids else None
+        if reason is None and len(request.token_ids) == request.params.max_tokens:
+            reason = "length"
+        request.text += piece
+        if reason is None:
+            return TokenEvent(request, token, piece, loops, chosen.logprob, chosen.top_logprobs)
+        self.scheduler.finish(sequence)
+        return self._end(work, reason, token, piece, loops, chosen)
+
+    def _end(
+        self,
+        work: _Work,
+        reason: str,
+        token: int | None = None,
+        piece: str = "",
+        loops: int = 0,
+        chosen: Chosen | None = None,
+    ) -> TokenEvent:
+        request = work.request
+        rest = "" if work.answer is None else work.answer.flush()
+        request.text += rest
+        request.finish_reason, request.finished_s = reason, time.monotonic()
+        if work.row is not None:
+            self.runner.release(work.row)
+            del self.rows[work.row]
+        del self.work[work.sequence], self.of[request]
+        logprob, top = (None, None) if chosen is None else (chosen.logprob, chosen.top_logprobs)
+        return TokenEvent(request, token, piece + rest, loops, logprob, top, reason)
+
+    def _chunk(self, work: _Work, n: int) -> Chunk:
+        sequence = work.sequence
+        if work.row is None:
+            work.row = self.runner.admit(work.rule, sequence.n_loops)
+            self.rows[work.row] = work
+            work.request.n_cached = sequence.n_cached
+        first = sequence.n_computed
+        ids = sequence.token_ids[first : first + n]
+        return Chunk(work.row, first, ids, [block.pages for block in sequence.blocks])
+
+    # What a request asks for, checked against the model.
+
+    def _ids(self, prompt: str | Ids[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"prompt={prompt!r:.60} is text, which needs a tokenizer; give one to the engine, or ids"
+                )
+            prompt = self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Ids) or not all(type(i) is int for i in prompt):
+            raise TypeError(f"prompt={prompt!r:.60} must be text or a list of ids; use [1, 2, 3]")
+        if not prompt:
+            raise ValueError("the prompt is empty; give it a start token")
+        check_ids(torch.tensor([list(prompt)]), self.model.cfg)
+        return list(prompt)
+
+    def _check_length(self, n_prompt: int, max_tokens: int) -> None:
+        cfg = self.model.cfg
+        room = min(cfg.max_output_tokens, cfg.max_seq_len - n_prompt)
+        if room < 1:
+            raise ValueError(f"the prompt's {n_prompt} tokens fill max_seq_len={cfg.max_seq_len}; shorten the prompt")
+        check_int(
+            "max_tokens",
+            max_tokens,
+            1,
+            room,
+            f"the prompt has {n_prompt} tokens, max_seq_len={cfg.max_seq_len} and "
+            f"max_output_tokens={cfg.max_output_tokens}, so use max_tokens={room} or less, or a shorter prompt",
+        )
+
+    def _depth(self, params: SamplingParams) -> tuple[HaltingRule, int, Hashable]:
+        """The rule and the most loops, and what tells one depth from another."""
+        cfg, block = self.model.cfg, self.model.recurrent
+        n_loops = check_n_loops(params.n_loops, cfg)
+        exit = params.exit
+        if block is None:
+            if exit is not None or params.min_loops is not None:
+                raise ValueError(f"exit={exit!r} and min_loops={params.min_loops} need a model with a recurrent block")
+            return self.rules.setdefault(None, Fixed()), 1, None
+        min_loops = cfg.min_loops if params.min_loops is None else params.min_loops
+        check_int("min_loops", min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
+        if isinstance(exit, HaltingRule):
+            if params.min_loops is not None or params.exit_threshold is not None:
+                raise ValueError("min_loops and exit_threshold are for a rule given by name; set the rule's own")
+            return exit, n_loops, (n_loops, exit)
+        if exit is None and params.exit_threshold is not None:
+            raise ValueError(f"exit_threshold={params.exit_threshold} needs a rule to belong to; pass exit='kl' too")
+        name = exit or ("fixed" if block.act is None else "act")
+        key = (name, params.exit_threshold, min_loops)
+        if key not in self.rules:
+            self.rules[key] = make_rule(
+                name, params.exit_threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold
+            )
+        return self.rules[key], n_loops, (n_loops, *key)
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        for token in params.stop_token_ids:
+            check_int("stop_token_ids", token, 0, self.model.cfg.vocab_size - 1)
+        end = None if self.tokenizer is None or params.ignore_eos else self.tokenizer.eos_id
+        return frozenset(params.stop_token_ids) | ({end} if end is not None else set())
+
+
+def _row(work: _Work) -> Row:
+    assert work.row is not None
+    return work.row
+
+
+def _draw(params: SamplingParams) -> Draw:
+    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    how = Sampling(**{f.name: getattr(params, f.name) for f in fields(Sampling)})
+    return Draw(how, torch.Generator().manual_seed(seed), params.logprobs)

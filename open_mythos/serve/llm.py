@@ -1,0 +1,259 @@
+"""Answers to a list of prompts: the engine behind one call, in the shape that users of vLLM know.
+
+llm = LLM("runs/text/final")
+for output in llm.generate(["She was ", "Anne had "], SamplingParams(max_tokens=32, temperature=0.7)):
+    print(output.prompt, output.outputs[0].text)
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_mythos.chat import Message, end_of_turn, render
+from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.model import OpenMythos
+from open_mythos.serve.engine import Engine, EngineConfig, Request, TokenEvent
+from open_mythos.serve.params import SamplingParams
+from open_mythos.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely a token was."""
+
+    logprob: float
+    decoded_token: str | None
+    """The token alone as text; None without a tokenizer."""
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    """Which of the prompt's `n` answers."""
+    text: str
+    """Up to the stop string, if one was found; empty without a tokenizer."""
+    token_ids: list[int]
+    loops: list[int]
+    """Loops that each token took."""
+    cumulative_logprob: float | None
+    """The sum over the tokens; None unless `logprobs` was asked for."""
+    logprobs: list[dict[int, Logprob]] | None
+    """For each token: itself and so many of the best."""
+    finish_reason: str | None
+    """"stop" or "length"."""
+    stop_reason: int | str | None
+    """The stop string or stop id that ended it; None for the tokenizer's end token and for "length"."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers."""
+
+    request_id: str
+    prompt: str | None
+    """None where ids were given."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int
+    """Tokens of the prompt that the first answer found computed."""
+
+
+class LLM:
+    """A model that answers lists of prompts, each token at its own depth.
+
+    Args:
+        model: a model's folder, such as RUN/final, or a model.
+        tokenizer: left out: the folder's. A model without one answers ids with ids.
+        device, dtype: of a folder's model; left out: "auto" and "float32".
+        config: of the engine. A list of prompts waits here, however long: `max_queue` is not looked at.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable.
+        OSError: the folder is none of a model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | OpenMythos,
+        tokenizer: Tokenizer | None = None,
+        *,
+        device: Device | None = None,
+        dtype: Dtype | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        if isinstance(model, OpenMythos):
+            if device is not None or dtype is not None:
+                raise ValueError(f"device={device!r}, dtype={dtype!r} go with a folder; use model.to(...) on a model")
+        else:
+            folder = Path(model)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"folder {folder} does not exist; give a model's folder, such as RUN/final")
+            tokenizer = tokenizer or load_tokenizer(folder)
+            where = setup_device(device or "auto")
+            model = OpenMythos.from_pretrained(folder, device=where, dtype=getattr(torch, dtype or "float32"))
+        self.model, self.tokenizer = model, tokenizer
+        self.engine = Engine(model, tokenizer, replace(config or EngineConfig(), max_queue=2**31 - 1))
+        self._n_prompts = 0
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts; nothing starts before all of them have been checked.
+
+        Args:
+            prompts: one or a list of: a string, a list of ids, {"prompt": string}, {"prompt_token_ids": ids}.
+            sampling_params: for all, or one for each prompt; None: the defaults, which are 16 tokens.
+            progress: show a bar with tokens per second and the mean loops of a token.
+
+        Returns:
+            One for each prompt, in their order.
+
+        Raises:
+            TypeError, ValueError: a prompt or its parameters are unusable.
+            FloatingPointError: the logits of a prompt became NaN; the other answers are dropped.
+        """
+        wanted = [_read(prompt, i) for i, prompt in enumerate(_listed(prompts))]
+        answers: list[list[_Answer]] = []
+        running: dict[int, _Answer] = {}
+        try:
+            for prompt, params in zip(wanted, _for_each(sampling_params, len(wanted)), strict=True):
+                answers.append([])
+                for i in range(params.n):
+                    seed = None if params.seed is None else params.seed + i
+                    # The prompt is encoded once.
+                    ids = answers[-1][0].request.prompt_ids if i else prompt
+                    request = self.engine.add(ids, replace(params, n=1, seed=seed))
+                    running[request.id] = _Answer(request, [])
+                    answers[-1].append(running[request.id])
+            self._run(running, progress)
+        finally:
+            for answer in running.values():
+                self.engine.cancel(answer.request)
+        return [self._output(prompt, group) for prompt, group in zip(wanted, answers, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """The assistant's next message in one conversation or several; the rest is that of `generate`.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}], or a list of such lists; see open_mythos.chat.
+        """
+        if self.tokenizer is None:
+            raise ValueError("messages need a tokenizer; use LLM(model, tokenizer)")
+        one = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts = [{"prompt_token_ids": render(each, self.tokenizer, reply=True)[0]} for each in conversations]
+        params, end = _for_each(sampling_params, len(prompts)), end_of_turn(self.tokenizer)
+        if isinstance(end, str):
+            params = [replace(each, stop=(*each.stop_strings, end)) for each in params]
+        return self.generate(prompts, params, progress=progress)
+
+    def _run(self, running: "dict[int, _Answer]", progress: bool) -> None:
+        """Step until every answer has left `running`."""
+        from open_mythos.terminal import ProgressLine
+
+        n_tokens = n_loops = 0
+        began = time.perf_counter()
+        with ProgressLine(len(running), "answers", progress, stderr=True) as line:
+            while running:
+                left = len(running)
+                for event in self.engine.step():
+                    answer = running.get(event.request.id)
+                    if answer is None:
+                        continue  # of a request that was added to the engine itself
+                    if event.token_id is not None:
+                        answer.events.append(event)
+                        n_tokens, n_loops = n_tokens + 1, n_loops + event.loops
+                    if event.finish_reason == "error":
+                        raise FloatingPointError(
+                            f"the logits of a prompt of {len(event.request.prompt_ids)} tokens are NaN: the weights have "
+                            "diverged or overflow; use earlier weights, or float32"
+                        )
+                    if event.finish_reason is not None:
+                        del running[event.request.id]
+                seconds = time.perf_counter() - began
+                numbers = {"tok/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}
+                line.advance(numbers, left - len(running))
+
+    def _output(self, prompt: str | list[int], answers: "list[_Answer]") -> RequestOutput:
+        self._n_prompts += 1
+        first = answers[0].request
+        return RequestOutput(
+            request_id=str(self._n_prompts - 1),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=list(first.prompt_ids),
+            outputs=[self._completion(i, answer) for i, answer in enumerate(answers)],
+            finished=True,
+            num_cached_tokens=first.n_cached,
+        )
+
+    def _completion(self, index: int, answer: "_Answer") -> CompletionOutput:
+        request, logprobs, total = answer.request, None, None
+        if request.params.logprobs is not None:
+            logprobs = [self._logprobs(event) for event in answer.events]
+            total = sum(event.logprob or 0.0 for event in answer.events)
+        return CompletionOutput(
+            index, request.text, list(request.token_ids), list(request.loops), total, logprobs,
+            request.finish_reason, request.stop_reason,
+        )  # fmt: skip
+
+    def _logprobs(self, event: TokenEvent) -> dict[int, Logprob]:
+        own = {} if event.token_id is None or event.logprob is None else {event.token_id: event.logprob}
+        decode = (lambda _: None) if self.tokenizer is None else self.tokenizer.decode
+        return {i: Logprob(value, decode([i])) for i, value in {**own, **(event.top_logprobs or {})}.items()}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    request: Request
+    events: list[TokenEvent]
+    """Those with a token."""
+
+
+def _listed(prompts: Any) -> Sequence[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts={prompts!r:.60} must be a string, a list of ids, or a list of such; use ['She was ']")
+    return [prompts] if prompts and all(type(i) is int for i in prompts) else prompts
+
+
+def _read(prompt: Any, place: int) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        known = [prompt[key] for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
+        if len(known) != 1:
+            raise ValueError(
+                f"prompts[{place}] has the keys {', '.join(map(str, prompt))}; give it 'prompt' or 'prompt_token_ids'"
+            )
+        prompt = known[0]
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, Sequence) or not all(type(i) is int for i in prompt):
+        raise TypeError(f"prompts[{place}]={prompt!r:.60} must be a string or a list of ids; use 'She was ' or [1, 2]")
+    return list(prompt)
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, n_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * n_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise TypeError(f"sampling_params={params!r:.60} must be SamplingParams, or a list of them")
+    if len(params) != n_prompts:
+        raise ValueError(f"sampling_params has {len(params)} for {n_prompts} prompts; give one, or one for each")
+    return list(params)
