@@ -40,6 +40,7 @@ def draw_policies(panels: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     columns = min(3, len(panels))
     n_lines = -(-len(panels) // columns)
@@ -57,7 +58,7 @@ def draw_policies(panels: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]]
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(rows, [str(n) for n in rows])
-        axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_title(title)
         axes.set_xlabel("requests in work")
         axes.set_ylabel("tokens per second")

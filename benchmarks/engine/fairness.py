@@ -1,8 +1,9 @@
 """What shallow requests feel of deep ones beside them.
 
-Two loads of equally many clients are compared, each of which asks again as soon as its answer is complete. All rows are
-busy in both, so that they run equally many loop-tokens in each loop: in the mixed load half of the clients ask for one
-loop and half for 16, in the other all ask for one, which is each deep answer replaced by 16 shallow ones.
+Two loads of equally many clients are compared, each of which asks again as soon as its answer is complete. Both run as
+many loop-tokens in each loop as there are rows, but for the loop in which a client asks again and nobody waits: in the
+mixed load half of the clients ask for one loop and half for 16, in the other all ask for one, which is each deep answer
+replaced by 16 shallow ones.
 
 Turnaround and wait are counted in ticks, a tick being as many loop-tokens as there are rows. The ideal is perfect
 sharing: every client, waiting or not, gets an equal part of the loop-tokens, at most one a tick.
@@ -25,8 +26,8 @@ from open_mythos.serve.params import SamplingParams
 ROWS = 32
 NEW_TOKENS = 16
 SHALLOW, DEEP = 1, DEEPEST
-MIXED_LONGER = 3
-"""A slice of the mixed load lasts so many times one of the shallow load, which has more answers to a second."""
+SECONDS = {"mixed": 8, "shallow": 2, "again": 2}
+"""Of a slice, for each second of a window elsewhere: deep answers take seconds."""
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Pending:
     depth: int
     arrived: float
     """Tick."""
+    whole: bool
+    """Not shortened, as the first ones are so that later ones end evenly."""
     last: float | None = None
     """When its last token came, in CPU seconds."""
 
@@ -93,14 +96,15 @@ class Crowd:
             kind.gaps.append(self.clock - request.last)
         request.last = self.clock
         if event.finish_reason:
-            kind.turnarounds.append(self.ticks - request.arrived)
+            if request.whole:
+                kind.turnarounds.append(self.ticks - request.arrived)
             del self.pending[event.request.id]
             self._ask(request.depth, NEW_TOKENS)
 
     def _ask(self, depth: int, max_tokens: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, seed=self.n_added, n_loops=depth, exit="fixed", ignore_eos=True)
         request = self.engine.add(self.prompts[self.n_added % len(self.prompts)], params)
-        self.pending[request.id] = Pending(depth, self.ticks)
+        self.pending[request.id] = Pending(depth, self.ticks, max_tokens == NEW_TOKENS)
         self.n_added += 1
 
     def ideal(self, depth: int) -> float:
@@ -132,7 +136,7 @@ class Fairness:
         for i in range(run.rounds + 1):
             for name, crowd in crowds.items():
                 run.tell("timing" if i else "warm-up", i, run.rounds + 1)
-                seen = crowd.serve(run.seconds * (MIXED_LONGER if name == "mixed" else 1))
+                seen = crowd.serve(run.seconds * SECONDS[name])
                 if i:
                     p95[name].append(float(np.percentile(seen[SHALLOW].gaps, 95)))
                 for depth, kind in seen.items() if i and name == "mixed" else ():

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,8 @@ class Window:
     cpu: float = 0.0
     wall: float = 0.0
     tokens: int = 0
-    loops: int = 0
-    """Of those tokens."""
+    depths: Counter[int] = field(default_factory=Counter)
+    """How many of them took so many loops."""
     plain: list[float] = field(default_factory=list)
     """CPU seconds of every step that only looped."""
     reading: list[float] = field(default_factory=list)
@@ -41,7 +42,12 @@ class Window:
     @property
     def depth(self) -> float:
         """Mean loops per token."""
-        return self.loops / self.tokens
+        return mean(self.depths)
+
+
+def mean(depths: Counter[int]) -> float:
+    """Loops per token."""
+    return sum(depth * n for depth, n in depths.items()) / depths.total()
 
 
 def pool(model: OpenMythos, rows: int, batch_invariant: bool = True) -> EngineConfig:
@@ -96,7 +102,7 @@ class Load:
             (window.reading if events else window.plain).append(now - before)
             before = now
             window.tokens += len(events)
-            window.loops += sum(event.loops for event in events)
+            window.depths.update(event.loops for event in events)
             if events and now - started >= seconds:
                 break
         window.cpu, window.wall = now - started, time.perf_counter() - wall

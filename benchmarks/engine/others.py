@@ -56,18 +56,21 @@ class Others:
                 for tokens in (1, 1 + DECODED):
                     info[name] = clients[name].prepare(str(tokens), replace(job, new_tokens=tokens))
                     clients[name].ask("call", id=str(tokens))
-            for i in range(run.rounds + 1):
+            for law, load in loads.items():
+                run.tell(f"warm-up, {law}", 0, 1)
+                load.window(run.seconds)
+            for i in range(run.rounds):
                 found: dict[str, float] = {}
                 for law, load in loads.items():
-                    run.tell(f"ours, {law}", i, run.rounds + 1)
+                    run.tell(f"ours, {law}", i, run.rounds)
                     found[f"engine, {law}"] = load.window(run.seconds).rate
-                    run.tell(f"`generate`, {law}", i, run.rounds + 1)
+                    run.tell(f"`generate`, {law}", i, run.rounds)
                     found[f"`generate`, {law}"] = _one_by_one(model, law, i)
                 for name, client in clients.items():
-                    run.tell(name, i, run.rounds + 1)
+                    run.tell(name, i, run.rounds)
                     short, long = (client.ask("call", id=str(n))["cpu"] for n in (1, 1 + DECODED))
                     found[name] = self.rows * DECODED / (long - short)
-                for name, rate in found.items() if i else ():
+                for name, rate in found.items():
                     rates.setdefault(name, []).append(rate)
         finally:
             for client in clients.values():

@@ -1,15 +1,18 @@
 """Ways to run tokens of different depths in one batch, on the same engine."""
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.engine.bounds import allowed, best_threshold
 from benchmarks.engine.laws import UntilAllAreDone
-from benchmarks.engine.load import Load, Window
+from benchmarks.engine.load import Load, Window, mean
 from benchmarks.engine.run import Different, Run
 from benchmarks.engine.subjects import Subject, model_of
 from benchmarks.stats import Spread, ratios
 from open_mythos import OpenMythos
+from open_mythos.serve.costs import StepCosts
 from open_mythos.serve.scheduler import Refill
 
 OURS, AGAIN = "ours", "ours again"
@@ -44,9 +47,9 @@ class Policies:
             loads[policy] = self._load(policy, model, costs)
         windows = run.interleave(loads)
         self._check(loads, model)
-        return self._read(windows)
+        return self._read(windows, costs)
 
-    def _load(self, policy: str, model: OpenMythos, costs: Any) -> Load:
+    def _load(self, policy: str, model: OpenMythos, costs: StepCosts) -> Load:
         rule = self.subject.rule(self.law)
         if policy == FIXED:
             rule = {"exit": "fixed"}
@@ -73,13 +76,14 @@ class Policies:
         if (alone[len(prompt) :], depths) != (tokens, loops):
             raise Different(f"request {number} has other tokens or loops in the engine than from generate")
 
-    def _read(self, windows: dict[str, list[Window]]) -> dict[str, Any]:
+    def _read(self, windows: dict[str, list[Window]], costs: StepCosts) -> dict[str, Any]:
         rates = {policy: [window.rate for window in found] for policy, found in windows.items()}
         fixed = windows[FIXED]
         loop_s = statistics.median(s for window in fixed for s in window.plain)
         outer_s = statistics.median(s for window in fixed for s in window.reading) - loop_s
-        depth = {policy: _depth(found) for policy, found in windows.items()}
-        limit = allowed(self.subject.n_loops, depth[OURS], loop_s, outer_s)
+        depths = {policy: _depths(found) for policy, found in windows.items()}
+        limit = allowed(self.subject.n_loops, mean(depths[OURS]), loop_s, outer_s)
+        threshold, at = best_threshold(costs, depths[OURS], self.subject.n_loops, self.rows)
         over = ratios(rates[OURS], rates[FIXED])
         best = max(SIMPLE, key=lambda policy: statistics.median(rates[policy]))
         return {
@@ -88,11 +92,15 @@ class Policies:
             "rows": self.rows,
             "rates": {policy: Spread.of(found) for policy, found in rates.items()},
             "wall_rates": {p: Spread.of([w.tokens / w.wall for w in found]) for p, found in windows.items()},
-            "depths": depth,
+            "depths": {policy: mean(found) for policy, found in depths.items()},
+            "exits": [depths[OURS][depth] for depth in range(1, self.subject.n_loops + 1)],
             "tokens": {policy: sum(window.tokens for window in found) for policy, found in windows.items()},
+            "costs": {n: [costs.loop(n), costs.outer(n)] for n in (1, 2, 4, 8, 16, 32, 64)},
             "loop_s": loop_s,
             "outer_s": outer_s,
             "limit": limit,
+            "threshold": threshold,
+            "threshold_rows": at,
             "over_fixed": over,
             "share": over.median / limit,
             "best": best,
@@ -102,10 +110,5 @@ class Policies:
         }
 
 
-def allowed(n_loops: int, depth: float, loop_s: float, outer_s: float) -> float:
-    """Amdahl's limit over fixed depth: a loop at full batch costs `loop_s`, everything around the loops `outer_s`."""
-    return (n_loops * loop_s + outer_s) / (depth * loop_s + outer_s)
-
-
-def _depth(windows: list[Window]) -> float:
-    return sum(window.loops for window in windows) / sum(window.tokens for window in windows)
+def _depths(windows: list[Window]) -> Counter[int]:
+    return sum((window.depths for window in windows), Counter())

@@ -33,7 +33,19 @@ of neighbouring windows, with its quartiles; times are CPU time of one thread.
   that ours executed; L is what a loop of R rows costs and O all that surrounds the loops of R tokens (coda, head,
   sampling, scheduling, embedding, prelude), both read off the steps of (a): those that only loop, and those that read
   out too.
+- **Best threshold**: what reading out whenever so many rows have exited (in brackets) can reach over (a) at best,
+  simulated on the costs measured at the start and the depths that ours executed. Less than the limit: to read out few
+  rows costs nearly as much as to read out many, and so does a loop that some rows wait for.
 - **Itself**: a second engine of ours with other seeds, over ours. It holds the luck of the depths as well.
+"""
+
+AGAIN = """
+```console
+python -m benchmarks.engine --list
+python -m benchmarks.engine --out {out}                                # all that the folder does not hold of this code
+python -m benchmarks.engine --cases "heavy, geometric" modes --fresh    # those whose names begin so, again
+python -m benchmarks.engine --trained runs/adaptive-text/final --cases trained
+```
 """
 
 
@@ -65,10 +77,11 @@ def render(data: dict[str, Any], folder: str) -> str:
         for (subject, law), group in _groups(policies).items():
             lines += [f"### {SUBJECTS[subject].title[0].upper()}{SUBJECTS[subject].title[1:]}, {law}", ""]
             lines += [*_policies(group), ""]
+        lines += ["### Costs measured at the start, in ms", "", *_costs(policies), ""]
     for kind, title, part in PARTS:
         if found := _of(cases, kind):
             lines += [title, "", *part(found), ""]
-    lines += ["### Runs", "", *_runs(data)]
+    lines += ["### Runs", "", *_runs(data), *AGAIN.format(out=f"docs/results/{folder}").splitlines()]
     return "\n".join(lines)
 
 
@@ -120,6 +133,7 @@ def _policies(group: list[dict[str, Any]]) -> list[str]:
         "ours over (a)",
         "limit",
         "share",
+        "best threshold",
         "ours over the best of (a)-(c)",
         "over at once",
         "itself",
@@ -136,6 +150,7 @@ def _policies(group: list[dict[str, Any]]) -> list[str]:
                 _ratio(case["over_fixed"]),
                 f"{case['limit']:.2f}",
                 f"{case['share']:.0%}",
+                f"{case['threshold']:.2f} ({case['threshold_rows']})",
                 f"({best}) {_ratio(case['over_best'])}",
                 _ratio(case["over_at_once"]),
                 _ratio(case["noise"]),
@@ -143,6 +158,15 @@ def _policies(group: list[dict[str, Any]]) -> list[str]:
                 f"{1e3 * case['loop_s']:.3g}, {1e3 * case['outer_s']:.3g}",
             )
         )
+    return lines
+
+
+def _costs(policies: list[dict[str, Any]]) -> list[str]:
+    by_subject = {case["subject"]: case["costs"] for case in policies}
+    lines = _table("model", "of", *(f"{n} tokens" for n in next(iter(by_subject.values()))))
+    for subject, costs in by_subject.items():
+        for i, what in enumerate(("a loop", "all around the loops")):
+            lines.append(_row(subject, what, *(f"{1e3 * cost[i]:.3g}" for cost in costs.values())))
     return lines
 
 
@@ -180,11 +204,12 @@ def _modes(found: list[dict[str, Any]]) -> list[str]:
 
 def _fairness(found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "32 rows, the loop-heavy model. Clients ask again as soon as their answer of 16 tokens is complete; all "
-        "rows are busy, so that both loads run 32 loop-tokens in every loop: *mixed*, half of the clients at 1 loop "
-        "and half at 16; *shallow*, all at 1 (each deep answer replaced by 16 shallow ones). Gap: time between two "
-        "tokens of a shallow request. Turnaround and wait (to the first token) are counted in loop-tokens executed, "
-        "over the ideal: every client gets an equal part of them, at most one a loop.",
+        "32 rows, the loop-heavy model. Clients ask again as soon as their answer of 16 tokens is complete, and "
+        "both loads run 32 loop-tokens in every loop (but where a client asks again and nobody waits): *mixed*, "
+        "half of the clients at 1 loop and half at 16; *shallow*, all at 1 (each deep answer replaced by 16 shallow "
+        "ones). Gap: time between two tokens of a shallow request. Turnaround and wait (to the first token) are "
+        "counted in loop-tokens executed, over the ideal of a whole answer: every client gets an equal part of "
+        "them, at most one a loop.",
         "",
         *_table("clients", "p95 gap, mixed", "p95 gap, shallow", "mixed over shallow", "shallow against itself"),
     ]
