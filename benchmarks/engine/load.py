@@ -16,6 +16,8 @@ from open_mythos.serve.scheduler import Refill
 
 NEW_TOKENS = 64
 """Of a request: contexts are spread evenly over 17 to 81 tokens, whatever the policy."""
+ONE_ROW = 64
+"""Tokens for each second that a window of one row is to take."""
 Answers = dict[int, tuple[list[int], list[int]]]
 """Tokens and loops of the finished requests, by number."""
 
@@ -90,7 +92,11 @@ class Load:
             self._add(1 + i * NEW_TOKENS // rows if i < rows else NEW_TOKENS)
 
     def window(self, seconds: float) -> Window:
-        """From a read-out to the first one after so many CPU seconds: the end depends on time, not on tokens."""
+        """From a read-out to the first one after so many CPU seconds: the end depends on time, not on tokens.
+
+        One row alone goes on for so many times ONE_ROW tokens, so that policies are timed on the same tokens: there a
+        count favours nobody.
+        """
         while not self.step():
             pass
         window = Window()
@@ -103,7 +109,7 @@ class Load:
             before = now
             window.tokens += len(events)
             window.depths.update(event.loops for event in events)
-            if events and now - started >= seconds:
+            if events and (window.tokens >= seconds * ONE_ROW if self.rows == 1 else now - started >= seconds):
                 break
         window.cpu, window.wall = now - started, time.perf_counter() - wall
         return window

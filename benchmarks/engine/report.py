@@ -20,13 +20,14 @@ of neighbouring windows, with its quartiles; times are CPU time of one thread.
   prompt of 17 tokens, of which 16 are found in reused pages, and takes 64 new ones, drawn at temperature 1 from its
   own seed; contexts are spread evenly over 17 to 81 tokens. No window holds the computation of a prompt.
 - **Window.** From a read-out to the first one after {seconds:g} s. To stop at a number of tokens would favour the
-  shallow ones. Policies take turns, {rounds} windows each, every round begins with another one.
+  shallow ones, but with one row, where windows are of 64 tokens for each second, the same for all policies. Policies
+  take turns, {rounds} windows each, and every round begins with another one.
 - **Laws.** A token's depth is read off its state before the first loop: uniform over 1 to 16, or geometric with mean
   4, cut at 16. So it is the same alone, in any batch and in `generate`. The trained model leaves by its own rule.
 - **Policies**, all on this engine: (a) every token at full depth; (b) every row goes on until all are done; (c) rows
   that are done are dropped, read out when all are done; at once: read out after every loop in which one is done.
   Ours: when the costs measured at the start say so. (b) and (a) compute other tokens than the rest, at depths of the
-  same law.
+  same law. The best of (a) to (c) is picked after the fact.
 - **Gate.** Every answer finished by ours, (c) and at once has the same tokens and loops, and one of them is held
   against `generate`. Otherwise there is no figure.
 - **Limit** over (a), after Amdahl: (n L + O) / (d L + O) with n the most loops and d the mean depth of the tokens
@@ -39,7 +40,7 @@ of neighbouring windows, with its quartiles; times are CPU time of one thread.
 - **Itself**: a second engine of ours with other seeds, over ours. It holds the luck of the depths as well.
 """
 
-AGAIN = """
+COMMANDS = """
 ```console
 python -m benchmarks.engine --list
 python -m benchmarks.engine --out {out}                                # all that the folder does not hold of this code
@@ -81,7 +82,7 @@ def render(data: dict[str, Any], folder: str) -> str:
     for kind, title, part in PARTS:
         if found := _of(cases, kind):
             lines += [title, "", *part(found), ""]
-    lines += ["### Runs", "", *_runs(data), *AGAIN.format(out=f"docs/results/{folder}").splitlines()]
+    lines += ["### Runs", "", *_runs(data), *COMMANDS.format(out=f"docs/results/{folder}").splitlines()]
     return "\n".join(lines)
 
 
