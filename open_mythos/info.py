@@ -8,16 +8,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token
+from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers
 from open_mythos.config import MythosConfig
 from open_mythos.variants import VARIANTS
 
 LOOPS = (1, 4, 16)
 TRAINING_BYTES = 16
 """Per parameter with Adam in mixed precision: float32 weight and two moments, bf16 weight and gradient."""
+PAGE_TOKENS = 16
+"""Of the engine's pages, unless told otherwise."""
+REQUEST_TOKENS = 1024
+"""Prompt and answer of the requests that are counted."""
 
 
-def print_info(model: str, gpu_gb: float, vocab_size: int | None = None) -> None:
+def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: float = 10.0) -> None:
     """Print the costs of a variant or of a model folder, with another vocabulary than its own if one is given.
 
     Raises:
@@ -25,6 +29,8 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None) -> None
     """
     if not gpu_gb > 0:
         raise ValueError(f"gpu_gb={gpu_gb} must be above 0; use 80")
+    if not 0 < kv_gb < math.inf:
+        raise ValueError(f"kv_gb={kv_gb} must be a finite number above 0; use 10")
     name, cfg = _find(model)
     console = Console(highlight=False)
     if vocab_size is not None:
@@ -34,6 +40,7 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None) -> None
     console.print(_parameters(name, cfg))
     console.print(_per_token(cfg))
     console.print(_memory(cfg, gpu_gb))
+    console.print(_pages(cfg, kv_gb))
 
 
 def _find(model: str) -> tuple[str, MythosConfig]:
@@ -117,6 +124,29 @@ def _memory(cfg: MythosConfig, gpu_gb: float) -> Table:
     ]
     for label, n_bytes in rows:
         table.add_row(label, scaled(n_bytes, 1024, "B"), f"{math.ceil(n_bytes / (gpu_gb * 1e9)):,}")
+    return table
+
+
+def _pages(cfg: MythosConfig, kv_gb: float) -> Table:
+    """What the engine has room for: tokens in pages of PAGE_TOKENS, one page per layer and loop."""
+    outside, most = n_layers(cfg, 0), cfg.max_loop_iters if cfg.recurrent_layers else 1
+    page = kv_bytes_per_token(cfg, most) // n_layers(cfg, most) * PAGE_TOKENS
+    n_pages = int(kv_gb * 1e9) // page
+    inside = kv_bytes_per_token(cfg, 1) - kv_bytes_per_token(cfg, 0)
+    table = Table(
+        title=f"{kv_gb:g} GB of keys and values in bf16: {n_pages:,} pages of {scaled(page, 1024, 'B')}; a token takes "
+        f"{scaled(inside, 1024, 'B')} per loop and {scaled(kv_bytes_per_token(cfg, 0), 1024, 'B')} in {outside} layers "
+        "outside the loop",
+        title_justify="left",
+    )
+    lengths = sorted({min(REQUEST_TOKENS, cfg.max_seq_len), cfg.max_seq_len})
+    for column in ("loops", "bytes of a token", "tokens", *(f"requests of {n:,} tokens" for n in lengths)):
+        table.add_column(column, justify="right")
+    for n_loops in sorted({n for n in LOOPS if n < most} | {most}):
+        blocks = n_pages // n_layers(cfg, n_loops)
+        requests = [f"{blocks // math.ceil(n / PAGE_TOKENS):,}" for n in lengths]
+        kv = scaled(kv_bytes_per_token(cfg, n_loops), 1024, "B")
+        table.add_row(str(n_loops), kv, f"{blocks * PAGE_TOKENS:,}", *requests)
     return table
 
 

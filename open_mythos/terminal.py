@@ -11,6 +11,16 @@ from rich.text import Text
 LOOP_COLORS = ("#9ecae1", "#6baed6", "#74c476", "#a1d99b", "#fed976", "#fd8d3c", "#fc4e2a", "#e31a1c")
 
 
+def write(console: Console, text: str, style: str = "") -> None:
+    """Write text as it is, in a colour where the console has colours."""
+    if style and console.is_terminal:
+        console.print(Text(text, style), end="")
+    else:
+        # Unchanged, which rich would not leave it: it expands tabs.
+        console.file.write(text)
+        console.file.flush()
+
+
 def loop_style(loops: int, most: int) -> str:
     """The colour of a token that took `loops` of at most `most` loops."""
     place = max(0, loops - 1) / max(1, most - 1)

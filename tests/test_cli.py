@@ -114,6 +114,17 @@ def test_info_of_a_variant(model: str, capsys: pytest.CaptureFixture) -> None:
         assert figure in out
 
 
+def test_info_counts_what_pages_hold(capsys: pytest.CaptureFixture) -> None:
+    """11,520 bytes are a token of 1b at 16 loops, in pages of 16 tokens: 576 for each of 16 loops and 4 layers."""
+    assert main(["info", "1b", "--kv-gb", "0.1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "10,850 pages of 9 KiB" in out and "576 B per loop and 2.25 KiB in 4 layers" in out
+    blocks = int(0.1e9) // (16 * 576) // (16 + 4)
+    assert f"{blocks * 16:,}" in out and f" {blocks // 64} " in out and f" {blocks // 256} " in out
+    assert main(["info", "1b", "--kv-gb", "0"]) == 2
+    assert "kv_gb=0.0 must be a finite number above 0" in capsys.readouterr().err
+
+
 def test_info_of_a_folder(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["info", str(run_folder / "final")]) == 0
     assert str(run_folder / "final") in capsys.readouterr().out.replace("\n", "")

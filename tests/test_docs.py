@@ -16,7 +16,7 @@ import pytest
 
 import open_mythos
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
-from open_mythos.accounting import count_parameters
+from open_mythos.accounting import count_parameters, kv_bytes_per_token, n_layers
 from open_mythos.cli import main
 from open_mythos.generate import generate
 from open_mythos.nn.halting import EXIT_THRESHOLDS
@@ -24,10 +24,13 @@ from open_mythos.plan import make_plan
 from open_mythos.plan.cards import CARDS
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.sampling import sample
+from open_mythos.serve.engine import EngineConfig
+from open_mythos.serve.params import SamplingParams
 from open_mythos.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README, REFERENCE, TRAINING = ROOT / "README.md", ROOT / "docs/open_mythos.md", ROOT / "docs/training.md"
+ENGINE = ROOT / "docs/engine.md"
 GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 """What is executed."""
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -90,6 +93,8 @@ def test_mythos_commands_work(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     Path("text.txt").write_text("She had been forced into prudence in her youth. " * 50)
     turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(99)]
     Path("chat.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
+    # What a reader types.
+    monkeypatch.setattr("sys.stdin", io.StringIO("/max 4\nHello.\n/quit\n"))
     for program, *args in commands(path):
         if program != "mythos":
             continue
@@ -180,6 +185,25 @@ def test_configuration_table_has_every_field_and_default() -> None:
     for name, default in fields.items():
         told = ast.literal_eval(table[name])
         assert (told, type(told)) == (default, type(default)), name
+
+
+@pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
+def test_engine_tables_have_every_field_and_default(cls: Any) -> None:
+    table = {code(cells[0]): ast.literal_eval(code(cells[1])) for cells in rows(ENGINE) if len(cells) == 3}
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    assert fields.items() <= table.items()
+    others = {field.name for field in dataclasses.fields(SamplingParams if cls is EngineConfig else EngineConfig)}
+    assert set(table) == set(fields) | others
+
+
+def test_bytes_of_a_token_are_those_of_accounting() -> None:
+    cfg, text = VARIANTS["1b"](), ENGINE.read_text("utf-8")
+    outside, at_4, at_16 = (kv_bytes_per_token(cfg, n) for n in (0, 4, 16))
+    told = f"{kv_bytes_per_token(cfg, 1) - outside} bytes per loop and {outside:,} outside it: {at_16:,} at 16 loops"
+    assert f"{told}, {at_4:,} at 4." in text
+    page = 16 * at_16 // n_layers(cfg, 16)
+    tokens = [16 * (10**9 // page // n_layers(cfg, n)) for n in (16, 4)]
+    assert f"holds {tokens[0]:,} tokens at 16 loops and {tokens[1]:,} at 4" in text
 
 
 def training_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+from open_mythos.cli.chat import chat
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.plan import plan
 from open_mythos.cli.train import demo, train
@@ -50,6 +51,7 @@ COMMANDS = {
     "plan": plan,
     "train": train,
     "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "info": info,
 }

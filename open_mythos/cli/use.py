@@ -1,6 +1,5 @@
 """Commands that use a model, or tell what one costs."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,37 +54,28 @@ def generate(rest: list[str]) -> None:
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     import torch
     from rich.console import Console
-    from rich.text import Text
 
     from open_mythos.chat import end_of_turn, render
     from open_mythos.model import OpenMythos
-    from open_mythos.terminal import loop_legend, loop_style
+    from open_mythos.terminal import loop_legend, loop_style, write
     from open_mythos.tokenizer import TextStream, load_tokenizer
 
     device = setup_device(args.device, args.threads)
     model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.folder)
     most = args.n_loops or model.cfg.max_loop_iters
-    console, stream = Console(highlight=False, soft_wrap=True), TextStream(tokenizer)
-    started = False
-
-    def write(piece: str, style: str = "") -> None:
-        if args.show_loops:
-            console.print(Text(piece, style), end="")
-        else:
-            # Unchanged, which rich would not leave it: it expands tabs.
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    console, started = Console(highlight=False, soft_wrap=True), False
 
     def show(_: int, token: int, loops: int) -> None:
         nonlocal started
         if not started:
             # Not before: an argument may yet be refused.
-            write("" if args.chat else args.prompt)
+            write(console, "" if args.chat else args.prompt)
             started = True
-        write(stream.push(token), loop_style(loops, most))
+        write(console, stream.push(token), loop_style(loops, most) if args.show_loops else "")
 
     prompt = render([{"role": "user", "content": args.prompt}], tokenizer, reply=True)[0] if args.chat else args.prompt
+    stream = TextStream(tokenizer, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     end = end_of_turn(tokenizer) if args.chat else tokenizer.eos_id
     _, loops = model.generate(
         prompt,
@@ -105,7 +95,7 @@ def generate(rest: list[str]) -> None:
         return_loops=True,
         compiled=args.compiled,
     )
-    write(stream.flush() + "\n")
+    write(console, stream.flush() + "\n")
     if args.show_loops:
         console.print(loop_legend(most), f"   {sum(loops) / len(loops):.2f} loops per token on average")
 
@@ -118,6 +108,8 @@ class InfoArgs:
     """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
+    kv_gb: float = 10.0
+    """GB for keys and values: how many tokens and requests the engine holds in them."""
     tokenizer: str | None = None
     """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
     Hugging Face hub."""
@@ -136,7 +128,7 @@ def info(rest: list[str]) -> None:
         from open_mythos.tokenizer import open_tokenizer
 
         args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
-    print_info(args.model, args.gpu_gb, args.vocab_size)
+    print_info(args.model, args.gpu_gb, args.vocab_size, args.kv_gb)
 
 
 @dataclass

@@ -85,8 +85,9 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         if invariant():
-            # A product with one column has kernels of its own for every number of rows.
-            return ((wide(h) * wide(self.halt.weight)).sum(-1) + wide(self.halt.bias)).sigmoid()
+            # A product with one column has a kernel for every number of rows, and sigmoid another one for the last few.
+            logit = (wide(h) * wide(self.halt.weight)).sum(-1) + wide(self.halt.bias)
+            return 1 / (1 + (-logit).exp())
         return wide_linear(h, self.halt.weight, self.halt.bias).squeeze(-1).sigmoid()
 
 

@@ -3,7 +3,8 @@
 Libraries choose their kernel by the number of rows, and each adds up in an order of its own. Inside `batch_invariant`
 the choices of this package go by the weights alone; and a caller that keeps the number of rows a multiple of `ROWS`
 stays in one class of kernels of both MKL and oneDNN (measured on AVX2 and AVX-512: 1 row, 2 to 3, and 4 or more differ
-from each other; float64 and complex products also take another path for rows left over behind a multiple of 4).
+from each other; float64 and complex products also take another path for rows left over behind a multiple of 4). It does
+not hold in float64 for weights of an odd number of inputs, where MKL goes by the alignment of each row.
 """
 
 from collections.abc import Generator

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import attend
 from open_mythos.nn.cache import View
+from open_mythos.nn.invariant import ROWS, invariant
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+
+SMALL = 400
+"""Multiplications of one product below which torch's batched one has a way of its own, which depends on the rows."""
 
 
 class MLAttention(nn.Module):
@@ -79,15 +83,22 @@ class MLAttention(nn.Module):
     def _latent_query(self, q_nope: Tensor) -> Tensor:
         """What meets the latents, one product for each head: (B, T, H, N) -> (B T, H, R)."""
         up_k = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, : self.nope]
-        return torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), up_k).transpose(0, 1)
+        return _by_head(q_nope.flatten(0, 1), up_k)
 
     def _values(self, out: Tensor) -> Tensor:
         """The values that sums of latents and their rotated keys stand for: (B T, H, R + P) -> (B T, H, W)."""
         up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, self.nope :]
-        return torch.bmm(out[..., : self.rank].transpose(0, 1), up_v.mT).transpose(0, 1)
+        return _by_head(out[..., : self.rank], up_v.mT)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         return attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """A product for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
+    if invariant() and ROWS * weight[0].numel() < SMALL:
+        return torch.stack([one @ matrix for one, matrix in zip(x.unbind(1), weight, strict=True)], dim=1)
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
 
 def _per_head(view: View, n_heads: int) -> View:

@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, self.eps)
-        if x.numel() <= SMALL and not invariant():
+        if x.numel() <= SMALL or invariant():
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return (x * _inverse_rms(x, self.eps).to(x.dtype)).mul_(weight)
 

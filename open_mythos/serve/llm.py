@@ -16,7 +16,7 @@ import torch
 from open_mythos.chat import Message, end_of_turn, render
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.model import OpenMythos
-from open_mythos.serve.engine import Engine, EngineConfig, Request, TokenEvent
+from open_mythos.serve.engine import Engine, EngineConfig, Request
 from open_mythos.serve.params import SamplingParams
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
@@ -124,22 +124,22 @@ class LLM:
             FloatingPointError: the logits of a prompt became NaN; the other answers are dropped.
         """
         wanted = [_read(prompt, i) for i, prompt in enumerate(_listed(prompts))]
-        answers: list[list[_Answer]] = []
-        running: dict[int, _Answer] = {}
+        answers: list[list[Request]] = []
+        running: dict[int, Request] = {}
         try:
             for prompt, params in zip(wanted, _for_each(sampling_params, len(wanted)), strict=True):
                 answers.append([])
                 for i in range(params.n):
                     seed = None if params.seed is None else params.seed + i
                     # The prompt is encoded once.
-                    ids = answers[-1][0].request.prompt_ids if i else prompt
+                    ids = answers[-1][0].prompt_ids if i else prompt
                     request = self.engine.add(ids, replace(params, n=1, seed=seed))
-                    running[request.id] = _Answer(request, [])
-                    answers[-1].append(running[request.id])
+                    running[request.id] = request
+                    answers[-1].append(request)
             self._run(running, progress)
         finally:
-            for answer in running.values():
-                self.engine.cancel(answer.request)
+            for request in running.values():
+                self.engine.cancel(request)
         return [self._output(prompt, group) for prompt, group in zip(wanted, answers, strict=True)]
 
     def chat(
@@ -164,66 +164,59 @@ class LLM:
             params = [replace(each, stop=(*each.stop_strings, end)) for each in params]
         return self.generate(prompts, params, progress=progress)
 
-    def _run(self, running: "dict[int, _Answer]", progress: bool) -> None:
-        """Step until every answer has left `running`."""
+    def _run(self, running: dict[int, Request], progress: bool) -> None:
+        """Step until every request has left `running`."""
         from open_mythos.terminal import ProgressLine
 
         n_tokens = n_loops = 0
         began = time.perf_counter()
         with ProgressLine(len(running), "answers", progress, stderr=True) as line:
             while running:
-                left = len(running)
+                ended = 0
                 for event in self.engine.step():
-                    answer = running.get(event.request.id)
-                    if answer is None:
-                        continue  # of a request that was added to the engine itself
                     if event.token_id is not None:
-                        answer.events.append(event)
                         n_tokens, n_loops = n_tokens + 1, n_loops + event.loops
                     if event.finish_reason == "error":
                         raise FloatingPointError(
-                            f"the logits of a prompt of {len(event.request.prompt_ids)} tokens are NaN: the weights have "
-                            "diverged or overflow; use earlier weights, or float32"
+                            f"the logits behind a prompt of {len(event.request.prompt_ids)} tokens are NaN: the "
+                            "weights have diverged or overflow; use earlier weights, or float32"
                         )
-                    if event.finish_reason is not None:
-                        del running[event.request.id]
+                    # Those that an earlier call left behind are not in it.
+                    if event.finish_reason is not None and running.pop(event.request.id, None) is not None:
+                        ended += 1
                 seconds = time.perf_counter() - began
-                numbers = {"tok/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}
-                line.advance(numbers, left - len(running))
+                line.advance({"tok/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}, ended)
 
-    def _output(self, prompt: str | list[int], answers: "list[_Answer]") -> RequestOutput:
+    def _output(self, prompt: str | list[int], answers: list[Request]) -> RequestOutput:
         self._n_prompts += 1
-        first = answers[0].request
         return RequestOutput(
             request_id=str(self._n_prompts - 1),
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(first.prompt_ids),
-            outputs=[self._completion(i, answer) for i, answer in enumerate(answers)],
+            prompt_token_ids=list(answers[0].prompt_ids),
+            outputs=[self._completion(i, request) for i, request in enumerate(answers)],
             finished=True,
-            num_cached_tokens=first.n_cached,
+            num_cached_tokens=answers[0].n_cached,
         )
 
-    def _completion(self, index: int, answer: "_Answer") -> CompletionOutput:
-        request, logprobs, total = answer.request, None, None
-        if request.params.logprobs is not None:
-            logprobs = [self._logprobs(event) for event in answer.events]
-            total = sum(event.logprob or 0.0 for event in answer.events)
+    def _completion(self, index: int, request: Request) -> CompletionOutput:
+        asked = request.params.logprobs is not None
         return CompletionOutput(
-            index, request.text, list(request.token_ids), list(request.loops), total, logprobs,
-            request.finish_reason, request.stop_reason,
-        )  # fmt: skip
+            index=index,
+            text=request.text,
+            token_ids=list(request.token_ids),
+            loops=list(request.loops),
+            cumulative_logprob=sum(request.logprobs) if asked else None,
+            logprobs=self._logprobs(request) if asked else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
 
-    def _logprobs(self, event: TokenEvent) -> dict[int, Logprob]:
-        own = {} if event.token_id is None or event.logprob is None else {event.token_id: event.logprob}
+    def _logprobs(self, request: Request) -> list[dict[int, Logprob]]:
         decode = (lambda _: None) if self.tokenizer is None else self.tokenizer.decode
-        return {i: Logprob(value, decode([i])) for i, value in {**own, **(event.top_logprobs or {})}.items()}
-
-
-@dataclass(frozen=True)
-class _Answer:
-    request: Request
-    events: list[TokenEvent]
-    """Those with a token."""
+        return [
+            {i: Logprob(value, decode([i])) for i, value in {token: own, **best}.items()}
+            for token, own, best in zip(request.token_ids, request.logprobs, request.top_logprobs, strict=True)
+        ]
 
 
 def _listed(prompts: Any) -> Sequence[Any]:

@@ -78,6 +78,21 @@ class PagedKV:
         width = sum(int(np.prod(shape)) for shape in self.shapes)
         self.pages = torch.zeros(n_pages + 1, page_tokens, width, dtype=dtype, device=device)
         self.table = np.full((max_rows, 1, 1), self.null, dtype=np.int64)
+        self.rope: tuple[Tensor, Tensor] | None = None
+        """Of the positions from 0 on, for as many as have been asked for."""
+        later = torch.ones(GRID, GRID, dtype=torch.bool, device=device).triu(1)
+        self.tail = torch.zeros(GRID, GRID, dtype=dtype, device=device).masked_fill_(later, -torch.inf)
+        """What is added to the scores of the last GRID keys, for each place of a query among them."""
+
+    def rotations(self, positions: np.ndarray, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of these positions, with copies of the first behind them up to `n_rows`, (n_rows, 1, ...)."""
+        end = int(positions.max()) + 1
+        if self.rope is None or end > len(self.rope[0]):
+            every = torch.arange(max(2 * end, 4 * GRID), device=self.device)
+            self.rope = rotary_table(every, self.cfg.rope_dim, self.cfg.rope_theta, self.dtype)
+        index = self.index(padded(positions, n_rows))
+        cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
+        return cos, sin
 
     @property
     def page_nbytes(self) -> int:
@@ -168,8 +183,8 @@ class Layout:
 
     def __init__(self, kv: PagedKV, tokens: Tokens, n_rows: int) -> None:
         self.kv, self.tokens, self.n_rows = kv, tokens, n_rows
-        positions = kv.index(padded(tokens.position, n_rows))[:, None]
-        self.positions, self.rope = positions, rotary_table(positions, kv.cfg.rope_dim, kv.cfg.rope_theta, kv.dtype)
+        self.positions = kv.index(padded(tokens.position, n_rows))[:, None]
+        self.rope = kv.rotations(tokens.position, n_rows)
         self.n_shared = kv.cfg.n_heads // (1 if len(kv.shapes) == 1 else kv.cfg.n_kv_heads)
         """Query heads that read the same keys: H / G."""
         indices = _groups(tokens)
@@ -184,15 +199,14 @@ class Layout:
     def _group(self, index: np.ndarray) -> Group:
         tokens, T, kv = self.tokens, index.shape[1], self.kv
         position = tokens.position[index]
-        n_slots = int(position.flat[0]) // GRID * GRID + GRID
-        visible = torch.arange(n_slots, device=kv.device) <= kv.index(position)[:, None, :, None]
-        mask = torch.zeros(visible.shape, dtype=kv.dtype, device=kv.device).masked_fill_(~visible, -torch.inf)
+        before = int(position.flat[0]) // GRID * GRID
+        mask = F.pad(kv.tail[kv.index(position % GRID)][:, None], (before, 0))
         if T > 1:
             mask = mask.repeat_interleave(self.n_shared, dim=2)
             # As many rows as `attend` gives the queries.
             mask = F.pad(mask, (0, 0, 0, -mask.shape[2] % ROWS))
         first = index[:, 0]
-        return Group(tokens.row[first], tokens.n_loops[first], first, T, n_slots, mask)
+        return Group(tokens.row[first], tokens.n_loops[first], first, T, before + GRID, mask)
 
     def view(
         self,
@@ -214,6 +228,9 @@ class Layout:
 def _groups(tokens: Tokens) -> list[np.ndarray]:
     """For each group its tokens' places in the call, (R, T): each sequence's in the order of their positions."""
     end = tokens.position // GRID
+    if np.bincount(tokens.row).max() == 1:
+        # One token of each sequence: decoding.
+        return [np.flatnonzero(end == each)[:, None] for each in sorted(set(end.tolist()))]
     order = np.lexsort((tokens.position, tokens.row, end))
     row, end = tokens.row[order], end[order]
     starts = np.flatnonzero(np.concatenate(([True], (row[1:] != row[:-1]) | (end[1:] != end[:-1]))))

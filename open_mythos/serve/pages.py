@@ -18,7 +18,7 @@ class Pages:
         self._page_tokens = page_tokens
         self._free = list(range(n_pages))[::-1]
         self._known: dict[tuple[object, ...], Block] = {}
-        self._reusable: dict[Block, None] = {}  # in the order they are given up
+        self._reusable: dict[tuple[object, ...], Block] = {}  # in the order they are given up
         self.n_pages = n_pages
         self.n_reusable = 0
 
@@ -39,8 +39,9 @@ class Pages:
     def take(self, n_blocks: int, pages_per_block: int) -> list[Block]:
         """New blocks with one holder; there must be enough available."""
         while len(self._free) < n_blocks * pages_per_block:
-            block = next(iter(self._reusable))
-            del self._reusable[block], self._known[block.key]
+            key = next(iter(self._reusable))
+            block = self._reusable.pop(key)
+            del self._known[key]
             block.key = None
             self.n_reusable -= len(block.pages)
             self._free += block.pages
@@ -51,11 +52,12 @@ class Pages:
         blocks: list[Block] = []
         before: object = depth_key
         for start in range(0, len(tokens) - self._page_tokens + 1, self._page_tokens):
-            block = self._known.get((before, tuple(tokens[start : start + self._page_tokens])))
+            key = (before, tuple(tokens[start : start + self._page_tokens]))
+            block = self._known.get(key)
             if block is None:
                 break
             if not block.holders:
-                del self._reusable[block]
+                del self._reusable[key]
                 self.n_reusable -= len(block.pages)
             block.holders += 1
             blocks.append(block)
@@ -81,5 +83,5 @@ class Pages:
             if block.key is None:
                 self._free += block.pages
             else:
-                self._reusable[block] = None
+                self._reusable[block.key] = block
                 self.n_reusable += len(block.pages)

@@ -143,16 +143,15 @@ class Scheduler:
         exited = self._in[Phase.EXITED]
         if not exited:
             return []
-        tokens = sum(seq.n_running for seq in exited)
-        if self._n_looping:
+        looping = self._in[Phase.LOOPING]
+        if looping:
             if self._refill:
-                now = self._refill(self._n_looping, tokens)
+                now = self._refill(self._n_looping, sum(seq.n_running for seq in exited))
             else:
-                looping = self._in[Phase.LOOPING]
-                now = self._gathering.pays(looping, self._n_looping, len(exited), tokens, self._idle())
+                now = self._gathering.pays(looping, exited)
             if not now:
                 return []
-        self._gathering.read_out(len(exited), tokens)
+        self._gathering.read_out()
         return list(exited)
 
     def computed(self, seq: Sequence) -> None:
@@ -179,11 +178,12 @@ class Scheduler:
         Args:
             left: those of which tokens have left the loop in it, and how many of their tokens still loop.
         """
-        n, idle = self._n_looping, self._idle()
-        self._executed += n
-        for seq in self._in[Phase.LOOPING]:
+        looping, exited = self._in[Phase.LOOPING], self._in[Phase.EXITED]
+        if exited:
+            self._gathering.waited(looping, exited)
+        self._executed += self._n_looping
+        for seq in looping:
             seq.loop += 1
-        exited = []
         for seq, n_looping in left:
             if n_looping:
                 self._n_looping -= seq.n_looping - n_looping
@@ -191,8 +191,7 @@ class Scheduler:
             else:
                 self._leave_loop(seq)
                 self._move(seq, Phase.EXITED)
-                exited.append(seq)
-        self._gathering.looped(n, idle, exited)
+                self._gathering.exited(seq)
 
     def _move(self, seq: Sequence, phase: Phase) -> None:
         del self._in[seq.phase][seq]
@@ -208,11 +207,6 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self._pages.release(seq.blocks)
         seq.blocks = []
-
-    def _idle(self) -> int:
-        """Tokens that those that have exited would loop, had they been read out."""
-        exited = self._in[Phase.EXITED]
-        return sum(seq.n_running if seq.n_computed + seq.n_running < seq.n_tokens else 1 for seq in exited)
 
     def _n_blocks(self, tokens: int) -> int:
         return -(-tokens // self._limits.page_tokens)

@@ -28,6 +28,7 @@ LAYERS: dict[str, int] = {
     "nn": 2,
     "model": 4,
     "info": 4,
+    "text": 4,
     "compiling": 5,
     "chat": 5,
     "data": 5,

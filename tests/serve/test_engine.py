@@ -1,0 +1,73 @@
+"""The engine's answers are those of `generate` on one request alone, whatever else it does at the same time."""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+
+from open_mythos import OpenMythos
+from open_mythos.serve import engine as engine_module
+from tests.models import CASES, PARTS, scaled, tiny, worst
+from tests.serve.mixes import alone, carry_out, random_load
+
+FAST, ALL = 100, 1000
+
+
+@cache
+def model_of(case: int, dtype: torch.dtype) -> OpenMythos:
+    attn_type, part = CASES[case % len(CASES)]
+    return scaled(tiny(max_seq_len=256, attn_type=attn_type, **PARTS[part]), seed=case, dtype=dtype)
+
+
+def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Carry out random loads; counts of what happened in them."""
+    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
+    seen = dict.fromkeys(("requests", "tokens", "cancelled", "preempted", "reused", "early", "largest"), 0)
+    for seed in seeds:
+        rng, model = random.Random(seed), model_of(seed, dtype)
+        load = random_load(rng, model)
+        outcome = carry_out(model, load)
+        for (_, prompt, params), request in zip(load.requests, outcome.requests, strict=True):
+            tokens, loops = alone(model, prompt, params)
+            n = len(request.token_ids)
+            if request.finish_reason == "abort":
+                seen["cancelled"] += 1
+            else:
+                assert n == len(tokens), (seed, request.id)
+            assert request.token_ids == tokens[:n], (seed, request.id)
+            assert request.loops == loops[:n], (seed, request.id)
+            seen["requests"] += 1
+            seen["tokens"] += n
+            seen["reused"] += request.n_cached
+            seen["early"] += sum(k < (params.n_loops or model.cfg.max_loop_iters) for k in loops[:n])
+        seen["preempted"] += outcome.n_preempted
+        seen["largest"] = max(seen["largest"], outcome.n_most)
+    print(seen)
+    return seen
+
+
+def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In float64, where no decision is as near to a tie as rounding.
+    seen = check(range(FAST), torch.float64, monkeypatch)
+    assert min(seen.values()) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_all_random_mixes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = check(range(FAST, FAST + ALL), dtype, monkeypatch)
+    assert min(seen.values()) >= 8
+
+
+@pytest.mark.parametrize("case", range(0, len(CASES), 3))
+def test_logits_are_those_of_the_model(case: int) -> None:
+    model, rng = model_of(case, torch.float32), random.Random(case)
+    load = random_load(rng, model)
+    outcome = carry_out(model, load)
+    for (_, prompt, params), request in zip(load.requests, outcome.requests, strict=True):
+        for i, logits in enumerate(outcome.logits.get(request.id, [])):
+            ids = torch.tensor([prompt + request.token_ids[:i]])
+            with torch.no_grad():
+                expected = model(ids, params.n_loops, exit=params.exit, exit_threshold=params.exit_threshold)
+            assert worst(logits, expected[0, -1]) < 1e-5
