@@ -124,7 +124,7 @@ class Fairness:
 
     def run(self, run: Run) -> dict[str, Any]:
         subject = SUBJECTS["heavy"]
-        model, costs = model_of(subject, run.trained), run.costs(subject)
+        model, costs = model_of(subject, run.trained), run.costs(subject, ROWS)
         half = self.clients // 2
         depths = {"mixed": [SHALLOW, DEEP] * half, "shallow": [SHALLOW] * 2 * half, "again": [SHALLOW] * 2 * half}
         crowds = {

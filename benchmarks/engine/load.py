@@ -16,7 +16,7 @@ from open_mythos.serve.scheduler import Refill
 
 NEW_TOKENS = 64
 """Of a request: contexts are spread evenly over 17 to 81 tokens, whatever the policy."""
-ONE_ROW = 64
+ONE_ROW = 32
 """Tokens for each second that a window of one row is to take."""
 Answers = dict[int, tuple[list[int], list[int]]]
 """Tokens and loops of the finished requests, by number."""

@@ -24,6 +24,7 @@ class Modes:
 
     def run(self, run: Run) -> dict[str, Any]:
         model = model_of(self.subject, run.trained)
+        costs = {on: run.costs(self.subject, self.rows, on) for on in (True, False)}
         params = {"n_loops": self.subject.n_loops, **self.subject.rule(self.subject.laws[-1])}
         loads = {
             name: Load(
@@ -31,7 +32,7 @@ class Modes:
                 self.subject.prompts(),
                 self.rows,
                 params,
-                costs=run.costs(self.subject, name != OFF),
+                costs=costs[name != OFF],
                 batch_invariant=name != OFF,
             )
             for name in (ON, OFF, AGAIN)

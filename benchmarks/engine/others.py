@@ -35,7 +35,7 @@ class Others:
 
     def run(self, run: Run) -> dict[str, Any]:
         subject = SUBJECTS["heavy"]
-        model, costs = model_of(subject, run.trained), run.costs(subject)
+        model, costs = model_of(subject, run.trained), run.costs(subject, self.rows)
         loads = {
             law: Load(
                 model,

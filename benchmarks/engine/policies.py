@@ -40,7 +40,7 @@ class Policies:
         return f"{self.subject.name}, {self.law}, {self.rows}"
 
     def run(self, run: Run) -> dict[str, Any]:
-        model, costs = model_of(self.subject, run.trained), run.costs(self.subject)
+        model, costs = model_of(self.subject, run.trained), run.costs(self.subject, self.rows)
         loads: dict[str, Load] = {}
         for i, policy in enumerate(POLICIES):
             run.tell(f"filling: {policy}", i, len(POLICIES))
@@ -95,7 +95,7 @@ class Policies:
             "depths": {policy: mean(found) for policy, found in depths.items()},
             "exits": [depths[OURS][depth] for depth in range(1, self.subject.n_loops + 1)],
             "tokens": {policy: sum(window.tokens for window in found) for policy, found in windows.items()},
-            "costs": {n: [costs.loop(n), costs.outer(n)] for n in (1, 2, 4, 8, 16, 32, 64)},
+            "costs": {n: [costs.loop(n), costs.outer(n)] for n in _sizes(self.rows)},
             "loop_s": loop_s,
             "outer_s": outer_s,
             "limit": limit,
@@ -112,3 +112,8 @@ class Policies:
 
 def _depths(windows: list[Window]) -> Counter[int]:
     return sum((window.depths for window in windows), Counter())
+
+
+def _sizes(rows: int) -> list[int]:
+    """Powers of two up to `rows`."""
+    return [2**n for n in range(rows.bit_length())]

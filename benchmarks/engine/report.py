@@ -20,7 +20,7 @@ of neighbouring windows, with its quartiles; times are CPU time of one thread.
   prompt of 17 tokens, of which 16 are found in reused pages, and takes 64 new ones, drawn at temperature 1 from its
   own seed; contexts are spread evenly over 17 to 81 tokens. No window holds the computation of a prompt.
 - **Window.** From a read-out to the first one after {seconds:g} s. To stop at a number of tokens would favour the
-  shallow ones, but with one row, where windows are of 64 tokens for each second, the same for all policies. Policies
+  shallow ones, but with one row, where windows are of 32 tokens for each second, the same for all policies. Policies
   take turns, {rounds} windows each, and every round begins with another one.
 - **Laws.** A token's depth is read off its state before the first loop: uniform over 1 to 16, or geometric with mean
   4, cut at 16. So it is the same alone, in any batch and in `generate`. The trained model leaves by its own rule.
@@ -163,7 +163,8 @@ def _policies(group: list[dict[str, Any]]) -> list[str]:
 
 
 def _costs(policies: list[dict[str, Any]]) -> list[str]:
-    by_subject = {case["subject"]: case["costs"] for case in policies}
+    most = max(case["rows"] for case in policies)
+    by_subject = {case["subject"]: case["costs"] for case in policies if case["rows"] == most}
     lines = _table("model", "of", *(f"{n} tokens" for n in next(iter(by_subject.values()))))
     for subject, costs in by_subject.items():
         for i, what in enumerate(("a loop", "all around the loops")):

@@ -1,15 +1,13 @@
 """How cases are run: how long, in what order, and what is measured once for all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from benchmarks.engine.load import Load, Window, pool
 from benchmarks.engine.subjects import Subject, model_of
 from open_mythos.serve.costs import Curve, StepCosts
 from open_mythos.serve.engine import Engine
 from open_mythos.serve.startup import measure_costs
-
-MOST_ROWS = 64
 
 
 class Different(Exception):
@@ -27,18 +25,13 @@ class Run:
     rounds: int
     tell: Callable[[str, int, int], None]
     """Told what is going on: (what, parts done, parts in all)."""
-    measured: dict[tuple[str, bool], StepCosts] = field(default_factory=dict)
 
-    def costs(self, subject: Subject, batch_invariant: bool = True) -> StepCosts:
-        """What an engine measures at its start, once for all engines of a model."""
-        key = (subject.name, batch_invariant)
-        if key not in self.measured:
-            self.tell("measuring costs", 0, 1)
-            model = model_of(subject, self.trained)
-            unknown = StepCosts(Curve({1: 1.0}), Curve({1: 1.0}))
-            engine = Engine(model, config=pool(model, MOST_ROWS, batch_invariant), costs=unknown)
-            self.measured[key] = measure_costs(engine.runner)
-        return self.measured[key]
+    def costs(self, subject: Subject, rows: int, batch_invariant: bool = True) -> StepCosts:
+        """What an engine of so many rows measures at its start; the engines of a case share it."""
+        self.tell("measuring costs", 0, 1)
+        model = model_of(subject, self.trained)
+        unknown = StepCosts(Curve({1: 1.0}), Curve({1: 1.0}))
+        return measure_costs(Engine(model, config=pool(model, rows, batch_invariant), costs=unknown).runner)
 
     def interleave(self, loads: dict[str, Load]) -> dict[str, list[Window]]:
         """Windows of every load, one of each in a round; each round begins with another one, the first is dropped."""
