@@ -22,7 +22,7 @@ from benchmarks.engine.policies import Policies
 from benchmarks.engine.report import write_report
 from benchmarks.engine.run import Run
 from benchmarks.engine.subjects import SUBJECTS
-from benchmarks.results import Results, commit, source
+from benchmarks.results import ROOT, Results, commit, source
 
 ALL_ROWS = (1, 8, 16, 32, 64)
 SOME_ROWS = (1, 8, 32)
@@ -108,7 +108,7 @@ def _measure(case: Case, run: Run) -> dict[str, Any]:
         record |= _plain(case.run(run))
     except Exception as error:
         traceback.print_exc()
-        record["error"] = f"{type(error).__name__}: {error}"
+        record["error"] = f"{type(error).__name__}: {error}".replace(f"{ROOT}/", "")
     return record | {
         "kind": type(case).__name__,
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),

@@ -245,9 +245,11 @@ def _runs(data: dict[str, Any]) -> list[str]:
         f"at most {load[0]:.1f} before and {load[1]:.1f} after a case.",
         "",
     ]
-    lines += [
-        f"- No figure for {name}: {case['error'].splitlines()[0]}" for name, case in cases.items() if case["error"]
-    ]
+    failed: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        if case["error"]:
+            failed.setdefault(case["error"].splitlines()[0], []).append(f"`{name}`")
+    lines += [f"- No figure for {', '.join(names)}: {error}" for error, names in failed.items()]
     return lines
 
 

@@ -203,7 +203,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| over fixed depth, loop-heavy, geometric | >= 3 | **2.50** | heavy, geometric, R = 8 |" in text
     assert "no (1 of 2)" in text
     assert "| over the best of (a), (b) and (c) | >= 0.97 | **1.20** |" in text
-    assert "No figure for c: Failed: x" in text
+    assert "No figure for `c`: Failed: x" in text
     assert (tmp_path / "engine" / "throughput.png").stat().st_size > 10_000
     page.write_text("no marks")
     with pytest.raises(ValueError, match="marks"):
