@@ -5,6 +5,7 @@ A wrong type is a TypeError, a value out of range a ValueError. A bool is no num
 
 import difflib
 import math
+import sys
 from collections.abc import Sequence
 
 
@@ -38,8 +39,9 @@ def check_number(
         raise TypeError(f"{name}={value!r} must be {allowed}, not {type(value).__name__}; {remedy}")
     # NaN fails every comparison.
     inside = (low < value if above else low <= value) and (value < high if below else value <= high)
-    if not inside or value == math.inf:
-        raise ValueError(f"{name}={value} must be {allowed}; {remedy}")
+    # An int may lie beyond every float, where arithmetic with it fails much later.
+    if not inside or value > sys.float_info.max:
+        raise ValueError(f"{name}={value!s:.40} must be {allowed}; {remedy}")
 
 
 def check_bool(name: str, value: object) -> None:

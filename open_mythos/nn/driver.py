@@ -170,8 +170,9 @@ class Run:
         view, e, n_loops = self.here
         loop_index, active = n_loops - (self.n_ticks - tick), self._active()
         last = tick + 1 == self.n_ticks
-        # All rows end at the same tick, where every rule lets everyone out: a prediction would not be used.
-        exit = Exit(self.rule, self.probe if self.rule.needs_probe else None, last and self.rule.needs_probe)
+        # All rows end at the same tick, where every rule lets everyone out: a prediction would only serve a weight.
+        unasked = last and self.rule.needs_probe and not self.rule.weighted
+        exit = Exit(self.rule, self.probe if self.rule.needs_probe else None, unasked)
         if self.static is not None and self.adaptive:
             # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
             active = self.rows["active"] if self.rows["active"].numel() > 1 or self.blind else None

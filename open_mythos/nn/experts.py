@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from open_mythos.nn.exchange import through_owners
 from open_mythos.nn.grouped import grouped_linear
-from open_mythos.nn.invariant import ROWS, invariant
+from open_mythos.nn.invariant import invariant
 from open_mythos.nn.linear import autocasts, captured, kept, linear, outer, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
 
@@ -162,7 +162,7 @@ def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, 
     start = 0
     for expert, n in enumerate(counts):
         if n:
-            multiple = GROUP_MULTIPLE if n >= GROUP_MULTIPLE else ROWS if invariant() else 1
+            multiple = GROUP_MULTIPLE if n >= GROUP_MULTIPLE or invariant() else 1
             end = start - (-n // multiple) * multiple
             yield expert, n, tokens[start:end], pairs[start:end]
         start += n

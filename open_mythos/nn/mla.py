@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import attend
 from open_mythos.nn.cache import View
-from open_mythos.nn.invariant import ROWS, invariant
+from open_mythos.nn.invariant import invariant, rows_of
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
@@ -96,7 +96,7 @@ class MLAttention(nn.Module):
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     """A product for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
-    if invariant() and ROWS * weight[0].numel() < SMALL:
+    if invariant() and rows_of(x.dtype) * weight[0].numel() < SMALL:
         return torch.stack([one @ matrix for one, matrix in zip(x.unbind(1), weight, strict=True)], dim=1)
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 

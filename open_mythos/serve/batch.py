@@ -71,10 +71,10 @@ class Cohort:
         done = self.loop + 1 == self.tokens.n_loops
         if not isinstance(self.rule, Fixed):
             # Where all are at their last loop the rule has nothing to decide, but may have to weigh the state.
-            seen = probe(h) if self.rule.needs_probe and not done.all() else None
-            if seen is not None or not self.rule.needs_probe:
+            if self.rule.weighted or not (self.rule.needs_probe and done.all()):
+                seen = probe(h) if self.rule.needs_probe else None
                 self.state, exit_mask, weight = self.rule.update(self.state, self.rows["h"], h, loop_index, seen)
-                done = exit_mask[:, 0].cpu().numpy()
+                done = done | exit_mask[:, 0].cpu().numpy()
                 if weight is not None:
                     self.rows["out"] = self.rows["out"] + weight[..., None] * h
         self.rows["h"] = h

@@ -5,12 +5,13 @@ import time
 from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, fields
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.arguments import check_ids, check_n_loops
+from open_mythos.arguments import check_n_loops
 from open_mythos.checks import check_bool, check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
@@ -52,11 +53,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_int("max_rows", self.max_rows, 1, 2**16, "use max_rows=32")
-        check_int("max_queue", self.max_queue, 0, 2**31, "use max_queue=1024")
+        check_int("max_queue", self.max_queue, 1, 2**31, "use max_queue=1024")
         if self.kv_tokens is not None:
             check_int("kv_tokens", self.kv_tokens, 1, 2**40, "use kv_tokens=None for a quarter of the free memory")
-        if self.page_tokens not in (8, 16, 32, 64):
-            raise ValueError(f"page_tokens={self.page_tokens!r} must be 8, 16, 32 or 64; use page_tokens=16")
+        check_int("page_tokens", self.page_tokens, 8, GRID, "use page_tokens=16")
+        if GRID % self.page_tokens:
+            raise ValueError(f"page_tokens={self.page_tokens} must be 8, 16, 32 or 64; use page_tokens=16")
         check_int("max_prefill_tokens", self.max_prefill_tokens, GRID, 2**31, "use max_prefill_tokens=512")
         for name in ("prefix_reuse", "batch_invariant"):
             check_bool(name, getattr(self, name))
@@ -154,8 +156,8 @@ class Engine:
             prefix_reuse=config.prefix_reuse,
         )
         self.scheduler = Scheduler(limits, costs or measure_costs(self.runner), refill)
-        self.rules: dict[Hashable, HaltingRule] = {}
-        """One object for each way to leave the loop that has been asked for."""
+        self.rules: WeakValueDictionary[Hashable, HaltingRule] = WeakValueDictionary()
+        """One object for each way to leave the loop, as long as a request asks for it: thresholds are endless."""
         self.work: dict[Sequence, _Work] = {}
         self.of: dict[Request, _Work] = {}
         self.rows: dict[Row, _Work] = {}
@@ -328,7 +330,9 @@ class Engine:
             raise TypeError(f"prompt={prompt!r:.60} must be text or a list of ids; use [1, 2, 3]")
         if not prompt:
             raise ValueError("the prompt is empty; give it a start token")
-        check_ids(torch.tensor([list(prompt)]), self.model.cfg)
+        for token in (min(prompt), max(prompt)):
+            remedy = "check that tokenizer and model belong together"
+            check_int("prompt: the id", token, 0, self.model.cfg.vocab_size - 1, remedy)
         return list(prompt)
 
     def _check_length(self, n_prompt: int, max_tokens: int) -> None:
@@ -351,24 +355,25 @@ class Engine:
         n_loops = check_n_loops(params.n_loops, cfg)
         exit = params.exit
         if block is None:
-            if exit is not None or params.min_loops is not None:
-                raise ValueError(f"exit={exit!r} and min_loops={params.min_loops} need a model with a recurrent block")
+            for name in ("exit", "exit_threshold", "min_loops"):
+                if (value := getattr(params, name)) is not None:
+                    raise ValueError(f"{name}={value!r} needs a model with a recurrent block; leave {name} out")
             return self.rules.setdefault(None, Fixed()), 1, None
-        min_loops = cfg.min_loops if params.min_loops is None else params.min_loops
-        check_int("min_loops", min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
+        min_loops = cfg.min_loops
+        if params.min_loops is not None:
+            check_int("min_loops", params.min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
+            min_loops = params.min_loops
         if isinstance(exit, HaltingRule):
             if params.min_loops is not None or params.exit_threshold is not None:
                 raise ValueError("min_loops and exit_threshold are for a rule given by name; set the rule's own")
             return exit, n_loops, (n_loops, exit)
         if exit is None and params.exit_threshold is not None:
             raise ValueError(f"exit_threshold={params.exit_threshold} needs a rule to belong to; pass exit='kl' too")
-        name = exit or ("fixed" if block.act is None else "act")
-        key = (name, params.exit_threshold, min_loops)
-        if key not in self.rules:
-            self.rules[key] = make_rule(
-                name, params.exit_threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold
-            )
-        return self.rules[key], n_loops, (n_loops, *key)
+        own = "fixed" if block.act is None else "act"
+        name, threshold = own if exit is None else exit, params.exit_threshold
+        rule = make_rule(name, threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold)
+        key = (name, threshold, min_loops)
+        return self.rules.setdefault(key, rule), n_loops, (n_loops, *key)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         for token in params.stop_token_ids:

@@ -23,7 +23,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.block import ATTENTIONS
 from open_mythos.nn.cache import KeyValues, View
 from open_mythos.nn.depth import LoopConstants
-from open_mythos.nn.invariant import ROWS, invariant
+from open_mythos.nn.invariant import invariant, rows_of
 from open_mythos.nn.rope import rotary_table
 
 GRID = 64
@@ -204,7 +204,7 @@ class Layout:
         if T > 1:
             mask = mask.repeat_interleave(self.n_shared, dim=2)
             # As many rows as `attend` gives the queries.
-            mask = F.pad(mask, (0, 0, 0, -mask.shape[2] % ROWS))
+            mask = F.pad(mask, (0, 0, 0, -mask.shape[2] % rows_of(kv.dtype)))
         first = index[:, 0]
         return Group(tokens.row[first], tokens.n_loops[first], first, T, before + GRID, mask)
 
@@ -270,7 +270,8 @@ class Call:
         outs = [self._attend(layer, group, part.unflatten(0, (-1, group.n_queries)), scale) for group, part in parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         out = out if layout.inverse is None else out.index_select(0, layout.inverse)
-        return out.reshape(n_rows, 1, H, -1)
+        # In one layout, whatever the groups: products of bf16 go by it.
+        return out.reshape(n_rows, 1, H, -1).contiguous()
 
     def _attend(self, layer: int, group: Group, q: Tensor, scale: float) -> Tensor:
         """q (R, T, G, H / G, K) -> (R T, G, H / G, W)."""
@@ -285,6 +286,6 @@ class Call:
         # Heads that read the same keys are so many more queries: nothing is repeated, and there are more rows.
         q = q.transpose(1, 2).reshape(R, G, T * M, K)
         if T > 1 or invariant():
-            q = F.pad(q, (0, 0, 0, -(T * M) % ROWS))
+            q = F.pad(q, (0, 0, 0, -(T * M) % rows_of(kv.dtype)))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)[:, :, : T * M]
         return out.unflatten(2, (T, M)).transpose(1, 2).reshape(R * T, G, M, -1)

@@ -1,9 +1,9 @@
 """What a request asks for besides its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from open_mythos.checks import check_int
+from open_mythos.checks import check_bool, check_int
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.sampling import Sampling
 
@@ -44,7 +44,14 @@ class SamplingParams(Sampling):
         check_int("n", self.n, 1, 2**16, "use n=1")
         check_int("max_tokens", self.max_tokens, 1, 2**31, "use max_tokens=16")
         if self.seed is not None:
-            check_int("seed", self.seed, 0, 2**63 - 1 - self.n, "use seed=0")
+            check_int("seed", self.seed, 0, 2**63 - self.n, "use seed=0")
+        for name, one in (("stop", "'.'"), ("stop_token_ids", "0")):
+            given = getattr(self, name)
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{name}={given!r} must be a list; use {name}=[{one}], or leave it out")
+            if not isinstance(given, str):
+                # A copy: what is checked here is what is meant, whatever becomes of the list.
+                object.__setattr__(self, name, tuple(given))
         for text in self.stop_strings:
             if not isinstance(text, str):
                 raise TypeError(f"stop={text!r} must be a string; use stop_token_ids for ids")
@@ -52,10 +59,11 @@ class SamplingParams(Sampling):
                 raise ValueError("stop='' would end every answer at once; use a string of at least one character")
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0, 2**31, "use ids of the vocabulary")
+        check_bool("ignore_eos", self.ignore_eos)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, 20, "use logprobs=5 or less")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
-from open_mythos.nn.invariant import ROWS, batch_invariant
+from open_mythos.nn.invariant import batch_invariant, rows_of
 from open_mythos.nn.state import initial_state
 from open_mythos.serve.batch import Cohort, Left
 from open_mythos.serve.paged import Layout, PagedKV, Pages, Tokens, padded
@@ -214,7 +214,8 @@ class Runner:
 
     def _n_rows(self, n: int) -> int:
         """Rows of a call on n tokens."""
-        return -(-n // ROWS) * ROWS if self.invariant else n
+        multiple = rows_of(self.kv.dtype) if self.invariant else 1
+        return -(-n // multiple) * multiple
 
 
 def _tokens(chunk: Chunk) -> Tokens:

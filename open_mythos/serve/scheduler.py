@@ -219,13 +219,12 @@ class Scheduler:
         return max(0, (seq.n_computed + room) // GRID * GRID - seq.n_computed)
 
     def _serve(self, work: Work) -> None:
-        """Start admitted sequences in order of arrival."""
+        """Start admitted sequences in order of arrival. While one has to wait, no new one is admitted."""
         room = self._limits.max_prefill_tokens - self._n_prefill
         ready, swapped = self._in[Phase.READY], self._in[Phase.SWAPPED]
         for seq in sorted([*ready, *swapped], key=lambda seq: seq.id):
             n = self._chunk(seq, room)
             if not n:
-                room = 0  # a shorter chunk of a younger one must not take what this one waits for
                 continue
             if any(seq is out for out, _ in work.swap_out) or not self._make_room(seq, n, work):
                 return  # what pages there are belong to this one

@@ -59,11 +59,14 @@ def _measure(runner: Runner, n: int) -> tuple[float, float]:
 
 
 def computes_alone(runner: Runner) -> bool:
-    """Whether a sequence gets the same bits alone as beside others of other lengths and depths."""
+    """Whether a sequence gets the same bits alone as beside others of other lengths and depths; no if pages for two are
+    lacking, and it cannot be tried."""
     cfg, page_tokens = runner.model.cfg, runner.kv.page_tokens
     n_blocks = -(-24 // page_tokens)
     each = n_blocks * n_layers(cfg, LOOPS)
     n = min(13, len(runner.in_loop), runner.kv.null // each)
+    if n < min(2, len(runner.in_loop)):
+        return False
     prompts = [
         torch.randint(cfg.vocab_size, (1 + 5 * i % 17,), generator=torch.Generator().manual_seed(i)).tolist()
         for i in range(n)

@@ -14,16 +14,16 @@ from tests.serve.mixes import carry_out, random_load
 FAST, ALL = 50, 500
 
 
-def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, n_requests: int = 7) -> dict[str, int]:
     monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     seen = {"tokens": 0, "reused": 0, "preempted": 0}
     for seed in seeds:
         attn_type, part = CASES[seed % len(CASES)]
-        if dtype is torch.float64 and part == "odd-experts":
-            # MKL's float64 products of odd widths depend on where a row lies in memory.
+        if dtype is torch.float64 and part.startswith("odd-"):
+            # MKL's float64 products of an odd number of inputs depend on where a row lies in memory.
             continue
         model = scaled(tiny(max_seq_len=256, attn_type=attn_type, **PARTS[part]), seed=seed, dtype=dtype)
-        load = random_load(random.Random(seed), model)
+        load = random_load(random.Random(seed), model, n_requests)
         load.config = dataclasses.replace(load.config, batch_invariant=True)
         together = carry_out(model, load)
         for (_, prompt, params), request in zip(load.requests, together.requests, strict=True):
@@ -39,9 +39,8 @@ def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bits_of_random_mixes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert min(check(range(FAST // 2), dtype, monkeypatch).values()) > 0
+def test_bits_of_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(check(range(FAST), torch.float32, monkeypatch, n_requests=4).values()) > 0
 
 
 @pytest.mark.slow

@@ -143,6 +143,17 @@ def test_shallow_rows_do_not_wait_for_deep_ones(curve: str, shallow: int) -> Non
     assert len(exited_and_looping(CURVES[curve], {shallow: 32, 16: 32}, shallow).read_out()) == 32
 
 
+def test_one_shallow_row_does_not_wait_for_deep_ones() -> None:
+    """Its tokens are what a loop brings in, not those of the seven others."""
+    assert exited_and_looping(CURVES["loop-heavy"], {1: 1, 16: 7}, 1).read_out()
+
+
+def test_what_joins_has_its_price() -> None:
+    """Reading out two costs ten times as much as one, so there is nothing to wait for."""
+    costs = StepCosts(line(0.1, 0.001), Curve({1: 1.0, 2: 10.0, 64: 10.0}))
+    assert len(exited_and_looping(costs, {3: 1, 4: 1}, 3).read_out()) == 1
+
+
 def test_shallow_rows_are_not_slowed_by_deep_ones() -> None:
     """Half the rows at 1 loop, half at 16, always refilled: the shallow ones get a token in nearly every loop."""
     scheduler = exited_and_looping(CURVES["loop-heavy"], {1: 32, 16: 32}, 1)
@@ -179,6 +190,35 @@ def test_depths_are_learned() -> None:
         gathering.exited(replace(seqs[0], loop=loops))
     assert not pays(4)
     assert pays(5)
+
+
+def test_kinds_of_chunks() -> None:
+    """Depths are kept apart by depth key and for prompts; new ones count more than old ones."""
+    gathering = Gathering(CURVES["flat"])
+    decode = Sequence(0, [0] * 9, 9, 16, 16, "any", False, 1, n_computed=8, n_running=1)
+    prompt = replace(decode, n_computed=0, n_running=4)
+    for _ in range(3000):
+        gathering.exited(replace(decode, loop=3))
+        gathering.exited(replace(prompt, loop=9))
+        gathering.exited(replace(decode, loop=15, depth_key="other"))
+    assert gathering._of(decode).mean == pytest.approx(3, abs=0.1)
+    assert gathering._of(prompt).mean == pytest.approx(9, abs=0.1)
+    for _ in range(3000):
+        gathering.exited(replace(decode, loop=8))
+    assert gathering._of(decode).mean == pytest.approx(8, abs=0.5)
+    # Four tokens wait whose prompt goes on behind them; then five at its end, behind which one new token follows.
+    assert gathering._sizes([prompt])[0] == 4
+    assert gathering._sizes([replace(decode, n_computed=4, n_running=5)])[0] == 1
+
+
+def test_what_waiting_loses() -> None:
+    """Seven rows of depth 16 loop beside one of depth 1 that waits: it would have gone on sixteen times as fast."""
+    gathering = Gathering(CURVES["loop-heavy"])
+    deep = [Sequence(i, [0], 1, 16, 16, 16, True, 1, n_running=1, n_looping=1) for i in range(7)]
+    gathering.waited(deep, [Sequence(7, [0], 1, 16, 1, 1, True, 1, n_running=1)])
+    assert gathering._lost == pytest.approx(4.05 - 4.2 * (7 / 16) / (7 / 16 + 1))
+    gathering.read_out()
+    assert gathering._lost == 0
 
 
 def test_refill_replaces_the_rule() -> None:

@@ -168,6 +168,8 @@ class Engine:
         assert scheduler.n_admitted == sum(phases[phase] for phase in ADMITTED) <= limits.max_rows
         assert set(scheduler.looping) == {seq for seq in self.alive if seq.phase is Phase.LOOPING}
         assert sum(seq.n_running for seq in scheduler.looping if seq.in_prompt) <= limits.max_prefill_tokens
+        assert scheduler._n_looping == sum(seq.n_looping for seq in self.alive)
+        assert scheduler._executed == self.executed
         holders = Counter(block for seq in self.alive for block in seq.blocks)
         assert all(block.holders == n and (n == 1 or block.key) for block, n in holders.items())
         pages = scheduler._pages
@@ -182,6 +184,7 @@ class Engine:
         for seq in self.alive:
             blocks = -(-(seq.n_computed + seq.n_running) // limits.page_tokens)
             assert len(seq.blocks) == (blocks if seq.phase not in (Phase.WAITING, Phase.SWAPPED) else 0)
+            assert seq.phase is not Phase.WAITING or seq.n_computed == seq.n_cached == 0
             assert (seq.n_running > 0) == (seq.phase in (Phase.LOOPING, Phase.EXITED))
             assert (seq.n_looping > 0) == (seq.phase is Phase.LOOPING)
 
@@ -336,6 +339,34 @@ def test_the_youngest_makes_way() -> None:
     work = steps(scheduler, 1)[0]
     assert [seq for seq, _ in work.swap_in] == [c] and work.start == [(c, 1), (d, 4)]
     assert work.swap_in[0][1] == [c.blocks[0].pages] and len(c.blocks) == 2
+
+
+def test_the_older_one_is_served_before_the_smaller_one() -> None:
+    """c needs 18 pages back and 6 are free: the younger e, for which they would do, does not get them."""
+    scheduler = Scheduler(Limits(4, 4, n_pages=30, page_tokens=4, prefix_reuse=False), COSTS)
+    a, b, c, e = (sequence(i, [i] * (8 if i == 2 else 4), 5, 4, is_fixed=True) for i in range(4))
+    e.token_ids, e.n_prompt = [3], 1
+    for seq in (a, b, c, e):
+        scheduler.add(seq)
+    steps(scheduler, 4)
+    work = steps(scheduler, 1)[0]
+    assert [seq for seq, _ in work.swap_out] == [e, c] and work.start == [(a, 1), (b, 1)]
+    works = steps(scheduler, 6)
+    assert scheduler.n_pages_free == 6 and not any(work.swap_in for work in works)
+
+
+def test_nothing_is_admitted_while_one_lacks_pages() -> None:
+    """a needs 6 pages and 4 are free; b, whose pages it gets in the end, is in the loop. d would need just 4."""
+    scheduler = Scheduler(Limits(4, 4, n_pages=19, page_tokens=4), COSTS, refill=lambda n, k: True)
+    a, b, d = sequence(0, [1] * 4, 2, 4), sequence(1, [2] * 4, 2, 7), sequence(2, [3], 1, 2)
+    scheduler.add(a)
+    scheduler.add(b)
+    steps(scheduler, 4)
+    scheduler.add(d)
+    steps(scheduler, 3)
+    assert (a.phase, b.phase, d.phase) == (Phase.READY, Phase.EXITED, Phase.WAITING)
+    work = steps(scheduler, 1)[0]
+    assert [seq for seq, _ in work.swap_out] == [b] and work.start == [(a, 1)] and d.phase is Phase.WAITING
 
 
 def test_prompts_are_cut_on_the_grid() -> None:
