@@ -32,3 +32,39 @@ def draw_scaling(curves: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_policies(panels: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]], path: Path) -> None:
+    """Tokens per second by requests in work, a panel for each model and law, a curve for each policy; PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    columns = min(3, len(panels))
+    n_lines = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        n_lines, columns, figsize=(4.4 * columns, 3.6 * n_lines), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        for (policy, points), marker in zip(curves.items(), "osv^D", strict=True):
+            rows = [n for n, _ in points]
+            median = [rate["median"] for _, rate in points]
+            error = [[r["median"] - r["q1"] for _, r in points], [r["q3"] - r["median"] for _, r in points]]
+            axes.errorbar(rows, median, yerr=error, marker=marker, markersize=4, capsize=2, label=policy)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(rows, [str(n) for n in rows])
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set_title(title)
+        axes.set_xlabel("requests in work")
+        axes.set_ylabel("tokens per second")
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    plt.close(figure)

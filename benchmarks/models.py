@@ -75,6 +75,17 @@ MID = published(
 )
 """39.2M parameters; 87.1 MFLOP per token at 8 loops."""
 
+LOOP_HEAVY: dict[str, Any] = {
+    **MID,
+    "vocab_size": 1024,
+    "max_loop_iters": 16,
+    "prelude_layers": 1,
+    "coda_layers": 1,
+    "n_experts": 16,
+    "expert_dim": 512,
+}
+"""20.8M parameters, nearly all of the work in the loop: 236.1 MFLOP per token at 16 loops."""
+
 
 def as_published(cfg: MythosConfig) -> dict[str, Any]:
     """A variant of ours in its shape, with the injection, halting and depth LoRA of 0.5.0 in place of our own."""
@@ -136,3 +147,15 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 1624,
     },
 }
+PLAIN: dict[str, Any] = {
+    "class": "Llama",
+    "vocab_size": LOOP_HEAVY["vocab_size"],
+    "hidden_size": LOOP_HEAVY["dim"],
+    "max_position_embeddings": LOOP_HEAVY["max_seq_len"],
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 3736,
+}
+"""LOOP_HEAVY unrolled into as many layers as it runs at 16 loops, dense, as wide as makes the FLOPs per token equal."""

@@ -1,0 +1,1 @@
+"""What the engine's batches are worth: `python -m benchmarks.engine`."""
