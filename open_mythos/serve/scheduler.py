@@ -1,6 +1,6 @@
 """Who runs next: admission, pages, preemption, and when to read out. No torch."""
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -115,17 +115,18 @@ class Scheduler:
         if need > self._limits.n_pages:
             raise ValueError(
                 f"n_pages={self._limits.n_pages} must be at least {need} for a prompt of {seq.n_prompt} tokens and "
-                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give more kv_tokens"
+                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give the engine "
+                "more kv_tokens"
             )
         if len(self._waiting) >= self._limits.max_queue:
             raise QueueFull(f"max_queue={self._limits.max_queue} requests wait already; try again later")
-        tag = self._executed / self._limits.max_rows + seq.cost
-        insort(self._waiting, (tag, seq.id, seq))
+        seq.tag = self._executed / self._limits.max_rows + seq.cost
+        insort(self._waiting, (seq.tag, seq.id, seq))
 
     def cancel(self, seq: Sequence) -> None:
         """End a sequence in any phase; one that has ended stays so."""
         if seq.phase is Phase.WAITING:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not seq]
+            del self._waiting[bisect_left(self._waiting, (seq.tag, seq.id))]
             seq.phase = Phase.FINISHED
         elif seq.phase is not Phase.FINISHED:
             self.finish(seq)

@@ -52,6 +52,8 @@ class Sequence:
     """Layers outside the loop, and the loop's once for each of `n_loops`."""
 
     phase: Phase = Phase.WAITING
+    tag: float = 0.0
+    """Of those that wait, the one with the smallest is next."""
     n_computed: int = 0
     """Tokens whose keys and values are complete."""
     n_running: int = 0

@@ -29,9 +29,11 @@ def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, n_r
         for (_, prompt, params), request in zip(load.requests, together.requests, strict=True):
             mine = dataclasses.replace(load, requests=[(0, prompt, params)], cancelled={})
             mine.config = EngineConfig(max_rows=3, kv_tokens=300, prefix_reuse=False)
-            expected = carry_out(model, mine).logits[0]
-            got = together.logits.get(request.id, [])
-            assert all(map(torch.equal, got, expected)), (seed, request.id)
+            alone = carry_out(model, mine)
+            got, n = together.logits.get(request.id, []), len(request.token_ids)
+            assert all(map(torch.equal, got, alone.logits[0])), (seed, request.id)
+            assert len(got) == n and request.loops == alone.requests[0].loops[:n]
+            assert request.finish_reason in ("abort", alone.requests[0].finish_reason)
             seen["tokens"] += len(got)
             seen["reused"] += request.n_cached
         seen["preempted"] += together.n_preempted
