@@ -8,6 +8,7 @@ from open_mythos.serve.sequence import Sequence
 
 _MOST = 1024  # chunks counted by depth, before older ones fade
 _LASTING = 8  # chunks for which equal fixed depths, once read out together, are taken to stay together
+_PERIODS = 16  # distances of read-outs that are tried, beside the most loops of each kind
 _PATIENCE = 1.01  # waiting wins a tie: who is read out together is likelier to exit together again
 
 
@@ -31,10 +32,6 @@ class Depths:
     def exits(self, loops: int, ahead: int) -> float:
         """The share of those that have done so many loops which leave within so many more."""
         return 1 - self.more[min(loops + ahead, len(self.more) - 1)] / self.more[loops]
-
-    def cycle(self, period: int) -> float:
-        """Loops from start to start where every so many loops those that have exited are read out."""
-        return period * sum(self.more[::period]) / self.more[0]
 
 
 Cohorts = Counter[tuple[Depths, int]]
@@ -78,21 +75,25 @@ class Gathering:
 
     def _ahead(self, cohorts: Cohorts, waiting: int, worth: float, again: int) -> float:
         """The price of the cheapest way to the next read-out, with it, when so many tokens wait for it already."""
-        price, best, done, ahead = 0.0, float("inf"), 0, 1
         n = left = float(cohorts.total())
         progress = sum(tokens / depths.mean for (depths, _), tokens in cohorts.items())
+        whole = self._costs.loop(n) - worth * progress
+        none, first = 1.0, 0.0  # the chance that none has exited, and the price up to where one has
+        price, best, done, ahead = 0.0, float("inf"), 0, 1
         while left > 0.5 and price < best:
             price += (ahead - done) * (self._costs.loop(left) - worth * progress)
-            left = progress = 0.0
+            first += (ahead - done) * none * whole
+            left, progress, none = 0.0, 0.0, 1.0
             for (depths, loops), tokens in cohorts.items():
-                stay = tokens * (1 - depths.exits(loops, ahead))
-                left += stay
-                progress += stay / depths.mean
+                share = 1 - depths.exits(loops, ahead)
+                left += tokens * share
+                progress += tokens * share / depths.mean
+                none *= share**tokens
             exited = waiting + n - left
             if exited > 0.5:
                 best = min(best, price + again * self._once(exited))
             done, ahead = ahead, ahead + 1 + ahead // 8
-        return best
+        return best if waiting else min(best, first + again * self._once(1))
 
     def _once(self, tokens: float) -> float:
         return self._costs.outer(max(1, tokens)) - self._costs.outer.slope * tokens
@@ -103,14 +104,13 @@ class Gathering:
         for (depths, _), tokens in cohorts.items():
             kinds[depths] += tokens
         best = float("inf")
-        for period in range(1, max(len(depths.more) for depths in kinds)):
-            rate = looping = 0.0  # tokens read out in a loop, and those in it
+        for period in {*range(1, _PERIODS + 1), *(len(depths.more) - 1 for depths in kinds)}:
+            loops, out = [0.0] * period, 0.0  # tokens in each loop, and read out behind the last
             for depths, tokens in kinds.items():
-                starts = tokens / depths.cycle(period)
-                rate += starts
-                looping += starts * depths.mean
-            seconds = self._costs.loop(looping) + self._once(rate * period) / period
-            best = min(best, seconds / rate)
+                each = tokens / sum(depths.more[::period])
+                out += each * depths.more[0]
+                loops = [n + each * sum(depths.more[phase::period]) for phase, n in enumerate(loops)]
+            best = min(best, (sum(map(self._costs.loop, loops)) + self._once(out)) / out)
         return best
 
     def _of(self, seq: Sequence) -> Depths:
