@@ -31,10 +31,12 @@ class Curve:
             self._values += [y0 + (y1 - y0) * (x - x0) / (x1 - x0) for x in range(x0 + 1, x1 + 1)]
         self._values += [known[-1][1] + self.slope * x for x in range(1, _LISTED - len(self._values) + 1)]
 
-    def __call__(self, tokens: int) -> float:
+    def __call__(self, tokens: float) -> float:
         """Seconds; 0 for no tokens."""
-        if tokens < len(self._values):
-            return self._values[tokens]
+        below = int(tokens)
+        if below + 1 < len(self._values):
+            value = self._values[below]
+            return value + (tokens - below) * (self._values[below + 1] - value)
         return self._values[-1] + self.slope * (tokens - len(self._values) + 1)
 
 

@@ -1,5 +1,6 @@
 """When to read out: as soon as more loops cost more than reading out together saves. No torch."""
 
+from collections import Counter
 from collections.abc import Collection, Hashable
 
 from open_mythos.serve.costs import StepCosts
@@ -7,6 +8,8 @@ from open_mythos.serve.sequence import Sequence
 
 _MOST = 1024  # chunks counted by depth, before older ones fade
 _LASTING = 8  # chunks for which equal fixed depths, once read out together, are taken to stay together
+_PERIODS = 16  # distances of read-outs that are tried, beside the most loops of each kind
+_PATIENCE = 1.01  # waiting wins a tie: who is read out together is likelier to exit together again
 
 
 class Depths:
@@ -31,29 +34,27 @@ class Depths:
         return 1 - self.more[min(loops + ahead, len(self.more) - 1)] / self.more[loops]
 
 
+Cohorts = Counter[tuple[Depths, int]]
+"""Tokens by kind and by loops done."""
+
+
 class Gathering:
     """Decides between one more loop and reading out now.
 
     Reading out costs much the same for one token and for many, so it pays to wait for others. But meanwhile those that
-    wait do not go on, and a loop costs much the same with them and without:
+    wait do not go on, and a loop costs much the same with them and without. So every loop has a price:
 
-        lost = sum over loops of loop(n) - loop(n + idle) * (progress of the n) / (progress of all)
+        loop(tokens in it) - worth * (their progress)
 
-    with n tokens in the loop and `idle` more that could be; the progress of a token in a loop is 1 / its mean depth.
-    `outer` counts without what every token adds to it in any case. It is time to read out when no number of further
-    loops is expected to bring in sequences for less than (lost + outer) / sequences, what those cost that are there.
+    where the progress of a token in a loop is 1 / its mean depth, and `worth` the time that a token takes in the long
+    run, if read-outs come at the best even distance for the depths of all. `outer` counts without what every token adds
+    to it in any case. It is time to read out when that, and the cheapest way to the read-out after it, costs no more
+    than the cheapest way to a read-out later on. This is one step of policy improvement for average cost (Howard 1960).
     """
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self._lost = 0.0  # since the last read-out
         self._depths: dict[Hashable, Depths] = {}
-
-    def waited(self, looping: Collection[Sequence], exited: Collection[Sequence]) -> None:
-        """A loop has run for the ones while the others waited."""
-        n, progress = self._sizes(looping)
-        idle, missed = self._sizes(exited)
-        self._lost += self._costs.loop(n) - self._costs.loop(n + idle) * progress / (progress + missed)
 
     def exited(self, seq: Sequence) -> None:
         """The chunk of a sequence has left the loop."""
@@ -62,39 +63,55 @@ class Gathering:
 
     def pays(self, looping: Collection[Sequence], exited: Collection[Sequence]) -> bool:
         """Whether to read out now."""
-        loop, outer = self._costs.loop, self._costs.outer
+        stay = self._cohorts(looping)
+        go = stay + self._cohorts(exited)
         tokens = sum(seq.n_running for seq in exited)
-        once = outer(tokens) - outer.slope * tokens
-        # Reading out now costs so much per sequence. With equal fixed depths, whoever joins saves it again and again.
-        each = (self._lost + once) / len(exited)
+        worth = _PATIENCE * self._worth(go)
+        # With equal fixed depths, whoever joins saves a read-out again and again.
         is_alike = len({seq.n_loops if seq.is_fixed else seq for group in (looping, exited) for seq in group}) == 1
-        again = _LASTING * once if is_alike else 0.0
-        n, progress = self._sizes(looping)
-        idle, missed = self._sizes(exited)
-        full = loop(n + idle) / (progress + missed)
-        cohorts: dict[tuple[Depths, int], tuple[int, int]] = {}
-        for seq in looping:
-            cohort = self._of(seq), seq.loop
-            rows, in_loop = cohorts.get(cohort, (0, 0))
-            cohorts[cohort] = rows + 1, in_loop + seq.n_looping
-        lost, left, done, ahead = 0.0, float(n), 0, 1
-        while left > 0.5 and lost < max(each * len(looping), again):
-            lost += (ahead - done) * (loop(round(left)) - progress * full)
-            joining, left, progress = 0.0, 0.0, 0.0
-            for (depths, loops), (rows, in_loop) in cohorts.items():
-                share = depths.exits(loops, ahead)
-                joining += rows * share
-                left += in_loop * (1 - share)
-                progress += in_loop * (1 - share) / depths.mean
-            then = tokens + round(n - left)
-            if joining and lost + outer(then) - outer.slope * then - once < max(each * joining, again):
-                return False
-            done, ahead = ahead, ahead + max(1, ahead // 2)
-        return True
+        again = _LASTING if is_alike else 1
+        now = again * self._once(tokens) + self._ahead(go, 0, worth, again)
+        return now <= self._ahead(stay, tokens, worth, again)
 
-    def read_out(self) -> None:
-        """Those that have exited are read out now."""
-        self._lost = 0.0
+    def _ahead(self, cohorts: Cohorts, waiting: int, worth: float, again: int) -> float:
+        """The price of the cheapest way to the next read-out, with it, when so many tokens wait for it already."""
+        n = left = float(cohorts.total())
+        progress = sum(tokens / depths.mean for (depths, _), tokens in cohorts.items())
+        whole = self._costs.loop(n) - worth * progress
+        none, first = 1.0, 0.0  # the chance that none has exited, and the price up to where one has
+        price, best, done, ahead = 0.0, float("inf"), 0, 1
+        while left > 0.5 and price < best:
+            price += (ahead - done) * (self._costs.loop(left) - worth * progress)
+            first += (ahead - done) * none * whole
+            left, progress, none = 0.0, 0.0, 1.0
+            for (depths, loops), tokens in cohorts.items():
+                share = 1 - depths.exits(loops, ahead)
+                left += tokens * share
+                progress += tokens * share / depths.mean
+                none *= share**tokens
+            exited = waiting + n - left
+            if exited > 0.5:
+                best = min(best, price + again * self._once(exited))
+            done, ahead = ahead, ahead + 1 + ahead // 8
+        return best if waiting else min(best, first + again * self._once(1))
+
+    def _once(self, tokens: float) -> float:
+        return self._costs.outer(max(1, tokens)) - self._costs.outer.slope * tokens
+
+    def _worth(self, cohorts: Cohorts) -> float:
+        """Seconds per token at the best even distance of read-outs, less what every token adds to one in any case."""
+        kinds: Counter[Depths] = Counter()
+        for (depths, _), tokens in cohorts.items():
+            kinds[depths] += tokens
+        best = float("inf")
+        for period in {*range(1, _PERIODS + 1), *(len(depths.more) - 1 for depths in kinds)}:
+            loops, out = [0.0] * period, 0.0  # tokens in each loop, and read out behind the last
+            for depths, tokens in kinds.items():
+                each = tokens / sum(depths.more[::period])
+                out += each * depths.more[0]
+                loops = [n + each * sum(depths.more[phase::period]) for phase, n in enumerate(loops)]
+            best = min(best, (sum(map(self._costs.loop, loops)) + self._once(out)) / out)
+        return best
 
     def _of(self, seq: Sequence) -> Depths:
         key = (seq.n_loops, "fixed") if seq.is_fixed else (seq.n_loops, seq.depth_key, seq.in_prompt)
@@ -103,12 +120,11 @@ class Gathering:
             depths = self._depths[key] = Depths(seq)
         return depths
 
-    def _sizes(self, group: Collection[Sequence]) -> tuple[int, float]:
-        """Tokens in the loop, or that would be, had those that have exited been read out; and their progress."""
-        n, progress = 0, 0.0
+    def _cohorts(self, group: Collection[Sequence]) -> Cohorts:
+        """Tokens in the loop, or that will be once those that have exited are read out."""
+        cohorts: Cohorts = Counter()
         for seq in group:
             behind = seq.n_tokens - seq.n_computed - seq.n_running
             tokens = seq.n_looping or (seq.n_running if behind else 1)
-            n += tokens
-            progress += tokens / self._of(seq).mean
-        return n, progress
+            cohorts[self._of(seq), seq.loop if seq.n_looping else 0] += tokens
+        return cohorts

@@ -152,7 +152,6 @@ class Scheduler:
                 now = self._gathering.pays(looping, exited)
             if not now:
                 return []
-        self._gathering.read_out()
         return list(exited)
 
     def computed(self, seq: Sequence) -> None:
@@ -179,11 +178,8 @@ class Scheduler:
         Args:
             left: those of which tokens have left the loop in it, and how many of their tokens still loop.
         """
-        looping, exited = self._in[Phase.LOOPING], self._in[Phase.EXITED]
-        if exited:
-            self._gathering.waited(looping, exited)
         self._executed += self._n_looping
-        for seq in looping:
+        for seq in self._in[Phase.LOOPING]:
             seq.loop += 1
         for seq, n_looping in left:
             if n_looping:
