@@ -6,6 +6,7 @@ from collections.abc import Collection, Hashable
 from open_mythos.serve.costs import StepCosts
 from open_mythos.serve.sequence import Sequence
 
+_KINDS = 256  # kinds of chunks that are remembered
 _MOST = 1024  # chunks counted by depth, before older ones fade
 _LASTING = 8  # chunks for which equal fixed depths, once read out together, are taken to stay together
 _PERIODS = 16  # distances of read-outs that are tried, beside the most loops of each kind
@@ -117,6 +118,9 @@ class Gathering:
         key = (seq.n_loops, "fixed") if seq.is_fixed else (seq.n_loops, seq.depth_key, seq.in_prompt)
         depths = self._depths.get(key)
         if depths is None:
+            if len(self._depths) == _KINDS:
+                # Thresholds are without number: the kind that was met first is forgotten.
+                del self._depths[next(iter(self._depths))]
             depths = self._depths[key] = Depths(seq)
         return depths
 
