@@ -115,8 +115,8 @@ class Scheduler:
         if need > self._limits.n_pages:
             raise ValueError(
                 f"n_pages={self._limits.n_pages} must be at least {need} for a prompt of {seq.n_prompt} tokens and "
-                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give the engine "
-                "more kv_tokens"
+                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give the "
+                "engine more kv_tokens"
             )
         if len(self._waiting) >= self._limits.max_queue:
             raise QueueFull(f"max_queue={self._limits.max_queue} requests wait already; try again later")
