@@ -1,0 +1,454 @@
+"""The playground as a person uses it: in a browser, against a server with a tiny model."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from open_mythos.serve.page import FILE, page
+from tests.serve.browser import browser as open_browser
+
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with open_browser() as chromium:
+        yield chromium
+
+
+class Visit:
+    """A page with the playground, and everything that it asked for and complained of."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.url = page, url
+        self.complaints: list[str] = []
+        self.asked: list[Any] = []
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", self.asked.append)
+        page.goto(url)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page, name)
+
+    def ready(self) -> "Visit":
+        self.page.locator("#facts dd").first.wait_for()
+        return self
+
+    def ask(self, prompt: str = "She had been", **fields: Any) -> None:
+        """Fill the form in and press the button."""
+        self.page.locator("#settings").evaluate("settings => { settings.open = true }")
+        self.page.fill("#prompt", prompt)
+        for name, value in {"max-tokens": TOKENS, **fields}.items():
+            if name == "exit":
+                self.page.select_option("#exit", value)
+            elif name.startswith("loops"):
+                self.slide(name, value)
+            else:
+                self.page.fill(f"#{name}", str(value))
+        self.page.click("#send")
+
+    def slide(self, name: str, to: int) -> None:
+        """Move a slider with the arrow keys."""
+        slider = self.page.locator(f"#{name}")
+        steps = to - int(slider.input_value())
+        for _ in range(abs(steps)):
+            slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+        assert slider.input_value() == str(to)
+
+    def wait(self) -> None:
+        """Until the answers have ended."""
+        self.page.wait_for_function("document.getElementById('stop').disabled && document.querySelector('.pane')")
+
+    def pieces(self, pane: int = 0) -> list[str]:
+        return self.page.locator(".tokens").nth(pane).locator("span").evaluate_all("all => all.map(e => e.textContent)")
+
+    def loops(self, pane: int = 0) -> list[int]:
+        titles = self.page.locator(".tokens").nth(pane).locator("span").evaluate_all("all => all.map(e => e.title)")
+        return [int(title.split()[0]) for title in titles]
+
+    def facts(self, selector: str) -> dict[str, str]:
+        cells = self.page.locator(f"{selector} dt, {selector} dd").all_inner_texts()
+        return dict(zip(cells[::2], cells[1::2], strict=True))
+
+    def bodies(self) -> list[dict[str, Any]]:
+        return [json.loads(request.post_data) for request in self.asked if request.method == "POST"]
+
+    def direct(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The same request without a stream and without the page."""
+        chat = "messages" in body
+        body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        path = "v1/chat/completions" if chat else "v1/completions"
+        answer = self.page.request.post(self.url + path, data=body)
+        assert answer.ok, answer.text()
+        return answer.json()["choices"][0]
+
+
+@pytest.fixture
+def visit(chromium: Any, server: str) -> Iterator[Callable[..., Visit]]:
+    """Opens the playground; in the end nothing may have been complained of, nor asked of another host."""
+    with visits(chromium, server) as open_page:
+        yield open_page
+
+
+@contextmanager
+def visits(chromium: Any, url: str, complaints: tuple[str, ...] = ()) -> Iterator[Callable[..., Visit]]:
+    seen, contexts = [], []
+
+    def open_page(viewport: dict[str, int] = DESKTOP, **options: Any) -> Visit:
+        contexts.append(chromium.new_context(viewport=viewport, **options))
+        contexts[-1].set_default_timeout(20_000)
+        seen.append(Visit(contexts[-1].new_page(), url))
+        return seen[-1]
+
+    yield open_page
+    for one in seen:
+        assert not [text for text in one.complaints if not any(known in text for known in complaints)]
+        hosts = {urlsplit(request.url).netloc for request in one.asked if not request.url.startswith("data:")}
+        assert hosts == {urlsplit(url).netloc}
+    for context in contexts:
+        context.close()
+
+
+def stream(*chunks: dict[str, Any] | str) -> Callable[[Any], None]:
+    """A route that answers with these events."""
+    body = "".join(f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n" for chunk in chunks)
+    return lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+
+def chunk(*pieces: str, loops: int = 1) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "text": "".join(pieces), "pieces": pieces, "loops": [loops] * len(pieces)}]}
+
+
+# What needs no browser.
+
+
+def test_page_asks_for_nothing_from_elsewhere_and_sets_text_as_text() -> None:
+    text = FILE.read_text("utf-8")
+    assert len(text.splitlines()) <= 480
+    assert set(re.findall(r"https?://[^\"'`\s]*", text)) == {"http://www.w3.org/${vector"}  # names, not addresses
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\son\w+=|@import|url\(", text
+    )
+    assert not re.search(r"localStorage|document\.cookie", text)
+
+
+def test_policy_allows_this_script_and_this_style_only() -> None:
+    policy = page()[1]["Content-Security-Policy"]
+    assert "unsafe" not in policy and "*" not in policy
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "connect-src 'self'" in policy
+
+
+# Asking.
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dict, scheme: str) -> None:
+    one = visit(viewport, color_scheme=scheme).ready()
+    one.ask("She had been", exit="kl", threshold=0.03, seed=7)
+    one.wait_for_function("document.querySelectorAll('.tokens span').length > 2")
+    assert one.locator("#stop").is_enabled(), "all of the answer came at once"
+    one.wait()
+    (body,) = one.bodies()
+    assert (body["exit"], body["exit_threshold"], body["seed"], body["max_tokens"]) == ("kl", 0.03, 7, TOKENS)
+    whole = one.direct(body)
+    assert one.pieces() == whole["pieces"] and "".join(one.pieces()) == whole["text"]
+    assert one.loops() == whole["loops"] and len(set(one.loops())) > 1
+    told = one.facts(".pane")
+    assert (told["Tokens"], told["Loops in all"]) == (str(TOKENS), str(sum(whole["loops"])))
+    assert float(told["Mean loops"]) == pytest.approx(sum(whole["loops"]) / TOKENS, abs=0.005)
+    check_shades(one)
+    assert one.locator(".chart path:not(.top)").count() == len(set(whole["loops"]))
+    assert f"{TOKENS} tokens" in one.locator(".chart svg").get_attribute("aria-label")
+    assert one.evaluate("document.documentElement.scrollWidth") == viewport["width"], "it scrolls sideways"
+
+
+def check_shades(one: Visit) -> None:
+    """A shade for each number of loops, in order, and text that can be read on all of them."""
+    drawn = one.evaluate("""() => {
+        const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const rgb = (colour) => {
+            brush.fillStyle = colour;
+            brush.fillRect(0, 0, 1, 1);
+            return [...brush.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+        };
+        const back = (element) => rgb(getComputedStyle(element).backgroundColor);
+        const tokens = [...document.querySelectorAll(".tokens span")].map((e) => [parseInt(e.title), back(e)]);
+        return { text: rgb(getComputedStyle(document.body).color), tokens,
+            legend: [...document.querySelectorAll(".legend .cell")].map(back) };
+    }""")
+    text, legend = luminance(drawn["text"]), [luminance(shade) for shade in drawn["legend"]]
+    assert sorted(legend) in (legend, legend[::-1]) and len(set(legend)) == len(legend)
+    assert min(contrast(text, shade) for shade in legend) >= 4.5
+    assert all(shade == drawn["legend"][loops - 1] for loops, shade in drawn["tokens"])
+
+
+def luminance(rgb: list[int]) -> float:
+    """Relative luminance as in WCAG 2."""
+    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def contrast(a: float, b: float) -> float:
+    return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+def test_a_token_tells_its_loops_to_pointer_and_finger(visit: Callable) -> None:
+    one = visit(PHONE, has_touch=True).ready()
+    one.route("**/v1/completions", stream(chunk("Anne", loops=3), chunk(" was", loops=1), "[DONE]"))
+    one.ask()
+    one.wait()
+    one.locator(".tokens span").nth(1).tap()
+    assert one.locator(".told").inner_text() == 'Token 2 of 2: " was", 1 loop'
+    one.locator(".tokens span").nth(0).hover()
+    assert one.locator(".told").inner_text() == 'Token 1 of 2: "Anne", 3 loops'
+
+
+def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -> None:
+    one = visit().ready()
+    assert not one.locator("#loops2").is_visible()
+    one.check("#compare")
+    one.ask(loops=4, loops2=1)
+    one.wait()
+    first, second = one.bodies()
+    assert (first.pop("n_loops"), second.pop("n_loops")) == (4, 1)
+    assert first == second and isinstance(first["seed"], int)
+    for pane, n_loops in enumerate((4, 1)):
+        whole = one.direct({**first, "n_loops": n_loops})
+        assert (one.pieces(pane), one.loops(pane)) == (whole["pieces"], whole["loops"])
+    same = next((i for i, (a, b) in enumerate(zip(one.pieces(0), one.pieces(1), strict=False)) if a != b), None)
+    assert f"same {same} token" in one.locator("#differ").inner_text()
+    # The charts share their scale, so that heights and shades can be compared.
+    assert one.locator(".chart .y span:first-child").all_inner_texts() == ["4", "4"]
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stop_ends_the_answer_here_and_in_the_engine(visit: Callable, how: str) -> None:
+    one = visit().ready()
+    one.ask(**{"max-tokens": 1900})
+    one.wait_for_function("document.querySelectorAll('.tokens span').length > 5")
+    one.click("#stop") if how == "button" else one.keyboard.press("Escape")
+    one.wait()
+    assert one.locator("#status").inner_text().startswith("Stopped: ")
+    assert one.facts(".pane")["Ended by"] == "you"
+    assert 5 < len(one.pieces()) < 1900 and not one.locator(".problem:visible").count()
+    one.wait_for_function("document.querySelector('#facts dd').textContent.startsWith('0 of')")
+    one.ask()
+    one.wait()
+    assert one.locator("#status").inner_text().startswith("Done: ")
+
+
+def test_everything_can_be_done_with_the_keyboard(visit: Callable) -> None:
+    one = visit().ready()
+    order = []
+    for _ in range(40):
+        one.keyboard.press("Tab")
+        here, outline = one.evaluate("""() => {
+            const e = document.activeElement;
+            return [e.id || e.name || e.tagName, parseFloat(getComputedStyle(e).outlineWidth)];
+        }""")
+        if here == "BODY" or here in order:
+            break
+        order.append(here)
+        assert outline >= 2, f"{here} does not show that it has the focus"
+    wanted = [
+        "mode",
+        "prompt",
+        "send",
+        "loops",
+        "compare",
+        "SUMMARY",
+        "max-tokens",
+        "temperature",
+        "exit",
+        "seed",
+        "key",
+    ]
+    assert order[: len(wanted)] == wanted
+    one.focus("#prompt")
+    one.keyboard.type("She had")
+    one.keyboard.press("Tab")
+    one.keyboard.press("Enter")
+    assert one.evaluate("document.activeElement.id") in ("stop", "send")
+    one.wait()
+    assert one.evaluate("document.activeElement.id") == "send"
+    assert one.bodies()[-1]["prompt"] == "She had"
+    one.focus("#prompt")
+    one.keyboard.press("Control+Enter")
+    one.wait_for_function("document.getElementById('status').textContent === 'Generating.'")
+    one.wait()
+    assert len(one.bodies()) == 2
+    one.focus(".tokens")
+    for key in ("End", "ArrowLeft", "ArrowRight", "Home", "ArrowRight"):
+        one.keyboard.press(key)
+    assert one.locator(".told").inner_text().startswith(f"Token 2 of {len(one.pieces())}: ")
+    assert one.locator(".chosen").count() == 1
+
+
+def test_chat_goes_on_with_what_was_said(visit: Callable) -> None:
+    one = visit().ready()
+    one.check("input[value=chat]")
+    one.ask("Who was she?", system="Be brief.")
+    one.wait()
+    said = "".join(one.pieces())
+    assert one.bodies()[-1]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who was she?"},
+    ]
+    assert said == one.direct(one.bodies()[-1])["message"]["content"]
+    assert one.input_value("#prompt") == ""
+    one.route("**/v1/chat/completions", stream(chunk("Anne"), "[DONE]"))
+    one.ask("And he?")
+    one.wait()
+    assert [m["content"] for m in one.bodies()[-1]["messages"]] == ["Be brief.", "Who was she?", said, "And he?"]
+    assert one.locator("#turns li").count() == 3
+    one.click("#fresh")
+    one.ask("Hello")
+    one.wait()
+    assert len(one.bodies()[-1]["messages"]) == 2
+
+
+def test_nothing_that_is_said_becomes_markup(visit: Callable) -> None:
+    bad = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    one = visit().ready()
+    one.check("input[value=chat]")
+    one.route("**/v1/chat/completions", stream(chunk(bad, "<b>bold</b>"), "[DONE]"))
+    for _ in range(2):
+        one.ask(bad)
+        one.wait()
+    assert one.pieces() == [bad, "<b>bold</b>"]
+    assert one.locator("#turns li").all_inner_texts()[:2] == [f"You\n{bad}", f"Model\n{bad}<b>bold</b>"]
+    assert one.locator("img, .tokens script, .tokens b").count() == 0
+
+
+# When something is wrong.
+
+
+def test_key_is_asked_for_refused_and_taken(chromium: Any, guarded: tuple[str, str]) -> None:
+    url, key = guarded
+    with visits(chromium, url, complaints=("401 (Unauthorized)",)) as open_page:
+        one = open_page()
+        one.locator("#notice:has-text('asks for a key')").wait_for()
+        assert one.evaluate("document.activeElement.id") == "key"
+        one.fill("#key", "wrong")
+        one.keyboard.press("Enter")
+        one.locator("#notice:has-text('does not accept this key')").wait_for()
+        one.fill("#key", key)
+        one.keyboard.press("Tab")
+        one.ready()
+        assert not one.locator("#notice").is_visible()
+        one.ask()
+        one.wait()
+        assert len(one.pieces()) == TOKENS
+        one.reload()
+        one.ready()
+        assert key not in one.evaluate("JSON.stringify({ ...localStorage }) + document.cookie + location.href")
+
+
+WORDS = {
+    400: ("temperature=-1 must be at least 0; use temperature=0", "cannot use this request"),
+    413: ("the body is too large", "Shorten the prompt"),
+    429: ("the queue is full", "busy. Try again in 7 seconds"),
+    500: ("something broke", "failed (status 500)"),
+    503: ("draining", "not ready"),
+}
+
+
+@pytest.mark.parametrize("status", WORDS)
+def test_refusals_are_told_in_words(chromium: Any, server: str, status: int) -> None:
+    said, words = WORDS[status]
+    body, headers = json.dumps({"error": {"message": said}}), {"Retry-After": "7", "Content-Type": "application/json"}
+    with visits(chromium, server, complaints=(f"status of {status}",)) as open_page:
+        one = open_page().ready()
+        one.route("**/v1/completions", lambda route: route.fulfill(status=status, headers=headers, body=body))
+        one.ask()
+        one.wait()
+        told = one.locator(".pane .problem").inner_text()
+        assert words in told and (said in told or status in (429, 503))
+        assert one.locator("#status").inner_text().startswith("Failed")
+        one.unroute("**/v1/completions")
+        one.ask()
+        one.wait()
+        assert one.locator("#status").inner_text().startswith("Done")
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([chunk("Anne"), {"error": {"message": "the engine stopped"}}], "The server said: the engine stopped"),
+        ([chunk("Anne")], "ended before its end"),
+        ([chunk("Anne"), "{half"], "connection broke"),
+    ],
+    ids=["error", "short", "garbled"],
+)
+def test_an_answer_that_breaks_off_is_kept_and_told(visit: Callable, events: list, words: str) -> None:
+    one = visit().ready()
+    one.route("**/v1/completions", stream(*events))
+    one.ask()
+    one.wait()
+    assert words in one.locator(".pane .problem").inner_text()
+    assert one.pieces() == ["Anne"] and one.facts(".pane")["Ended by"] == "an error"
+
+
+def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str) -> None:
+    with visits(chromium, server, complaints=("ERR_FAILED",)) as open_page:
+        one = open_page().ready()
+        one.route("**/v1/**", lambda route: route.abort())
+        one.ask()
+        one.wait()
+        assert "does not answer" in one.locator(".pane .problem").inner_text()
+        one.locator("#notice:has-text('does not answer')").wait_for()
+        one.unroute("**/v1/**")
+        one.locator("#notice").wait_for(state="hidden")
+
+
+def test_a_field_that_cannot_be_used_is_shown(visit: Callable) -> None:
+    one = visit(PHONE).ready()
+    one.ask(**{"max-tokens": 0})
+    one.locator("#settings").evaluate("settings => { settings.open = false }")
+    one.click("#send")
+    assert one.evaluate("document.activeElement.id") == "max-tokens" and one.locator("#max-tokens").is_visible()
+    one.fill("#max-tokens", "3")
+    one.fill("#prompt", "")
+    one.click("#send")
+    assert one.locator("#status").inner_text() == "Type a prompt first." and not one.bodies()
+
+
+# The engine.
+
+
+def test_engine_is_shown_while_the_page_is(visit: Callable) -> None:
+    one = visit().ready()
+    now = one.page.request.get(one.url + "v1/engine").json()
+    live = {**now, "rows_by_loop": [[1, 2], [4, 5]], "looping": 7, "waiting": 3, "admitted": 9, "tokens_per_s": 12.34}
+    live["pages"] = {"used": 30, "reusable": 10, "free": 60, "total": 100}
+    one.route("**/v1/engine", lambda route: route.fulfill(json=live))
+    one.locator("#bars > div:first-child span:has-text('2')").first.wait_for()
+    assert one.locator("#bars").get_attribute("aria-label") == "Rows by loop: 2 rows in loop 1, 5 rows in loop 4"
+    assert one.locator("#bars > div").count() == now["max_loops"]
+    told = one.facts("#engine")
+    assert (told["Slots"], told["Waiting"]) == (f"9 of {now['max_rows']}", "3")
+    assert (told["In the loop"], told["Tokens/s"]) == ("7", "12.3")
+    assert one.locator("#pages-told").inner_text() == "Pages: 30 used, 10 reusable, of 100"
+
+    def polls() -> int:
+        return sum(request.url.endswith("v1/engine") for request in one.asked)
+
+    hide = "value => { Object.defineProperty(document, 'hidden', { value, configurable: true }); "
+    hide += "document.dispatchEvent(new Event('visibilitychange')) }"
+    one.evaluate(hide, True)
+    one.wait_for_timeout(500)  # what was asked before
+    before = polls()
+    one.wait_for_timeout(2500)
+    assert polls() == before
+    one.evaluate(hide, False)
+    one.wait_for_function("before => performance.getEntriesByType('resource').length >= before", arg=1)
+    one.wait_for_timeout(300)
+    assert polls() > before
