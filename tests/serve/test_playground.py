@@ -31,7 +31,7 @@ class Visit:
         self.asked: list[Any] = []
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", self.asked.append)
+        page.on("request", lambda request: self.asked.append(request))
         page.goto(url)
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +64,7 @@ class Visit:
 
     def wait(self) -> None:
         """Until the answers have ended."""
-        self.page.wait_for_function("document.getElementById('stop').disabled && document.querySelector('.pane')")
+        self.page.locator("body:has(#stop:disabled) .pane").first.wait_for()
 
     def pieces(self, pane: int = 0) -> list[str]:
         return self.page.locator(".tokens").nth(pane).locator("span").evaluate_all("all => all.map(e => e.textContent)")
@@ -153,7 +153,7 @@ def test_policy_allows_this_script_and_this_style_only() -> None:
 def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dict, scheme: str) -> None:
     one = visit(viewport, color_scheme=scheme).ready()
     one.ask("She had been", exit="kl", threshold=0.03, seed=7)
-    one.wait_for_function("document.querySelectorAll('.tokens span').length > 2")
+    one.locator(".tokens span").nth(2).wait_for(state="attached")
     assert one.locator("#stop").is_enabled(), "all of the answer came at once"
     one.wait()
     (body,) = one.bodies()
@@ -233,13 +233,13 @@ def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -
 def test_stop_ends_the_answer_here_and_in_the_engine(visit: Callable, how: str) -> None:
     one = visit().ready()
     one.ask(**{"max-tokens": 1900})
-    one.wait_for_function("document.querySelectorAll('.tokens span').length > 5")
+    one.locator(".tokens span").nth(5).wait_for(state="attached")
     one.click("#stop") if how == "button" else one.keyboard.press("Escape")
     one.wait()
     assert one.locator("#status").inner_text().startswith("Stopped: ")
     assert one.facts(".pane")["Ended by"] == "you"
     assert 5 < len(one.pieces()) < 1900 and not one.locator(".problem:visible").count()
-    one.wait_for_function("document.querySelector('#facts dd').textContent.startsWith('0 of')")
+    one.locator("#facts dd:has-text('0 of')").wait_for()
     one.ask()
     one.wait()
     assert one.locator("#status").inner_text().startswith("Done: ")
@@ -282,7 +282,7 @@ def test_everything_can_be_done_with_the_keyboard(visit: Callable) -> None:
     assert one.bodies()[-1]["prompt"] == "She had"
     one.focus("#prompt")
     one.keyboard.press("Control+Enter")
-    one.wait_for_function("document.getElementById('status').textContent === 'Generating.'")
+    one.locator("#status:has-text('Generating.')").wait_for()
     one.wait()
     assert len(one.bodies()) == 2
     one.focus(".tokens")
@@ -449,6 +449,5 @@ def test_engine_is_shown_while_the_page_is(visit: Callable) -> None:
     one.wait_for_timeout(2500)
     assert polls() == before
     one.evaluate(hide, False)
-    one.wait_for_function("before => performance.getEntriesByType('resource').length >= before", arg=1)
     one.wait_for_timeout(300)
     assert polls() > before
