@@ -8,7 +8,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("playground.html")
 
 
-def page() -> tuple[bytes, dict[str, str]]:
+def playground() -> tuple[bytes, dict[str, str]]:
     """The page and its headers: it runs its own script and style only, and talks to nobody but this server."""
     body = FILE.read_bytes()
     policy = (

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -22,6 +21,7 @@ from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
 from open_mythos.serve.engine import Engine
 from open_mythos.serve.gate import Gate
 from open_mythos.serve.meters import Meters
+from open_mythos.serve.page import playground
 from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, CompletionRequest, error, refused
 from open_mythos.serve.worker import Busy, EngineDead, Job, Worker
 from open_mythos.tokenizer import Tokenizer
@@ -34,12 +34,6 @@ NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier 
 REASONS = {404: "invalid", 429: "busy", 500: "failed", 503: "not ready"}
 """Of refusals, by status, for the count."""
 
-PAGE = Path(__file__).with_name("playground.html")
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page loads nothing and talks to nobody but this server."""
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
 """`max_tokens` of requests that name none; a chat gets less where the context or the work budget leaves less."""
 
@@ -363,7 +357,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/")
     async def page() -> Response:
-        return Response(PAGE.read_bytes(), media_type="text/html", headers={"content-security-policy": PAGE_POLICY})
+        body, headers = playground()
+        return Response(body, headers=headers)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

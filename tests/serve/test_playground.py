@@ -1,7 +1,11 @@
 """The playground as a person uses it: in a browser, against a server with a tiny model."""
 
+import functools
 import json
 import re
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from open_mythos.serve.page import FILE, page
+from open_mythos.serve.engine import Engine, EngineConfig
+from open_mythos.serve.page import FILE, playground
+from open_mythos.tokenizer import ByteTokenizer
+from tests.models import scaled, tiny
 from tests.serve.browser import browser as open_browser
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -22,6 +29,48 @@ def chromium() -> Iterator[Any]:
         yield chromium
 
 
+class NoEnd(ByteTokenizer):
+    """Lets answers go on until `max_tokens`."""
+
+    eos_id = None
+
+
+@contextmanager
+def serving(key: str | None = None) -> Iterator[str]:
+    """The address of a server with a tiny model, in this process."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from open_mythos.serve.listen import run
+    from open_mythos.serve.server import ServeConfig, Service, make_app
+
+    def make() -> Engine:
+        model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000))
+        return Engine(model, NoEnd(), EngineConfig(max_rows=4, max_queue=8, kv_tokens=8192))
+
+    service = Service(make, 4, ServeConfig("tiny", drain_s=0), key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=run, args=(make_app(service), service, listener))
+        thread.start()
+        try:
+            while not service.ready and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            service.draining = True  # as SIGTERM does
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[tuple[str, str]]:
+    with serving("a-key") as url:
+        yield url, "a-key"
+
+
 class Visit:
     """A page with the playground, and everything that it asked for and complained of."""
 
@@ -29,10 +78,11 @@ class Visit:
         self.page, self.url = page, url
         self.complaints: list[str] = []
         self.asked: list[Any] = []
+        page.clock.install()
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", lambda request: self.asked.append(request))
-        page.goto(url)
+        self.headers = page.goto(url).headers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.page, name)
@@ -61,6 +111,10 @@ class Visit:
         for _ in range(abs(steps)):
             slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
         assert slider.input_value() == str(to)
+
+    def skip(self, seconds: int) -> None:
+        """Let the page's clock jump on, so that it looks at the engine again."""
+        self.page.clock.fast_forward(1000 * seconds)
 
     def wait(self) -> None:
         """Until the answers have ended."""
@@ -109,6 +163,7 @@ def visits(chromium: Any, url: str, complaints: tuple[str, ...] = ()) -> Iterato
 
     yield open_page
     for one in seen:
+        assert one.headers["content-security-policy"] == playground()[1]["Content-Security-Policy"]
         assert not [text for text in one.complaints if not any(known in text for known in complaints)]
         hosts = {urlsplit(request.url).netloc for request in one.asked if not request.url.startswith("data:")}
         assert hosts == {urlsplit(url).netloc}
@@ -119,7 +174,11 @@ def visits(chromium: Any, url: str, complaints: tuple[str, ...] = ()) -> Iterato
 def stream(*chunks: dict[str, Any] | str) -> Callable[[Any], None]:
     """A route that answers with these events."""
     body = "".join(f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n" for chunk in chunks)
-    return lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body)
+    return functools.partial(fulfill, status=200, content_type="text/event-stream", body=body)
+
+
+def fulfill(route: Any, **answer: Any) -> None:
+    route.fulfill(**answer)
 
 
 def chunk(*pieces: str, loops: int = 1) -> dict[str, Any]:
@@ -140,7 +199,7 @@ def test_page_asks_for_nothing_from_elsewhere_and_sets_text_as_text() -> None:
 
 
 def test_policy_allows_this_script_and_this_style_only() -> None:
-    policy = page()[1]["Content-Security-Policy"]
+    policy = playground()[1]["Content-Security-Policy"]
     assert "unsafe" not in policy and "*" not in policy
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "connect-src 'self'" in policy
 
@@ -152,21 +211,26 @@ def test_policy_allows_this_script_and_this_style_only() -> None:
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dict, scheme: str) -> None:
     one = visit(viewport, color_scheme=scheme).ready()
-    one.ask("She had been", exit="kl", threshold=0.03, seed=7)
-    one.locator(".tokens span").nth(2).wait_for(state="attached")
-    assert one.locator("#stop").is_enabled(), "all of the answer came at once"
+    one.evaluate("""() => {
+        window.batches = [];
+        const look = () => batches.push([stop.disabled, document.querySelectorAll(".tokens span").length]);
+        new MutationObserver(look).observe(answers, { subtree: true, childList: true });
+    }""")
+    one.ask("She had been", exit="kl", threshold=0.03, seed=7, **{"max-tokens": 3 * TOKENS})
     one.wait()
+    while_running = {n for over, n in one.evaluate("batches") if not over}
+    assert len(while_running) > 3, "the answer did not come bit by bit"
     (body,) = one.bodies()
-    assert (body["exit"], body["exit_threshold"], body["seed"], body["max_tokens"]) == ("kl", 0.03, 7, TOKENS)
+    assert (body["exit"], body["exit_threshold"], body["seed"], body["max_tokens"]) == ("kl", 0.03, 7, 3 * TOKENS)
     whole = one.direct(body)
     assert one.pieces() == whole["pieces"] and "".join(one.pieces()) == whole["text"]
     assert one.loops() == whole["loops"] and len(set(one.loops())) > 1
     told = one.facts(".pane")
-    assert (told["Tokens"], told["Loops in all"]) == (str(TOKENS), str(sum(whole["loops"])))
-    assert float(told["Mean loops"]) == pytest.approx(sum(whole["loops"]) / TOKENS, abs=0.005)
+    assert (told["Tokens"], told["Loops in all"]) == (str(3 * TOKENS), str(sum(whole["loops"])))
+    assert float(told["Mean loops"]) == pytest.approx(sum(whole["loops"]) / (3 * TOKENS), abs=0.005)
     check_shades(one)
     assert one.locator(".chart path:not(.top)").count() == len(set(whole["loops"]))
-    assert f"{TOKENS} tokens" in one.locator(".chart svg").get_attribute("aria-label")
+    assert f"{3 * TOKENS} tokens" in one.locator(".chart svg").get_attribute("aria-label")
     assert one.evaluate("document.documentElement.scrollWidth") == viewport["width"], "it scrolls sideways"
 
 
@@ -239,6 +303,7 @@ def test_stop_ends_the_answer_here_and_in_the_engine(visit: Callable, how: str) 
     assert one.locator("#status").inner_text().startswith("Stopped: ")
     assert one.facts(".pane")["Ended by"] == "you"
     assert 5 < len(one.pieces()) < 1900 and not one.locator(".problem:visible").count()
+    one.skip(3)
     one.locator("#facts dd:has-text('0 of')").wait_for()
     one.ask()
     one.wait()
@@ -361,40 +426,37 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("status", WORDS)
-def test_refusals_are_told_in_words(chromium: Any, server: str, status: int) -> None:
-    said, words = WORDS[status]
-    body, headers = json.dumps({"error": {"message": said}}), {"Retry-After": "7", "Content-Type": "application/json"}
-    with visits(chromium, server, complaints=(f"status of {status}",)) as open_page:
+def test_refusals_are_told_in_words(chromium: Any, server: str) -> None:
+    with visits(chromium, server, complaints=("Failed to load resource",)) as open_page:
         one = open_page().ready()
-        one.route("**/v1/completions", lambda route: route.fulfill(status=status, headers=headers, body=body))
-        one.ask()
-        one.wait()
-        told = one.locator(".pane .problem").inner_text()
-        assert words in told and (said in told or status in (429, 503))
-        assert one.locator("#status").inner_text().startswith("Failed")
-        one.unroute("**/v1/completions")
+        for status, (said, words) in WORDS.items():
+            body, headers = json.dumps({"error": {"message": said}}), {"Retry-After": "7"}
+            answer = functools.partial(fulfill, status=status, headers=headers, body=body)
+            one.route("**/v1/completions", answer)
+            one.ask()
+            one.wait()
+            told = one.locator(".pane .problem").inner_text()
+            assert words in told and (said in told or status in (429, 503))
+            assert one.locator("#status").inner_text().startswith("Failed")
+            one.unroute("**/v1/completions")
         one.ask()
         one.wait()
         assert one.locator("#status").inner_text().startswith("Done")
 
 
-@pytest.mark.parametrize(
-    ("events", "words"),
-    [
-        ([chunk("Anne"), {"error": {"message": "the engine stopped"}}], "The server said: the engine stopped"),
-        ([chunk("Anne")], "ended before its end"),
-        ([chunk("Anne"), "{half"], "connection broke"),
-    ],
-    ids=["error", "short", "garbled"],
-)
-def test_an_answer_that_breaks_off_is_kept_and_told(visit: Callable, events: list, words: str) -> None:
+def test_an_answer_that_breaks_off_is_kept_and_told(visit: Callable) -> None:
     one = visit().ready()
-    one.route("**/v1/completions", stream(*events))
-    one.ask()
-    one.wait()
-    assert words in one.locator(".pane .problem").inner_text()
-    assert one.pieces() == ["Anne"] and one.facts(".pane")["Ended by"] == "an error"
+    for end, words in (
+        ([{"error": {"message": "the engine stopped"}}], "The server said: the engine stopped"),
+        ([], "ended before its end"),
+        (["{half"], "connection broke"),
+    ):
+        one.route("**/v1/completions", stream(chunk("Anne"), *end))
+        one.ask()
+        one.wait()
+        assert words in one.locator(".pane .problem").inner_text()
+        assert one.pieces() == ["Anne"] and one.facts(".pane")["Ended by"] == "an error"
+        one.unroute("**/v1/completions")
 
 
 def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str) -> None:
@@ -404,8 +466,10 @@ def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str)
         one.ask()
         one.wait()
         assert "does not answer" in one.locator(".pane .problem").inner_text()
+        one.skip(3)
         one.locator("#notice:has-text('does not answer')").wait_for()
         one.unroute("**/v1/**")
+        one.skip(4)
         one.locator("#notice").wait_for(state="hidden")
 
 
@@ -430,6 +494,7 @@ def test_engine_is_shown_while_the_page_is(visit: Callable) -> None:
     live = {**now, "rows_by_loop": [[1, 2], [4, 5]], "looping": 7, "waiting": 3, "admitted": 9, "tokens_per_s": 12.34}
     live["pages"] = {"used": 30, "reusable": 10, "free": 60, "total": 100}
     one.route("**/v1/engine", lambda route: route.fulfill(json=live))
+    one.skip(3)
     one.locator("#bars > div:first-child span:has-text('2')").first.wait_for()
     assert one.locator("#bars").get_attribute("aria-label") == "Rows by loop: 2 rows in loop 1, 5 rows in loop 4"
     assert one.locator("#bars > div").count() == now["max_loops"]
@@ -443,11 +508,15 @@ def test_engine_is_shown_while_the_page_is(visit: Callable) -> None:
 
     hide = "value => { Object.defineProperty(document, 'hidden', { value, configurable: true }); "
     hide += "document.dispatchEvent(new Event('visibilitychange')) }"
-    one.evaluate(hide, True)
-    one.wait_for_timeout(500)  # what was asked before
     before = polls()
-    one.wait_for_timeout(2500)
-    assert polls() == before
+    one.skip(3)
+    one.wait_for_timeout(200)
+    assert polls() == before + 1
+    one.evaluate(hide, True)
+    for _ in range(3):
+        one.skip(10)
+        one.wait_for_timeout(100)
+    assert polls() == before + 1
     one.evaluate(hide, False)
-    one.wait_for_timeout(300)
-    assert polls() > before
+    one.wait_for_timeout(200)
+    assert polls() == before + 2
