@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.device import Device, Dtype
+from open_mythos.device import Device, Dtype, setup_device
 
 KEY = "MYTHOS_API_KEY"
 
@@ -75,7 +75,8 @@ def _serve(args: ServeArgs) -> None:
     from open_mythos.serve.gate import is_local
     from open_mythos.serve.listen import run
     from open_mythos.serve.llm import LLM
-    from open_mythos.serve.server import ServeConfig, Service, make_app
+    from open_mythos.serve.server import make_app
+    from open_mythos.serve.service import ServeConfig, Service
 
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
@@ -103,7 +104,14 @@ def _serve(args: ServeArgs) -> None:
     log.setLevel(logging.INFO)
 
     def make() -> Engine:
+        # In this thread: a number of threads counts for the one that sets it.
+        setup_device(args.device, args.threads)
         engine = LLM(args.folder, device=args.device, dtype=args.dtype, config=engine_config).engine
+        if engine.tokenizer is not None and engine.tokenizer.vocab_size > engine.model.cfg.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {engine.tokenizer.vocab_size} ids and the model vocab_size="
+                f"{engine.model.cfg.vocab_size}; put a model and its own tokenizer into {args.folder}"
+            )
         log.info("ready: %s", config.model)
         return engine
 
@@ -113,6 +121,7 @@ def _serve(args: ServeArgs) -> None:
     log.info("http://%s:%d, loading %s", host, listener.getsockname()[1], args.folder)
     service = Service(make, args.max_rows, config, key)
     well = run(make_app(service), service, listener)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
     error = service.worker.error
     if isinstance(error, TypeError | ValueError | OSError) and service.worker.engine is None:
         raise error

@@ -28,6 +28,8 @@ from open_mythos.tokenizer import Tokenizer
 
 MEMORY_SHARE = 0.25
 """Of the free memory, for keys and values, unless `kv_tokens` says how much."""
+MAX_RULES = 1024
+"""Of which objects are kept. A request that asks for one that was let go shares no batch of exits with an older one."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,8 @@ class Engine:
         name = exit or ("fixed" if block.act is None else "act")
         key = (name, params.exit_threshold, min_loops)
         if key not in self.rules:
+            if len(self.rules) >= MAX_RULES:
+                self.rules.clear()
             self.rules[key] = make_rule(
                 name, params.exit_threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold
             )

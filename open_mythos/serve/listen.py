@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from open_mythos.serve.server import Service
+from open_mythos.serve.service import Service
 
 HEADERS_S, BODY_S, STALL_S = 10.0, 30.0, 30.0
 """How long a client may take to send its headers, to send its body, and to read what has been sent to it."""

@@ -215,6 +215,8 @@ def refused(errors: list[Any]) -> Error:
             param = f"{param}[{part}]"
         elif part in Message.model_fields:
             param = f"{param}.{part}"
+    if not place:
+        return error("the body must be a JSON object, with content-type: application/json")
     if first["type"] == "json_invalid":
         return error("the body is no JSON; send an object with the fields of docs/server.md")
     if first["type"] == "extra_forbidden":

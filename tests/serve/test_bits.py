@@ -6,12 +6,10 @@ import random
 import pytest
 import torch
 
-from open_mythos.nn.invariant import batch_invariant, invariant
 from open_mythos.serve import engine as engine_module
-from open_mythos.serve.engine import Engine, EngineConfig
-from open_mythos.serve.runner import Runner
+from open_mythos.serve.engine import EngineConfig
 from tests.models import CASES, PARTS, scaled, tiny
-from tests.serve.mixes import COSTS, carry_out, random_load
+from tests.serve.mixes import carry_out, random_load
 
 FAST, ALL = 50, 500
 
