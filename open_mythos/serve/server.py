@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from open_mythos.chat import render
 from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
 from open_mythos.serve.gate import Gate
+from open_mythos.serve.page import playground
 from open_mythos.serve.protocol import Asked, ChatRequest, CompletionRequest, error, refused
 from open_mythos.serve.service import DEAD, Encode, Refusal, Service
 from open_mythos.serve.worker import EngineDead, Job, Worker
@@ -26,12 +26,6 @@ REASONS = {404: "invalid", 429: "busy", 500: "failed", 503: "not ready"}
 
 GONE = 499
 """The status of an answer that nobody reads."""
-PAGE = Path(__file__).with_name("playground.html")
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page loads nothing and talks to nobody but this server."""
 
 
 class EventStream(Response):
@@ -130,14 +124,14 @@ def make_app(service: Service) -> FastAPI:
         yield
         watching.cancel()
 
-    shown = PAGE.read_bytes()
+    body, headers = playground()
     # Documents made by a program load their looks from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Gate, service.key, service.meters.refused)
 
     @app.get("/")
     async def page() -> Response:
-        return Response(shown, media_type="text/html", headers={"content-security-policy": PAGE_POLICY})
+        return Response(body, headers=headers)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,7 +16,9 @@ from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.page import FILE, playground
 from open_mythos.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
+from tests.serve.browser import DESKTOP, PHONE, TOKENS, Visit, check_shades, chunk, fulfill, stream, visits
 from tests.serve.browser import browser as open_browser
+
 
 class NoEnd(ByteTokenizer):
     """Lets answers go on until `max_tokens`."""
@@ -30,7 +31,8 @@ def serving(key: str | None = None) -> Iterator[str]:
     """The address of a server with a tiny model, in this process."""
     pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     from open_mythos.serve.listen import run
-    from open_mythos.serve.server import ServeConfig, Service, make_app
+    from open_mythos.serve.server import make_app
+    from open_mythos.serve.service import ServeConfig, Service
 
     def make() -> Engine:
         model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000))
@@ -96,8 +98,9 @@ def test_policy_allows_this_script_and_this_style_only() -> None:
 # Asking.
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop-light", "phone-dark"]
+)
 def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dict, scheme: str) -> None:
     one = visit(viewport, color_scheme=scheme).ready()
     one.evaluate("""() => {
