@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import logging
+import re
 import traceback
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from open_mythos.serve.protocol import MAX_BODY_BYTES, error
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key."""
-MAX_HEADERS = 64
+MAX_HEADERS, MAX_HEADER_BYTES = 64, 16 * 2**10
 log = logging.getLogger("open_mythos.serve")
 
 
@@ -62,10 +63,15 @@ class Gate:
             await JSONResponse(error("the server has failed", kind="server_error"), 500)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        if len(scope["headers"]) > MAX_HEADERS:
-            return self._refuse(431, f"there must be at most {MAX_HEADERS} headers; send fewer", "too large")
+        headers = scope["headers"]
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+        )
+        if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            most = f"{MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together"
+            return self._refuse(431, f"there must be at most {most}; send less", "too large")
         if self._key is None:
-            hosts = [value for name, value in scope["headers"] if name == b"host"]
+            hosts = [value for name, value in headers if name == b"host"]
             if len(hosts) != 1 or not is_local(hosts[0].decode("latin-1").rpartition("@")[2]):
                 return self._refuse(403, "without a key the server answers to localhost only; give it a key", "host")
         elif scope["path"] not in OPEN and not self._knows(scope):
@@ -122,7 +128,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def is_local(host: str) -> bool:
     """Whether a host name, with or without a port, can only be this machine."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = re.sub(r"(?<=\])(:\d*)$", "", host) if host.startswith("[") else re.sub(r"^([^:]*):\d*$", r"\1", host)
     name = name.removeprefix("[").removesuffix("]")
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback

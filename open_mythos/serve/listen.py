@@ -14,12 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from open_mythos.serve.gate import MAX_HEADER_BYTES
 from open_mythos.serve.service import Service
 
 HEADERS_S, BODY_S, STALL_S = 10.0, 30.0, 30.0
 """How long a client may take to send its headers, to send its body, and to read what has been sent to it."""
 MAX_CONNECTIONS = 2048
-MAX_HEADER_BYTES = 16 * 2**10
 log = logging.getLogger("open_mythos.serve")
 
 
@@ -125,12 +125,9 @@ class Server(uvicorn.Server):
         self.should_exit = not worker.n_reserved or now > self._drain_until + 2
 
 
-def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
-    """Serve until told to end; whether all is well and the engine's thread has ended."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(most, wanted), most))
-    config = uvicorn.Config(
+def configure(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs the application: it logs no request, and believes no header about where one is from."""
+    return uvicorn.Config(
         app,
         http=Connection,
         ws="none",
@@ -143,5 +140,12 @@ def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=2,
     )
-    Server(config, service).run(sockets=[listener])
+
+
+def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
+    """Serve until told to end; whether all is well and the engine's thread has ended."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(most, wanted), most))
+    Server(configure(app), service).run(sockets=[listener])
     return service.worker.stop(2.0) and not service.fatal

@@ -7,7 +7,7 @@ not built is refused unless its value asks for nothing.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from open_mythos.serve.params import SamplingParams
@@ -64,8 +64,18 @@ def _prompt(value: Any) -> Any:
     return value
 
 
+def _whole(text: str) -> str:
+    """A JSON string may hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "half of a surrogate pair is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Prompt = Annotated[str | list[Id], BeforeValidator(_prompt)]
+Prompt = Annotated[Text | list[Id], BeforeValidator(_prompt)]
 
 
 class _Fields(BaseModel):
@@ -91,7 +101,7 @@ class Message(_Fields):
     """A turn of a conversation; `name` is not shown to the model."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[Text, BeforeValidator(_text)]
     name: Annotated[str, Field(max_length=64)] = ""
 
     def turn(self) -> dict[str, str]:
@@ -107,7 +117,7 @@ class Asked(_Fields):
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
         Field(max_length=MAX_STOPS),
         BeforeValidator(_as_list),
     ] = []
@@ -207,7 +217,10 @@ Error = dict[str, Any]
 
 def refused(errors: list[Any]) -> Error:
     """The first fault that pydantic found, as an error object that names the field."""
-    first = errors[0]
+    # Of the ways that one field may be given the one that was followed furthest.
+    first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
+    if first["type"] == "not_built":
+        return error(first["msg"], first["msg"].split()[0])
     place = [part for part in first["loc"] if part != "body"]
     param = str(place[0]) if place and first["type"] != "json_invalid" else None
     for part in place[1:]:
@@ -221,8 +234,6 @@ def refused(errors: list[Any]) -> Error:
         return error("the body is no JSON; send an object with the fields of docs/server.md")
     if first["type"] == "extra_forbidden":
         return error(f"{param:.80} is no field of this request; check its spelling, or leave it out", param)
-    if first["type"] == "not_built":
-        return error(first["msg"], first["msg"].split()[0])
     value = first.get("input")
     shown = f"={value!r:.40}" if isinstance(value, int | float | str) else ""
     return error(f"{param or 'the body'}{shown}: {first['msg']:.200}", param)
