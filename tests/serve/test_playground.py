@@ -3,9 +3,6 @@
 import functools
 import json
 import re
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,28 +24,16 @@ class NoEnd(ByteTokenizer):
 
 
 @contextmanager
-def serving(key: str | None = None) -> Iterator[str]:
+def tiny_server(key: str | None = None) -> Iterator[str]:
     """The address of a server with a tiny model, in this process."""
-    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-    from open_mythos.serve.listen import run
-    from open_mythos.serve.server import make_app
-    from open_mythos.serve.service import ServeConfig, Service
+    from tests.serve.served import serving
 
     def make() -> Engine:
         model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000))
         return Engine(model, NoEnd(), EngineConfig(max_rows=4, max_queue=8, kv_tokens=8192))
 
-    service = Service(make, 4, ServeConfig("tiny", drain_s=0), key)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=run, args=(make_app(service), service, listener))
-        thread.start()
-        try:
-            while not service.ready and thread.is_alive():
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            service.draining = True  # as SIGTERM does
-            thread.join()
+    with serving(key, make, max_rows=4) as served:
+        yield f"{served.url}/"
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +43,14 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving() as url:
+def server(chromium: Any) -> Iterator[str]:
+    with tiny_server() as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[tuple[str, str]]:
-    with serving("a-key") as url:
+def guarded(chromium: Any) -> Iterator[tuple[str, str]]:
+    with tiny_server("a-key") as url:
         yield url, "a-key"
 
 
