@@ -156,11 +156,13 @@ def check_shades(one: Visit) -> None:
         };
         const back = (element) => rgb(getComputedStyle(element).backgroundColor);
         const tokens = [...document.querySelectorAll(".tokens span")].map((e) => [parseInt(e.title), back(e)]);
-        return { text: rgb(getComputedStyle(document.body).color), tokens,
+        return { text: rgb(getComputedStyle(document.body).color), card: back(document.querySelector(".pane")), tokens,
             legend: [...document.querySelectorAll(".legend .cell")].map(back) };
     }""")
-    text, legend = luminance(drawn["text"]), [luminance(shade) for shade in drawn["legend"]]
-    assert sorted(legend) in (legend, legend[::-1]) and len(set(legend)) == len(legend)
+    text, card = luminance(drawn["text"]), luminance(drawn["card"])
+    legend = [luminance(shade) for shade in drawn["legend"]]
+    distances = [abs(shade - card) for shade in legend]
+    assert distances == sorted(set(distances)), "more loops do not stand out more"
     assert min(contrast(text, shade) for shade in legend) >= 4.5
     assert all(shade == drawn["legend"][loops - 1] for loops, shade in drawn["tokens"])
 

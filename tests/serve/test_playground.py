@@ -217,6 +217,11 @@ def test_chat_goes_on_with_what_was_said(visit: Callable) -> None:
     ]
     assert said == one.direct(one.bodies()[-1])["message"]["content"]
     assert one.input_value("#prompt") == ""
+    one.route("**/v1/chat/completions", stream({"error": {"message": "no"}}))
+    one.ask("Not answered")
+    one.wait()
+    assert one.input_value("#prompt") == "Not answered"
+    one.unroute("**/v1/chat/completions")
     one.route("**/v1/chat/completions", stream(chunk("Anne"), "[DONE]"))
     one.ask("And he?")
     one.wait()
