@@ -89,7 +89,9 @@ class SymbolTokenizer:
         counts = Counter(symbols)
         bad = [s for s in symbols if not s or re.search(r"\s", s) or counts[s] > 1]
         if bad or not symbols:
-            raise ValueError(f"symbols={bad or list(symbols)!r} must be different and without white space; rename them")
+            raise ValueError(
+                f"symbols={(bad or list(symbols))!r:.100} must be different and without white space; rename them"
+            )
         self.symbols = list(symbols)
         self.separator = separator
         self._roles = {"bos": bos, "eos": eos, "pad": pad}

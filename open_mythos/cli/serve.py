@@ -75,6 +75,7 @@ def _serve(args: ServeArgs) -> None:
     from open_mythos.serve.gate import is_local
     from open_mythos.serve.listen import run
     from open_mythos.serve.llm import LLM
+    from open_mythos.serve.protocol import HARD_MAX_LOOPS
     from open_mythos.serve.server import make_app
     from open_mythos.serve.service import ServeConfig, Service
 
@@ -82,6 +83,9 @@ def _serve(args: ServeArgs) -> None:
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     check_int("port", args.port, 0, 2**16 - 1)
     check_int("max_work", args.max_work, 1)
+    check_int("max_queue", args.max_queue, 0)
+    if args.max_loops is not None:
+        check_int("max_loops", args.max_loops, 1, HARD_MAX_LOOPS)
     check_number("drain", args.drain, 0)
     check_number("stuck", args.stuck, 0, above=True)
     key = read_key(args.api_key_file)

@@ -77,8 +77,11 @@ async def answer(service: Service, request: Request, asked: Asked, prompts: list
     answers = [Answer() for _ in job.wanted]
 
     async def collect() -> Response:
-        async for place, event in service.worker.events(job):
-            answers[place].add(event)
+        try:
+            async for place, event in service.worker.events(job):
+                answers[place].add(event)
+        except EngineDead:
+            raise Refusal(503, DEAD) from None
         if any(each.finish_reason == "error" for each in answers):
             raise Refusal(500, NAN)
         return JSONResponse(shape.whole(answers, usage(n_prompt, answers)))

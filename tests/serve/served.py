@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -146,3 +148,12 @@ def n_tasks(served: Served) -> int:
     loop = served.service.worker._loop
     assert loop is not None
     return len(asyncio.all_tasks(loop))
+
+
+def record(name: str, **figures: object) -> None:
+    """Add figures to the JSON file that $OPEN_MYTHOS_FIGURES names, if it does: they go into docs/results/server.md."""
+    where = os.environ.get("OPEN_MYTHOS_FIGURES")
+    if where:
+        path = Path(where)
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**known, name: figures}, indent=2) + "\n")
