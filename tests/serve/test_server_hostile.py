@@ -23,7 +23,7 @@ from tests.serve.served import MODEL, Served, record, serving
 
 P, C = "/v1/completions", "/v1/chat/completions"
 KNOWN = {"prompt": "Anne", "max_tokens": 8, "seed": 1, "logprobs": 2, "return_loops": True}
-STATUSES = {200, 400, 404, 405, 413, 422, 429, 431}
+STATUSES = {200, 400, 404, 405, 413, 429, 431}
 
 
 class Probe:
@@ -66,7 +66,7 @@ class Probe:
                 got = b""
                 try:
                     connection.sendall(data)
-                    connection.settimeout(0.1)
+                    connection.settimeout(0.05)
                     while more := connection.recv(65536):
                         got += more
                 except TimeoutError:
@@ -104,6 +104,7 @@ def probe() -> Iterator[Probe]:
             assert probing.known() == probing.before, "the same request has the same answer as before"
             with httpx2.Client(base_url=served.url) as fresh:
                 assert fresh.get("/ready").status_code == 200
+            probing.http.close()
             record("hostile", requests=probing.n, slowest_s=round(probing.slowest_s, 3), statuses=probing.statuses)
     finally:
         logging.getLogger().removeHandler(handler)
@@ -116,19 +117,7 @@ FIELDS += ["n_loops", "min_loops", "exit", "exit_threshold", "reasoning_effort",
 FIELDS += ["top_logprobs", "user", "metadata", "response_format", "logit_bias", "echo", "__class__", "", "n_loops "]
 NUMBERS = [-(2**63), -(2**31), -1, 0, 1, 2, 4, 5, 8, 9, 64, 65, 319, 320, 2**31, 2**63, 2**64, 10**30, 1e-300, 1e308]
 VALUES = [*NUMBERS, 1e309, float("nan"), -0.0, 0.5, True, False, None, "7", "", "\x00", "\ud800", "a" * 10**4, [], {}]
-VALUES += [
-    [[]],
-    [0],
-    ["a"],
-    [True],
-    [1e9],
-    [[1], [2]],
-    ["\ud800"],
-    [None],
-    {"a": {"b": []}},
-    [{"role": "user"}],
-    "fixed",
-]
+VALUES += [[[]], [0], ["a"], [True], [1e9], [[1], [2]], ["\ud800"], [None], {"a": {"b": []}}, [{"role": "user"}]]
 VALUES += [[{"role": "user", "content": x}] for x in ("<|end|>", "", [], None, 1, [{"type": "text", "text": "\udfff"}])]
 bodies = st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(VALUES), min_size=1, max_size=4)
 
@@ -139,29 +128,19 @@ def by_field(probe: Probe, path: str, body: dict[str, Any]) -> None:
     probe.post(path, content=content, headers={"content-type": "application/json"})
 
 
-PARTS = [
-    b"\r\n",
-    b"\r\n\r\n",
-    b"\x00",
-    b"\xff\xfe",
-    b"\xed\xa0\x80",
-    b"\xc0\xaf",
-    b"{",
-    b"[" * 10**5,
-    b'"',
-    b"\\u",
-    b"\n",
-]
-PARTS += [b"\xef\xbb\xbf", b"9" * 5000, b"content-length: 5\r\n", b"content-length: -1\r\n", b"content-length: 1e3\r\n"]
-PARTS += [b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip\r\n", b"expect: 100-continue\r\n", b"0\r\n\r\n"]
-PARTS += [b"FFFFFFFFFFFFFFFFF\r\n", b"upgrade: websocket\r\nconnection: upgrade\r\n", b"host: x\r\n", b" HTTP/2.0\r\n"]
+PARTS = [b"\r\n", b"\r\n\r\n", b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\xaf", b"{", b"[" * 10**5, b'"', b"\n"]
 PARTS += [
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n",
-    b"%2e%2e%2f",
-    b"../",
+    b"\\u",
+    b"\xef\xbb\xbf",
+    b"9" * 5000,
+    b"content-length: 5\r\n",
+    b"content-length: -1\r\n",
+    b"0\r\n\r\n",
     b"\t",
 ]
+PARTS += [b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip\r\n", b"expect: 100-continue\r\n"]
+PARTS += [b"FFFFFFFFFFFFFFFFF\r\n", b"upgrade: websocket\r\nconnection: upgrade\r\n", b"host: x\r\n", b" HTTP/2.0\r\n"]
+PARTS += [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n", b"%2e%2e%2f", b"../"]
 PARTS += [b"x: " + b"y" * 20_000 + b"\r\n", b"x:y\r\n" * 70, b'"prompt":"b",', b'"n_loops":NaN,', b'"\\ud800":1,']
 edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0, 0, 1, 9]), st.sampled_from(PARTS)), max_size=3)
 
@@ -208,19 +187,19 @@ SLOW = pytest.mark.slow
 paths = st.sampled_from([P, C])
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(4000, marks=SLOW)])
+@pytest.mark.parametrize("n", [40, pytest.param(4000, marks=SLOW)])
 @pytest.mark.filterwarnings("ignore")
 def test_requests_against_the_schema(probe: Probe, n: int) -> None:
     send = by_schema(probe)
     settings(max_examples=n, **QUIET)(given(schema_cases(probe))(send))()
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(3000, marks=SLOW)])
+@pytest.mark.parametrize("n", [130, pytest.param(3000, marks=SLOW)])
 def test_requests_with_odd_fields(probe: Probe, n: int) -> None:
     settings(max_examples=n, **QUIET)(given(paths, bodies)(lambda path, body: by_field(probe, path, body)))()
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(3000, marks=SLOW)])
+@pytest.mark.parametrize("n", [130, pytest.param(3000, marks=SLOW)])
 def test_requests_of_odd_bytes(probe: Probe, n: int) -> None:
     @settings(max_examples=n, **QUIET)
     @given(paths, edits, st.one_of(st.none(), st.none(), st.floats(0, 1)))
