@@ -86,6 +86,8 @@ class Service:
 
     @property
     def max_loops(self) -> int:
+        if self.engine.model.recurrent is None:
+            return 1
         return min(HARD_MAX_LOOPS, self.config.max_loops or self.engine.model.cfg.max_loop_iters)
 
     @property
@@ -235,7 +237,7 @@ class Service:
             "mean_loops": rates[1],
             "max_loops": self.max_loops,
             "default_loops": self.default_loops,
-            "rules": ["fixed", *(["act"] if block is not None and block.act is not None else []), *EXIT_THRESHOLDS],
+            "rules": [] if block is None else ["fixed", *(["act"] if block.act is not None else []), *EXIT_THRESHOLDS],
             "invariant": engine.invariant,
         }
 

@@ -24,12 +24,12 @@ class NoEnd(ByteTokenizer):
 
 
 @contextmanager
-def tiny_server(key: str | None = None) -> Iterator[str]:
+def tiny_server(key: str | None = None, **changes: Any) -> Iterator[str]:
     """The address of a server with a tiny model, in this process."""
     from tests.serve.served import serving
 
     def make() -> Engine:
-        model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000))
+        model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000, **changes))
         return Engine(model, NoEnd(), EngineConfig(max_rows=4, max_queue=8, kv_tokens=8192))
 
     with serving(key, make, max_rows=4) as served:
@@ -139,6 +139,15 @@ def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -
     assert told in one.locator("#differ").inner_text()
     # The charts share their scale, so that heights and shades can be compared.
     assert one.locator(".chart .y span:first-child").all_inner_texts() == ["4", "4"]
+
+
+def test_model_without_a_loop_answers_too(chromium: Any) -> None:
+    with tiny_server(recurrent_layers=0) as url, visits(chromium, url) as open_page:
+        one = open_page().ready()
+        assert one.locator("#loops").is_disabled() and one.locator("#exit option").count() == 1
+        one.ask()
+        one.wait()
+        assert one.loops() == [0] * TOKENS and "n_loops" not in one.bodies()[-1]
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
