@@ -22,6 +22,21 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def of_folder(folder: Path, name: str) -> Path:
+    """The path of a folder's file, which need not be there.
+
+    Raises:
+        ValueError: it is a link that leads out of the folder. The cache of the Hugging Face hub, whose folders link to
+            the blobs beside them, is no exception to that but one unit.
+    """
+    path, root = folder / name, folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"{path} is a link that leads out of its folder; put the file itself there")
+    return path
+
+
 def sha256(*paths: Path) -> str:
     """Of the files' contents, one after another."""
     hasher = hashlib.sha256()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos import weights
+from open_mythos.accounting import count_parameters
 from open_mythos.arguments import (
     check_documents,
     check_generator,
@@ -371,10 +372,14 @@ class OpenMythos(nn.Module):
             ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
                 names them.
         """
-        cfg, state = weights.load(folder_or_repo)
+        folder = weights.locate(folder_or_repo)
+        cfg, shapes = weights.read_config(folder), weights.read_shapes(folder)
+        layers = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
+        weights.check_size(shapes, count_parameters(cfg).total, layers)
         with torch.device("meta"):
             model = cls(cfg)
-        weights.check(state, model.state_dict())
+        weights.check(shapes, model.state_dict())
+        cfg, state = weights.load(folder)
         model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
         model.head.weight = model.embed.weight
         return model.to(device=device, dtype=dtype).eval()

@@ -9,12 +9,15 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from open_mythos.files import of_folder
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
@@ -83,9 +86,12 @@ class SymbolTokenizer:
         pad: str | None = None,
         separator: str = "",
     ) -> None:
-        bad = [s for s in symbols if not s or re.search(r"\s", s) or list(symbols).count(s) > 1]
+        counts = Counter(symbols)
+        bad = [s for s in symbols if not s or re.search(r"\s", s) or counts[s] > 1]
         if bad or not symbols:
-            raise ValueError(f"symbols={bad or list(symbols)!r} must be different and without white space; rename them")
+            raise ValueError(
+                f"symbols={(bad or list(symbols))!r:.100} must be different and without white space; rename them"
+            )
         self.symbols = list(symbols)
         self.separator = separator
         self._roles = {"bos": bos, "eos": eos, "pad": pad}
@@ -109,7 +115,7 @@ class SymbolTokenizer:
             match = self._pattern.match(text, at)
             if match is None:
                 raise ValueError(
-                    f"{text[at]!r} at position {at} of {text!r} starts no symbol; use {' '.join(self.symbols)}"
+                    f"{text[at]!r} at position {at} of {text!r:.60} starts no symbol; use {' '.join(self.symbols):.200}"
                 )
             if match[0] in self._ids:
                 ids.append(self._ids[match[0]])
@@ -296,18 +302,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ValueError: the file is none that this version writes.
     """
     folder = Path(folder)
-    if (folder / HUB_FILE).is_file():
-        return BPETokenizer.load(folder / HUB_FILE)
-    if not (folder / OWN_FILE).is_file():
+    hub, own = of_folder(folder, HUB_FILE), of_folder(folder, OWN_FILE)
+    if hub.is_file():
+        of_folder(folder, HUB_ROLES)
+        return BPETokenizer.load(hub)
+    if not own.is_file():
         raise FileNotFoundError(
             f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
         )
-    match json.loads((folder / OWN_FILE).read_text("utf-8")):
-        case {"type": "bytes"}:
-            return ByteTokenizer()
-        case {"type": "symbols", "symbols": symbols, **rest}:
-            return SymbolTokenizer(symbols, **rest)
-    raise ValueError(f"{folder / OWN_FILE} has no type 'bytes' or 'symbols'; save the tokenizer again")
+    try:
+        match json.loads(own.read_text("utf-8")):
+            case {"type": "bytes"}:
+                return ByteTokenizer()
+            case {"type": "symbols", "symbols": symbols, **rest}:
+                return SymbolTokenizer(symbols, **rest)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{own} cannot be read ({error!s:.200}); save the tokenizer again") from error
+    raise ValueError(f"{own} has no type 'bytes' or 'symbols'; save the tokenizer again")
 
 
 def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
@@ -327,9 +338,16 @@ def _roles(path: Path) -> dict[str, str | None]:
     """The special tokens' names in a `tokenizer_config.json`, as arguments of BPETokenizer; empty without the file."""
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text("utf-8"))
-    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    return {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        roles = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    except (ValueError, RecursionError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error!s:.200}); save the tokenizer again") from error
+    for role, name in roles.items():
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{path} has {role}_token={name!r:.60}, which must be a string; save the tokenizer again")
+    return roles
 
 
 def _download(model_id: str) -> tuple[Path, Path]:

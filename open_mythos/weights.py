@@ -1,7 +1,9 @@
 """A model folder: `config.json` beside `model.safetensors`. Nothing here is ever unpickled."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
+from open_mythos.files import of_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
+MAX_CONFIG_BYTES = 2**20
+MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 100_000
+"""Of `model.safetensors`. Larger ones take seconds and gigabytes to read before anything is known of them."""
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> None:
@@ -35,13 +42,28 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
 def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
     """The configuration and the tensors of a model folder, or of a hub repository when there is no such folder."""
     folder = locate(folder_or_repo)
-    cfg, path = read_config(folder), _file(folder, WEIGHTS_FILE)
+    cfg, path = read_config(folder), _weights(folder)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
     # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
     return cfg, {name: x.clone() for name, x in tensors.items()}
+
+
+def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model folder's tensors, which are not read.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not of floating point.
+    """
+    slices = open_slices(folder)
+    for name, rows in slices.items():
+        if rows.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(DTYPES)}; save it again"
+            )
+    return {name: tuple(rows.get_shape()) for name, rows in slices.items()}
 
 
 def locate(folder_or_repo: str | Path) -> Path:
@@ -52,7 +74,7 @@ def locate(folder_or_repo: str | Path) -> Path:
 
 def open_slices(folder: str | Path) -> dict[str, Any]:
     """The tensors of a model folder as safetensors' slices: mapped, with `get_shape()` and rows by index."""
-    path = _file(Path(folder), WEIGHTS_FILE)
+    path = _weights(Path(folder))
     try:
         file = safe_open(path, "pt")
         return {name: file.get_slice(name) for name in file.keys()}
@@ -62,7 +84,15 @@ def open_slices(folder: str | Path) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> MythosConfig:
     """The configuration of a model folder."""
-    values: dict[str, Any] = json.loads(_file(Path(folder), CONFIG_FILE).read_text())
+    path = _file(Path(folder), CONFIG_FILE)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which is no configuration")
+    try:
+        values: Any = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); copy or save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or save it again")
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
             f"{folder}/{CONFIG_FILE} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
@@ -71,15 +101,26 @@ def read_config(folder: str | Path) -> MythosConfig:
     return MythosConfig.from_dict({name: value for name, value in values.items() if name not in FOLDER_KEYS})
 
 
-def check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse tensors that are missing, unknown or of another shape than the configuration says."""
+def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:
+    """Refuse a configuration far beyond what the file holds, of which not even an empty model should be made."""
+    held = sum(map(math.prod, shapes.values()))
+    if n_layers > len(shapes) or n_parameters > 64 * (held + 1):
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: it holds {len(shapes)} tensors with {held} numbers, for "
+            f"{n_layers} layers with {n_parameters} parameters; copy or save both again"
+        )
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> None:
+    """Refuse shapes of tensors that are missing, unknown or of another shape than those of a model's state."""
+    expected = {name: tuple(x.shape) for name, x in model.items()}
     names = expected.keys() - {"head.weight"}
-    problems = [f"{name} is missing" for name in sorted(names - state.keys())]
-    problems += [f"{name} is unknown" for name in sorted(state.keys() - names)]
+    problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
+    problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
     problems += [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in sorted(names & state.keys())
-        if state[name].shape != expected[name].shape
+        f"{name} has shape {shapes[name]}, not {expected[name]}"
+        for name in sorted(names & shapes.keys())
+        if shapes[name] != expected[name]
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -89,8 +130,21 @@ def check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
+def _weights(folder: Path) -> Path:
+    """The file of the tensors, once its header is known to be of a sane size."""
+    path = _file(folder, WEIGHTS_FILE)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} cannot be read (a header of {size} bytes); copy or save it again")
+        n = file.read(size).count(b'"data_offsets"')
+    if n > MAX_TENSORS:
+        raise ValueError(f"{path} has {n} tensors, more than {MAX_TENSORS}; copy or save it again")
+    return path
+
+
 def _file(folder: Path, name: str) -> Path:
-    path = folder / name
+    path = of_folder(folder, name)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "

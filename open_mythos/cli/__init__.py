@@ -6,6 +6,7 @@ import warnings
 from open_mythos.cli.chat import chat
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.plan import plan
+from open_mythos.cli.serve import serve
 from open_mythos.cli.train import demo, train
 from open_mythos.cli.use import evaluate, generate, info
 
@@ -52,6 +53,7 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": evaluate,
     "info": info,
 }

@@ -58,8 +58,7 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             f"with it: data.tokenizer_from={folder!r} for chat, mythos prepare-data --tokenizer {folder} for shards"
         )
     with torch.device("meta"):
-        shapes = {name: torch.empty(rows.get_shape()) for name, rows in state.items()}
-        weights.check(shapes, OpenMythos(cfg).state_dict())
+        weights.check({name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict())
     return state
 
 

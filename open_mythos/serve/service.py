@@ -1,0 +1,248 @@
+"""What the routes share: the engine's thread, the limits, and what is told about them."""
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from open_mythos.accounting import n_layers
+from open_mythos.chat import end_of_turn
+from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.serve.engine import Engine
+from open_mythos.serve.meters import Meters
+from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, error
+from open_mythos.serve.worker import Busy, EngineDead, Job, Worker
+from open_mythos.tokenizer import Tokenizer
+
+Encode = Callable[[Any], list[int]]
+"""A prompt, or the messages of a chat, to ids."""
+DEAD = "the engine has failed; the server ends"
+
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
+"""`max_tokens` of requests that name none; a chat gets less where the context or the work budget leaves less."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What a server is told besides its engine."""
+
+    model: str
+    """The name that requests give."""
+    max_loops: int | None = None
+    """The most loops of a request; None: the model's `max_loop_iters`. Never more than 64."""
+    max_queue: int = 128
+    """Answers accepted beyond those that have a row."""
+    max_work: int = 2**20
+    """Loop-tokens of a request: (prompt + n x max_tokens) x n_loops."""
+    plain: bool = False
+    """For a model that knows no turns: messages are put one behind the other, and it continues them."""
+    drain_s: float = 30.0
+    """How long answers in work may take once the server is told to end."""
+    stuck_s: float = 60.0
+    """How long a step may take before the engine is given up; at a sixth of it /ready says 503."""
+
+
+class Refusal(Exception):
+    """A request that is not answered."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        kind = "invalid_request_error" if status < 429 else "overloaded" if status == 429 else "unavailable"
+        self.status, self.body = status, error(message, param, code, kind)
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        make: makes the engine, once the server listens. It holds a tokenizer, and its queue is as long as `max_queue`
+            and its rows together.
+        max_rows: of that engine.
+        key: what requests have to know; None: nothing.
+    """
+
+    def __init__(self, make: Callable[[], Engine], max_rows: int, config: ServeConfig, key: str | None = None) -> None:
+        self.config, self.key, self.meters = config, key, Meters()
+        self.worker = Worker(make, max_rows + config.max_queue, self.meters.event, self._fatal)
+        self.max_rows, self.started_s = max_rows, time.time()
+        self.draining = self.fatal = False
+        self.on_fatal: Callable[[], None] = lambda: None
+
+    @property
+    def engine(self) -> Engine:
+        engine = self.worker.engine
+        if engine is None:
+            raise Refusal(503, "the model is being loaded; try again in a few seconds")
+        return engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None
+        return tokenizer
+
+    @property
+    def max_loops(self) -> int:
+        if self.engine.model.recurrent is None:
+            return 1
+        return min(HARD_MAX_LOOPS, self.config.max_loops or self.engine.model.cfg.max_loop_iters)
+
+    @property
+    def default_loops(self) -> int:
+        return min(self.max_loops, self.engine.model.cfg.max_loop_iters)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered."""
+        late = self.worker.stuck_s > self.config.stuck_s / 6
+        return self.worker.engine is not None and not (self.fatal or self.draining or late)
+
+    async def watch(self) -> None:
+        """Give up an engine that is stuck."""
+        while not self.fatal:
+            await asyncio.sleep(self.config.stuck_s / 60)
+            if self.worker.stuck_s > self.config.stuck_s:
+                self._fatal()
+
+    def _fatal(self) -> None:
+        self.fatal = True
+        self.worker.fail()
+        self.on_fatal()
+
+    def n_loops(self, asked: Asked) -> int | None:
+        """The most loops of a token; None for a model without a loop."""
+        if self.engine.model.recurrent is None:
+            if asked.n_loops is not None:
+                raise Refusal(400, f"n_loops={asked.n_loops}: this model has no loop; leave n_loops out", "n_loops")
+            return None
+        if asked.n_loops is None:
+            scale = {"low": 0.5, "medium": 1, "high": 2, None: 1}[asked.reasoning_effort]
+            return max(1, min(self.max_loops, math.ceil(scale * self.engine.model.cfg.max_loop_iters)))
+        if asked.n_loops > self.max_loops:
+            raise Refusal(
+                400,
+                f"n_loops={asked.n_loops} must be at most {self.max_loops}; use n_loops={self.max_loops}",
+                "n_loops",
+            )
+        return asked.n_loops
+
+    def check_work(self, tokens: int, n_loops: int | None) -> None:
+        """Refuse what would take too long."""
+        work = tokens * (n_loops or 1)
+        if work > self.config.max_work:
+            raise Refusal(
+                400,
+                f"the request's work, (prompt + n x max_tokens) x n_loops = {work} loop-tokens, must be at most "
+                f"{self.config.max_work}; ask for fewer tokens, answers or loops",
+                "max_tokens",
+            )
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not here."""
+        if name != self.config.model:
+            raise Refusal(
+                404, f"model={name!r:.80} is not served; use {self.config.model!r}", "model", "model_not_found"
+            )
+
+    async def ask(self, asked: Asked, prompts: list[Any], encode: Encode) -> tuple[Job, list[int]]:
+        """Put a request to the engine.
+
+        Returns:
+            The job, and the tokens of each prompt.
+
+        Raises:
+            Refusal: it cannot be answered, or not now; nothing has been done.
+        """
+        if self.draining or self.fatal:
+            raise Refusal(503, "the server is about to end; ask another one, or later")
+        if asked.model:
+            self.check_model(asked.model)
+        is_chat, n_loops, n = isinstance(asked, ChatRequest), self.n_loops(asked), len(prompts) * asked.n
+        given = asked.max_completion_tokens or asked.max_tokens if isinstance(asked, ChatRequest) else asked.max_tokens
+        self.check_work(n * (given or 1), n_loops)
+        end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
+        try:
+            self.worker.reserve(n)
+        except Busy:
+            raise Refusal(429, f"{self.worker.most} answers are in work or waiting; try again later") from None
+        try:
+            ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
+            max_tokens = given or (self._room(len(ids[0]), asked.n, n_loops) if is_chat else COMPLETION_TOKENS)
+            self.check_work(sum(len(each) + asked.n * max_tokens for each in ids), n_loops)
+            stops = [end] if isinstance(end, str) else []
+            params = [asked.params(max_tokens, n_loops, stops, place) for place in range(asked.n)]
+        except BaseException as fault:
+            self.worker.give_back(n)
+            if isinstance(fault, ValueError):
+                raise Refusal(400, str(fault), "messages" if is_chat else "prompt") from None
+            raise
+        try:
+            return await self.worker.submit([(each, how) for each in ids for how in params]), [len(i) for i in ids]
+        except EngineDead:
+            raise Refusal(503, DEAD) from None
+        except (TypeError, ValueError) as fault:
+            raise Refusal(400, str(fault), field_of(fault, "messages" if is_chat else "prompt")) from None
+
+    def _room(self, n_prompt: int, n: int, n_loops: int | None) -> int:
+        """`max_tokens` of a chat that names none."""
+        engine, cfg, n_loops = self.engine, self.engine.model.cfg, n_loops or 1
+        budget = (self.config.max_work // n_loops - n_prompt) // n
+        held = engine.n_pages // n_layers(cfg, n_loops) * engine.config.page_tokens
+        return max(1, min(CHAT_TOKENS, cfg.max_output_tokens, min(cfg.max_seq_len, held) - n_prompt, budget))
+
+    def card(self) -> dict[str, Any]:
+        """The model, as the list of models has it."""
+        cfg = self.engine.model.cfg
+        return {
+            "id": self.config.model,
+            "object": "model",
+            "created": int(self.started_s),
+            "owned_by": "open_mythos",
+            "max_loops": self.max_loops,
+            "default_loops": self.default_loops,
+            "context_length": cfg.max_seq_len,
+        }
+
+    def metrics(self) -> bytes:
+        """What Prometheus reads."""
+        now, meters = self.worker.snapshot, self.meters
+        meters.waiting.set(now.waiting)
+        meters.rows.set(now.admitted)
+        for state in ("used", "free", "reusable"):
+            meters.pages.labels(state).set(getattr(now, f"pages_{state}"))
+        return meters.text()
+
+    def live(self) -> dict[str, Any]:
+        """What the engine is doing now."""
+        engine, now, rates = self.engine, self.worker.snapshot, self.meters.rates()
+        block = engine.model.recurrent
+        held = now.pages_used + now.pages_reusable
+        return {
+            "model": self.config.model,
+            "max_rows": self.max_rows,
+            "rows_by_loop": now.rows_by_loop,
+            "looping": sum(rows for _, rows in now.rows_by_loop),
+            "waiting": now.waiting,
+            "admitted": now.admitted,
+            "pages": {
+                "used": now.pages_used,
+                "free": engine.n_pages - held,
+                "reusable": now.pages_reusable,
+                "total": engine.n_pages,
+            },
+            "tokens_per_s": rates[0],
+            "mean_loops": rates[1],
+            "max_loops": self.max_loops,
+            "default_loops": self.default_loops,
+            "rules": [] if block is None else ["fixed", *(["act"] if block.act is not None else []), *EXIT_THRESHOLDS],
+            "invariant": engine.invariant,
+        }
+
+
+def field_of(fault: Exception, otherwise: str) -> str:
+    """The field that a message of the engine begins with."""
+    match = re.match(r"(\w+)=", str(fault))
+    return match[1] if match and match[1] in ChatRequest.model_fields else otherwise
