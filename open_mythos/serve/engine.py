@@ -30,6 +30,7 @@ from open_mythos.tokenizer import Tokenizer
 MEMORY_SHARE = 0.25
 """Of the free memory, for keys and values, unless `kv_tokens` says how much."""
 
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How much an engine does at once."""
