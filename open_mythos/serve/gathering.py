@@ -9,6 +9,7 @@ from open_mythos.serve.sequence import Sequence
 _KINDS = 256  # kinds of chunks that are remembered
 _MOST = 1024  # chunks counted by depth, before older ones fade
 _LASTING = 8  # chunks for which equal fixed depths, once read out together, are taken to stay together
+_REFRESH = 8  # times that a worth is used
 _PERIODS = 16  # distances of read-outs that are tried, beside the most loops of each kind
 _PATIENCE = 1.01  # waiting wins a tie: who is read out together is likelier to exit together again
 
@@ -56,6 +57,9 @@ class Gathering:
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
         self._depths: dict[Hashable, Depths] = {}
+        self._kinds: Counter[Depths] = Counter()
+        """Of which `_found` is the worth, asked for `_asked` times."""
+        self._found, self._asked = 0.0, 0
 
     def exited(self, seq: Sequence) -> None:
         """The chunk of a sequence has left the loop."""
@@ -100,10 +104,19 @@ class Gathering:
         return self._costs.outer(max(1, tokens)) - self._costs.outer.slope * tokens
 
     def _worth(self, cohorts: Cohorts) -> float:
-        """Seconds per token at the best even distance of read-outs, less what every token adds to one in any case."""
+        """Seconds per token at the best even distance of read-outs, less what every token adds to one in any case.
+
+        Found anew when there are other tokens, and now and then: what is known of depths changes slowly.
+        """
         kinds: Counter[Depths] = Counter()
         for (depths, _), tokens in cohorts.items():
             kinds[depths] += tokens
+        if kinds != self._kinds or self._asked % _REFRESH == 0:
+            self._kinds, self._found, self._asked = kinds, self._best_even(kinds), 0
+        self._asked += 1
+        return self._found
+
+    def _best_even(self, kinds: Counter[Depths]) -> float:
         best = float("inf")
         for period in {*range(1, _PERIODS + 1), *(len(depths.more) - 1 for depths in kinds)}:
             loops, out = [0.0] * period, 0.0  # tokens in each loop, and read out behind the last
