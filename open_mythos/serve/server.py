@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from open_mythos.chat import render
 from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
-from open_mythos.serve.gate import Gate
+from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.protocol import Asked, ChatRequest, CompletionRequest, error, refused
 from open_mythos.serve.service import DEAD, Encode, Refusal, Service
 from open_mythos.serve.worker import EngineDead, Job, Worker
@@ -136,7 +136,7 @@ def make_app(service: Service) -> FastAPI:
     shown = PAGE.read_bytes()
     # Documents made by a program load their looks from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, service.key, service.meters.refused)
+    app.add_middleware(Gate, service.key, service.meters.refused, service.full)
 
     @app.get("/")
     async def page() -> Response:
@@ -189,7 +189,7 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
         service.meters.refused(REASONS.get(refusal.status, "invalid"))
-        headers = {"retry-after": "1"} if refusal.status in (429, 503) else None
+        headers = {"retry-after": RETRY_S} if refusal.status in (429, 503) else None
         return JSONResponse(refusal.body, refusal.status, headers)
 
     @app.exception_handler(RequestValidationError)

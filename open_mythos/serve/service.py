@@ -12,6 +12,7 @@ from open_mythos.accounting import n_layers
 from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
+from open_mythos.serve.gate import BUSY
 from open_mythos.serve.meters import Meters
 from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, error
 from open_mythos.serve.worker import Busy, EngineDead, Job, Worker
@@ -98,6 +99,10 @@ class Service:
         late = self.worker.stuck_s > self.config.stuck_s / 6
         return self.worker.engine is not None and not (self.fatal or self.draining or late)
 
+    def full(self) -> bool:
+        """Whether there is no place for another answer."""
+        return self.worker.n_reserved >= self.worker.most and not self.draining
+
     async def watch(self) -> None:
         """Give up an engine that is stuck."""
         while not self.fatal:
@@ -165,7 +170,7 @@ class Service:
         try:
             self.worker.reserve(n)
         except Busy:
-            raise Refusal(429, f"{self.worker.most} answers are in work or waiting; try again later") from None
+            raise Refusal(429, BUSY) from None
         try:
             ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
             max_tokens = given or (self._room(len(ids[0]), asked.n, n_loops) if is_chat else COMPLETION_TOKENS)
@@ -207,6 +212,7 @@ class Service:
     def metrics(self) -> bytes:
         """What Prometheus reads."""
         now, meters = self.worker.snapshot, self.meters
+        meters.tasks.set(len(asyncio.all_tasks()))
         meters.waiting.set(now.waiting)
         meters.rows.set(now.admitted)
         for state in ("used", "free", "reusable"):
