@@ -133,21 +133,15 @@ class Worker:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._encoders, partial(function, *args))
 
-    async def submit(self, wanted: Sequence[Wanted]) -> Job:
+    def submit(self, wanted: Sequence[Wanted]) -> Job:
         """Ask for answers, for which places have been reserved; they are given back when the answers have ended.
 
-        Raises:
-            TypeError, ValueError: the engine refuses one of them, and so all.
-            EngineDead: the engine's thread has ended.
+        `accepted` of the job raises what the engine says if it refuses one of them, and so all: TypeError or
+        ValueError, or EngineDead.
         """
         job = Job(wanted, asyncio.get_running_loop().create_future(), len(wanted))
         self.jobs.add(job)
         self._commands.put(partial(self._add, job))
-        try:
-            await job.accepted
-        except asyncio.CancelledError:
-            self.cancel(job)
-            raise
         return job
 
     async def events(self, job: Job) -> AsyncIterator[tuple[int, TokenEvent]]:

@@ -119,53 +119,72 @@ def at(values: list[float], share: float) -> float:
     return round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1) if ordered else 0.0
 
 
-async def crowd(server: Target, n: int, max_tokens: int = 200) -> Figures:
-    """So many requests at once: who is accepted, how soon the others are refused."""
-    before = server.rss_mib()
-    in_work = most = 0
-    accepted: list[float] = []
-    refused: list[float] = []
-    health: list[float] = []
-    finished = 0
+class Asker(asyncio.Protocol):
+    """A client that costs little: it stamps the time of the first bytes, and counts who is in work."""
 
-    async def one(i: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal in_work, most, finished
-        began = time.perf_counter()
-        body = {"prompt": f"{i}", "max_tokens": max_tokens, "seed": i, "stream": True, "ignore_eos": True}
-        writer.write(request(P, body))
-        status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
-        if status == 429:
-            refused.append(time.perf_counter() - began)
-        else:
-            assert status == 200, status
-            accepted.append(time.perf_counter() - began)
-            in_work += 1
-            most = max(most, in_work)
-            # A place is free again when the last event is sent, not when it is read.
-            async for line in reader:
-                if b'"finish_reason": "length"' in line:
-                    in_work -= 1
-                    finished += 1
-        await reader.read()
-        writer.close()
+    in_work = most = 0
+
+    def __init__(self) -> None:
+        self.transport: asyncio.WriteTransport | None = None
+        self.began = self.answered = 0.0
+        self.status, self.tail, self.finished = 0, b"", False
+        self.over = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.transport = transport
+
+    def ask(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.began = time.perf_counter()
+        self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.status:
+            self.answered, self.status = time.perf_counter(), int(data[9:12])
+            if self.status == 200:
+                Asker.in_work += 1
+                Asker.most = max(Asker.most, Asker.in_work)
+        self.tail = self.tail[-100:] + data
+        if not self.finished and b'"finish_reason": "length"' in self.tail:
+            self.finished = True
+            Asker.in_work -= 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set_result(None)
+
+
+async def crowd(server: Target, n: int, max_tokens: int = 200) -> Figures:
+    """So many requests at once: who is accepted, how soon the others are refused.
+
+    All are connected before the first asks, so that what is timed is the server.
+    """
+    before, loop = server.rss_mib(), asyncio.get_running_loop()
+    Asker.in_work = Asker.most = 0
+    askers = [(await loop.create_connection(Asker, "127.0.0.1", server.port))[1] for _ in range(n)]
+    body = {"prompt": "a", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    datas = [request(P, {**body, "seed": i}) for i in range(n)]
+    health: list[float] = []
 
     async def look() -> None:
         while True:
             health.append((await server.ask(path="/health"))[2])
             await asyncio.sleep(0.05)
 
+    for asker, data in zip(askers, datas, strict=True):
+        asker.ask(data)
     looking = asyncio.create_task(look())
-    # All are connected before the first asks: what is timed is the server.
-    connected = [await server.open() for _ in range(n)]
-    await asyncio.gather(*(one(i, *streams) for i, streams in enumerate(connected)))
+    await asyncio.gather(*(asker.over for asker in askers))
     looking.cancel()
     await server.idle()
-    assert len(accepted) + len(refused) == n and finished == len(accepted)
+    accepted = [asker for asker in askers if asker.status == 200]
+    refused = [asker.answered - asker.began for asker in askers if asker.status == 429]
+    assert len(accepted) + len(refused) == n
     return {
         "requests": n,
         "accepted": len(accepted),
-        "finished": finished,
-        "most_in_work": most,
+        "finished": sum(asker.finished for asker in accepted),
+        "most_in_work": Asker.most,
         "places": ROWS + QUEUE,
         "refused": len(refused),
         "refused_p50_ms": at(refused, 0.5),

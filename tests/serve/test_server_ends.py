@@ -140,7 +140,7 @@ def test_a_reader_that_stops_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None
         until(lambda: not served.server.server_state.connections)
         served.settle()
         connection.close()
-        assert b'finish_reason="length"' not in served.service.metrics(), "it was cut off before its end"
+        assert b'finish_reason="length"' not in served.service.meters.text(), "it was cut off before its end"
 
 
 def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
