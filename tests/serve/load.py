@@ -54,11 +54,12 @@ class Target:
         """Status, body, and seconds until the status was there."""
         began = time.perf_counter()
         reader, writer = await self.send(body, path)
-        head = await reader.readuntil(b"\r\n\r\n")
-        seconds = time.perf_counter() - began
-        data = await reader.read()
-        writer.close()
-        return int(head.split()[1]), data, seconds
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            seconds = time.perf_counter() - began
+            return int(head.split()[1]), await reader.read(), seconds
+        finally:
+            writer.close()
 
     async def get(self, path: str) -> Any:
         _, data, _ = await self.ask(path=path)
@@ -176,6 +177,7 @@ async def crowd(server: Target, n: int, max_tokens: int = 200) -> Figures:
     looking = asyncio.create_task(look())
     await asyncio.gather(*(asker.over for asker in askers))
     looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
     await server.idle()
     accepted = [asker for asker in askers if asker.status == 200]
     refused = [asker.answered - asker.began for asker in askers if asker.status == 429]
@@ -205,17 +207,13 @@ async def leavers(server: Target, n: int) -> Figures:
             data = request(P, {**body, "stream": draw.random() < 0.5, "n_loops": draw.randint(1, 4)})
             reader, writer = await server.open()
             writer.write(data[: draw.randint(1, len(data))] if draw.random() < 0.2 else data)
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError, ConnectionError):
                 await asyncio.wait_for(reader.readexactly(draw.randint(1, 5000)), draw.expovariate(20))
             if draw.random() < 0.5:
                 writer.transport.abort()
             writer.close()
 
-    async def quiet() -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            await one()
-
-    await asyncio.gather(*(quiet() for _ in range(n)))
+    await asyncio.gather(*(one() for _ in range(n)))
     settled = await server.idle()
     while server.n_files() > files + 1:
         await asyncio.sleep(0.05)

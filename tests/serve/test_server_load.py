@@ -1,4 +1,4 @@
-"""Many clients at once: small here, in full with `make test-slow`. Times are figures, not tests: see load.py."""
+"""Many clients at once, with `make test-slow`. Times are figures, not tests: see load.py."""
 
 import asyncio
 import os
@@ -8,6 +8,7 @@ import pytest
 
 from tests.serve.load import QUEUE, ROWS, Figures, run
 
+pytestmark = pytest.mark.slow
 SOAK_S = int(os.environ.get("OPEN_MYTHOS_SOAK_S", "600"))
 
 
@@ -18,26 +19,22 @@ def loaded(tmp_path: Path, name: str, size: int) -> Figures:
     return figures
 
 
-@pytest.mark.parametrize("n", [120, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_crowd(tmp_path: Path, n: int) -> None:
-    figures = loaded(tmp_path, "crowd", n)
+def test_a_crowd(tmp_path: Path) -> None:
+    figures = loaded(tmp_path, "crowd", 1000)
     assert figures["most_in_work"] == ROWS + QUEUE and figures["finished"] == figures["accepted"]
     assert figures["rss_growth_mib"] < 64, figures
 
 
-@pytest.mark.parametrize("n", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_clients_that_leave(tmp_path: Path, n: int) -> None:
-    figures = loaded(tmp_path, "leavers", n)
+def test_clients_that_leave(tmp_path: Path) -> None:
+    figures = loaded(tmp_path, "leavers", 2000)
     assert figures["rows_left"] == figures["waiting_left"] == figures["pages_left"] == 0
 
 
-@pytest.mark.parametrize("n", [pytest.param(500, marks=pytest.mark.slow)])
-def test_clients_that_drip(tmp_path: Path, n: int) -> None:
-    figures = loaded(tmp_path, "drips", n)
+def test_clients_that_drip(tmp_path: Path) -> None:
+    figures = loaded(tmp_path, "drips", 500)
     assert figures["closed_after_s"] < 60 and figures["files_left"] <= 1
 
 
-@pytest.mark.slow
 def test_a_long_time(tmp_path: Path) -> None:
     figures = loaded(tmp_path, "soak", SOAK_S)
     assert figures["answers"][200] and figures["answers"][400] and set(figures["answers"]) <= {200, 400, 429}
