@@ -146,6 +146,14 @@ def test_a_reader_that_stops_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None
         assert b'finish_reason="length"' not in served.service.meters.text(), "it was cut off before its end"
 
 
+def test_no_packet_waits_for_an_acknowledgement(served: Served) -> None:
+    with served.connect() as connection:
+        state, here = served.server.server_state, connection.getsockname()
+        until(lambda: any(there.client == here for there in state.connections))
+        (there,) = (there for there in state.connections if there.client == here)
+        assert there.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as served, served.http() as http:
         step, calls = served.engine.step, []
