@@ -14,6 +14,9 @@ from open_mythos.serve.protocol import MAX_BODY_BYTES, error
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key."""
+BUSY = "as many answers as may be are in work or waiting; try again later"
+RETRY_S = "1"
+"""Seconds after which a refused client may ask again."""
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 16 * 2**10
 log = logging.getLogger("open_mythos.serve")
 
@@ -27,10 +30,11 @@ class Gate:
     Args:
         key: what requests have to know; None: nothing.
         refused: told the reason of each refusal.
+        full: whether there is no place for another answer. Then a request for one is refused before it is read.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, refused: Callable[[str], None]) -> None:
-        self._app, self._refused = app, refused
+    def __init__(self, app: ASGIApp, key: str | None, refused: Callable[[str], None], full: Callable[[], bool]) -> None:
+        self._app, self._refused, self._full = app, refused, full
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,6 +81,10 @@ class Gate:
         elif scope["path"] not in OPEN and not self._knows(scope):
             response = self._refuse(401, "the key is missing or wrong; send 'Authorization: Bearer KEY'", "key")
             response.headers["www-authenticate"] = "Bearer"
+            return response
+        if scope["method"] == "POST" and self._full():
+            response = self._refuse(429, BUSY, "busy")
+            response.headers["retry-after"] = RETRY_S
             return response
         return None
 

@@ -38,6 +38,7 @@ class Meters:
         self._between = histogram("between_tokens_seconds", "Between two tokens of an answer.", SECONDS)
         self.waiting = gauge("waiting", "Answers that wait for a row.")
         self.rows = gauge("rows", "Answers that have a row.")
+        self.tasks = gauge("tasks", "Tasks of the event loop.")
         self.pages = gauge("pages", "Pages of keys and values.", "state")
         self._last: dict[Request, float] = {}
         self._recent: deque[tuple[float, int]] = deque()  # (when, loops)

@@ -165,6 +165,11 @@ class Asked(_Fields):
         """How many of the best tokens to tell; None: no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def most_tokens(self) -> int | None:
+        """`max_tokens` by whatever name; None: not told."""
+        return self.max_tokens
+
     def params(self, max_tokens: int, n_loops: int | None, stops: list[str], place: int) -> SamplingParams:
         """What answer `place` asks of the engine."""
         return SamplingParams(
@@ -206,6 +211,10 @@ class ChatRequest(Asked):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     parallel_tool_calls: bool = True
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def n_best(self) -> int | None:

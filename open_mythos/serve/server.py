@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from open_mythos.chat import render
 from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
-from open_mythos.serve.gate import Gate
+from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.page import playground
 from open_mythos.serve.protocol import Asked, ChatRequest, CompletionRequest, error, refused
 from open_mythos.serve.service import DEAD, Encode, Refusal, Service
@@ -66,19 +66,30 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
 
 async def answer(service: Service, request: Request, asked: Asked, prompts: list[Any], encode: Encode) -> Response:
     """Answer a request of either kind, at once or as a stream."""
-    found = await unless_gone(request.receive, service.ask(asked, prompts, encode))
-    if found is None:
+    worker, job = service.worker, None
+    # At once, so that of many requests that come together those without a place are refused before they are read.
+    n = service.admit(asked, len(prompts))
+    try:
+        wanted = await unless_gone(request.receive, service.prepare(asked, prompts, encode))
+        if wanted is None:
+            return Response(status_code=GONE)
+        job = worker.submit(wanted)
+    finally:
+        if job is None:
+            worker.give_back(n)
+    if not await unless_gone(request.receive, service.accepted(job)):
+        worker.cancel(job)
         return Response(status_code=GONE)
-    job, n_prompt = found
+    n_prompt = [len(ids) for ids, _ in wanted[:: asked.n]]
     is_chat = isinstance(asked, ChatRequest)
     shape = Shape(service.config.model, service.tokenizer, is_chat, asked.n_best, asked.return_loops)
     if asked.stream:
-        return EventStream(pieces(service.worker, job, shape, asked, n_prompt))
+        return EventStream(pieces(worker, job, shape, asked, n_prompt))
     answers = [Answer() for _ in job.wanted]
 
     async def collect() -> Response:
         try:
-            async for place, event in service.worker.events(job):
+            async for place, event in worker.events(job):
                 answers[place].add(event)
         except EngineDead:
             raise Refusal(503, DEAD) from None
@@ -89,7 +100,7 @@ async def answer(service: Service, request: Request, asked: Asked, prompts: list
     try:
         return await unless_gone(request.receive, collect()) or Response(status_code=GONE)
     finally:
-        service.worker.cancel(job)
+        worker.cancel(job)
 
 
 async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt: list[int]) -> AsyncGenerator[bytes]:
@@ -130,7 +141,7 @@ def make_app(service: Service) -> FastAPI:
     body, headers = playground()
     # Documents made by a program load their looks from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, service.key, service.meters.refused)
+    app.add_middleware(Gate, service.key, service.meters.refused, service.full)
 
     @app.get("/")
     async def page() -> Response:
@@ -183,7 +194,7 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
         service.meters.refused(REASONS.get(refusal.status, "invalid"))
-        headers = {"retry-after": "1"} if refusal.status in (429, 503) else None
+        headers = {"retry-after": RETRY_S} if refusal.status in (429, 503) else None
         return JSONResponse(refusal.body, refusal.status, headers)
 
     @app.exception_handler(RequestValidationError)

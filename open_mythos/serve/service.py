@@ -12,9 +12,10 @@ from open_mythos.accounting import n_layers
 from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
+from open_mythos.serve.gate import BUSY
 from open_mythos.serve.meters import Meters
 from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, error
-from open_mythos.serve.worker import Busy, EngineDead, Job, Worker
+from open_mythos.serve.worker import Busy, EngineDead, Job, Wanted, Worker
 from open_mythos.tokenizer import Tokenizer
 
 Encode = Callable[[Any], list[int]]
@@ -100,6 +101,10 @@ class Service:
         late = self.worker.stuck_s > self.config.stuck_s / 6
         return self.worker.engine is not None and not (self.fatal or self.draining or late)
 
+    def full(self) -> bool:
+        """Whether there is no place for another answer."""
+        return self.worker.n_reserved >= self.worker.most and not self.draining
+
     async def watch(self) -> None:
         """Give up an engine that is stuck."""
         while not self.fatal:
@@ -147,44 +152,55 @@ class Service:
                 404, f"model={name!r:.80} is not served; use {self.config.model!r}", "model", "model_not_found"
             )
 
-    async def ask(self, asked: Asked, prompts: list[Any], encode: Encode) -> tuple[Job, list[int]]:
-        """Put a request to the engine.
-
-        Returns:
-            The job, and the tokens of each prompt.
+    def admit(self, asked: Asked, n_prompts: int) -> int:
+        """Reserve places for a request's answers, and say how many; all that costs next to nothing is checked first.
 
         Raises:
-            Refusal: it cannot be answered, or not now; nothing has been done.
+            Refusal: it cannot be answered, or not now.
         """
         if self.draining or self.fatal:
             raise Refusal(503, "the server is about to end; ask another one, or later")
         if asked.model:
             self.check_model(asked.model)
-        is_chat, n_loops, n = isinstance(asked, ChatRequest), self.n_loops(asked), len(prompts) * asked.n
-        given = asked.max_completion_tokens or asked.max_tokens if isinstance(asked, ChatRequest) else asked.max_tokens
-        self.check_work(n * (given or 1), n_loops)
-        end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
+        n = n_prompts * asked.n
+        self.check_work(n * (asked.most_tokens or 1), self.n_loops(asked))
         try:
             self.worker.reserve(n)
         except Busy:
-            raise Refusal(429, f"{self.worker.most} answers are in work or waiting; try again later") from None
+            raise Refusal(429, BUSY) from None
+        return n
+
+    async def prepare(self, asked: Asked, prompts: list[Any], encode: Encode) -> list[Wanted]:
+        """What to ask of the engine: for each prompt its answers, one behind the other.
+
+        Raises:
+            Refusal: a prompt is unusable, or there is too much to do.
+        """
+        is_chat, n_loops = isinstance(asked, ChatRequest), self.n_loops(asked)
+        end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
         try:
             ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
-            max_tokens = given or (self._room(len(ids[0]), asked.n, n_loops) if is_chat else COMPLETION_TOKENS)
-            self.check_work(sum(len(each) + asked.n * max_tokens for each in ids), n_loops)
+            most = asked.most_tokens or (self._room(len(ids[0]), asked.n, n_loops) if is_chat else COMPLETION_TOKENS)
+            self.check_work(sum(len(each) + asked.n * most for each in ids), n_loops)
             stops = [end] if isinstance(end, str) else []
-            params = [asked.params(max_tokens, n_loops, stops, place) for place in range(asked.n)]
-        except BaseException as fault:
-            self.worker.give_back(n)
-            if isinstance(fault, ValueError):
-                raise Refusal(400, str(fault), "messages" if is_chat else "prompt") from None
-            raise
+            params = [asked.params(most, n_loops, stops, place) for place in range(asked.n)]
+        except ValueError as fault:
+            raise Refusal(400, str(fault), "messages" if is_chat else "prompt") from None
+        return [(each, how) for each in ids for how in params]
+
+    async def accepted(self, job: Job) -> bool:
+        """Wait until the engine has taken a job on; True.
+
+        Raises:
+            Refusal: it has not.
+        """
         try:
-            return await self.worker.submit([(each, how) for each in ids for how in params]), [len(i) for i in ids]
+            await job.accepted
         except EngineDead:
             raise Refusal(503, DEAD) from None
         except (TypeError, ValueError) as fault:
-            raise Refusal(400, str(fault), field_of(fault, "messages" if is_chat else "prompt")) from None
+            raise Refusal(400, str(fault), field_of(fault)) from None
+        return True
 
     def _room(self, n_prompt: int, n: int, n_loops: int | None) -> int:
         """`max_tokens` of a chat that names none."""
@@ -209,6 +225,7 @@ class Service:
     def metrics(self) -> bytes:
         """What Prometheus reads."""
         now, meters = self.worker.snapshot, self.meters
+        meters.tasks.set(len(asyncio.all_tasks()))
         meters.waiting.set(now.waiting)
         meters.rows.set(now.admitted)
         for state in ("used", "free", "reusable"):
@@ -242,7 +259,7 @@ class Service:
         }
 
 
-def field_of(fault: Exception, otherwise: str) -> str:
-    """The field that a message of the engine begins with."""
+def field_of(fault: Exception) -> str:
+    """The field that a message of the engine begins with; those that name none are about the prompt."""
     match = re.match(r"(\w+)=", str(fault))
-    return match[1] if match and match[1] in ChatRequest.model_fields else otherwise
+    return match[1] if match and match[1] in ChatRequest.model_fields else "prompt"

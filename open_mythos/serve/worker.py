@@ -82,6 +82,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(1, "encode")
         self._of: dict[Request, tuple[Job, int]] = {}  # the thread's
+        self._failed = False
         self._stepping_since: float | None = None
         self._taken_s = 0.0  # when the snapshot was
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -133,21 +134,18 @@ class Worker:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._encoders, partial(function, *args))
 
-    async def submit(self, wanted: Sequence[Wanted]) -> Job:
+    def submit(self, wanted: Sequence[Wanted]) -> Job:
         """Ask for answers, for which places have been reserved; they are given back when the answers have ended.
 
-        Raises:
-            TypeError, ValueError: the engine refuses one of them, and so all.
-            EngineDead: the engine's thread has ended.
+        `accepted` of the job raises what the engine says if it refuses one of them, and so all: TypeError or
+        ValueError, or EngineDead.
         """
         job = Job(wanted, asyncio.get_running_loop().create_future(), len(wanted))
         self.jobs.add(job)
-        self._commands.put(partial(self._add, job))
-        try:
-            await job.accepted
-        except asyncio.CancelledError:
-            self.cancel(job)
-            raise
+        if self._failed:
+            self._end(job, EngineDead())
+        else:
+            self._commands.put(partial(self._add, job))
         return job
 
     async def events(self, job: Job) -> AsyncIterator[tuple[int, TokenEvent]]:
@@ -170,7 +168,8 @@ class Worker:
             self._commands.put(partial(self._cancel, job))
 
     def fail(self) -> None:
-        """Give the engine up: every caller is told."""
+        """Give the engine up: every caller is told, and every later one."""
+        self._failed = True
         for job in list(self.jobs):
             self._end(job, EngineDead())
 

@@ -119,16 +119,15 @@ def serving(
 
     service = Service(make or made, max_rows, ServeConfig(MODEL, **config), key)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    server = Server(configure(make_app(service)), service)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    served = Served(service, Server(configure(make_app(service)), service), listener.getsockname()[1], key)
+    thread = threading.Thread(target=served.server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        served = Served(service, server, listener.getsockname()[1], key)
         if wait:
             until(lambda: service.ready)
         yield served
     finally:
-        server.should_exit = True
+        served.server.should_exit = True
         thread.join(20)
         service.worker.stop(20)
         assert not thread.is_alive()

@@ -1,5 +1,6 @@
 """How requests and the server end: clients that go, that are slow, an engine that dies or hangs, and orderly ends."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from open_mythos import SamplingParams
 from open_mythos.serve import listen
 from open_mythos.serve.engine import Engine, EngineConfig
+from open_mythos.serve.worker import EngineDead
 from tests.models import scaled, tiny
 from tests.serve.served import Served, events, serving, tokenizer, until
 
@@ -140,7 +143,15 @@ def test_a_reader_that_stops_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None
         until(lambda: not served.server.server_state.connections)
         served.settle()
         connection.close()
-        assert b'finish_reason="length"' not in served.service.metrics(), "it was cut off before its end"
+        assert b'finish_reason="length"' not in served.service.meters.text(), "it was cut off before its end"
+
+
+def test_no_packet_waits_for_an_acknowledgement(served: Served) -> None:
+    with served.connect() as connection:
+        state, here = served.server.server_state, connection.getsockname()
+        until(lambda: any(there.client == here for there in state.connections))
+        (there,) = (there for there in state.connections if there.client == here)
+        assert there.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +177,17 @@ def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPat
         assert told[0].status_code == 503 and "canary" not in told[0].text
         assert http.get("/ready").status_code == 503 and http.get("/health").status_code == 200
         assert http.post(P, json=LONG).status_code == 503
+        # One that was let in before is told too.
+        late = asyncio.run_coroutine_threadsafe(submitted(served), served.service.worker._loop)
+        assert isinstance(late.exception(10), EngineDead)
         served.server._give_up()
         until(lambda: not served.server.server_state.connections)
         assert served.service.fatal and not served.service.worker.jobs
+
+
+async def submitted(served: Served) -> None:
+    served.service.worker.reserve(1)
+    await served.service.worker.submit([([1], SamplingParams())]).accepted
 
 
 def test_a_stuck_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def probe() -> Iterator[Probe]:
     handler = Listener(logging.WARNING)
     logging.getLogger().addHandler(handler)
     try:
-        with serving(max_work=200) as served:
+        with serving(max_work=100) as served:
             probing = Probe(served)
             yield probing
             served.settle()

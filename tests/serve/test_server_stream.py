@@ -18,7 +18,7 @@ async def both(client: openai.AsyncOpenAI, seed: int) -> bool:
     stops = draw.choice([[], [draw.choice(TEXT)], [draw.choice(TEXT), TEXT[start : start + 2]], ["\ufffd"]])
     asked: dict[str, Any] = {
         "model": MODEL,
-        "max_tokens": draw.randint(1, 32),
+        "max_tokens": draw.randint(1, 20),
         "temperature": draw.choice([0, 0.8, 1.5]),
         "seed": seed,
         "extra_body": {"n_loops": draw.randint(1, 4), "return_loops": True},
