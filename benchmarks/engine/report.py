@@ -28,8 +28,8 @@ of neighbouring windows, with its quartiles; times are CPU time of one thread.
   that are done are dropped, read out when all are done; at once: read out after every loop in which one is done.
   Ours: when the costs measured at the start say so. (b) and (a) compute other tokens than the rest, at depths of the
   same law. The best of (a) to (c) is picked after the fact.
-- **Gate.** Every answer finished by ours, (c) and at once has the same tokens and loops, and one of them is held
-  against `generate`. Otherwise there is no figure.
+- **Gate.** Every answer finished by ours, (c) and at once has the same tokens and loops, one of them also alone in an
+  engine of its own, and there in float64 the same as from `generate`. Otherwise there is no figure.
 - **Limit** over (a), after Amdahl: (n L + O) / (d L + O) with n the most loops and d the mean depth of the tokens
   that ours executed; L is what a loop of R rows costs and O all that surrounds the loops of R tokens (coda, head,
   sampling, scheduling, embedding, prelude), both read off the steps of (a): those that only loop, and those that read
