@@ -92,7 +92,7 @@ class Policies:
     ) -> tuple[list[int], list[int]]:
         """Tokens and loops of one request in an engine of its own."""
         engine = Engine(model, config=pool(model, 1, True), costs=StepCosts(Curve({1: 1.0}), Curve({1: 1.0})))
-        options = {"n_loops": self.subject.n_loops, "ignore_eos": True, **rule}
+        options: dict[str, Any] = {"n_loops": self.subject.n_loops, "ignore_eos": True, **rule}
         request = engine.add(prompt, SamplingParams(max_tokens=max_tokens, seed=seed, **options))
         while engine.busy:
             engine.step()

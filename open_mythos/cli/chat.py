@@ -57,7 +57,9 @@ def chat(rest: list[str]) -> None:
     from open_mythos.serve.params import SamplingParams
     from open_mythos.serve.session import Session
 
-    llm = LLM(args.folder, device=args.device, dtype=args.dtype, config=EngineConfig(max_rows=1))
+    # There are no neighbours, and without padding a token takes a quarter less time.
+    config = EngineConfig(max_rows=1, batch_invariant=False)
+    llm = LLM(args.folder, device=args.device, dtype=args.dtype, config=config)
     assert llm.tokenizer is not None  # a folder's model comes with its own
     end = end_of_turn(llm.tokenizer)
     params = SamplingParams(
