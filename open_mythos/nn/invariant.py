@@ -24,7 +24,8 @@ def rows_of(dtype: torch.dtype) -> int:
 
 def invariant() -> bool:
     """Whether the way to compute may not depend on how many rows there are."""
-    return _ON.get()
+    # A compiler cannot read a context variable, and what it makes is for one number of rows.
+    return not torch.compiler.is_compiling() and _ON.get()
 
 
 @contextmanager
