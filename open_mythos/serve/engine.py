@@ -18,11 +18,11 @@ from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
 from open_mythos.sampling import Sampling
 from open_mythos.serve.choose import Chosen, Draw, choose
 from open_mythos.serve.costs import StepCosts
-from open_mythos.serve.paged import GRID, PagedKV
+from open_mythos.serve.paged import PagedKV
 from open_mythos.serve.params import SamplingParams
 from open_mythos.serve.runner import Chunk, Row, Runner
 from open_mythos.serve.scheduler import Limits, Refill, Scheduler
-from open_mythos.serve.sequence import Sequence
+from open_mythos.serve.sequence import GRID, Sequence
 from open_mythos.serve.startup import computes_alone, measure_costs
 from open_mythos.text import AnswerText
 from open_mythos.tokenizer import Tokenizer
@@ -174,7 +174,9 @@ class Engine:
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            # Not every system tells what is free; there it is a share of all memory.
+            pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+            free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
         each = kv_bytes_per_token(cfg, cfg.max_loop_iters, self.model.dtype.itemsize)
         return max(GRID, min(self.config.max_rows * cfg.max_seq_len, int(MEMORY_SHARE * free) // each))
 

@@ -25,9 +25,7 @@ from open_mythos.nn.cache import KeyValues, View
 from open_mythos.nn.depth import LoopConstants
 from open_mythos.nn.invariant import invariant, rows_of
 from open_mythos.nn.rope import rotary_table
-
-GRID = 64
-"""Keys are padded to a multiple of it."""
+from open_mythos.serve.sequence import GRID
 
 Pages = Sequence[tuple[int, ...]]
 """For each block of tokens, in order, its page at each place."""
@@ -108,10 +106,8 @@ class PagedKV:
     def hold(self, row: int, first: int, pages: Pages) -> None:
         """Give the sequence of `row` these pages for its blocks from `first` on."""
         rows, places, blocks = self.table.shape
-        n_places, n_blocks = (
-            len(pages[0]),
-            -(-(first + len(pages)) * self.page_tokens // GRID) * GRID // self.page_tokens,
-        )
+        per_grid = GRID // self.page_tokens
+        n_places, n_blocks = len(pages[0]), -(-(first + len(pages)) // per_grid) * per_grid
         if n_places > places or n_blocks > blocks:
             # Twice as long at least, so that a long sequence does not copy the table once a block.
             shape = (rows, max(n_places, places), blocks if n_blocks <= blocks else max(n_blocks, 2 * blocks))
@@ -182,7 +178,7 @@ class Layout:
     """
 
     def __init__(self, kv: PagedKV, tokens: Tokens, n_rows: int) -> None:
-        self.kv, self.tokens, self.n_rows = kv, tokens, n_rows
+        self.kv, self.tokens = kv, tokens
         self.positions = kv.index(padded(tokens.position, n_rows))[:, None]
         self.rope = kv.rotations(tokens.position, n_rows)
         self.n_shared = kv.cfg.n_heads // (1 if len(kv.shapes) == 1 else kv.cfg.n_kv_heads)

@@ -8,11 +8,7 @@ from open_mythos.checks import check_bool, check_int
 from open_mythos.serve.costs import StepCosts
 from open_mythos.serve.gathering import Gathering
 from open_mythos.serve.pages import Pages
-from open_mythos.serve.sequence import Phase, Sequence
-
-GRID = 64
-"""A chunk that does not reach the end of the known tokens ends at a multiple of it, so that results do not depend on
-how a prompt was cut."""
+from open_mythos.serve.sequence import GRID, Phase, Sequence
 
 Refill = Callable[[int, int], bool]
 """(tokens that loop, tokens that have exited) -> whether to read out now."""

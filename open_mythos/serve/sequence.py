@@ -4,6 +4,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
+GRID = 64
+"""A token reads keys up to the multiple of it behind its position, and a chunk that does not reach the end of the known
+tokens ends at one: so results do not depend on how a prompt was cut."""
+
 
 class Phase(Enum):
     """Where a sequence stands. Its pages may be taken away, and given back, at a token boundary: in READY."""
@@ -65,8 +69,6 @@ class Sequence:
     loop: int = 0
     """Loops that the chunk has done."""
     blocks: list[Block] = field(default_factory=list)
-    loops: list[int] = field(default_factory=list)
-    """Loops that each generated token took: those of the position it was read from."""
 
     @property
     def cost(self) -> int:

@@ -12,9 +12,8 @@ from torch import Tensor
 from open_mythos.accounting import n_layers
 from open_mythos.nn.halting import Fixed, HaltingRule
 from open_mythos.serve.costs import Curve, StepCosts
-from open_mythos.serve.paged import GRID
 from open_mythos.serve.runner import Chunk, Runner
-from open_mythos.serve.sequence import Block
+from open_mythos.serve.sequence import GRID, Block
 
 LOOPS = 3
 """Of the sequences that are tried out."""
