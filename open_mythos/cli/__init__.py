@@ -5,6 +5,7 @@ import warnings
 
 from open_mythos.cli.chat import chat
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
+from open_mythos.cli.exp import exp
 from open_mythos.cli.plan import plan
 from open_mythos.cli.serve import serve
 from open_mythos.cli.train import demo, train
@@ -55,5 +56,6 @@ COMMANDS = {
     "chat": chat,
     "serve": serve,
     "eval": evaluate,
+    "exp": exp,
     "info": info,
 }

@@ -1,0 +1,153 @@
+"""What all experiments do alike: train and measure each run once, and go on where they were cut off.
+
+An experiment is a file that holds `EXPERIMENT`; `mythos exp` runs it.
+"""
+
+import dataclasses
+import importlib
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_mythos.experiments.record import Report, write_record
+from open_mythos.files import write_text
+from open_mythos.model import OpenMythos
+from open_mythos.plots import require_matplotlib
+from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.trainer import Trainer
+
+Result = dict[str, Any]
+"""Plain values, as JSON has them."""
+
+NAMES: tuple[str, ...] = ()
+"""The experiments, in the order of `mythos exp list`."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and how it is answered."""
+
+    title: str
+    question: str
+    protocol: str
+    """Markdown: what is trained, measured, compared with what, and what the null control is."""
+    cost: tuple[str, str]
+    """How long the quick form and the whole take on one CPU thread, measured."""
+    run: "Callable[[Lab], Result]"
+    """All raw numbers."""
+    report: Callable[[Result], Report]
+    """What they say. It sees the numbers as JSON gives them back: keys are text, tuples are lists."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where an experiment's runs are, and how much of it is asked for."""
+
+    runs: Path
+    """A folder per run. A run that is there and the same is not repeated; one that was cut off goes on."""
+    quick: bool
+    seeds: tuple[int, ...]
+    threads: int = 1
+
+    def trained(self, label: str, cfg: TrainConfig) -> OpenMythos:
+        """The model that the configuration makes, in eval mode; its metrics are in `self.runs / label`."""
+        folder = self.runs / label
+        final, config = folder / "final", folder / "config.yaml"
+        if config.exists() and config.read_text(encoding="utf-8") != cfg.to_yaml():
+            print(f"{label}: a run of another configuration is removed")
+            shutil.rmtree(folder)
+        if not final.exists():
+            print(f"{label}:")
+            keeping = Keeping(max(1, cfg.steps // 10), 1)
+            Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        torch.set_num_threads(self.threads)
+        return OpenMythos.from_pretrained(final).eval()
+
+    def measured(self, label: str, cfg: TrainConfig, measure: Callable[[OpenMythos], Result], **asked: Any) -> Result:
+        """Train, and measure; `asked` is what the numbers depend on besides, so that others are not taken for them.
+
+        Returns:
+            What `measure` returns, with `config`, `commit` and `cpu_s` (of training, if it was not cut off).
+        """
+
+        def both() -> Result:
+            began = time.process_time()
+            model = self.trained(label, cfg)
+            cpu_s = round(time.process_time() - began, 1)
+            return {"cpu_s": cpu_s} | measure(model)
+
+        return self.computed(label, both, config=cfg.to_dict(), **asked)
+
+    def computed(self, label: str, compute: Callable[[], Result], **asked: Any) -> Result:
+        """What `compute` returns, or what it returned when the same was `asked` before."""
+        file = self.runs / label / "result.json"
+        asked = json.loads(json.dumps(asked))
+        if file.exists():
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if result["asked"] == asked:
+                return result
+        torch.set_num_threads(self.threads)
+        result = {"asked": asked, "commit": commit()} | compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(result) + "\n")
+        return json.loads(json.dumps(result))
+
+
+def load(name: str) -> Experiment:
+    """The experiment of a name."""
+    return importlib.import_module(f"open_mythos.experiments.{name}").EXPERIMENT
+
+
+def perform(name: str, lab: Lab, out: Path, command: str) -> Report:
+    """Run an experiment and write its report into `out`: report.json, .md, .html and the figures."""
+    require_matplotlib()
+    experiment = load(name)
+    began = time.perf_counter()
+    raw = experiment.run(lab)
+    results = {
+        "name": name,
+        "title": experiment.title,
+        "question": experiment.question,
+        "protocol": experiment.protocol,
+        "command": command,
+        "quick": lab.quick,
+        "seeds": lab.seeds,
+        "commits": sorted(_commits(raw) or {commit()}),
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {lab.threads} thread",
+        "wall_s": round(time.perf_counter() - began, 1),
+        "results": raw,
+    }
+    results = json.loads(json.dumps(results))
+    report = experiment.report(results["results"])
+    write_record(results, report, out)
+    return report
+
+
+def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
+    """The same run with weights, data and depths of its own."""
+    return dataclasses.replace(cfg, seed=seed)
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def _commits(value: Any) -> set[str]:
+    """All commits that numbers come from."""
+    if isinstance(value, dict):
+        own = {value["commit"]} if "commit" in value else set()
+        return own.union(*(_commits(item) for item in value.values()))
+    return set().union(*(_commits(item) for item in value)) if isinstance(value, list) else set()
