@@ -10,15 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from open_mythos.device import Device, Dtype
-from open_mythos.experiments.khop import (
-    DISTANCES,
-    LOOPS,
-    accuracy_grid,
-    best_unreachable,
-    guessing,
-    khop_task,
-    worst_reachable,
-)
+from open_mythos.experiments.khop import accuracy_grid, guessing, khop_task
+from open_mythos.experiments.khop_report import best_unreachable, worst_reachable
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map, loop_curve, require_matplotlib
 from open_mythos.recipes import load_recipe
@@ -29,6 +22,8 @@ from open_mythos.train.evaluate import evaluate
 from open_mythos.train.trainer import Trainer
 
 RESULTS_FILE = "demo.json"
+DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16)
+LOOPS = (1, 2, 4, 8, 12, 16, 24, 32)
 TEXT_LOOPS = (1, 2, 4, 8, 16)
 PROMPT = "Anne was "
 EVALUATION_ROWS = 500
@@ -92,11 +87,11 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
     console.print(f"Training on questions of 1 to {task.max_distance} hops, with at most {cfg.loops.max_loops} loops.")
     trainer = Trainer(cfg, out / "khop", **machine)
     trainer.run()
-    grid = accuracy_grid(trainer.model, task, EVALUATION_ROWS, cfg.seed + 1_000_000)
+    grid = accuracy_grid(trainer.model, task, EVALUATION_ROWS, cfg.seed + 1_000_000, DISTANCES, LOOPS)
     title = f"Accuracy by hops and loops; trained on 1 to {task.max_distance} hops"
     console.print(accuracy_table(title, DISTANCES, LOOPS, grid))
     heat_map(grid, DISTANCES, LOOPS, out / "khop.png", title)
-    worst, control = worst_reachable(grid), best_unreachable(grid)
+    worst, control = worst_reachable(grid, DISTANCES, LOOPS), best_unreachable(grid, DISTANCES, LOOPS)
     console.print(
         f"With at least as many loops as hops: {worst:.3f} or better everywhere, up to 16 hops and 32 loops. "
         f"With fewer loops than hops, the control: {control:.3f} at most, as the model names a symbol on the way. "

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by colour-blind readers too. Source: Okabe and Ito 2008."""
+
 
 def heat_map(
     accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
@@ -11,10 +14,10 @@ def heat_map(
     """Accuracy by distance (rows) and loops (columns); a line marks where there are as many loops as hops."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    image = axes.imshow(accuracy, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="lower")
+    image = axes.imshow(accuracy, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
     for i, row in enumerate(accuracy):
         for j, value in enumerate(row):
-            color = "black" if 0.2 < value < 0.8 else "white"
+            color = "black" if value > 0.5 else "white"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(loops)), [str(n) for n in loops])
     axes.set_yticks(range(len(distances)), [str(d) for d in distances])
@@ -105,6 +108,43 @@ def xy_curves(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def interval_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    xs: Sequence[int],
+    path: Path,
+    labels: tuple[str, str],
+    title: str,
+    levels: Mapping[str, float],
+    trained: tuple[float, float],
+) -> None:
+    """Shares as (mean, low, high) on a logarithmic axis, and levels beside them; NaN bounds draw no interval.
+
+    A band marks the x that training has seen.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    axes.axvspan(trained[0] / 1.1, trained[1] * 1.1, color="0.92", label="seen in training")
+    for name, level in levels.items():
+        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
+    for i, (name, values) in enumerate(curves.items()):
+        means = [mean for mean, _, _ in values]
+        bounds = [[mean - low for mean, low, _ in values], [high - mean for mean, _, high in values]]
+        # Side by side, so that none covers another.
+        shifted = [x * 1.03 ** (i - (len(curves) - 1) / 2) for x in xs]
+        style = {"color": COLORS[i % len(COLORS)], "marker": "osDv^x"[i % 6], "linestyle": ("-", "--", ":")[i % 3]}
+        axes.errorbar(shifted, means, bounds, label=name, markersize=5, capsize=2, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(xs), [str(x) for x in xs])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=9, ncols=2)
     _save(plt, figure, path)
 
 

@@ -122,7 +122,7 @@ def test_bytes_per_token() -> None:
         (lambda: Addition(0, 5), "data.min_digits=0"),
         (lambda: Addition(6, 5), "data.min_digits=6"),
         (lambda: Addition(2, 18), "data.max_digits=18"),
-        (lambda: KHop(n_symbols=63), "data.n_symbols=63"),
+        (lambda: KHop(n_symbols=86), "data.n_symbols=86"),
         (lambda: KHop(n_symbols=10), "data.long_chain=17"),
         (lambda: KHop(max_distance=17), "data.max_distance=17"),
         (lambda: KHop(min_distance=0), "data.min_distance=0"),

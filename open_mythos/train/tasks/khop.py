@@ -17,7 +17,8 @@ from open_mythos.checks import check_choice, check_int
 from open_mythos.tokenizer import SymbolTokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
-ALPHABET = string.ascii_letters + string.digits
+ALPHABET = string.ascii_letters + string.digits + "αβγδεζηθικλμνξπρστυφχψω"
+"""Later letters are added at the end, so that a symbol keeps its token; omicron looks like o."""
 Target = Literal["hop", "root"]
 
 
