@@ -28,8 +28,8 @@ N_SYMBOLS, LONG_CHAIN = 72, 65
 AT_ONCE = 125
 """Rows of one evaluating call, whose states after all loops are held: 0.22 GB at 72 symbols and 96 loops."""
 STEPS, QUICK_STEPS, RAMP_STEPS = 300, 90, 280
-"""Muon finds the one hop in 80 steps of 512 rows (and in 430 of 128 rows it had not). The first quarter of the ramp runs
-one loop and costs little, so it is about that long; the quick form is cut off soon after it."""
+"""Muon finds the one hop in 80 steps of 512 rows (and in 430 of 128 rows it had not). The first quarter of the ramp
+runs one loop and costs little, so it is about that long; the quick form is cut off soon after it."""
 BATCH, MAX_LOOPS = 512, 4
 
 

@@ -17,8 +17,10 @@ from open_mythos.checks import check_choice, check_int
 from open_mythos.tokenizer import SymbolTokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
-ALPHABET = string.ascii_letters + string.digits + "αβγδεζηθικλμνξπρστυφχψω"
-"""Later letters are added at the end, so that a symbol keeps its token; omicron looks like o."""
+GREEK = "".join(chr(code) for code in range(0x3B1, 0x3CA) if code not in (0x3BF, 0x3C2))
+"""alpha to omega, without omicron, which looks like o, and the second form of sigma."""
+ALPHABET = string.ascii_letters + string.digits + GREEK
+"""Later symbols go to the end, so that each keeps its token."""
 Target = Literal["hop", "root"]
 
 
