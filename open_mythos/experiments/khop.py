@@ -27,7 +27,7 @@ INJECTIONS = ("diagonal", "lti", "concat", "add")
 N_SYMBOLS, LONG_CHAIN = 72, 65
 AT_ONCE = 125
 """Rows of one evaluating call, whose states after all loops are held: 0.22 GB at 72 symbols and 96 loops."""
-STEPS, QUICK_STEPS, RAMP_STEPS = 300, 60, 240
+STEPS, QUICK_STEPS, RAMP_STEPS = 420, 60, 240
 """Muon finds the one hop in 80 steps of 512 rows (and in 430 of 128 rows it had not). The first quarter of the ramp
 runs one loop, which costs little; the quick form is cut off after it."""
 BATCH, MAX_LOOPS = 512, 4
