@@ -162,7 +162,7 @@ def run(lab: Lab) -> Result:
 
 
 EXPERIMENT = Experiment(
-    title="k-hop pointer chasing: more loops answer longer questions",
+    title="k-hop pointer chasing beyond the distances of training",
     question="Does a looped model answer questions with more hops than it was trained on, when it may loop more?",
     protocol=f"""
 A prompt is a table of {N_SYMBOLS} pointers, a random forest with one chain of {LONG_CHAIN} symbols, and a question; the
