@@ -7,6 +7,9 @@ import pytest
 
 from open_mythos import SamplingParams
 from open_mythos.chat import render
+from open_mythos.serve.answers import Shape
+from open_mythos.serve.engine import Request, TokenEvent
+from open_mythos.tokenizer import ByteTokenizer
 from tests.serve.served import MODEL, Served, serving, tokenizer, until
 
 PROMPT = "\u0416\u0438\u0437\u043d\u044c \u044d\u0442\u043e \U0001f30a"
@@ -125,6 +128,13 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     content = [token for chunk in streamed if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
     assert content == chat.logprobs.content
     assert client.chat.completions.create(**asked, messages=TURNS).choices[0].logprobs is None
+
+
+def test_of_tokens_that_share_a_text_the_most_probable_one_is_told() -> None:
+    best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5}  # two parts of characters around a letter
+    event = TokenEvent(Request(0, [1], SamplingParams()), 0xE6, "", loops=1, logprob=-0.5, top_logprobs=best)
+    (choice,) = Shape(MODEL, ByteTokenizer(), False, 3, False).piece(0, event, 0)["choices"]
+    assert list(choice["logprobs"]["top_logprobs"][0].items()) == [("\ufffd", -0.5), ("a", -1.5)]
 
 
 def test_what_ends_an_answer(served: Served, client: openai.OpenAI) -> None:
