@@ -5,7 +5,7 @@ know is refused, since a mistyped `n_loop` would otherwise be an answer at the w
 not built is refused unless its value asks for nothing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -160,6 +160,9 @@ class Asked(_Fields):
                 raise PydanticCustomError("not_built", "{name} is not supported here; leave it out", {"name": name})
         return {name: value for name, value in values.items() if name not in NEUTRAL}
 
+    said: ClassVar[str]
+    """The field that holds what the model reads."""
+
     @property
     def n_best(self) -> int | None:
         """How many of the best tokens to tell; None: no log-probabilities at all."""
@@ -194,6 +197,8 @@ class Asked(_Fields):
 class CompletionRequest(Asked):
     """The body of /v1/completions."""
 
+    said = "prompt"
+
     prompt: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -204,6 +209,8 @@ class CompletionRequest(Asked):
 
 class ChatRequest(Asked):
     """The body of /v1/chat/completions."""
+
+    said = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None

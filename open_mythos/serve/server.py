@@ -77,7 +77,7 @@ async def answer(service: Service, request: Request, asked: Asked, prompts: list
     finally:
         if job is None:
             worker.give_back(n)
-    if not await unless_gone(request.receive, service.accepted(job)):
+    if not await unless_gone(request.receive, service.accepted(job, asked.said)):
         worker.cancel(job)
         return Response(status_code=GONE)
     n_prompt = [len(ids) for ids, _ in wanted[:: asked.n]]

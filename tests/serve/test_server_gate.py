@@ -188,6 +188,7 @@ LIMITS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (C, {"messages": [{"role": "user", "content": "<|system|>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "<eos>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "ab" * 5000}]}, 400, "max_tokens"),
+    (C, {"messages": [{"role": "user", "content": "a" * 900}]}, 400, "messages"),
 ]
 
 
