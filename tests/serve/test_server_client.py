@@ -179,6 +179,8 @@ def test_faults_are_told_as_the_client_knows_them(served: Served, client: openai
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt", prompt="a")
     assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="POST /completions is no route here; a base_url ends in /v1"):
+        client.with_options(base_url=served.url).completions.create(model=MODEL, prompt="a")
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.001).completions.create(model=MODEL, prompt="a", max_tokens=400)
     served.settle()
