@@ -113,13 +113,14 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
 
 def test_a_token_tells_its_loops_to_pointer_and_finger(visit: Callable) -> None:
     one = visit(PHONE, has_touch=True).ready()
-    one.route("**/v1/completions", stream(chunk("Anne", loops=3), chunk(" was", loops=1), "[DONE]"))
+    one.route("**/v1/completions", stream(chunk("Anne", loops=3), chunk(" was", loops=1), chunk("\n", loops=4), "[DONE]"))
     one.ask()
     one.wait()
     one.locator(".tokens span").nth(1).tap()
-    assert one.locator(".told").inner_text() == 'Token 2 of 2: " was", 1 loop'
+    assert one.locator(".told").inner_text() == 'Token 2 of 3: " was", 1 loop'
     one.locator(".tokens span").nth(0).hover()
-    assert one.locator(".told").inner_text() == 'Token 1 of 2: "Anne", 3 loops'
+    assert one.locator(".told").inner_text() == 'Token 1 of 3: "Anne", 3 loops'
+    check_shades(one)  # the sign of a line break too
 
 
 def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -> None:
