@@ -24,12 +24,12 @@ class NoEnd(ByteTokenizer):
 
 
 @contextmanager
-def tiny_server(key: str | None = None, **changes: Any) -> Iterator[str]:
+def tiny_server(key: str | None = None, max_seq_len: int = 2048, **changes: Any) -> Iterator[str]:
     """The address of a server with a tiny model, in this process."""
     from tests.serve.served import serving
 
     def make() -> Engine:
-        model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000, **changes))
+        model = scaled(tiny(vocab_size=259, max_seq_len=max_seq_len, max_output_tokens=2000, **changes))
         return Engine(model, NoEnd(), EngineConfig(max_rows=4, max_queue=8, kv_tokens=8192))
 
     with serving(key, make, max_rows=4) as served:
@@ -149,6 +149,15 @@ def test_model_without_a_loop_answers_too(chromium: Any) -> None:
         one.ask()
         one.wait()
         assert one.loops() == [0] * TOKENS and "n_loops" not in one.bodies()[-1]
+
+
+def test_a_short_context_is_not_overrun_by_what_the_page_asks_for(chromium: Any) -> None:
+    with tiny_server(max_seq_len=32) as url, visits(chromium, url) as open_page:
+        one = open_page().ready()
+        one.fill("#prompt", "She had been")
+        one.click("#send")
+        one.wait()
+        assert len(one.pieces()) == 16
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
