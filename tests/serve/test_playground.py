@@ -345,6 +345,20 @@ def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str)
         one.locator("#notice").wait_for(state="hidden")
 
 
+def test_another_model_at_the_same_address_is_noticed(visit: Callable) -> None:
+    one = visit().ready()
+    assert one.get_attribute("#loops", "max") == "4"
+    now = one.page.request.get(one.url + "v1/engine").json()
+    card = one.page.request.get(one.url + "v1/models").json()["data"][0]
+    other = {"id": "other", "max_loops": 6, "default_loops": 5}
+    one.route("**/v1/models", lambda route: route.fulfill(json={"data": [{**card, **other}]}))
+    one.route("**/v1/engine", lambda route: route.fulfill(json={**now, "max_loops": 6, "model": "other", "rules": []}))
+    one.skip(3)
+    one.locator("#model:has-text('other')").wait_for()
+    assert (one.get_attribute("#loops", "max"), one.input_value("#loops")) == ("6", "5")
+    assert one.locator("#bars > div").count() == 6 and one.locator("#exit option").count() == 1
+
+
 def test_a_field_that_cannot_be_used_is_shown(visit: Callable) -> None:
     one = visit(PHONE).ready()
     one.ask(**{"max-tokens": 0})
