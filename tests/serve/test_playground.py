@@ -66,7 +66,7 @@ def visit(chromium: Any, server: str) -> Iterator[Callable[..., Visit]]:
 
 def test_page_asks_for_nothing_from_elsewhere_and_sets_text_as_text() -> None:
     text = FILE.read_text("utf-8")
-    assert len(text.splitlines()) <= 480
+    assert len(text.splitlines()) <= 490
     assert set(re.findall(r"https?://[^\"'`\s]*", text)) == {"http://www.w3.org/${vector"}  # names, not addresses
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\son\w+=|@import|url\(", text
@@ -93,12 +93,14 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
         const look = () => batches.push([stop.disabled, document.querySelectorAll(".tokens span").length]);
         new MutationObserver(look).observe(answers, { subtree: true, childList: true });
     }""")
-    one.ask("She had been", exit="kl", threshold=0.03, seed=7, **{"max-tokens": 3 * TOKENS})
+    more = {"min-loops": 2, "top-k": 200, "top-p": 0.99, "max-tokens": 3 * TOKENS}
+    one.ask("She had been", exit="kl", threshold=0.03, seed=7, **more)
     one.wait()
     while_running = {n for over, n in one.evaluate("batches") if not over}
     assert len(while_running) > 3, "the answer did not come bit by bit"
     (body,) = one.bodies()
     assert (body["exit"], body["exit_threshold"], body["seed"], body["max_tokens"]) == ("kl", 0.03, 7, 3 * TOKENS)
+    assert (body["min_loops"], body["top_k"], body["top_p"]) == (2, 200, 0.99)
     whole = one.direct(body)
     assert one.pieces() == whole["pieces"] and "".join(one.pieces()) == whole["text"]
     assert one.loops() == whole["loops"] and len(set(one.loops())) > 1
@@ -199,7 +201,10 @@ def test_everything_can_be_done_with_the_keyboard(visit: Callable) -> None:
         "SUMMARY",
         "max-tokens",
         "temperature",
+        "top-k",
+        "top-p",
         "exit",
+        "min-loops",
         "seed",
         "key",
     ]
