@@ -209,6 +209,10 @@ def test_everything_can_be_done_with_the_keyboard(visit: Callable) -> None:
         "key",
     ]
     assert order[: len(wanted)] == wanted
+    one.check("#compare")
+    for name in ("Loops per token, at most 4", "Loops of the second answer 2"):
+        assert one.get_by_role("slider", name=name).count() == 1
+    one.uncheck("#compare")
     one.focus("#prompt")
     one.keyboard.type("She had")
     one.keyboard.press("Tab")
