@@ -66,7 +66,7 @@ def visit(chromium: Any, server: str) -> Iterator[Callable[..., Visit]]:
 
 def test_page_asks_for_nothing_from_elsewhere_and_sets_text_as_text() -> None:
     text = FILE.read_text("utf-8")
-    assert len(text.splitlines()) <= 490
+    assert len(text.splitlines()) <= 495
     assert set(re.findall(r"https?://[^\"'`\s]*", text)) == {"http://www.w3.org/${vector"}  # names, not addresses
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\son\w+=|@import|url\(", text
@@ -123,6 +123,8 @@ def test_a_token_tells_its_loops_to_pointer_and_finger(visit: Callable) -> None:
     one.locator(".tokens span").nth(0).hover()
     assert one.locator(".told").inner_text() == 'Token 1 of 3: "Anne", 3 loops'
     check_shades(one)  # the sign of a line break too
+    one.emulate_media(forced_colors="active")
+    check_shades(one)
 
 
 def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -> None:
