@@ -115,7 +115,8 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
 
 def test_a_token_tells_its_loops_to_pointer_and_finger(visit: Callable) -> None:
     one = visit(PHONE, has_touch=True).ready()
-    one.route("**/v1/completions", stream(chunk("Anne", loops=3), chunk(" was", loops=1), chunk("\n", loops=4), "[DONE]"))
+    chunks = chunk("Anne", loops=3), chunk(" was", loops=1), chunk("\n", loops=4)
+    one.route("**/v1/completions", stream(*chunks, "[DONE]"))
     one.ask()
     one.wait()
     one.locator(".tokens span").nth(1).tap()
