@@ -5,7 +5,7 @@ know is refused, since a mistyped `n_loop` would otherwise be an answer at the w
 not built is refused unless its value asks for nothing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -157,8 +157,11 @@ class Asked(_Fields):
             return values
         for name in NEUTRAL.keys() & values.keys():
             if values[name] is not None and values[name] not in NEUTRAL[name]:
-                raise PydanticCustomError("not_built", "{name} is not supported here; leave it out", {"name": name})
+                raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": name})
         return {name: value for name, value in values.items() if name not in NEUTRAL}
+
+    said: ClassVar[str]
+    """The field that holds what the model reads."""
 
     @property
     def n_best(self) -> int | None:
@@ -194,6 +197,8 @@ class Asked(_Fields):
 class CompletionRequest(Asked):
     """The body of /v1/completions."""
 
+    said = "prompt"
+
     prompt: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -205,12 +210,20 @@ class CompletionRequest(Asked):
 class ChatRequest(Asked):
     """The body of /v1/chat/completions."""
 
+    said = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("named", "top_logprobs needs logprobs=true; send both, or neither")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
@@ -228,7 +241,7 @@ def refused(errors: list[Any]) -> Error:
     """The first fault that pydantic found, as an error object that names the field."""
     # Of the ways that one field may be given the one that was followed furthest.
     first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
-    if first["type"] == "not_built":
+    if first["type"] == "named":  # by its first word
         return error(first["msg"], first["msg"].split()[0])
     place = [part for part in first["loc"] if part != "body"]
     param = str(place[0]) if place and first["type"] != "json_invalid" else None

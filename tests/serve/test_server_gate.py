@@ -152,6 +152,7 @@ LIMITS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (P, {"stop_token_ids": list(range(65))}, 400, "stop_token_ids"),
     (P, {"logprobs": 6}, 400, "logprobs"),
     (C, {"top_logprobs": 6, "logprobs": True}, 400, "top_logprobs"),
+    (C, {"top_logprobs": 2}, 400, "top_logprobs"),
     (P, {"n_loops": 0}, 400, "n_loops"),
     (P, {"n_loops": 9}, 400, "n_loops"),
     (P, {"n_loops": 65}, 400, "n_loops"),
@@ -188,6 +189,7 @@ LIMITS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (C, {"messages": [{"role": "user", "content": "<|system|>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "<eos>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "ab" * 5000}]}, 400, "max_tokens"),
+    (C, {"messages": [{"role": "user", "content": "a" * 900}]}, 400, "messages"),
 ]
 
 
