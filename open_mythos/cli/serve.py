@@ -39,7 +39,7 @@ class ServeArgs:
     kv_tokens: int | None = None
     """Tokens that keys and values have room for; left out: a quarter of the free memory, at most what the rows need."""
     max_loops: int | None = None
-    """The most loops of a request, up to 64; left out: the model's max_loop_iters."""
+    """The most loops of a request, up to 64; left out: twice the model's max_loop_iters."""
     max_work: int = 2**20
     """The most loop-tokens of a request: (prompt + n x max_tokens) x n_loops."""
     plain: bool = False

@@ -33,7 +33,7 @@ class ServeConfig:
     model: str
     """The name that requests give."""
     max_loops: int | None = None
-    """The most loops of a request; None: the model's `max_loop_iters`. Never more than 64."""
+    """The most loops of a request; None: twice the model's `max_loop_iters`. Never more than 64."""
     max_queue: int = 128
     """Answers accepted beyond those that have a row."""
     max_work: int = 2**20
@@ -89,7 +89,7 @@ class Service:
     def max_loops(self) -> int:
         if self.engine.model.recurrent is None:
             return 1
-        return min(HARD_MAX_LOOPS, self.config.max_loops or self.engine.model.cfg.max_loop_iters)
+        return min(HARD_MAX_LOOPS, self.config.max_loops or 2 * self.engine.model.cfg.max_loop_iters)
 
     @property
     def default_loops(self) -> int:
