@@ -74,6 +74,12 @@ class Gate:
         if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
             most = f"{MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together"
             return self._refuse(431, f"there must be at most {most}; send less", "too large")
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # A proxy in front may see the body end elsewhere, and what follows as a request of its own.
+            response = self._refuse(400, "send either content-length or transfer-encoding, not both", "invalid")
+            response.headers["connection"] = "close"
+            return response
         if self._key is None:
             hosts = [value for name, value in headers if name == b"host"]
             if len(hosts) != 1 or not is_local(hosts[0].decode("latin-1").rpartition("@")[2]):
