@@ -59,7 +59,8 @@ class Gate:
                 await self._app(scope, _replay(body or b"", receive), notice)
         except _Gone:
             return
-        except Exception as fault:  # a route's own; the message could hold what was asked
+        # A route's own; the message could hold what was asked. A tokenizer's panic is no Exception.
+        except BaseException as fault:
             frame = traceback.extract_tb(fault.__traceback__)[-1]
             log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
             if started:
