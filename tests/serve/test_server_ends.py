@@ -311,6 +311,27 @@ def test_told_to_end_it_lets_answers_end() -> None:
         served.settle()
 
 
+def test_told_to_end_it_lets_slow_readers_have_the_rest() -> None:
+    """All that is made may be far ahead of what has been read."""
+    with serving() as served, socket.socket() as connection:
+        (listener,) = served.server.servers[0].sockets
+        for one, buffer in ((listener, socket.SO_SNDBUF), (connection, socket.SO_RCVBUF)):
+            one.setsockopt(socket.SOL_SOCKET, buffer, 4096)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(served.ask(P, {**LONG, "max_tokens": 100, "stream": True, "logprobs": 5}))
+        until(lambda: served.service.worker.jobs)
+        served.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: not served.service.worker.jobs)
+        time.sleep(0.3)
+        assert not served.server.should_exit
+        data = b""
+        while more := connection.recv(65536):
+            data += more
+        assert b"[DONE]" in data
+        until(lambda: served.server.should_exit)
+
+
 def test_told_to_end_it_cuts_off_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(max_queue=20, drain_s=0.2) as served:
         step = served.engine.step
