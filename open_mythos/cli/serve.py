@@ -47,7 +47,7 @@ class ServeArgs:
     drain: float = 30.0
     """Seconds that answers in work get to end in, once the server is told to end."""
     stuck: float = 60.0
-    """Seconds that a step may take before the server gives up and ends with an error."""
+    """Seconds that a step, or reading a text, may take before the server gives up and ends with an error."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: int | None = None
