@@ -1,5 +1,6 @@
 """The command that serves."""
 
+import gc
 import logging
 import os
 import signal
@@ -116,6 +117,8 @@ def _serve(args: ServeArgs) -> None:
                 f"the tokenizer has {engine.tokenizer.vocab_size} ids and the model vocab_size="
                 f"{engine.model.cfg.vocab_size}; put a model and its own tokenizer into {args.folder}"
             )
+        # What is here stays; to look through it again and again for garbage would hold up every request.
+        gc.freeze()
         log.info("ready: %s", config.model)
         return engine
 
