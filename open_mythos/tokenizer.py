@@ -330,9 +330,13 @@ def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
 
 def _backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no {HUB_FILE} of the tokenizers library ({error}); save it again") from error
+    # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _roles(path: Path) -> dict[str, str | None]:
