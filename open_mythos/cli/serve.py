@@ -1,5 +1,6 @@
 """The command that serves."""
 
+import gc
 import logging
 import os
 import signal
@@ -47,7 +48,7 @@ class ServeArgs:
     drain: float = 30.0
     """Seconds that answers in work get to end in, once the server is told to end."""
     stuck: float = 60.0
-    """Seconds that a step may take before the server gives up and ends with an error."""
+    """Seconds that a step, or reading a text, may take before the server gives up and ends with an error."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: int | None = None
@@ -116,6 +117,8 @@ def _serve(args: ServeArgs) -> None:
                 f"the tokenizer has {engine.tokenizer.vocab_size} ids and the model vocab_size="
                 f"{engine.model.cfg.vocab_size}; put a model and its own tokenizer into {args.folder}"
             )
+        # What is here stays; to look through it again and again for garbage would hold up every request.
+        gc.freeze()
         log.info("ready: %s", config.model)
         return engine
 

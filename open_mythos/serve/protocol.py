@@ -1,8 +1,9 @@
 """What a request over HTTP may hold: OpenAI's fields, those of the engine, and how much of each.
 
-Every field has a type and a bound, so a request that passes is small and shallow. A field that this server does not
-know is refused, since a mistyped `n_loop` would otherwise be an answer at the wrong depth; one that asks for what is
-not built is refused unless its value asks for nothing.
+Every field has a type and a bound, so a request that passes is small and shallow. Of one that does not few faults are
+looked for: to list a megabyte of them takes seconds, in which nobody else is answered. A field that this server does
+not know is refused, since a mistyped `n_loop` would otherwise be an answer at the wrong depth; one that asks for what
+is not built is refused unless its value asks for nothing.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -13,9 +14,12 @@ from pydantic_core import PydanticCustomError
 from open_mythos.serve.params import SamplingParams
 
 MAX_BODY_BYTES = 2**20
+MAX_FIELDS = 64
+"""Of a request and of each object in it."""
 MAX_ANSWERS = 8
 """To one prompt."""
 MAX_PROMPTS = 8
+MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 5
@@ -75,7 +79,7 @@ def _whole(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_whole)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Prompt = Annotated[Text | list[Id], BeforeValidator(_prompt)]
+Prompt = Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_prompt)]
 
 
 class _Fields(BaseModel):
@@ -86,7 +90,11 @@ class _Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *values.values())):
+            raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
+        return {k: v for k, v in values.items() if v is not None}
 
 
 class StreamOptions(_Fields):
@@ -212,7 +220,7 @@ class ChatRequest(Asked):
 
     said = "messages"
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: bool = False
@@ -250,6 +258,8 @@ def refused(errors: list[Any]) -> Error:
             param = f"{param}[{part}]"
         elif part in Message.model_fields:
             param = f"{param}.{part}"
+    if first["type"] == "fields":
+        return error(first["msg"])
     if not place:
         return error("the body must be a JSON object, with content-type: application/json")
     if first["type"] == "json_invalid":

@@ -43,7 +43,7 @@ class ServeConfig:
     drain_s: float = 30.0
     """How long answers in work may take once the server is told to end."""
     stuck_s: float = 60.0
-    """How long a step may take before the engine is given up; at a sixth of it /ready says 503."""
+    """How long a step or the encoding of a prompt may take before all is given up; at a sixth /ready says 503."""
 
 
 class Refusal(Exception):
