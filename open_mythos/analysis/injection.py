@@ -117,5 +117,5 @@ def swap(
 
         e = others.call.e
         at = [judge(after(model, states.hidden[t], e, range(t, L), call.view)) for t in range(L + 1)]
-        after = [judge(h) for h in (states.hidden[-1], *run(model, states.hidden[-1], e, range(L, L + M), call.view))]
-    return Swap(int(differ.sum()), *torch.stack(at, dim=1), *torch.stack(after, dim=1))
+        later = [judge(h) for h in (states.hidden[-1], *run(model, states.hidden[-1], e, range(L, L + M), call.view))]
+    return Swap(int(differ.sum()), *torch.stack(at, dim=1), *torch.stack(later, dim=1))
