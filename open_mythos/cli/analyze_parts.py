@@ -3,7 +3,6 @@
 A part is an entry of `PARTS`; a new analysis is one more.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -16,8 +15,7 @@ from open_mythos.analysis.lens import JUMP_SHARE, MOVED_RANK, Lens, climb_or_jum
 from open_mythos.analysis.routing import routing
 from open_mythos.analysis.sweep import depth_sweep
 from open_mythos.cli.analyze_report import Section, Subject, figure, numbers, some, text
-from open_mythos.experiments.record import Figure, Part, Table
-from open_mythos.plots import xy_curves
+from open_mythos.experiments.record import Part, Table
 
 
 def sweep(subject: Subject) -> Section:
@@ -209,17 +207,17 @@ def injection(subject: Subject) -> Section:
             for i, f in enumerate(weaker.factors)
         ],
     )
-    parts: list[Part] = [by_loop]
-    curves = {"every loop": weaker.every_loop.clamp(min=1e-9)}
-    draw = functools.partial(
-        xy_curves,
-        {k: (weaker.factors, v.tolist()) for k, v in curves.items()},
-        labels=("input times", "KL at the output, nats"),
-        title="",
-    )
-    parts.append(
-        Figure("attenuation", "What a weaker or stronger input does to the answer.", lambda path: draw(path=path))
-    )
+    parts: list[Part] = [
+        by_loop,
+        figure(
+            "attenuation",
+            "What a weaker or stronger input in every loop does to the answer.",
+            {"all loops": weaker.every_loop},
+            "KL at the output, nats",
+            x="input times",
+            xs=weaker.factors,
+        ),
+    ]
     if swapped.n_tokens:
         head = (
             "loops",

@@ -76,9 +76,10 @@ def figure(
     first: int = 0,
     log_y: bool = False,
     x: str = "loops",
+    xs: Sequence[float] | None = None,
 ) -> Figure:
-    """Curves over loops, from `first` on."""
-    series = {key: (range(first, first + len(ys)), ys.tolist()) for key, ys in curves.items()}
+    """Curves over `xs`, or over loops from `first` on."""
+    series = {key: (xs or range(first, first + len(ys)), ys.tolist()) for key, ys in curves.items()}
     return Figure(name, caption, lambda path: xy_curves(series, path, (x, label), "", log_y))
 
 
