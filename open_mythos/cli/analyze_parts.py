@@ -319,7 +319,7 @@ def candidates(subject: Subject) -> Section:
             for n in range(subject.n_loops + 1)
         ]
         head = ("loops", *(f"hop {j}" for j in range(H)), "elsewhere", "on one", "on several", "in step")
-        hops = {f"{j} hops away": path.mass[:, j] for j in range(H)}
+        hops = {f"hop {j}": path.mass[:, j] for j in range(H)}
         parts += [
             "Probability on the nodes of the way:",
             Table(head, rows),
