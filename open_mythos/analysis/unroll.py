@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.arguments import check_ids, check_n_loops
+from open_mythos.arguments import check_ids, check_n_loops, check_room
 from open_mythos.checks import check_int
 from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
@@ -35,6 +35,7 @@ def begin(model: OpenMythos, input_ids: Tensor) -> Call:
         TypeError, ValueError: the ids are unusable, or the model has no loop.
     """
     check_ids(input_ids, model.cfg)
+    check_room(input_ids, None, model.cfg, model.dtype, model.device)
     if model.recurrent is None:
         raise ValueError("recurrent_layers=0 makes a plain transformer; an analysis of loops needs a model with a loop")
     view = model.make_view((input_ids.shape[0], input_ids.shape[1]))

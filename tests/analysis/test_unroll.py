@@ -40,7 +40,14 @@ def test_training_mode_comes_back() -> None:
 def test_a_plain_transformer_is_refused() -> None:
     cfg = tiny(recurrent_layers=0)
     with pytest.raises(ValueError, match="recurrent_layers=0"):
-        unroll(scaled(cfg), random_ids(cfg, 1, 3))
+        begin(scaled(cfg), random_ids(cfg, 1, 3))
+
+
+def test_what_a_call_refuses_is_refused() -> None:
+    cfg = tiny()
+    for ids in (random_ids(cfg, 1, cfg.max_seq_len + 1), torch.tensor([[cfg.vocab_size]])):
+        with pytest.raises(ValueError, match=r"max_seq_len|vocab_size"):
+            unroll(scaled(cfg), ids)
 
 
 def test_lens_is_what_each_depth_would_answer() -> None:
