@@ -63,10 +63,10 @@ def shown(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}}" if math.isnan(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def write_record(results: dict[str, Any], report: Report, out: Path) -> None:
-    """Write the report; `results` also has what `perform` adds."""
+def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
+    """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps(results | {"finding": report.finding}) + "\n")
+    write_text(out / numbers, json.dumps(results | {"finding": report.finding}) + "\n")
     figures = [part for part in report.parts if isinstance(part, Figure)]
     for figure in figures:
         for ending in ("png", "svg"):
