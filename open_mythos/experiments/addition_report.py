@@ -103,7 +103,7 @@ def _answers(results: Result) -> list[Part]:
         [f"{loops}", f"{d}", f"{PUBLISHED[d][i]:.2f}", shown(values), against_published(values, PUBLISHED[d][i])]
         for i, loops in enumerate(results["loops"][:2])
         for d in (2, 3)
-        for values in [cells(results, "sampled", d)[:, i]]
+        for values in [cells(results, "sampled", d)[:, i].tolist()]
     ]
     words = [[title[arm], *fall(results, arm)] for arm in results["runs"]]
     return [
@@ -130,7 +130,7 @@ def _tables(results: Result) -> list[Part]:
     for d in PUBLISHED:
         names = [arm for arm in results["runs"] if d in trained_on(results, arm)]
         rows = [
-            [str(loops), f"{PUBLISHED[d][i]:.2f}", *(shown(cells(results, arm, d)[:, i]) for arm in names)]
+            [str(loops), f"{PUBLISHED[d][i]:.2f}", *(shown(cells(results, arm, d)[:, i].tolist()) for arm in names)]
             for i, loops in enumerate(results["loops"])
         ]
         parts += [f"### {d} digits", Table(["loops", "published", *_titles(results, names)], rows)]
@@ -223,7 +223,10 @@ def _draw_loops(results: Result, path: Path) -> None:
 def _draw_training(results: Result, path: Path) -> None:
     panels = {}
     for arm, runs in results["runs"].items():
-        curves = [Curve(*zip(*run["curve"], strict=True), f"seed {run['seed']}", i) for i, run in enumerate(runs)]
+        curves = [
+            Curve([step for step, _ in run["curve"]], [share for _, share in run["curve"]], f"seed {run['seed']}", i)
+            for i, run in enumerate(runs)
+        ]
         last = runs[0]["curve"][-1][0]
         panels[results["arms"][arm]["title"]] = [Curve((0, last), (GOAL, GOAL), str(GOAL), color=None), *curves]
     stacked(panels, path, ("steps", "exact match at 4 loops"))
