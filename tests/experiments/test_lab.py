@@ -58,6 +58,8 @@ def cut_off(after: int) -> Callable[[Trainer, int], tuple[int, dict[str, float]]
 
     def failing(self: Trainer, step: int, log: bool = True) -> tuple[int, dict[str, float]]:
         if step == after and left.pop():
+            # What is being written has reached the disk; else a step more is lost, now and then.
+            self.checkpoints.wait()
             raise OSError("the power is gone")
         return real(self, step, log)
 
