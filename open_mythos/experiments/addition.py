@@ -109,7 +109,7 @@ def by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> tuple[l
 
     A row is right exactly when greedy decoding would write it: see `train.evaluate.Score`.
     """
-    right, used = torch.zeros(len(loops)), torch.zeros(len(loops))
+    right, used = torch.zeros(2, len(loops), dtype=torch.float64)
     with evaluating(model):
         for part in _parts(batch):
             labelled = part.labels != IGNORE
@@ -179,7 +179,7 @@ EXPERIMENT = Experiment(
     title="Addition: more loops than in training",
     question="Does a model that loops more often than it was trained to stay right, and what keeps it so?",
     protocol=PROTOCOL,
-    cost=("5 min", "90 min"),
+    cost=("4 min", "about 2 h"),
     run=run,
     report=report,
 )
