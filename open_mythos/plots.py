@@ -4,6 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Series = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
+"""Places, means, and the lower and upper ends of their intervals, NaN for none."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by the colour-blind too (Okabe and Ito)."""
+
 
 def heat_map(
     accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
@@ -105,6 +110,41 @@ def xy_curves(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def interval_panels(
+    panels: Mapping[str, Mapping[str, Series]],
+    path: Path,
+    labels: tuple[str, str],
+    levels: Mapping[str, float],
+    bars: bool,
+    limits: tuple[float, float] | None,
+) -> None:
+    """A panel under the other, with several series each, as points or bars with their intervals; `levels` are lines."""
+    plt = _pyplot()
+    size = (6.4, 2.4 * len(panels) + 1.2)
+    figure, rows = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, series) in zip(rows[:, 0], panels.items(), strict=True):
+        # Side by side, so that no interval hides another.
+        width = (0.8 if bars else 0.3) / len(series)
+        for i, (name, (xs, mean, low, high)) in enumerate(series.items()):
+            at = [x + (i - (len(series) - 1) / 2) * width for x in xs]
+            ends = [[max(0.0, m - x) for m, x in zip(mean, low, strict=True)]]
+            ends.append([max(0.0, x - m) for m, x in zip(mean, high, strict=True)])
+            color = COLORS[i % len(COLORS)]
+            if bars:
+                axes.bar(at, mean, width, yerr=ends, color=color, label=name, error_kw={"elinewidth": 1}, capsize=2)
+            else:
+                axes.errorbar(at, mean, ends, color=color, label=name, marker="osDv^x"[i % 6], markersize=5, capsize=3)
+        for name, level in levels.items():
+            axes.axhline(level, color="black", linestyle="--", linewidth=1, label=name)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axes.set(title=title, ylabel=labels[1], ylim=limits)
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3, axis="y")
+    rows[-1, 0].set_xlabel(labels[0])
+    figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     _save(plt, figure, path)
 
 

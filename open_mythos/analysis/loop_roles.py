@@ -287,7 +287,8 @@ def _effect(logits: Tensor, changed: Tensor, where: Tensor) -> tuple[Tensor, Ten
     """KL(untouched || changed), and the share of positions with another likeliest token: (N,) each."""
     p, q = logits.double().log_softmax(-1), changed.double().log_softmax(-1)
     kl, other = (p.exp() * (p - q)).sum(-1), logits.argmax(-1) != changed.argmax(-1)
-    return tuple((x * where).sum(1).double() / where.sum(1) for x in (kl, other))
+    counts = where.sum(1)
+    return (kl * where).sum(1) / counts, (other & where).sum(1).double() / counts
 
 
 def _map(x: Any, change: Any) -> Any:

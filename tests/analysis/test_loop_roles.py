@@ -176,9 +176,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
     model = scaled(tiny(n_experts=0))
     both, alone = (loop_roles(model, x, 4, shuffles=2) for x in (ids(model), ids(model)[1:2]))
     for name in (*SPLIT, "other", "step", "cosine"):
-        torch.testing.assert_close(
-            getattr(both, name)[1:2], getattr(alone, name), rtol=1e-3, atol=1e-4, equal_nan=True
-        )
+        torch.testing.assert_close(getattr(both, name)[1:2], getattr(alone, name), rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def test_saved_roles_come_back() -> None:
