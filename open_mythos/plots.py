@@ -117,31 +117,30 @@ def interval_panels(
     panels: Mapping[str, Mapping[str, Series]],
     path: Path,
     labels: tuple[str, str],
-    levels: Mapping[str, float],
-    bars: bool,
-    limits: tuple[float, float] | None,
+    ticks: Mapping[int, str],
+    level: tuple[str, float] | None = None,
+    log_y: bool = False,
 ) -> None:
-    """A panel under the other, with several series each, as points or bars with their intervals; `levels` are lines."""
+    """Panels one under the other, each of several series of points with their intervals; `level` is a dashed line."""
     plt = _pyplot()
-    size = (6.4, 2.4 * len(panels) + 1.2)
-    figure, rows = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    size = (6.4, 2.2 * len(panels) + 1.6)
+    figure, rows = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
     for axes, (title, series) in zip(rows[:, 0], panels.items(), strict=True):
-        # Side by side, so that no interval hides another.
-        width = (0.8 if bars else 0.3) / len(series)
         for i, (name, (xs, mean, low, high)) in enumerate(series.items()):
-            at = [x + (i - (len(series) - 1) / 2) * width for x in xs]
+            # Points of one place stand side by side, so that no interval hides another.
+            beside = [[k for k, other in enumerate(series.values()) if x in other[0]] for x in xs]
+            at = [x + 0.12 * (near.index(i) - (len(near) - 1) / 2) for x, near in zip(xs, beside, strict=True)]
             ends = [[max(0.0, m - x) for m, x in zip(mean, low, strict=True)]]
             ends.append([max(0.0, x - m) for m, x in zip(mean, high, strict=True)])
-            color = COLORS[i % len(COLORS)]
-            if bars:
-                axes.bar(at, mean, width, yerr=ends, color=color, label=name, error_kw={"elinewidth": 1}, capsize=2)
-            else:
-                axes.errorbar(at, mean, ends, color=color, label=name, marker="osDv^x"[i % 6], markersize=5, capsize=3)
-        for name, level in levels.items():
-            axes.axhline(level, color="black", linestyle="--", linewidth=1, label=name)
-        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-        axes.set(title=title, ylabel=labels[1], ylim=limits)
-        axes.title.set_fontsize(10)
+            color, marker = COLORS[i % len(COLORS)], "osDv^x"[i % 6]
+            axes.errorbar(at, mean, ends, color=color, label=name, marker=marker, markersize=5, capsize=3, ls="none")
+        if level is not None:
+            axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(labels[1])
         axes.grid(alpha=0.3, axis="y")
     rows[-1, 0].set_xlabel(labels[0])
     figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)

@@ -39,6 +39,7 @@ def split_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
         "from the state": lambda r: r.state,
         "cosine of both": lambda r: r.cosine,
         "function's share": lambda r: r.share,
+        "later update, of the state": lambda r: r.step[:, 1:],
     }
     filled = [cells(band(runs, pick)) for pick in columns.values()]
     rows = [[f"{t} to {t + 1}", *row] for t, row in enumerate(zip(*filled, strict=True))]
@@ -58,8 +59,19 @@ def effect_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
         kl, changed = band(runs, lambda r, name=name: r.kl[name]), band(runs, lambda r, name=name: r.changed[name])
         for t, row in enumerate(zip(cells(kl, ".3g"), cells(changed), strict=True)):
             rows.append([title.format(t, t + 1), *row])
-    shuffled = [cells(band(runs, _shuffle(effect)), form)[0] for effect, form in (("kl", ".3g"), ("changed", ".3f"))]
-    return ["intervention", "KL in nats", "answers changed"], [*rows, ["all loops shuffled", *shuffled]]
+    rows.append(["all loops shuffled", cells(band(runs, _shuffle("kl")), ".3g")[0], shuffled(runs)])
+    return ["intervention", "KL in nats", "answers changed"], rows
+
+
+def interchangeable(runs: Runs) -> bool | None:
+    """Whether shuffling the loops changes less than `SMALL` of the answers; None where the interval does not tell."""
+    changed = band(runs, _shuffle("changed"))
+    return True if changed.high[0] < SMALL else False if changed.low[0] > SMALL else None
+
+
+def shuffled(runs: Runs) -> str:
+    """The share of answers that shuffling the loops changes."""
+    return cells(band(runs, _shuffle("changed")))[0]
 
 
 def verdict(runs: Runs) -> str:
@@ -79,29 +91,27 @@ def verdict(runs: Runs) -> str:
     told = {t for which in groups.values() for t in which}
     groups["for both reasons, or the intervals do not tell"] = [t for t in range(len(low)) if t not in told]
     parts = [f"from loop {', '.join(f'{t} to {t + 1}' for t in which)} {why}" for why, which in groups.items() if which]
-    shuffled, swapped = band(runs, _shuffle("changed")), band(runs, lambda r: r.changed["swap"])
+    swapped = band(runs, lambda r: r.changed["swap"])
     moved = [f"{t} and {t + 1}" for t, x in enumerate(swapped.low.tolist()) if x > SMALL]
-    size = f"shuffling them changes {cells(shuffled)[0]} of the answers"
-    if shuffled.low[0] > SMALL:
-        order = f"The loops are not interchangeable: {size}"
-    elif shuffled.high[0] < SMALL:
-        order = f"The loops are interchangeable as far as answers go: {size}, less than {SMALL:.0%}"
-    else:
-        order = f"Whether the loops are interchangeable is open: {size}"
+    order = {
+        True: "The loops are interchangeable as far as answers go",
+        False: "The loops are not interchangeable",
+        None: "Whether the loops are interchangeable is open",
+    }[interchangeable(runs)]
+    size = f"shuffling them changes {shuffled(runs)} of the answers"
     pairs = f"swapping two neighbours changes more than {SMALL:.0%} for {' and for '.join(moved) or 'none'}"
-    return f"The update changes {'; '.join(parts)}. {order}; {pairs}."
+    return f"The update changes {'; '.join(parts)}. {order}: {size}; {pairs}."
 
 
 def draw_split(models: Mapping[str, Runs], path: Path, level: str | None = None) -> None:
     """The function's share of each change, by loop, for every model; `level` names the line at 0."""
-    series = {name: _series(band(runs, lambda r: r.share), 0.5) for name, runs in models.items()}
+    series = {name: _series(band(runs, lambda r: r.share)) for name, runs in models.items()}
     interval_panels(
-        {"what changes between two consecutive loops": series},
+        {"What changes between two consecutive loops": series},
         path,
-        ("between loop t and t+1 (at t + 1/2)", "share from the function"),
-        {} if level is None else {level: 0.0},
-        bars=False,
-        limits=(-0.05, 1.05),
+        ("from loop to loop", "share from the function"),
+        {t: f"{t} to {t + 1}" for t in range(_most_loops(models) - 1)},
+        None if level is None else (level, 0.0),
     )
 
 
@@ -109,11 +119,16 @@ def draw_effects(models: Mapping[str, Runs], path: Path) -> None:
     """KL at the output for each loop that is left out, run twice or swapped with the next; a panel for each model."""
     names = {"skip": "left out", "repeat": "run twice", "swap": "swapped with the next"}
     panels = {
-        model: {title: _series(band(runs, lambda r, name=name: r.kl[name]), 0.0) for name, title in names.items()}
-        | {"all shuffled": _series(band(runs, _shuffle("kl")), -1.0)}
+        model: {title: _series(band(runs, lambda r, name=name: r.kl[name])) for name, title in names.items()}
+        | {"all shuffled": _series(band(runs, _shuffle("kl")), first=-1)}
         for model, runs in models.items()
     }
-    interval_panels(panels, path, ("loop index (left: all loops shuffled)", "KL in nats"), {}, bars=True, limits=None)
+    ticks = {-1: "all"} | {t: str(t) for t in range(_most_loops(models))}
+    interval_panels(panels, path, ("loop index", "KL in nats"), ticks, log_y=True)
+
+
+def _most_loops(models: Mapping[str, Runs]) -> int:
+    return max(run.step.shape[1] for runs in models.values() for run in runs)
 
 
 def _shuffle(effect: str) -> Callable[[LoopRoles], Tensor]:
@@ -121,6 +136,6 @@ def _shuffle(effect: str) -> Callable[[LoopRoles], Tensor]:
     return lambda run: getattr(run, effect)["shuffle"].mean(1, keepdim=True)
 
 
-def _series(values: Band, first: float) -> Series:
+def _series(values: Band, first: int = 0) -> Series:
     mean, low, high = (x.tolist() for x in values)
     return [t + first for t in range(len(mean))], mean, low, high

@@ -13,6 +13,8 @@ from open_mythos.analysis.loop_roles_report import (
     draw_effects,
     draw_split,
     effect_table,
+    interchangeable,
+    shuffled,
     split_table,
     verdict,
 )
@@ -141,6 +143,8 @@ def report(results: Result) -> Report:
     own, twin = ({name: _roles(results[kind][name]) for name in TITLES} for kind in ("own", "twin"))
     planted = {s: _roles([run[str(s)] for run in results["planted"]]) for s in STRENGTHS}
     parts: list[Part] = [
+        "## What it shows",
+        " ".join(f"*{title[0].upper()}{title[1:]}*: {verdict(own[name])}" for name, title in TITLES.items()),
         Figure(
             "function",
             "The function's share of the change between two consecutive updates, with 95 % intervals over seeds and "
@@ -164,14 +168,26 @@ def report(results: Result) -> Report:
         right = {kind: shown([run["accuracy"] for run in results[kind][name]]) for kind in ("own", "twin")}
         parts += [
             f"## {title[0].upper()}{title[1:]}",
-            f"{verdict(own[name])} Right at {LOOPS[name]} loops: {right['own']} of the questions; its twin without "
-            f"loop embedding and depth LoRA {right['twin']}.",
+            f"Right at {LOOPS[name]} loops: {right['own']} of the questions; the twin without loop embedding and depth "
+            f"LoRA {right['twin']}.",
             Table(*split_table(own[name])),
             Table(*effect_table(own[name])),
             "The twin: " + verdict(twin[name]),
         ]
-    found = " ".join(f"{title[0].upper()}{title[1:]}: {verdict(own[name])}" for name, title in TITLES.items())
-    return Report(found, parts)
+    return Report(_finding(own), parts)
+
+
+def _finding(own: dict[str, list[LoopRoles]]) -> str:
+    """Whether the loops of each model are interchangeable, and the range of the function's share."""
+    words = {False: "have roles of their own", True: "are interchangeable", None: "leave it open"}
+    found = []
+    for name, runs in own.items():
+        share = band(runs, lambda r: r.share).mean
+        found.append(
+            f"the loops of the model '{TITLES[name]}' {words[interchangeable(runs)]} (shuffling them changes "
+            f"{shuffled(runs)} of the answers; the function's share is {share.min():.2f} to {share.max():.2f})"
+        )
+    return f"By what happens to the answers, {'; '.join(found)}."
 
 
 def _roles(runs: list[Result]) -> list[LoopRoles]:
