@@ -84,14 +84,14 @@ class LoopRoles:
         return others.quantile(0.5, dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON with 6 digits; None for NaN."""
+        """Plain values for JSON with 4 digits; None for NaN."""
 
         def plain(x: Any) -> Any:
             if isinstance(x, dict):
                 return {name: plain(value) for name, value in x.items()}
             if isinstance(x, list):
                 return [plain(value) for value in x]
-            return None if x != x else float(f"{x:.6g}")
+            return None if x != x else float(f"{x:.4g}")
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return plain({name: _map(x, Tensor.tolist) for name, x in values.items()})
@@ -193,7 +193,7 @@ def loop_roles(
     seed: int = 0,
     progress: bool = False,
 ) -> LoopRoles:
-    """Measure what the loops do on `input_ids` (N, T): about 4 L^2 loops of work. On the CPU, in float64, as tensors.
+    """Measure what the loops do on `input_ids` (N, T): about (4 L + shuffles) L loops of work. On the CPU, in float64, as tensors.
 
     Args:
         n_loops: at least 2; None: `max_loop_iters`.

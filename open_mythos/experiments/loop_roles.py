@@ -39,6 +39,7 @@ LOOPS = {"published": 4, "diagonal": 6, "khop": 4}
 INDEX_PARTS: dict[str, Any] = {"loop_embedding": True, "lora_rank": 8}
 NO_INDEX_PARTS: dict[str, Any] = {"loop_embedding": False, "lora_rank": 0}
 PLANTED_LOOP = 2
+PLANTED_ROWS = 32
 STRENGTHS = (0.01, 0.1, 1.0)
 """Of what is planted, in units of the update that it would be added to."""
 
@@ -126,14 +127,14 @@ def run(lab: Lab) -> Result:
         cfg = seeded(arms(lab.quick)["diagonal"][1], seed)
 
         def planted(cfg: TrainConfig = cfg, seed: int = seed) -> Result:
-            model, batch = lab.trained(f"diagonal-twin-{seed}", cfg), questions(cfg, rows, seed)
+            model, batch = lab.trained(f"diagonal-twin-{seed}", cfg), questions(cfg, PLANTED_ROWS, seed)
             return {
                 str(strength): measure(plant(model, batch, PLANTED_LOOP, strength), batch, LOOPS["diagonal"])
                 for strength in STRENGTHS
             }
 
         results["planted"].append(
-            lab.computed(f"planted-{seed}", planted, config=cfg.to_dict(), rows=rows, strengths=STRENGTHS)
+            lab.computed(f"planted-{seed}", planted, config=cfg.to_dict(), rows=PLANTED_ROWS, strengths=STRENGTHS)
         )
     return results
 

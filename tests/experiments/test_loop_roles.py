@@ -74,7 +74,7 @@ def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (tmp_path / "out" / f"{figure.name}.svg").stat().st_size > 5000
 
 
-def made_up(function: float, state: float, changed: float, n: int = 20) -> LoopRoles:
+def made_up(function: float, state: float, changed: float, n: int = 120) -> LoopRoles:
     """Roles at 4 loops with parts of these sizes in every sequence, and this share of answers changed by a shuffle."""
     generator = torch.Generator().manual_seed(0)
 
@@ -101,6 +101,8 @@ def test_the_verdict_follows_the_numbers() -> None:
     state = verdict([made_up(0.3, 1.0, 0.001)] * 3)
     assert "mostly because the state has moved on." in state
     assert "The loops are interchangeable as far as answers go" in state and "for none" in state
+    few = verdict([made_up(0.3, 1.0, 0.0, n=50)])
+    assert "is open" in few, "50 sequences without a change do not show that fewer than 1% change"
     open_ = verdict([made_up(0.3, 1.0, 0.0), made_up(1.0, 0.3, 0.03)])
     assert "do not tell" in open_ and "is open" in open_
     assert verdict([made_up(0.0, 1.0, 0.0)]).startswith("No loop has a function of its own")
