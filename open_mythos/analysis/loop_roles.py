@@ -193,7 +193,7 @@ def loop_roles(
     seed: int = 0,
     progress: bool = False,
 ) -> LoopRoles:
-    """Measure what the loops do on `input_ids` (N, T): about (4 L + shuffles) L loops of work. On the CPU, in float64, as tensors.
+    """Measure what the loops do on `input_ids` (N, T). About (4 L + shuffles) L loops of work.
 
     Args:
         n_loops: at least 2; None: `max_loop_iters`.
@@ -201,6 +201,9 @@ def loop_roles(
         shuffles: orders of the loops drawn at random, none of them the usual one.
         seed: of these draws.
         progress: show a bar.
+
+    Returns:
+        Tensors in float64 on the CPU.
 
     Raises:
         TypeError, ValueError: an argument is unusable; nothing has been computed.
