@@ -104,7 +104,18 @@ def verdict(runs: Runs) -> str:
     }[interchangeable(runs)]
     size = f"shuffling them changes {shuffled(runs)} of the answers"
     pairs = f"swapping two neighbours changes more than {SMALL:.0%} for {' and for '.join(moved) or 'none'}"
-    return f"The update changes {'; '.join(parts)}. {order}: {size}; {pairs}."
+    return f"The update changes {'; '.join(parts)}. {order}: {size}; {pairs}. {_number_or_order(runs)}."
+
+
+def _number_or_order(runs: Runs) -> str:
+    fewer, other = band(runs, lambda r: r.kl["skip"][:, -1:]), band(runs, _shuffle("kl"))
+    if fewer.low[0] > other.high[0]:
+        more = "The number of loops matters more than their order"
+    elif fewer.high[0] < other.low[0]:
+        more = "The order of the loops matters more than whether there is one fewer"
+    else:
+        more = "Neither the number of loops nor their order clearly matters more"
+    return f"{more}: one fewer costs {cells(fewer, '.3g')[0]} nats at the output, a shuffle {cells(other, '.3g')[0]}"
 
 
 def draw_split(models: Mapping[str, Runs], path: Path, level: str | None = None) -> None:

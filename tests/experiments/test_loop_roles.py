@@ -89,7 +89,7 @@ def made_up(function: float, state: float, changed: float, n: int = 120) -> Loop
         step=noisy(0.5, 4),
         other=noisy(function, 4, 4),
         **parts,
-        kl={name: noisy(changed, size) for name, size in sizes.items()},
+        kl={name: noisy(0.1 if name == "skip" else changed, size) for name, size in sizes.items()},
         changed={name: noisy(changed, size) for name, size in sizes.items()},
     )
 
@@ -98,13 +98,16 @@ def test_the_verdict_follows_the_numbers() -> None:
     function = verdict([made_up(1.0, 0.3, 0.4)] * 3)
     assert "from loop 0 to 1, 1 to 2, 2 to 3 mostly because the function differs." in function
     assert "The loops are not interchangeable" in function and "for 0 and 1 and for 1 and 2 and for 2 and 3" in function
+    assert "The order of the loops matters more" in function
     state = verdict([made_up(0.3, 1.0, 0.001)] * 3)
     assert "mostly because the state has moved on." in state
     assert "The loops are interchangeable as far as answers go" in state and "for none" in state
+    assert "The number of loops matters more than their order" in state
     few = verdict([made_up(0.3, 1.0, 0.0, n=50)])
     assert "is open" in few, "50 sequences without a change do not show that fewer than 1% change"
     open_ = verdict([made_up(0.3, 1.0, 0.0), made_up(1.0, 0.3, 0.03)])
     assert "do not tell" in open_ and "is open" in open_
+    assert "Neither the number of loops nor their order" in verdict([made_up(1.0, 1.0, 0.1)])
     assert verdict([made_up(0.0, 1.0, 0.0)]).startswith("No loop has a function of its own")
 
 
