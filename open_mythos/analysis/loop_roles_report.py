@@ -16,6 +16,8 @@ Runs = Sequence[LoopRoles]
 """One for each seed of a training, all with as many loops."""
 SMALL = 0.01
 """Changes of fewer answers than this are taken for none."""
+SMALL_KL = 1e-3
+"""So are those of an output by less, in nats."""
 
 
 def band(runs: Runs, pick: Callable[[LoopRoles], Tensor]) -> Band:
@@ -109,7 +111,9 @@ def verdict(runs: Runs) -> str:
 
 def _number_or_order(runs: Runs) -> str:
     fewer, other = band(runs, lambda r: r.kl["skip"][:, -1:]), band(runs, _shuffle("kl"))
-    if fewer.low[0] > other.high[0]:
+    if max(fewer.high[0], other.high[0]) < SMALL_KL:
+        more = "Neither the number of loops nor their order matters here"
+    elif fewer.low[0] > other.high[0]:
         more = "The number of loops matters more than their order"
     elif fewer.high[0] < other.low[0]:
         more = "The order of the loops matters more than whether there is one fewer"
