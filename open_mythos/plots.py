@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by the colour-blind too. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
+Series = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
+"""Places, means, and the lower and upper ends of their intervals, NaN for none."""
+
 
 def heat_map(
     accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
@@ -123,10 +128,6 @@ class Curve:
     high: Sequence[float] = ()
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart by the colour-blind too. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
-
-
 def stacked(
     panels: Mapping[str, Sequence[Curve]], path: Path, labels: tuple[str, str], loops: Sequence[int] | None = None
 ) -> None:
@@ -154,6 +155,40 @@ def stacked(
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2)
+    _save(plt, figure, path)
+
+
+def interval_panels(
+    panels: Mapping[str, Mapping[str, Series]],
+    path: Path,
+    labels: tuple[str, str],
+    ticks: Mapping[int, str],
+    level: tuple[str, float] | None = None,
+    log_y: bool = False,
+) -> None:
+    """Panels one under the other, each of several series of points with their intervals; `level` is a dashed line."""
+    plt = _pyplot()
+    size = (6.4, 2.2 * len(panels) + 1.6)
+    figure, rows = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
+    for axes, (title, series) in zip(rows[:, 0], panels.items(), strict=True):
+        for i, (name, (xs, mean, low, high)) in enumerate(series.items()):
+            # Points of one place stand side by side, so that no interval hides another.
+            beside = [[k for k, other in enumerate(series.values()) if x in other[0]] for x in xs]
+            at = [x + 0.12 * (near.index(i) - (len(near) - 1) / 2) for x, near in zip(xs, beside, strict=True)]
+            ends = [[max(0.0, m - x) for m, x in zip(mean, low, strict=True)]]
+            ends.append([max(0.0, x - m) for m, x in zip(mean, high, strict=True)])
+            color, marker = COLORS[i % len(COLORS)], "osDv^x"[i % 6]
+            axes.errorbar(at, mean, ends, color=color, label=name, marker=marker, markersize=5, capsize=3, ls="none")
+        if level is not None:
+            axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(labels[1])
+        axes.grid(alpha=0.3, axis="y")
+    rows[-1, 0].set_xlabel(labels[0])
+    figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     _save(plt, figure, path)
 
 

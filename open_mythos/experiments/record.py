@@ -66,8 +66,7 @@ def shown(values: Sequence[float], form: str = ".3f") -> str:
 def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
     """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "
-")
+    write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "\n")
     figures = [part for part in report.parts if isinstance(part, Figure)]
     for figure in figures:
         for ending in ("png", "svg"):
