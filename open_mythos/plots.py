@@ -1,14 +1,21 @@
 """Figures. Needs matplotlib, which is the extra `plot`."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 def heat_map(
-    accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
+    accuracy: Sequence[Sequence[float]],
+    distances: Sequence[int],
+    loops: Sequence[int],
+    path: Path,
+    title: str,
+    label: str = "hops from the question to the answer",
 ) -> None:
-    """Accuracy by distance (rows) and loops (columns); a line marks where there are as many loops as hops."""
+    """Accuracy by distance (rows, named by `label`) and loops (columns); a line marks where loops equal distance."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     image = axes.imshow(accuracy, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -19,7 +26,7 @@ def heat_map(
     axes.set_xticks(range(len(loops)), [str(n) for n in loops])
     axes.set_yticks(range(len(distances)), [str(d) for d in distances])
     axes.set_xlabel("loops")
-    axes.set_ylabel("hops from the question to the answer")
+    axes.set_ylabel(label)
     # The staircase between too few loops and enough.
     first_enough = [next((j for j, n in enumerate(loops) if n >= d), len(loops)) for d in distances]
     xs, ys = [], []
@@ -105,6 +112,53 @@ def xy_curves(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure, with a band from `low` to `high` where these are given and finite."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    label: str
+    color: int | None = 0
+    """Place in COLORS; None: a grey dashed line, for what is not ours or is only compared with."""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by the colour-blind too. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
+
+
+def stacked(
+    panels: Mapping[str, Sequence[Curve]], path: Path, labels: tuple[str, str], loops: Sequence[int] | None = None
+) -> None:
+    """Shares by what `labels[0]` names, a panel below the other, one legend; `loops`: a logarithmic axis of these."""
+    plt = _pyplot()
+    figure, rows = plt.subplots(len(panels), figsize=(6.4, 1 + 2.6 * len(panels)), layout="constrained", squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, (title, curves) in zip(rows[:, 0], panels.items(), strict=True):
+        for curve in curves:
+            if curve.color is None:
+                style = {"color": "0.45", "linestyle": "--", "zorder": 1}
+            else:
+                i = curve.color % len(COLORS)
+                style = {"color": COLORS[i], "marker": "osDv^x"[i], "markersize": 4}
+            (handles[curve.label],) = axes.plot(curve.xs, curve.ys, label=curve.label, **style)
+            if curve.low and all(map(math.isfinite, (*curve.low, *curve.high))):
+                axes.fill_between(curve.xs, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
+        if loops is not None:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(loops), [str(n) for n in loops])
+            axes.minorticks_off()
+        axes.set_ylim(-0.04, 1.04)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2)
     _save(plt, figure, path)
 
 
