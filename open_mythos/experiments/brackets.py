@@ -11,12 +11,12 @@ from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
 from open_mythos.experiments.settling import right_by_loop, rows_right, settled
 from open_mythos.model import OpenMythos
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import IGNORE, Batch
+from open_mythos.train.data import IGNORE
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Brackets, Mixed, Parity
+from open_mythos.train.tasks import Addition, Brackets, Mixed
 from open_mythos.train.tasks.brackets import KINDS, first_break, nesting
 from open_mythos.variants import RECIPE
 
@@ -124,12 +124,11 @@ def by_task(model: OpenMythos, data: Mixed, rows: int, seed: int) -> Result:
             strings, lengths = part.draw(rng, rows)
             broken = first_break(strings, lengths) >= 0
             batch = part.encode(strings[broken], lengths[broken])
+        elif isinstance(part, Addition):
+            batch = dataclasses.replace(part, min_digits=part.max_digits).batch(rng, rows)
         else:
             batch = part.batch(rng, rows)
-        if isinstance(part, Parity):
-            labels = batch.labels.clone()
-            labels[:, :-1] = IGNORE
-            batch = Batch(batch.input_ids, labels)
+            batch.labels[:, :-1] = IGNORE
         batch = data.translate(part, batch)
         right = rows_right(right_by_loop(model, batch, LOOPS), batch)
         found[part.name] = {
