@@ -53,10 +53,21 @@ def test_words_follow_from_the_numbers(slope: float, said: str) -> None:
 
 
 def test_tasks_differ_or_do_not() -> None:
-    assert "all pairs of tasks differ" in report(made_up(0, (2, 5, 8))).finding
+    assert "3 of 3 pairs of tasks differ" in report(made_up(0, (2, 5, 8))).finding
     assert "2 of 3 pairs of tasks differ" in report(made_up(0, (2, 2, 8))).finding
     assert "0 of 3 pairs of tasks differ" in report(made_up(0, (4, 4, 4))).finding
-    assert "one seed" in report(made_up(1, (2, 5, 8), seeds=1)).finding
+    assert "one seed, so no interval" in report(made_up(1, (2, 5, 8), seeds=1)).finding
+
+
+def test_a_task_that_was_not_learned_is_not_compared() -> None:
+    results = made_up(0, (2, 5, 8))
+    for run in results["runs"]["mixed"]:
+        run["tasks"]["addition"]["right"][-1] = 0.4
+    found = report(results).finding
+    assert "1 of 1 pairs of tasks differ; addition was not learned" in found
+    for run in results["runs"]["mixed"]:
+        run["tasks"]["parity"]["right"][-1] = 0.4
+    assert "cannot be compared" in report(results).finding
 
 
 def test_what_never_settles_and_what_is_balanced_are_left_out() -> None:
