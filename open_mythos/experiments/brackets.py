@@ -27,7 +27,7 @@ LOOPS = 16
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Sampled depth, its twins, and a model of several tasks."""
-    steps = 100 if quick else 1000
+    steps = 200 if quick else 1000
     model = MythosConfig(
         vocab_size=Brackets.vocab_size,
         dim=64,
@@ -161,7 +161,7 @@ EXPERIMENT = Experiment(
     title="Brackets: does nesting need loops?",
     question="Do more deeply nested strings take more loops to be read, and does each task settle at its own loop?",
     protocol=PROTOCOL,
-    cost=("", ""),
+    cost=("2 min", "40 min"),
     run=run,
     report=report,
 )

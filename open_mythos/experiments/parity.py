@@ -231,7 +231,7 @@ EXPERIMENT = Experiment(
     title="Parity: more bits than in training",
     question="With as many loops as bits, does a looped model answer longer rows than it was trained on?",
     protocol=PROTOCOL,
-    cost=("", ""),
+    cost=("2 min", "25 min"),
     run=run,
     report=report,
 )
