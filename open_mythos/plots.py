@@ -13,9 +13,14 @@ Series = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float
 
 
 def heat_map(
-    accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
+    accuracy: Sequence[Sequence[float]],
+    distances: Sequence[int],
+    loops: Sequence[int],
+    path: Path,
+    title: str,
+    label: str = "hops from the question to the answer",
 ) -> None:
-    """Accuracy by distance (rows) and loops (columns); a line marks where there are as many loops as hops."""
+    """Accuracy by distance (rows, named by `label`) and loops (columns); a line marks where loops equal distance."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     image = axes.imshow(accuracy, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -26,7 +31,7 @@ def heat_map(
     axes.set_xticks(range(len(loops)), [str(n) for n in loops])
     axes.set_yticks(range(len(distances)), [str(d) for d in distances])
     axes.set_xlabel("loops")
-    axes.set_ylabel("hops from the question to the answer")
+    axes.set_ylabel(label)
     # The staircase between too few loops and enough.
     first_enough = [next((j for j, n in enumerate(loops) if n >= d), len(loops)) for d in distances]
     xs, ys = [], []
