@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 
 import huggingface_hub
 import pytest
@@ -122,6 +124,35 @@ def test_load_names_the_remedy(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer.json of the tokenizers library"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["truncation", "padding"])
+def test_a_file_neither_cuts_nor_fills_up(tmp_path, how) -> None:
+    bpe = BPETokenizer.train_from_text("abcdefgh", 260)
+    bpe.backend.enable_truncation(3) if how == "truncation" else bpe.backend.enable_padding(length=1000)
+    bpe.save(tmp_path)
+    ids = load_tokenizer(tmp_path).encode("abcdefgh")
+    assert len(ids) < 1000 and load_tokenizer(tmp_path).decode(ids) == "abcdefgh"
+
+
+def test_others_run_while_a_long_text_is_read() -> None:
+    """A server goes on answering."""
+    bpe, ticks, done = BPETokenizer.train_from_text("abc", 260), 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    before = ticks
+    bpe.encode("ab " * 2**17)
+    after = ticks
+    done.set()
+    ticking.join()
+    assert after - before > 5
 
 
 def test_mythos_tokenizer_reads_a_folder_and_a_file(tmp_path) -> None:

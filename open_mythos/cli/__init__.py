@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+from open_mythos.cli.analyze import analyze
 from open_mythos.cli.chat import chat
 from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
 from open_mythos.cli.exp import exp
@@ -56,6 +57,7 @@ COMMANDS = {
     "chat": chat,
     "serve": serve,
     "eval": evaluate,
+    "analyze": analyze,
     "exp": exp,
     "info": info,
 }

@@ -2,11 +2,14 @@
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from open_mythos.cli.train import EXIT_INTERRUPTED
 
 HOME = Path("runs/exp")
 
@@ -32,6 +35,7 @@ def exp(rest: list[str]) -> None:
     args = tyro.cli(ExpArgs, prog="mythos exp", args=rest)
     from open_mythos.checks import check_choice, check_int
     from open_mythos.experiments.lab import NAMES, Lab, load, perform
+    from open_mythos.train.trainer import Interrupted
 
     if args.name == "list":
         _list()
@@ -43,7 +47,12 @@ def exp(rest: list[str]) -> None:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")
     out = args.out or folder / "report"
-    report = perform(args.name, Lab(folder, args.quick, seeds, args.threads), out, f"mythos exp {shlex.join(rest)}")
+    lab = Lab(folder, args.quick, seeds, args.threads)
+    try:
+        report = perform(args.name, lab, out, f"mythos exp {shlex.join(rest)}")
+    except Interrupted:
+        print("mythos exp: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     print(f"{report.finding}\nThe report is {out / 'report.html'} (also .md and .json, and the figures).")
 
 

@@ -1,5 +1,6 @@
 """The command that serves."""
 
+import gc
 import logging
 import os
 import signal
@@ -39,7 +40,7 @@ class ServeArgs:
     kv_tokens: int | None = None
     """Tokens that keys and values have room for; left out: a quarter of the free memory, at most what the rows need."""
     max_loops: int | None = None
-    """The most loops of a request, up to 64; left out: the model's max_loop_iters."""
+    """The most loops of a request, up to 64; left out: twice the model's max_loop_iters."""
     max_work: int = 2**20
     """The most loop-tokens of a request: (prompt + n x max_tokens) x n_loops."""
     plain: bool = False
@@ -47,7 +48,7 @@ class ServeArgs:
     drain: float = 30.0
     """Seconds that answers in work get to end in, once the server is told to end."""
     stuck: float = 60.0
-    """Seconds that a step may take before the server gives up and ends with an error."""
+    """Seconds that a step, or reading a text, may take before the server gives up and ends with an error."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: int | None = None
@@ -116,6 +117,8 @@ def _serve(args: ServeArgs) -> None:
                 f"the tokenizer has {engine.tokenizer.vocab_size} ids and the model vocab_size="
                 f"{engine.model.cfg.vocab_size}; put a model and its own tokenizer into {args.folder}"
             )
+        # What is here stays; to look through it again and again for garbage would hold up every request.
+        gc.freeze()
         log.info("ready: %s", config.model)
         return engine
 

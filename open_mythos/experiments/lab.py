@@ -28,7 +28,7 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = ("khop",)
+NAMES: tuple[str, ...] = ("addition", "khop", "parity", "brackets", "loop_roles")
 """The experiments, in the order of `mythos exp list`."""
 
 
@@ -69,7 +69,12 @@ class Lab:
         if not final.exists():
             print(f"{label}:")
             keeping = Keeping(max(1, cfg.steps // 10), 1)
-            Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+            began, before = time.process_time(), self._cpu_s(label)
+            try:
+                Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+            finally:
+                if folder.exists():
+                    write_text(folder / "cpu_s", f"{before + time.process_time() - began:.1f}\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         torch.set_num_threads(self.threads)
         return OpenMythos.from_pretrained(final).eval()
@@ -78,14 +83,13 @@ class Lab:
         """Train, and measure; `asked` is what the numbers depend on besides, so that others are not taken for them.
 
         Returns:
-            What `measure` returns, with `config`, `commit` and `cpu_s` (of training, if it was not cut off).
+            What `measure` returns, with `asked` (which has the configuration), `commit` and `cpu_s`: of training, in
+            all its parts where it was cut off, but for what was killed without a chance to write.
         """
 
         def both() -> Result:
-            began = time.process_time()
-            model = self.trained(label, cfg)
-            cpu_s = round(time.process_time() - began, 1)
-            return {"cpu_s": cpu_s} | measure(model)
+            numbers = measure(self.trained(label, cfg))
+            return {"cpu_s": self._cpu_s(label)} | numbers
 
         return self.computed(label, both, config=cfg.to_dict(), **asked)
 
@@ -102,6 +106,10 @@ class Lab:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result) + "\n")
         return json.loads(json.dumps(result))
+
+    def _cpu_s(self, label: str) -> float:
+        file = self.runs / label / "cpu_s"
+        return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
 
 
 def load(name: str) -> Experiment:
@@ -140,9 +148,13 @@ def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
 
 
 def commit() -> str:
-    """The commit that is checked out."""
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
+    """The commit of this code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    # The code's own checkout, wherever the command was given.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def _commits(value: Any) -> set[str]:

@@ -63,10 +63,10 @@ def shown(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}}" if math.isnan(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def write_record(results: dict[str, Any], report: Report, out: Path) -> None:
-    """Write the report; `results` also has what `perform` adds."""
+def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
+    """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps(results | {"finding": report.finding}) + "\n")
+    write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "\n")
     figures = [part for part in report.parts if isinstance(part, Figure)]
     for figure in figures:
         for ending in ("png", "svg"):
@@ -74,6 +74,15 @@ def write_record(results: dict[str, Any], report: Report, out: Path) -> None:
     text = _markdown(results, report)
     write_text(out / "report.md", text)
     write_text(out / "report.html", _html(results["title"], text, out, figures))
+
+
+def _strict(value: Any) -> Any:
+    """Infinity and NaN, as of a run that diverged, are no JSON: null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _markdown(results: dict[str, Any], report: Report) -> str:
@@ -98,7 +107,9 @@ def _part(part: Part) -> str:
     if isinstance(part, Figure):
         return f"![{part.caption}]({part.name}.png)\n\n*{part.caption}*"
     if isinstance(part, Table):
-        lines = [part.head, ["---"] * len(part.head), *part.rows]
+        # A cell's own bar would begin another cell.
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (part.head, *part.rows)]
+        lines.insert(1, ["---"] * len(part.head))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return part
 

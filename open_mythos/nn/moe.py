@@ -50,8 +50,7 @@ class MoEFFN(nn.Module):
             layer: this layer's place in the view's constants.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        logits = wide_linear(tokens, self.router.weight)
-        chosen = (logits + self.router_bias).topk(self.n_chosen, dim=-1).indices
+        logits, chosen = self.route(tokens)
         gates = logits.gather(-1, chosen).softmax(-1)
         weights = None if view is None or view.constants is None else view.constants.experts.get(layer)
         out = self.experts(tokens, chosen, gates.to(x.dtype), weights).to(x.dtype)
@@ -60,6 +59,11 @@ class MoEFFN(nn.Module):
         if view is not None and view.router_log is not None:
             view.router_log.append(self._statistics(logits, chosen, view))
         return out.reshape(x.shape)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits (N, E) for tokens (N, D), and the experts that they choose (N, C)."""
+        logits = wide_linear(tokens, self.router.weight)
+        return logits, (logits + self.router_bias).topk(self.n_chosen, dim=-1).indices
 
     def _statistics(self, logits: Tensor, chosen: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """(sum of logsumexp(logits)^2, tokens per expert), over tokens that are in the loop and no padding."""

@@ -64,9 +64,10 @@ def tiny_addition() -> TrainConfig:
             **RECIPE,
         ),
         data=Addition(2, 3),
-        steps=700,
+        steps=1000,
         batch_size=128,
-        optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=1e-2),
+        # At twice these rates seed 0 is quicker, but seed 1 stood still from step 200 to 560 and was given up there.
+        optim=OptimConfig("muon", lr=2.5e-3, weight_decay=0.0, muon_lr=5e-3),
         schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
         loops=LoopsConfig("poisson", 4, max_loops=12),
         eval=EvalConfig(every=100, rows=512, loops=(1, 4, 8, 32)),

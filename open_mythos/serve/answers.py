@@ -123,9 +123,16 @@ class Shape:
         return {
             "tokens": [decode([token]) for token, _, _ in answer.logprobs],
             "token_logprobs": [own for _, own, _ in answer.logprobs],
-            "top_logprobs": [{decode([i]): value for i, value in best.items()} for _, _, best in answer.logprobs],
+            "top_logprobs": [self._by_text(best) for _, _, best in answer.logprobs],
             "text_offset": offsets,
         }
+
+    def _by_text(self, best: dict[int, float]) -> dict[str, float]:
+        """Best first; of tokens that share a text, such as parts of characters, the most probable one."""
+        told: dict[str, float] = {}
+        for token, value in best.items():
+            told.setdefault(self._tokenizer.decode([token]), value)
+        return told
 
 
 def usage(prompts: Sequence[int], answers: Sequence[Answer]) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class Gate:
                 await self._app(scope, _replay(body or b"", receive), notice)
         except _Gone:
             return
-        except Exception as fault:  # a route's own; the message could hold what was asked
+        # A route's own; the message could hold what was asked. A tokenizer's panic is no Exception.
+        except BaseException as fault:
             frame = traceback.extract_tb(fault.__traceback__)[-1]
             log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
             if started:
@@ -74,6 +75,12 @@ class Gate:
         if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
             most = f"{MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes together"
             return self._refuse(431, f"there must be at most {most}; send less", "too large")
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # A proxy in front may see the body end elsewhere, and what follows as a request of its own.
+            response = self._refuse(400, "send either content-length or transfer-encoding, not both", "invalid")
+            response.headers["connection"] = "close"
+            return response
         if self._key is None:
             hosts = [value for name, value in headers if name == b"host"]
             if len(hosts) != 1 or not is_local(hosts[0].decode("latin-1").rpartition("@")[2]):

@@ -124,8 +124,8 @@ class Server(uvicorn.Server):
         if now > self._drain_until:
             for job in worker.jobs:
                 worker.cancel(job)
-        # A step that hangs must not hold up the end.
-        self.should_exit = not worker.n_reserved or now > self._drain_until + 2
+        # An answer that has been made may still be on its way. A step that hangs must not hold up the end.
+        self.should_exit = not (worker.n_reserved or self.server_state.tasks) or now > self._drain_until + 2
 
 
 def configure(app: FastAPI) -> uvicorn.Config:

@@ -1,11 +1,12 @@
 """What a request over HTTP may hold: OpenAI's fields, those of the engine, and how much of each.
 
-Every field has a type and a bound, so a request that passes is small and shallow. A field that this server does not
-know is refused, since a mistyped `n_loop` would otherwise be an answer at the wrong depth; one that asks for what is
-not built is refused unless its value asks for nothing.
+Every field has a type and a bound, so a request that passes is small and shallow. Of one that does not few faults are
+looked for: to list a megabyte of them takes seconds, in which nobody else is answered. A field that this server does
+not know is refused, since a mistyped `n_loop` would otherwise be an answer at the wrong depth; one that asks for what
+is not built is refused unless its value asks for nothing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -13,9 +14,12 @@ from pydantic_core import PydanticCustomError
 from open_mythos.serve.params import SamplingParams
 
 MAX_BODY_BYTES = 2**20
+MAX_FIELDS = 64
+"""Of a request and of each object in it."""
 MAX_ANSWERS = 8
 """To one prompt."""
 MAX_PROMPTS = 8
+MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 5
@@ -75,7 +79,7 @@ def _whole(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_whole)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Prompt = Annotated[Text | list[Id], BeforeValidator(_prompt)]
+Prompt = Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_prompt)]
 
 
 class _Fields(BaseModel):
@@ -86,7 +90,11 @@ class _Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *values.values())):
+            raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
+        return {k: v for k, v in values.items() if v is not None}
 
 
 class StreamOptions(_Fields):
@@ -157,8 +165,11 @@ class Asked(_Fields):
             return values
         for name in NEUTRAL.keys() & values.keys():
             if values[name] is not None and values[name] not in NEUTRAL[name]:
-                raise PydanticCustomError("not_built", "{name} is not supported here; leave it out", {"name": name})
+                raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": name})
         return {name: value for name, value in values.items() if name not in NEUTRAL}
+
+    said: ClassVar[str]
+    """The field that holds what the model reads."""
 
     @property
     def n_best(self) -> int | None:
@@ -194,6 +205,8 @@ class Asked(_Fields):
 class CompletionRequest(Asked):
     """The body of /v1/completions."""
 
+    said = "prompt"
+
     prompt: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -205,12 +218,20 @@ class CompletionRequest(Asked):
 class ChatRequest(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    said = "messages"
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("named", "top_logprobs needs logprobs=true; send both, or neither")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
@@ -228,7 +249,7 @@ def refused(errors: list[Any]) -> Error:
     """The first fault that pydantic found, as an error object that names the field."""
     # Of the ways that one field may be given the one that was followed furthest.
     first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
-    if first["type"] == "not_built":
+    if first["type"] == "named":  # by its first word
         return error(first["msg"], first["msg"].split()[0])
     place = [part for part in first["loc"] if part != "body"]
     param = str(place[0]) if place and first["type"] != "json_invalid" else None
@@ -237,6 +258,8 @@ def refused(errors: list[Any]) -> Error:
             param = f"{param}[{part}]"
         elif part in Message.model_fields:
             param = f"{param}.{part}"
+    if first["type"] == "fields":
+        return error(first["msg"])
     if not place:
         return error("the body must be a JSON object, with content-type: application/json")
     if first["type"] == "json_invalid":

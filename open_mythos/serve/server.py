@@ -77,7 +77,7 @@ async def answer(service: Service, request: Request, asked: Asked, prompts: list
     finally:
         if job is None:
             worker.give_back(n)
-    if not await unless_gone(request.receive, service.accepted(job)):
+    if not await unless_gone(request.receive, service.accepted(job, asked.said)):
         worker.cancel(job)
         return Response(status_code=GONE)
     n_prompt = [len(ids) for ids, _ in wanted[:: asked.n]]
@@ -203,8 +203,12 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse(refused(list(fault.errors())), 400)
 
     @app.exception_handler(HTTPException)
-    async def other(_: Request, fault: HTTPException) -> Response:
+    async def other(request: Request, fault: HTTPException) -> Response:
         service.meters.refused("invalid")
-        return JSONResponse(error(str(fault.detail)), fault.status_code, fault.headers)
+        said = str(fault.detail)
+        if fault.status_code in (404, 405):
+            called = f"{request.method} {request.scope['path']:.80}"
+            said = f"{called} is no route here; a base_url ends in /v1, and docs/server.md lists the routes"
+        return JSONResponse(error(said), fault.status_code, fault.headers)
 
     return app

@@ -33,7 +33,7 @@ class ServeConfig:
     model: str
     """The name that requests give."""
     max_loops: int | None = None
-    """The most loops of a request; None: the model's `max_loop_iters`. Never more than 64."""
+    """The most loops of a request; None: twice the model's `max_loop_iters`. Never more than 64."""
     max_queue: int = 128
     """Answers accepted beyond those that have a row."""
     max_work: int = 2**20
@@ -43,7 +43,7 @@ class ServeConfig:
     drain_s: float = 30.0
     """How long answers in work may take once the server is told to end."""
     stuck_s: float = 60.0
-    """How long a step may take before the engine is given up; at a sixth of it /ready says 503."""
+    """How long a step or the encoding of a prompt may take before all is given up; at a sixth /ready says 503."""
 
 
 class Refusal(Exception):
@@ -89,7 +89,7 @@ class Service:
     def max_loops(self) -> int:
         if self.engine.model.recurrent is None:
             return 1
-        return min(HARD_MAX_LOOPS, self.config.max_loops or self.engine.model.cfg.max_loop_iters)
+        return min(HARD_MAX_LOOPS, self.config.max_loops or 2 * self.engine.model.cfg.max_loop_iters)
 
     @property
     def default_loops(self) -> int:
@@ -185,11 +185,11 @@ class Service:
             stops = [end] if isinstance(end, str) else []
             params = [asked.params(most, n_loops, stops, place) for place in range(asked.n)]
         except ValueError as fault:
-            raise Refusal(400, str(fault), "messages" if is_chat else "prompt") from None
+            raise Refusal(400, str(fault), asked.said) from None
         return [(each, how) for each in ids for how in params]
 
-    async def accepted(self, job: Job) -> bool:
-        """Wait until the engine has taken a job on; True.
+    async def accepted(self, job: Job, said: str) -> bool:
+        """Wait until the engine has taken a job on; True. `said`: the field that holds the prompt.
 
         Raises:
             Refusal: it has not.
@@ -199,7 +199,7 @@ class Service:
         except EngineDead:
             raise Refusal(503, DEAD) from None
         except (TypeError, ValueError) as fault:
-            raise Refusal(400, str(fault), field_of(fault)) from None
+            raise Refusal(400, str(fault), field_of(fault) or said) from None
         return True
 
     def _room(self, n_prompt: int, n: int, n_loops: int | None) -> int:
@@ -259,7 +259,7 @@ class Service:
         }
 
 
-def field_of(fault: Exception) -> str:
-    """The field that a message of the engine begins with; those that name none are about the prompt."""
+def field_of(fault: Exception) -> str | None:
+    """The field that a message of the engine begins with; those that name none are about what the model reads."""
     match = re.match(r"(\w+)=", str(fault))
-    return match[1] if match and match[1] in ChatRequest.model_fields else "prompt"
+    return match[1] if match and match[1] in ChatRequest.model_fields else None

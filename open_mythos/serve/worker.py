@@ -84,6 +84,7 @@ class Worker:
         self._of: dict[Request, tuple[Job, int]] = {}  # the thread's
         self._failed = False
         self._stepping_since: float | None = None
+        self._encoding_since: float | None = None
         self._taken_s = 0.0  # when the snapshot was
         self._loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -103,17 +104,17 @@ class Worker:
         self.thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after the step in work; whether it has ended in time."""
+        """End the thread after the step in work; whether it has ended in time, and no text is being encoded."""
         self._commands.put(None)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self.thread.join(timeout_s)
-        return not self.thread.is_alive()
+        return not self.thread.is_alive() and self._encoding_since is None
 
     @property
     def stuck_s(self) -> float:
-        """Seconds that the step in work has taken."""
-        since = self._stepping_since
-        return 0.0 if since is None else time.monotonic() - since
+        """Seconds that the step in work has taken, or the text that is being encoded."""
+        since = [began for began in (self._stepping_since, self._encoding_since) if began is not None]
+        return time.monotonic() - min(since) if since else 0.0
 
     def reserve(self, n: int) -> None:
         """Take places for n answers.
@@ -129,10 +130,18 @@ class Worker:
         """Free places that were reserved and not used."""
         self.n_reserved -= n
 
-    async def encode(self, function: Callable[..., T], *args: Any) -> T:
+    async def encode(self, function: Callable[[], T]) -> T:
         """Run what may take long for a long text, outside of the event loop."""
+
+        def timed() -> T:
+            self._encoding_since = time.monotonic()
+            try:
+                return function()
+            finally:
+                self._encoding_since = None
+
         assert self._loop is not None
-        return await self._loop.run_in_executor(self._encoders, partial(function, *args))
+        return await self._loop.run_in_executor(self._encoders, timed)
 
     def submit(self, wanted: Sequence[Wanted]) -> Job:
         """Ask for answers, for which places have been reserved; they are given back when the answers have ended.

@@ -16,7 +16,7 @@ from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import TASKS, Addition, Chat, KHop, Shards, Stream, Text
+from open_mythos.train.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed, Parity, Shards, Stream, Text
 
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""
@@ -46,7 +46,7 @@ class TrainConfig:
     """Everything that decides a run's result. Device and threads are not in it: they belong to the machine."""
 
     model: MythosConfig
-    data: Addition | KHop | Text | Shards | Stream | Chat
+    data: Addition | KHop | Parity | Brackets | Mixed | Text | Shards | Stream | Chat
     steps: int
     batch_size: int
     """Rows of one optimizer step."""

@@ -156,14 +156,16 @@ def check_shades(one: Visit) -> None:
         };
         const back = (element) => rgb(getComputedStyle(element).backgroundColor);
         const tokens = [...document.querySelectorAll(".tokens span")].map((e) => [parseInt(e.title), back(e)]);
-        return { text: rgb(getComputedStyle(document.body).color), card: back(document.querySelector(".pane")), tokens,
+        const ink = [...document.querySelectorAll(".tokens span")].flatMap((e) =>
+            [null, "::before"].map((part) => rgb(getComputedStyle(e, part).color)));
+        return { ink, card: back(document.querySelector(".pane")), tokens,
             legend: [...document.querySelectorAll(".legend .cell")].map(back) };
     }""")
-    text, card = luminance(drawn["text"]), luminance(drawn["card"])
+    inks, card = {luminance(rgb) for rgb in drawn["ink"]}, luminance(drawn["card"])
     legend = [luminance(shade) for shade in drawn["legend"]]
     distances = [abs(shade - card) for shade in legend]
     assert distances == sorted(set(distances)), "more loops do not stand out more"
-    assert min(contrast(text, shade) for shade in legend) >= 4.5
+    assert min(contrast(ink, shade) for ink in inks for shade in legend) >= 4.5
     assert all(shade == drawn["legend"][loops - 1] for loops, shade in drawn["tokens"])
 
 

@@ -24,12 +24,12 @@ class NoEnd(ByteTokenizer):
 
 
 @contextmanager
-def tiny_server(key: str | None = None, **changes: Any) -> Iterator[str]:
+def tiny_server(key: str | None = None, max_seq_len: int = 2048, **changes: Any) -> Iterator[str]:
     """The address of a server with a tiny model, in this process."""
     from tests.serve.served import serving
 
     def make() -> Engine:
-        model = scaled(tiny(vocab_size=259, max_seq_len=2048, max_output_tokens=2000, **changes))
+        model = scaled(tiny(vocab_size=259, max_seq_len=max_seq_len, max_output_tokens=2000, **changes))
         return Engine(model, NoEnd(), EngineConfig(max_rows=4, max_queue=8, kv_tokens=8192))
 
     with serving(key, make, max_rows=4) as served:
@@ -66,7 +66,7 @@ def visit(chromium: Any, server: str) -> Iterator[Callable[..., Visit]]:
 
 def test_page_asks_for_nothing_from_elsewhere_and_sets_text_as_text() -> None:
     text = FILE.read_text("utf-8")
-    assert len(text.splitlines()) <= 480
+    assert len(text.splitlines()) <= 495
     assert set(re.findall(r"https?://[^\"'`\s]*", text)) == {"http://www.w3.org/${vector"}  # names, not addresses
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\son\w+=|@import|url\(", text
@@ -93,12 +93,14 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
         const look = () => batches.push([stop.disabled, document.querySelectorAll(".tokens span").length]);
         new MutationObserver(look).observe(answers, { subtree: true, childList: true });
     }""")
-    one.ask("She had been", exit="kl", threshold=0.03, seed=7, **{"max-tokens": 3 * TOKENS})
+    more = {"min-loops": 2, "top-k": 200, "top-p": 0.99, "max-tokens": 3 * TOKENS}
+    one.ask("She had been", exit="kl", threshold=0.03, seed=7, **more)
     one.wait()
     while_running = {n for over, n in one.evaluate("batches") if not over}
     assert len(while_running) > 3, "the answer did not come bit by bit"
     (body,) = one.bodies()
     assert (body["exit"], body["exit_threshold"], body["seed"], body["max_tokens"]) == ("kl", 0.03, 7, 3 * TOKENS)
+    assert (body["min_loops"], body["top_k"], body["top_p"]) == (2, 200, 0.99)
     whole = one.direct(body)
     assert one.pieces() == whole["pieces"] and "".join(one.pieces()) == whole["text"]
     assert one.loops() == whole["loops"] and len(set(one.loops())) > 1
@@ -113,13 +115,17 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
 
 def test_a_token_tells_its_loops_to_pointer_and_finger(visit: Callable) -> None:
     one = visit(PHONE, has_touch=True).ready()
-    one.route("**/v1/completions", stream(chunk("Anne", loops=3), chunk(" was", loops=1), "[DONE]"))
+    chunks = chunk("Anne", loops=3), chunk(" was", loops=1), chunk("\n", loops=4)
+    one.route("**/v1/completions", stream(*chunks, "[DONE]"))
     one.ask()
     one.wait()
     one.locator(".tokens span").nth(1).tap()
-    assert one.locator(".told").inner_text() == 'Token 2 of 2: " was", 1 loop'
+    assert one.locator(".told").inner_text() == 'Token 2 of 3: " was", 1 loop'
     one.locator(".tokens span").nth(0).hover()
-    assert one.locator(".told").inner_text() == 'Token 1 of 2: "Anne", 3 loops'
+    assert one.locator(".told").inner_text() == 'Token 1 of 3: "Anne", 3 loops'
+    check_shades(one)  # the sign of a line break too
+    one.emulate_media(forced_colors="active")
+    check_shades(one)
 
 
 def test_two_depths_answer_the_same_prompt_with_the_same_seed(visit: Callable) -> None:
@@ -148,6 +154,15 @@ def test_model_without_a_loop_answers_too(chromium: Any) -> None:
         one.ask()
         one.wait()
         assert one.loops() == [0] * TOKENS and "n_loops" not in one.bodies()[-1]
+
+
+def test_a_short_context_is_not_overrun_by_what_the_page_asks_for(chromium: Any) -> None:
+    with tiny_server(max_seq_len=32) as url, visits(chromium, url) as open_page:
+        one = open_page().ready()
+        one.fill("#prompt", "She had been")
+        one.click("#send")
+        one.wait()
+        assert len(one.pieces()) == 16
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -189,11 +204,18 @@ def test_everything_can_be_done_with_the_keyboard(visit: Callable) -> None:
         "SUMMARY",
         "max-tokens",
         "temperature",
+        "top-k",
+        "top-p",
         "exit",
+        "min-loops",
         "seed",
         "key",
     ]
     assert order[: len(wanted)] == wanted
+    one.check("#compare")
+    for name in ("Loops per token, at most 4", "Loops of the second answer 2"):
+        assert one.get_by_role("slider", name=name).count() == 1
+    one.uncheck("#compare")
     one.focus("#prompt")
     one.keyboard.type("She had")
     one.keyboard.press("Tab")
@@ -333,6 +355,20 @@ def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str)
         one.unroute("**/v1/**")
         one.skip(4)
         one.locator("#notice").wait_for(state="hidden")
+
+
+def test_another_model_at_the_same_address_is_noticed(visit: Callable) -> None:
+    one = visit().ready()
+    assert one.get_attribute("#loops", "max") == "4"
+    now = one.page.request.get(one.url + "v1/engine").json()
+    card = one.page.request.get(one.url + "v1/models").json()["data"][0]
+    other = {"id": "other", "max_loops": 6, "default_loops": 5}
+    one.route("**/v1/models", lambda route: route.fulfill(json={"data": [{**card, **other}]}))
+    one.route("**/v1/engine", lambda route: route.fulfill(json={**now, "max_loops": 6, "model": "other", "rules": []}))
+    one.skip(3)
+    one.locator("#model:has-text('other')").wait_for()
+    assert (one.get_attribute("#loops", "max"), one.input_value("#loops")) == ("6", "5")
+    assert one.locator("#bars > div").count() == 6 and one.locator("#exit option").count() == 1
 
 
 def test_a_field_that_cannot_be_used_is_shown(visit: Callable) -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from open_mythos import SamplingParams
 from open_mythos.chat import render
+from open_mythos.serve.answers import Shape
+from open_mythos.serve.engine import Request, TokenEvent
+from open_mythos.tokenizer import ByteTokenizer
 from tests.serve.served import MODEL, Served, serving, tokenizer, until
 
 PROMPT = "\u0416\u0438\u0437\u043d\u044c \u044d\u0442\u043e \U0001f30a"
@@ -127,6 +130,13 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(**asked, messages=TURNS).choices[0].logprobs is None
 
 
+def test_of_tokens_that_share_a_text_the_most_probable_one_is_told() -> None:
+    best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5}  # two parts of characters around a letter
+    event = TokenEvent(Request(0, [1], SamplingParams()), 0xE6, "", loops=1, logprob=-0.5, top_logprobs=best)
+    (choice,) = Shape(MODEL, ByteTokenizer(), False, 3, False).piece(0, event, 0)["choices"]
+    assert list(choice["logprobs"]["top_logprobs"][0].items()) == [("\ufffd", -0.5), ("a", -1.5)]
+
+
 def test_what_ends_an_answer(served: Served, client: openai.OpenAI) -> None:
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "extra_body": {"ignore_eos": True}}
     full = client.completions.create(**asked).choices[0].text
@@ -169,6 +179,8 @@ def test_faults_are_told_as_the_client_knows_them(served: Served, client: openai
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt", prompt="a")
     assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="POST /completions is no route here; a base_url ends in /v1"):
+        client.with_options(base_url=served.url).completions.create(model=MODEL, prompt="a")
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.001).completions.create(model=MODEL, prompt="a", max_tokens=400)
     served.settle()

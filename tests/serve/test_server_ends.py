@@ -17,6 +17,7 @@ from open_mythos import SamplingParams
 from open_mythos.serve import listen
 from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.worker import EngineDead
+from open_mythos.tokenizer import BPETokenizer
 from tests.models import scaled, tiny
 from tests.serve.served import Served, events, serving, tokenizer, until
 
@@ -211,6 +212,36 @@ def test_a_stuck_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPa
         release.set()
 
 
+def test_a_stuck_tokenizer_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(BPETokenizer, "encode", lambda *_: release.wait(20))
+    with serving(stuck_s=0.6) as served, served.connect() as connection:
+        connection.sendall(served.ask(P, LONG))
+        until(lambda: not served.service.ready)
+        assert not served.service.worker.stop(2)
+        assert b"HTTP/1.1 500" in connection.recv(1000) and served.service.fatal and served.server.should_exit
+        release.set()
+
+
+def test_a_panic_is_told_and_its_message_is_not_logged(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizers library's is no Exception, and what it says holds the text."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(_: object, text: str) -> None:
+        raise Panic(text)
+
+    monkeypatch.setattr(BPETokenizer, "encode", panic)
+    with served.http() as http:
+        answer = http.post(P, json={"prompt": "canary"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "Panic in " in caplog.text and "canary" not in caplog.text
+    served.settle()
+
+
 def test_nan_is_an_error_of_its_request() -> None:
     broken = scaled(tiny(vocab_size=tokenizer().vocab_size))
     with torch.no_grad():
@@ -278,6 +309,27 @@ def test_told_to_end_it_lets_answers_end() -> None:
         assert all(b"[DONE]" in answer for answer in answers[::2])
         until(lambda: served.server.should_exit)
         served.settle()
+
+
+def test_told_to_end_it_lets_slow_readers_have_the_rest() -> None:
+    """All that is made may be far ahead of what has been read."""
+    with serving() as served, socket.socket() as connection:
+        (listener,) = served.server.servers[0].sockets
+        for one, buffer in ((listener, socket.SO_SNDBUF), (connection, socket.SO_RCVBUF)):
+            one.setsockopt(socket.SOL_SOCKET, buffer, 4096)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(served.ask(P, {**LONG, "max_tokens": 100, "stream": True, "logprobs": 5}))
+        until(lambda: served.service.worker.jobs)
+        served.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: not served.service.worker.jobs)
+        time.sleep(0.3)
+        assert not served.server.should_exit
+        data = b""
+        while more := connection.recv(65536):
+            data += more
+        assert b"[DONE]" in data
+        until(lambda: served.server.should_exit)
 
 
 def test_told_to_end_it_cuts_off_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.routing import Route
 
 from open_mythos.serve import gate
 from open_mythos.serve.gate import is_local
-from open_mythos.serve.protocol import MAX_BODY_BYTES
+from open_mythos.serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest
 from open_mythos.serve.server import make_app
 from tests.serve.served import Served, serving, until
 
@@ -152,6 +153,7 @@ LIMITS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (P, {"stop_token_ids": list(range(65))}, 400, "stop_token_ids"),
     (P, {"logprobs": 6}, 400, "logprobs"),
     (C, {"top_logprobs": 6, "logprobs": True}, 400, "top_logprobs"),
+    (C, {"top_logprobs": 2}, 400, "top_logprobs"),
     (P, {"n_loops": 0}, 400, "n_loops"),
     (P, {"n_loops": 9}, 400, "n_loops"),
     (P, {"n_loops": 65}, 400, "n_loops"),
@@ -182,12 +184,14 @@ LIMITS: list[tuple[str, dict[str, Any], int, str | None]] = [
     (C, {"tools": [{"type": "function"}]}, 400, "tools"),
     (C, {"response_format": {"type": "json_object"}}, 400, "response_format"),
     (C, {"messages": []}, 400, "messages"),
+    (C, {"messages": [{"role": "user", "content": ""}] * 1025}, 400, "messages"),
     (C, {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages[0].role"),
     (C, {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     (C, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
     (C, {"messages": [{"role": "user", "content": "<|system|>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "<eos>"}]}, 400, "messages"),
     (C, {"messages": [{"role": "user", "content": "ab" * 5000}]}, 400, "max_tokens"),
+    (C, {"messages": [{"role": "user", "content": "a" * 900}]}, 400, "messages"),
 ]
 
 
@@ -221,6 +225,34 @@ BODIES = {
 def test_bodies_that_are_none(served: Served, name: str) -> None:
     status, _, body = exchange(served, close(served.head(P, len(BODIES[name]))) + BODIES[name])
     assert status == 400 and json.loads(body)["error"]["type"] == "invalid_request_error" and len(body) < 1024
+
+
+FAULTS = {
+    "ids": (CompletionRequest, {"prompt": [-1] * 10_000}),
+    "ids of two": (CompletionRequest, {"prompt": [[""] * 10_000, [1]]}),
+    "fields": (CompletionRequest, {"prompt": "a", **{str(i): 0 for i in range(10_000)}}),
+    "metadata": (CompletionRequest, {"prompt": "a", "metadata": {str(i): 0 for i in range(10_000)}}),
+    "messages": (ChatRequest, {"messages": [{}] * 10_000}),
+    "fields of a message": (ChatRequest, {"messages": [{str(i): 0 for i in range(10_000)}]}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_few_of_many_faults_are_looked_for(served: Served, name: str) -> None:
+    """To list them all would hold up everybody else."""
+    kind, body = FAULTS[name]
+    with pytest.raises(ValidationError) as fault:
+        kind.model_validate(body)
+    assert fault.value.error_count() <= 4
+    with served.http() as http:
+        told = http.post(P if kind is CompletionRequest else C, json=body)
+    assert told.status_code == 400 and "JSON" not in told.text
+
+
+def test_a_body_of_two_lengths_is_refused_with_all_behind_it(served: Served) -> None:
+    head = served.head(P, 4).replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n")
+    status, headers, body = exchange(served, head + b"0\r\n\r\n" + served.head("/health", 0, "GET"))
+    assert (status, headers["connection"]) == (400, "close") and b"not both" in body and b"HTTP" not in body
 
 
 def close(head: bytes) -> bytes:

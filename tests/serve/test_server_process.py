@@ -1,5 +1,6 @@
 """`mythos serve` as a process: how it starts and ends, what it opens, and what it logs."""
 
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ import httpx2
 import pytest
 
 from open_mythos.cli import main
+from open_mythos.serve.engine import Engine
+from open_mythos.serve.service import Service
 from tests.serve.served import model, tokenizer, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +146,26 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.C
         assert "in use" in told(str(folder), "--port", str(taken.getsockname()[1]))
     monkeypatch.setenv("MYTHOS_API_KEY", "")
     assert "the variable MYTHOS_API_KEY" in told(str(folder))
+
+
+def test_the_model_is_not_looked_through_for_garbage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection, which a nested body brings about, takes half a second otherwise."""
+    made: list[object] = []
+    monkeypatch.delenv("MYTHOS_API_KEY", raising=False)
+    monkeypatch.setattr("gc.freeze", lambda: made.append("frozen"))
+
+    def run(_: object, service: Service, listener: socket.socket) -> bool:
+        listener.close()
+        return made.append(service.worker._make()) is None
+
+    monkeypatch.setattr("open_mythos.serve.listen.run", run)
+    handlers, level = logging.root.handlers[:], logging.getLogger("open_mythos.serve").level
+    try:
+        assert main(["serve", str(folder), "--port", "0", "--threads", "1", "--kv-tokens", "512"]) == 0
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.getLogger("open_mythos.serve").setLevel(level)
+    assert made[0] == "frozen" and isinstance(made[1], Engine)
 
 
 def test_a_key_on_the_command_line_is_no_option(folder: Path) -> None:

@@ -9,10 +9,18 @@ import torch
 from open_mythos.assets import novel
 from open_mythos.train.data import IGNORE, Batch, Task
 from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Addition, KHop, Text
+from open_mythos.train.tasks import Addition, Brackets, KHop, Mixed, Parity, Text
 
-TASKS: list[Task] = [Addition(), KHop(), Text(seq_len=32), Text(seq_len=32, kind="bpe", bpe_vocab_size=300)]
-IDS = ["addition", "khop", "bytes", "bpe"]
+TASKS: list[Task] = [
+    Addition(),
+    KHop(),
+    Parity(),
+    Brackets(),
+    Mixed(),
+    Text(seq_len=32),
+    Text(seq_len=32, kind="bpe", bpe_vocab_size=300),
+]
+IDS = ["addition", "khop", "parity", "brackets", "mixed", "bytes", "bpe"]
 
 
 def draw(task: Task, rows: int, step: int = 0, seed: int = 0) -> Batch:
@@ -44,7 +52,7 @@ def test_batch_has_the_promised_shape(task: Task, rows: int) -> None:
 def test_tokenizer_is_the_tasks(task: Task) -> None:
     tokenizer = task.tokenizer()
     assert tokenizer.vocab_size <= task.vocab_size
-    ids = [i for i in draw(task, 1).input_ids[0].tolist() if i != tokenizer.pad_id]
+    ids = [i for i in draw(task, 1).input_ids[0].tolist() if i not in (tokenizer.pad_id, tokenizer.eos_id)]
     if task.name != "text":
         assert tokenizer.encode(tokenizer.decode(ids)) == ids
 
@@ -122,12 +130,18 @@ def test_bytes_per_token() -> None:
         (lambda: Addition(0, 5), "data.min_digits=0"),
         (lambda: Addition(6, 5), "data.min_digits=6"),
         (lambda: Addition(2, 18), "data.max_digits=18"),
-        (lambda: KHop(n_symbols=86), "data.n_symbols=86"),
+        (lambda: KHop(n_symbols=63), "data.n_symbols=63"),
         (lambda: KHop(n_symbols=10), "data.long_chain=17"),
         (lambda: KHop(max_distance=17), "data.max_distance=17"),
         (lambda: KHop(min_distance=0), "data.min_distance=0"),
         (lambda: KHop(min_distance=5), "data.min_distance=5"),
         (lambda: KHop(target="tail"), "data.target='tail'"),
+        (lambda: Parity(0), "data.max_bits=0"),
+        (lambda: Brackets(max_length=15), "data.max_length=15"),
+        (lambda: Brackets(max_length=99), "data.max_length=99"),
+        (lambda: Brackets(min_nesting=9), "data.min_nesting=9"),
+        (lambda: Mixed(max_length=1), "data.max_length=1"),
+        (lambda: Mixed(max_digits=18), "data.max_digits=18"),
         (lambda: Text(kind="byte"), "data.kind='byte'"),
         (lambda: Text(bpe_vocab_size=258), "data.bpe_vocab_size=258"),
         (lambda: Text(seq_len=0), "data.seq_len=0"),

@@ -17,10 +17,7 @@ from open_mythos.checks import check_choice, check_int
 from open_mythos.tokenizer import SymbolTokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
-GREEK = "".join(chr(code) for code in range(0x3B1, 0x3CA) if code not in (0x3BF, 0x3C2))
-"""alpha to omega, without omicron, which looks like o, and the second form of sigma."""
-ALPHABET = string.ascii_letters + string.digits + GREEK
-"""Later symbols go to the end, so that each keeps its token."""
+ALPHABET = string.ascii_letters + string.digits
 Target = Literal["hop", "root"]
 
 

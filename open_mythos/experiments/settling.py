@@ -1,0 +1,66 @@
+"""After which loop an answer stands, and what that goes with.
+
+Shape letters: L loops, B rows, T tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from open_mythos.evaluating import evaluating
+from open_mythos.model import OpenMythos
+from open_mythos.train.data import IGNORE, Batch
+
+CHUNK = 100
+"""Rows at a time: their states of all loops are in memory together."""
+
+
+def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
+    """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop".
+
+    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
+    """
+    chunks = []
+    with evaluating(model):
+        for ids, labels in zip(batch.input_ids.split(CHUNK), batch.labels.split(CHUNK), strict=True):
+            if model.recurrent is None:
+                chunks.append((model(ids).argmax(-1) == labels)[None])
+                continue
+            hidden = model(ids, n_loops=n_loops, trace=True).hidden
+            view = model.make_view((ids.shape[0], ids.shape[1]))
+            chunks.append(torch.stack([model.readout(h, view).argmax(-1) == labels for h in hidden]))
+    return torch.cat(chunks, dim=1)
+
+
+def rows_right(right: Tensor, batch: Batch) -> np.ndarray:
+    """(L, B) bool: rows with every label right, which are those that greedy decoding would write."""
+    return (right | (batch.labels == IGNORE)).all(-1).numpy()
+
+
+def settled(right: np.ndarray) -> np.ndarray:
+    """(B,) the first loop, from 1, from which on a row of `right` (L, B) is right to the last loop; 0 for none."""
+    n_loops = len(right)
+    after_last_wrong = n_loops - (~right[::-1]).argmax(axis=0)
+    return np.where(right.all(axis=0), 1, np.where(right[-1], after_last_wrong + 1, 0))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[Sequence[float]] = ()) -> float:
+    """Spearman's correlation; with `given`, the partial one: of what their ranks leave of the ranks of a and b.
+
+    NaN where nothing is left of either.
+    """
+    ranks = [_ranks(np.asarray(values)) for values in (a, b, *given)]
+    known = np.stack([np.ones(len(ranks[0])), *ranks[2:]], axis=1)
+    rest = [x - known @ np.linalg.lstsq(known, x, rcond=None)[0] for x in ranks[:2]]
+    norms = [np.linalg.norm(x) for x in rest]
+    if min(norms) < 1e-9 * len(known) ** 1.5:
+        return float("nan")
+    return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[place]

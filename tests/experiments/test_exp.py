@@ -1,0 +1,108 @@
+"""The command `mythos exp`, on an experiment that is made up."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from open_mythos.cli import main
+from open_mythos.experiments import lab as laboratory
+from open_mythos.experiments.lab import NAMES, Experiment, Lab
+from open_mythos.experiments.record import Report
+from open_mythos.train.trainer import Interrupted
+
+Calls = list[tuple[int, bool, int]]
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the experiment `made_up` computed, as (seed, quick, threads)."""
+    monkeypatch.chdir(tmp_path)
+    done: Calls = []
+
+    def run(lab: Lab) -> dict:
+        def compute(seed: int) -> dict:
+            done.append((seed, lab.quick, lab.threads))
+            if seed == 99:
+                raise Interrupted(3, True)
+            return {"x": seed}
+
+        return {"runs": [lab.computed(f"seed-{seed}", lambda s=seed: compute(s), seed=seed) for seed in lab.seeds]}
+
+    def report(results: dict) -> Report:
+        return Report(f"The sum is {sum(run['x'] for run in results['runs'])}.", ["Text."])
+
+    module = ModuleType("open_mythos.experiments.made_up")
+    module.EXPERIMENT = Experiment("Sums", "What is the sum?", "Adding.", ("1 s", "5 s"), run, report)  # ty: ignore[unresolved-attribute]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(laboratory, "NAMES", ("made_up",))
+    return done
+
+
+def test_a_run_writes_its_report_and_is_not_repeated(calls: Calls, capsys: pytest.CaptureFixture) -> None:
+    assert main(["exp", "made_up"]) == 0
+    assert calls == [(seed, False, 1) for seed in range(5)]
+    folder = Path("runs/exp/made_up/report")
+    assert "The sum is 10." in (out := capsys.readouterr().out) and str(folder / "report.html") in out
+    read = json.loads((folder / "report.json").read_text())
+    assert (read["name"], read["finding"], read["seeds"]) == ("made_up", "The sum is 10.", [0, 1, 2, 3, 4])
+    assert read["command"] == "mythos exp made_up" and read["quick"] is False
+    assert main(["exp", "made_up", "--seeds", "0", "4", "5"]) == 0
+    assert calls[5:] == [(5, False, 1)]
+    assert json.loads((folder / "report.json").read_text())["finding"] == "The sum is 9."
+
+
+def test_the_quick_form_has_one_seed_and_folders_of_its_own(calls: Calls) -> None:
+    assert main(["exp", "made_up", "--quick", "--threads", "2"]) == 0
+    assert calls == [(0, True, 2)]
+    assert not Path("runs/exp/made_up").exists()
+    assert "This is the quick form" in Path("runs/exp/made_up-quick/report/report.html").read_text()
+    assert main(["exp", "made_up", "--quick", "--seeds", "3", "4", "--out", "there", "--runs", "others"]) == 0
+    assert calls[1:] == [(3, True, 1), (4, True, 1)]
+    assert Path("there/report.md").exists() and Path("others/seed-3/result.json").exists()
+
+
+def test_list_says_what_was_found_last(calls: Calls, capsys: pytest.CaptureFixture) -> None:
+    def listed() -> str:
+        assert main(["exp", "list"]) == 0
+        return " ".join(capsys.readouterr().out.replace(chr(0x2502), " ").split())
+
+    assert "What is the sum?" in (text := listed()) and "1 s / 5 s" in text and "not run yet" in text
+    assert main(["exp", "made_up", "--quick"]) == 0
+    assert "The sum is 0." in listed()
+    # The whole counts for more than the quick form.
+    assert main(["exp", "made_up"]) == 0
+    assert "The sum is 10." in listed()
+    assert calls == [(0, True, 1), *((seed, False, 1) for seed in range(5))]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["made-up"], "use name='made_up'"),
+        (["made_up", "--seeds", "1", "2", "1"], "names a seed twice"),
+        (["made_up", "--threads", "0"], "threads=0"),
+    ],
+)
+def test_bad_options_are_refused_before_work(
+    calls: Calls, args: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["exp", *args]) == 2
+    assert said in capsys.readouterr().err
+    assert not calls and not Path("runs").exists()
+
+
+def test_what_a_signal_ends_goes_on(calls: Calls, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["exp", "made_up", "--seeds", "7", "99"])
+    assert ended.value.code == 75 and "the same command goes on" in capsys.readouterr().err
+    assert main(["exp", "made_up", "--seeds", "7", "8"]) == 0
+    assert [seed for seed, *_ in calls] == [7, 99, 8]
+
+
+def test_list_names_every_experiment(capsys: pytest.CaptureFixture) -> None:
+    assert main(["exp", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in NAMES)

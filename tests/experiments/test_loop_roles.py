@@ -1,0 +1,120 @@
+"""The loop_roles experiment: its arms, the planted loop's size, and what its report says of made-up numbers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from open_mythos import OpenMythos
+from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
+from open_mythos.analysis.loop_roles_report import verdict
+from open_mythos.experiments import loop_roles as experiment
+from open_mythos.experiments.lab import Lab
+from open_mythos.experiments.record import Figure, write_record
+from open_mythos.train.data import IGNORE
+
+
+def small(quick: bool) -> dict[str, Any]:
+    """The arms at a few steps and a small width."""
+
+    def shrink(cfg: Any) -> Any:
+        return dataclasses.replace(
+            cfg,
+            steps=2,
+            batch_size=4,
+            model=dataclasses.replace(cfg.model, dim=16, n_heads=2, n_kv_heads=2, expert_dim=8),
+            loops=dataclasses.replace(cfg.loops, ramp_steps=0),
+        )
+
+    return {name: tuple(map(shrink, pair)) for name, pair in ARMS(quick).items()}
+
+
+ARMS = experiment.arms
+
+
+def test_twins_differ_in_the_parts_that_see_the_index_alone() -> None:
+    for own, twin in ARMS(False).values():
+        assert (own.model.loop_embedding, own.model.lora_rank) == (True, 8)
+        assert (twin.model.loop_embedding, twin.model.lora_rank) == (False, 0)
+        assert dataclasses.replace(twin, model=own.model) == own
+        assert dataclasses.replace(twin.model, loop_embedding=True, lora_rank=8) == own.model
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_what_is_planted_has_the_size_asked_for(strength: float) -> None:
+    torch.manual_seed(0)
+    cfg = small(False)["diagonal"][1]
+    model = OpenMythos(cfg.model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    batch = experiment.questions(cfg, 8, 0)
+    planted = experiment.plant(model, batch, 2, strength)
+    roles = loop_roles(planted, batch.input_ids, 4, batch.labels != IGNORE)
+    assert roles.other[:, 1, 2].mean().item() == pytest.approx(strength, rel=1e-4)
+    assert roles.other[:, [0, 1, 3]][:, :, [0, 1, 3]].max() == 0
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "arms", small)
+    lab = Lab(tmp_path / "runs", True, (3,))
+    results = experiment.run(lab)
+    assert [run["seed"] for run in results["own"]["khop"]] == [3]
+    assert experiment.run(lab) == results, "runs that are there are not repeated"
+    report = experiment.report(results)
+    text = "\n".join(part for part in report.parts if isinstance(part, str))
+    assert "float error at most" in text and "found at every strength, and nothing is found elsewhere" in text
+    facts = {"title": "t", "question": "q", "command": "c", "protocol": "p", "machine": "m"}
+    write_record(facts | {"commits": ["x"], "quick": True, "seeds": [3]}, report, tmp_path / "out")
+    for figure in (part for part in report.parts if isinstance(part, Figure)):
+        assert (tmp_path / "out" / f"{figure.name}.svg").stat().st_size > 5000
+
+
+def made_up(function: float, state: float, changed: float, n: int = 120, fewer: float = 0.1) -> LoopRoles:
+    """Roles at 4 loops with parts of these sizes in every sequence, and this share of answers changed by a shuffle."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(mean: float, *shape: int) -> torch.Tensor:
+        return mean * (1 + 0.1 * torch.randn(n, *shape, generator=generator, dtype=torch.float64))
+
+    parts = {name: noisy(1.0, 3) for name in ("delta", "cosine")}
+    parts |= {name: noisy(function, 3) for name in ("function", "function_before", "function_after")}
+    parts |= {name: noisy(state, 3) for name in ("state", "state_before", "state_after")}
+    sizes = {"skip": 4, "repeat": 4, "swap": 3, "shuffle": 8, "more": 1}
+    return LoopRoles(
+        step=noisy(0.5, 4),
+        other=noisy(function, 4, 4),
+        **parts,
+        kl={name: noisy(fewer if name == "skip" else changed, size) for name, size in sizes.items()},
+        changed={name: noisy(changed, size) for name, size in sizes.items()},
+    )
+
+
+def test_the_verdict_follows_the_numbers() -> None:
+    function = verdict([made_up(1.0, 0.3, 0.4)] * 3)
+    assert "from loop 0 to 1, 1 to 2, 2 to 3 mostly because the function differs." in function
+    assert "The loops are not interchangeable" in function and "for 0 and 1 and for 1 and 2 and for 2 and 3" in function
+    assert "The order of the loops matters more" in function
+    state = verdict([made_up(0.3, 1.0, 0.001)] * 3)
+    assert "mostly because the state has moved on." in state
+    assert "The loops are interchangeable as far as answers go" in state and "for none" in state
+    assert "The number of loops matters more than their order" in state
+    few = verdict([made_up(0.3, 1.0, 0.0, n=50)])
+    assert "is open" in few, "50 sequences without a change do not show that fewer than 1% change"
+    open_ = verdict([made_up(0.3, 1.0, 0.0), made_up(1.0, 0.3, 0.03)])
+    assert "do not tell" in open_ and "is open" in open_
+    assert "nor their order clearly matters more" in verdict([made_up(1.0, 1.0, 0.1)])
+    assert "nor their order matters here" in verdict([made_up(1.0, 1.0, 1e-4, fewer=1e-5)])
+    assert verdict([made_up(0.0, 1.0, 0.0)]).startswith("No loop has a function of its own")
+
+
+def test_a_broken_control_is_said_so() -> None:
+    runs = [{"seed": 0, "accuracy": 1.0, "roles": made_up(0.2, 1.0, 0.1).to_dict()}]
+    every = dict.fromkeys(experiment.TITLES, runs)
+    planted = [{str(s): runs[0] for s in experiment.STRENGTHS}]
+    text = "\n".join(map(str, experiment.report({"own": every, "twin": every, "planted": planted}).parts))
+    assert "NOT zero, so the measurement is at fault" in text and "NOT found at every strength" in text

@@ -1,0 +1,62 @@
+"""When answers settle, against slow references."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from open_mythos import OpenMythos
+from open_mythos.experiments.settling import CHUNK, rank_correlation, right_by_loop, rows_right, settled
+from open_mythos.recipes import load_recipe
+from open_mythos.train.data import IGNORE
+
+
+@pytest.mark.parametrize(
+    ("by_loop", "loop"),
+    [("1111", 1), ("0111", 2), ("1011", 3), ("0001", 4), ("1110", 0), ("0000", 0), ("1", 1), ("0", 0)],
+)
+def test_settled_is_the_first_loop_of_the_last_run_of_right(by_loop: str, loop: int) -> None:
+    right = np.array([[x == "1", False] for x in by_loop])
+    assert settled(right).tolist() == [loop, 0]
+
+
+def test_right_by_loop_is_that_of_separate_calls() -> None:
+    torch.manual_seed(0)
+    recipe = load_recipe("tiny-addition")
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    batch = recipe.data.batch(np.random.default_rng(0), CHUNK + 7)
+    right = right_by_loop(model, batch, 3)
+    for loops in (1, 2, 3):
+        said = model(batch.input_ids, n_loops=loops).argmax(-1)
+        assert torch.equal(right[loops - 1], said == batch.labels)
+        rows = rows_right(right, batch)[loops - 1]
+        for row, ids, labels in zip(rows, said.tolist(), batch.labels.tolist(), strict=True):
+            assert row == all(a == b for a, b in zip(ids, labels, strict=True) if b != IGNORE)
+
+
+def test_a_plain_model_has_one_loop() -> None:
+    recipe = load_recipe("tiny-addition")
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16, recurrent_layers=0)).eval()
+    assert right_by_loop(model, recipe.data.batch(np.random.default_rng(0), 3), 5).shape == (1, 3, recipe.data.seq_len)
+
+
+def test_rank_correlation() -> None:
+    # By hand: ranks (0.5, 0.5, 2, 3) and (0, 1, 2, 3) less their mean 1.5 give 4.5 / sqrt(4.5 * 5).
+    assert rank_correlation([1, 1, 5, 9], [2, 3, 4, 8]) == pytest.approx(math.sqrt(0.9))
+    assert rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+
+
+def test_partial_rank_correlation_is_that_of_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    third = rng.normal(size=60)
+    a, b = third + rng.normal(size=60), third + rng.normal(size=60)
+    ab, ac, bc = (rank_correlation(x, y) for x, y in ((a, b), (a, third), (b, third)))
+    expected = (ab - ac * bc) / math.sqrt((1 - ac**2) * (1 - bc**2))
+    assert rank_correlation(a, b, [third]) == pytest.approx(expected)
+    assert math.isnan(rank_correlation(a, b, [a]))
