@@ -17,21 +17,26 @@ CHUNK = 100
 """Rows at a time: their states of all loops are in memory together."""
 
 
-def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop".
+def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
+    """(L, B, T) the likeliest token after every loop, on the CPU; a plain model has one "loop".
 
     One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
     """
     chunks = []
     with evaluating(model):
-        for ids, labels in zip(batch.input_ids.split(CHUNK), batch.labels.split(CHUNK), strict=True):
+        for part in ids.to(model.device).split(CHUNK):
             if model.recurrent is None:
-                chunks.append((model(ids).argmax(-1) == labels)[None])
+                chunks.append(model(part).argmax(-1)[None].cpu())
                 continue
-            hidden = model(ids, n_loops=n_loops, trace=True).hidden
-            view = model.make_view((ids.shape[0], ids.shape[1]))
-            chunks.append(torch.stack([model.readout(h, view).argmax(-1) == labels for h in hidden]))
+            hidden = model(part, n_loops=n_loops, trace=True).hidden
+            view = model.make_view((part.shape[0], part.shape[1]))
+            chunks.append(torch.stack([model.readout(h, view).argmax(-1) for h in hidden]).cpu())
     return torch.cat(chunks, dim=1)
+
+
+def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
+    """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop"."""
+    return named_by_loop(model, batch.input_ids, n_loops) == batch.labels
 
 
 def rows_right(right: Tensor, batch: Batch) -> np.ndarray:

@@ -20,14 +20,24 @@ from open_mythos.experiments.khop import (
     accuracy_by_loops,
     accuracy_grid,
     arms,
+    cycle_accuracy,
+    cycles,
     khop_task,
     plain_twin,
     recipe,
 )
-from open_mythos.experiments.khop_report import against, best_unreachable, reach, report, worst_reachable
+from open_mythos.experiments.khop_report import (
+    against,
+    best_unreachable,
+    largest_fall,
+    reach,
+    report,
+    worst_reachable,
+)
 from open_mythos.experiments.lab import Lab
-from open_mythos.experiments.record import write_record
+from open_mythos.experiments.record import Report, write_record
 from open_mythos.recipes import load_recipe
+from open_mythos.train.rng import Purpose, stream
 
 
 def random_model(cfg: MythosConfig) -> OpenMythos:
@@ -65,8 +75,43 @@ def test_reachable_cells_are_those_with_enough_loops() -> None:
     assert best_unreachable(grid.tolist(), hops.tolist(), loops.tolist()) == 0.25
 
 
+def test_largest_fall_is_that_of_loops_that_suffice() -> None:
+    hops, loops = (1, 4), (1, 2, 4, 8)
+    assert largest_fall([[0.8, 0.9, 0.9, 1.0], [0.9, 0.1, 0.9, 0.95]], hops, loops) == 0  # 2 loops are too few for 4
+    assert largest_fall([[0.8, 0.9, 0.7, 0.8], [0.0, 0.0, 0.9, 0.8]], hops, loops) == pytest.approx(0.2)
+    assert largest_fall([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.9, 0.2]], hops, loops) == pytest.approx(0.7)
+
+
+def test_cycles_go_through_all_symbols() -> None:
+    ids, successor = cycles(7, 20, np.random.default_rng(0))
+    for row, (*table, question) in enumerate(ids.tolist()):
+        path = [question]
+        while table[path[-1]] != question:
+            path.append(table[path[-1]])
+        assert sorted(path) == list(range(7))
+        assert path == successor[:, row].tolist()
+
+
+def test_cycle_accuracy_is_that_of_separate_calls() -> None:
+    base = load_recipe("tiny-khop")
+    model = random_model(dataclasses.replace(base.model, dim=16))
+    measured = cycle_accuracy(model, 24, 150, 3, 30)
+    ids, _ = cycles(24, 150, stream(3, 0, Purpose.VALIDATION))
+    for loops in (1, 5, 30):
+        named = model(ids, n_loops=loops)[:, -1].argmax(-1).tolist()
+        for name, hops in (("one_before", loops - 1), ("right", loops), ("one_after", loops + 1)):
+            hits = 0
+            for (*table, symbol), answer in zip(ids.tolist(), named, strict=True):
+                for _ in range(hops):
+                    symbol = table[symbol]
+                hits += symbol == answer
+            assert measured[name][loops - 1] == pytest.approx(hits / 150, abs=1e-4)
+    assert sum(map(sum, measured.values())) > 0
+
+
 def test_every_arm_can_be_trained_and_asked() -> None:
     configs = arms(recipe(quick=False))
+    assert configs["diagonal"] == load_recipe("tiny-khop")
     looped = count_parameters(configs["diagonal"].model).total
     assert abs(count_parameters(configs["plain-parameters"].model).total / looped - 1) < 0.1
     assert count_parameters(configs["plain-depth"].model).total > 2 * looped
@@ -84,6 +129,12 @@ def test_every_arm_can_be_trained_and_asked() -> None:
             assert logits.logits.shape == (2, task.seq_len, task.vocab_size)
 
 
+def test_the_quick_form_comes_to_the_end_of_its_ramp() -> None:
+    quick, whole = recipe(quick=True), recipe(quick=False)
+    assert quick.steps < whole.steps
+    assert quick.loops.ramp_steps < quick.steps
+
+
 def test_run_measures_every_arm_of_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = recipe(quick=True)
     tiny = dataclasses.replace(
@@ -96,33 +147,52 @@ def test_run_measures_every_arm_of_every_seed_once(tmp_path: Path, monkeypatch: 
     chosen = ("diagonal", "plain-depth")
     monkeypatch.setattr(khop, "recipe", lambda quick: tiny)
     monkeypatch.setattr(khop, "arms", lambda base: {name: arms(base)[name] for name in chosen})
-    monkeypatch.setattr(khop, "DISTANCES", (1, 64))
+    monkeypatch.setattr(khop, "DISTANCES", (1, 16))
     monkeypatch.setattr(khop, "LOOPS", (1, 3))
     results = khop.run(Lab(tmp_path, True, (3, 5)))
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}-{seed}" for name in chosen for seed in (3, 5)}
     for name, columns in (("diagonal", 2), ("plain-depth", 1)):
         runs = results["arms"][name]["runs"]
         assert [run["asked"]["config"]["seed"] for run in runs] == [3, 5]
-        assert np.shape([run["accuracy"] for run in runs]) == (2, 2, columns)
+        assert np.shape([run["forest"] for run in runs]) == (2, 2, columns)
+        assert [len(run["cycle"]["right"]) for run in runs if "cycle" in run] == ([3, 3] if columns == 2 else [])
     assert 0 < results["guessing"] < 0.5
 
 
-def made_up(far: dict[str, float], control: float = 0.0, seeds: int = 5) -> dict[str, Any]:
-    """Results in which every arm answers 4 hops and `far` is what it answers of farther ones, if loops suffice."""
-    noise = np.random.default_rng(0).normal(0, 0.005, seeds)
+def made_up(
+    far: dict[str, float],
+    control: float = 0.0,
+    seeds: int = 5,
+    fall: float = 0.0,
+    cycle: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Results in which every arm answers 4 hops, and `far` or `cycle` is what it answers of more, if loops suffice.
 
-    def grid(name: str, seed: int) -> list[list[float]]:
-        loops = LOOPS if name in (*INJECTIONS, "root", "prelude") else (LOOPS[-1],)
-        return [
-            [(1.0 if d <= 4 else far.get(name, 0.1)) + noise[seed] if n >= d else control + noise[seed] for n in loops]
-            for d in DISTANCES
-        ]
-
+    The last loops of the forest cost `fall`.
+    """
+    noise = np.random.default_rng(0).normal(0, 0.002, seeds)
     names = (*INJECTIONS, "plain-depth", "plain-parameters", "root", "prelude")
+    looped = (*INJECTIONS, "root", "prelude")
+
+    def accuracy(name: str, hops: int, loops: int, seed: int) -> float:
+        if name in looped and loops < hops:
+            return control + noise[seed]
+        return (1.0 if hops <= 4 else far.get(name, 0.1)) + noise[seed] - fall * (loops == LOOPS[-1])
+
+    def measured(name: str, seed: int) -> dict[str, Any]:
+        loops = LOOPS if name in looped else LOOPS[:1]
+        forest = [[accuracy(name, d, n, seed) for n in loops] for d in DISTANCES]
+        right = [1.0 if n <= 4 else (cycle or far).get(name, 0.1) + noise[seed] for n in range(1, LOOPS[-1] + 1)]
+        off = [0.0] * LOOPS[-1]
+        made = {"right": right, "one_before": off, "one_after": off}
+        return {"forest": forest, "cpu_s": 1.0} | ({"cycle": made} if name in looped else {})
+
     results = {
         "distances": DISTANCES,
         "loops": LOOPS,
         "trained": (1, 4),
+        "trained_loops": 6,
+        "n_symbols": 24,
         "guessing": 0.26,
         "injections": INJECTIONS,
         "arms": {
@@ -131,7 +201,7 @@ def made_up(far: dict[str, float], control: float = 0.0, seeds: int = 5) -> dict
                 "dim": 64,
                 "blocks": 1,
                 "labels": "the root, at the end",
-                "runs": [{"accuracy": grid(name, seed), "cpu_s": 1.0} for seed in range(seeds)],
+                "runs": [measured(name, seed) for seed in range(seeds)],
             }
             for name in names
         },
@@ -139,36 +209,44 @@ def made_up(far: dict[str, float], control: float = 0.0, seeds: int = 5) -> dict
     return json.loads(json.dumps(results))
 
 
+def said(made: Report) -> str:
+    return "\n".join([made.finding, *map(str, made.parts)])
+
+
 def test_report_says_that_loops_help_when_they_do(tmp_path: Path) -> None:
-    made = report(made_up({"lti": 0.97, "diagonal": 0.5, "root": 0.9, "prelude": 0.1}))
-    assert "the best injection, lti, answers 0.97" in made.finding
-    assert "above naming a root at random (0.260)" in made.finding
-    assert "right up to 64 hops" in made.finding
+    made = report(made_up({"diagonal": 0.97, "lti": 0.5, "root": 0.99, "prelude": 0.1}))
+    assert "at 64 that is above chance (0.042)" in made.finding
+    assert "lti 0.50" in made.finding
+    assert "above 0; plain, equal parameters" in made.finding
+    assert made.finding.endswith("they do not hurt.")
     results = {"title": "t", "question": "q", "protocol": "p", "command": "c", "quick": False, "seeds": [0]}
     write_record(results | {"commits": ["x"], "machine": "m"}, made, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "the loops are worth more" in text
-    assert ": better; " in text and ": worse; " in text
-    assert "below 0.260" in text
+    assert ": better." in text and ": worse." in text
+    assert "| above chance | 96 |" in text and "| above chance | 4 |" in text
     for name in ("heatmap.png", "hops.svg", "report.html"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_report_says_that_loops_do_not_help_when_they_do_not() -> None:
     far = dict.fromkeys((*INJECTIONS, "root"), 0.1) | {"plain-depth": 0.8, "plain-parameters": 0.1}
-    made = report(made_up(far, control=0.6))
-    text = "\n".join(str(part) for part in made.parts)
-    assert "below naming a root at random" in made.finding
-    assert "right up to 4 hops" in made.finding
+    made = report(made_up(far, fall=0.1, cycle={"diagonal": 0.01}))
+    assert "at 64 that is below chance" in made.finding
     assert "below 0; plain, equal parameters" in made.finding
-    assert made.finding.endswith("not told apart from 0.")
-    assert "the loops are worth less" in text
-    assert "above 0.260" in text
+    assert made.finding.endswith("they hurt.")
+    assert "the loops are worth less" in said(made)
+
+
+def test_report_shows_an_answer_that_leaks() -> None:
+    assert "0.600 [0.59" in said(report(made_up({"diagonal": 0.97}, control=0.6)))
+    assert "0.600 [0.59" not in said(report(made_up({"diagonal": 0.97})))
 
 
 def test_one_seed_claims_nothing() -> None:
     made = report(made_up({"diagonal": 1.0}, seeds=1))
-    assert "not told apart from naming a root" in made.finding
+    assert "not told apart from chance" in made.finding
+    assert made.finding.endswith("not told.")
     assert "nan" not in made.finding
 
 
@@ -176,9 +254,9 @@ def test_verdicts_follow_from_intervals() -> None:
     assert against(np.array([0.5, 0.6, 0.7]), 0.1) == "above"
     assert against(np.array([0.5, 0.6, 0.7]), 0.9) == "below"
     assert against(np.array([0.5, 0.6, 0.7]), 0.65) == "not told apart from"
-    grids = np.full((2, 3, 4), 0.95)
-    assert reach(grids, (1, 8, 64)) == 64
-    grids[1, 1, -1] = 0.5  # one seed fails in the middle
-    assert reach(grids, (1, 8, 64)) == 1
-    grids[0, 0, -1] = 0.5
-    assert reach(grids, (1, 8, 64)) == 0
+    by_hops = np.full((2, 3), 0.95)
+    assert reach(by_hops, (1, 8, 64)) == 64
+    by_hops[1, 1] = 0.5  # one seed fails in the middle
+    assert reach(by_hops, (1, 8, 64)) == 1
+    by_hops[0, 0] = 0.5
+    assert reach(by_hops, (1, 8, 64)) == 0
