@@ -175,7 +175,7 @@ def _draw(it: _Numbers, path: Path) -> None:
     panels = {
         f"Cycle of {it.n_symbols} symbols, as many loops as hops": levels(it.chance, steps[-1])
         + [curve(name, steps, it.cycle[name], i) for i, name in enumerate(it.injections)],
-        f"Forest, {it.loops[-1]} loops": levels(it.guess, it.distances[-1])
+        f"Forest, {it.loops[-1]} loops (plain: none)": levels(it.guess, it.distances[-1])
         + [curve(name, it.distances, it.forest[name][:, :, -1], i) for i, name in enumerate(shown_arms)],
     }
     stacked(panels, path, ("hops", "accuracy"))
