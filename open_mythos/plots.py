@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+"""Of Okabe and Ito: told apart with any kind of colour vision."""
+
 
 def heat_map(
     accuracy: Sequence[Sequence[float]], distances: Sequence[int], loops: Sequence[int], path: Path, title: str
@@ -105,6 +108,42 @@ def xy_curves(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    _save(plt, figure, path)
+
+
+def interval_curves(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    labels: tuple[str, str],
+    title: str,
+    path: Path,
+    log_y: bool = False,
+    level: tuple[str, float] | None = None,
+) -> None:
+    """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    for i, (name, points) in enumerate(series.items()):
+        xs, ys, low, high = zip(*points, strict=True)
+        color = PALETTE[i % len(PALETTE)]
+        axes.plot(
+            xs,
+            ys,
+            ("-", "--", ":")[i // len(PALETTE) % 3],
+            marker="osDv^x"[i % 6],
+            markersize=4,
+            color=color,
+            label=name,
+        )
+        axes.vlines(xs, low, high, color=color, alpha=0.6)
+    if level:
+        axes.axhline(level[1], color="black", linestyle=":", label=level[0])
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     _save(plt, figure, path)
 
 
