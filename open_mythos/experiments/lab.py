@@ -28,7 +28,7 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = ("verify",)
+NAMES: tuple[str, ...] = ("verify", "exits")
 """The experiments, in the order of `mythos exp list`."""
 
 
