@@ -73,7 +73,8 @@ def _finding(task: str, chosen: dict[str, Runs]) -> str:
     better = [name for name, verdict in gains.items() if verdict == "yes"]
     return (
         f"{task}: rank correlation of loops used with {HARD[task]}: {said}; oracle {ceiling}. Depth follows "
-        f"difficulty for {', '.join(yes) or 'no rule'}; better than the same depths dealt at random: {', '.join(better) or 'none'}."
+        f"difficulty for {', '.join(yes) or 'no rule'}; better than the same depths "
+        f"dealt at random: {', '.join(better) or 'none'}."
     )
 
 
