@@ -119,7 +119,7 @@ def made_up(sign: float) -> dict[str, Any]:
                 points += [point("kl", 1.0, 2.0, 0.5, rho), point("latent_diff", 0.1, 5.0, 0.9, None)]
             else:
                 points = [point("act", 0.9, 3.0, 0.99, rho)]
-            runs.append({"fixed": [0.5, 0.9, 1.0], "points": points})
+            runs.append({"fixed": [0.5, 0.9, 1.0], "commonest": 0.1, "points": points})
         results[name] = runs
     return results
 
@@ -130,6 +130,8 @@ def test_report_says_what_the_numbers_say() -> None:
     assert "better than the same depths dealt at random: kl, ACT" in report.finding
     against = exits_report(made_up(-1)).finding
     assert "for no rule" in against and "at random: none" in against
+    alone = {name: runs[:1] for name, runs in made_up(1).items()}
+    assert "nothing is claimed" in exits_report(alone).finding
     arms = {"rules": made_up(1)["khop, rules"]}
     assert choices(arms)["kl"][0]["threshold"] == 0.1  # the cheaper one costs too much
 
