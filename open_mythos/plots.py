@@ -121,7 +121,7 @@ def interval_curves(
 ) -> None:
     """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4.8, 5.6), layout="constrained")
     for i, (name, points) in enumerate(series.items()):
         xs, ys, low, high = zip(*points, strict=True)
         color = PALETTE[i % len(PALETTE)]
@@ -143,7 +143,7 @@ def interval_curves(
     axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     _save(plt, figure, path)
 
 
