@@ -117,6 +117,8 @@ def _verdict(ablation: dict[str, list[dict[str, Any]]], n_dead: dict[str, int]) 
         f"(dead runs with 0.5.0's ACT: {bounded} of {n} with a bounded A, {free} of {2 * n} with a free one; with "
         f"weights that sum to one: {others} of {6 * n})"
     )
+    if n < 2:
+        return f"Stability: one seed, so nothing is claimed {tally}."
     if not bounded and free and others >= free:
         return f"A bounded A trains on where a free one dies, as published {tally}."
     if bounded + free and not others:

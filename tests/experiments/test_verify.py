@@ -105,6 +105,8 @@ def counts(bounded: int, free: int, mended: int) -> dict[str, int]:
 def test_verdict_follows_from_the_counts(n: tuple[int, int, int], says: str) -> None:
     ablation: dict[str, Any] = {arm: [{}] * 5 for arm in counts(*n)}
     assert says in verify_report._verdict(ablation, counts(*n))
+    alone = {arm: runs[:1] for arm, runs in ablation.items()}
+    assert "nothing is claimed" in verify_report._verdict(alone, counts(*n))
 
 
 def test_whole_experiment_resumes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
