@@ -28,7 +28,7 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = ("addition", "parity", "brackets", "loop_roles")
+NAMES: tuple[str, ...] = ("addition", "parity", "brackets", "verify", "exits", "loop_roles")
 """The experiments, in the order of `mythos exp list`."""
 
 
