@@ -197,6 +197,42 @@ def interval_panels(
     _save(plt, figure, path)
 
 
+def interval_curves(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    labels: tuple[str, str],
+    title: str,
+    path: Path,
+    log_y: bool = False,
+    level: tuple[str, float] | None = None,
+) -> None:
+    """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(4.8, 5.6), layout="constrained")
+    for i, (name, points) in enumerate(series.items()):
+        xs, ys, low, high = zip(*points, strict=True)
+        color = COLORS[i % len(COLORS)]
+        axes.plot(
+            xs,
+            ys,
+            ("-", "--", ":")[i // len(COLORS) % 3],
+            marker="osDv^x"[i % 6],
+            markersize=4,
+            color=color,
+            label=name,
+        )
+        axes.vlines(xs, low, high, color=color, alpha=0.6)
+    if level:
+        axes.axhline(level[1], color="black", linestyle=":", label=level[0])
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    _save(plt, figure, path)
+
+
 def require_matplotlib() -> None:
     """Raise before long work when the figures at its end could not be drawn."""
     _pyplot()

@@ -12,10 +12,12 @@ from open_mythos.analysis.fixed_point import KINDS, follow
 from open_mythos.analysis.injection import attenuate, swap
 from open_mythos.analysis.jacobian import spectrum
 from open_mythos.analysis.lens import JUMP_SHARE, MOVED_RANK, Lens, climb_or_jump, read_lens
+from open_mythos.analysis.loop_roles import loop_roles
+from open_mythos.analysis.loop_roles_report import draw_effects, draw_split, effect_table, split_table, verdict
 from open_mythos.analysis.routing import routing
 from open_mythos.analysis.sweep import depth_sweep
 from open_mythos.cli.analyze_report import Section, Subject, figure, numbers, some, text
-from open_mythos.experiments.record import Part, Table
+from open_mythos.experiments.record import Figure, Part, Table
 
 NEAR = 0.001
 """Nats: a loss this near to the lowest is as good."""
@@ -286,6 +288,25 @@ def experts(subject: Subject) -> Section:
     )
 
 
+def roles(subject: Subject) -> Section:
+    title = "Does each loop do something of its own?"
+    if subject.n_loops < 2:
+        return Section(title, "One loop has no next loop to compare with.", {}, [])
+    found = [loop_roles(subject.model, subject.input_ids, subject.n_loops, subject.where)]
+    shown = {"this model": found}
+    head, rows = split_table(found)
+    short = [
+        head.index(name) for name in ("loops", "change", "from the function", "from the state", "function's share")
+    ]
+    parts: list[Part] = [
+        Table([head[i] for i in short], [[row[i] for i in short] for row in rows]),
+        Figure("split", "How much of a change is due to the loop index.", lambda path: draw_split(shown, path)),
+        Table(*effect_table(found)),
+        Figure("effects", "What disturbing the loops does to the answer.", lambda path: draw_effects(shown, path)),
+    ]
+    return Section(title, verdict(found), found[0].to_dict(), parts)
+
+
 def candidates(subject: Subject) -> Section:
     found = breadth(subject.lens)
     finding = (
@@ -338,6 +359,7 @@ PARTS: dict[str, Callable[[Subject], Section]] = {
     "jacobian": jacobian,
     "injection": injection,
     "routing": experts,
+    "loop_roles": roles,
     "breadth": candidates,
 }
 """What is looked at, in the order of the report; the name is that in analysis.json."""

@@ -28,7 +28,7 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = ("addition", "khop", "parity", "brackets", "loop_roles")
+NAMES: tuple[str, ...] = ("addition", "khop", "parity", "brackets", "verify", "exits", "loop_roles")
 """The experiments, in the order of `mythos exp list`."""
 
 
@@ -67,7 +67,6 @@ class Lab:
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
         if not final.exists():
-            print(f"{label}:")
             keeping = Keeping(max(1, cfg.steps // 10), 1)
             began, before = time.process_time(), self._cpu_s(label)
             try:
@@ -102,6 +101,7 @@ class Lab:
             if result["asked"] == asked:
                 return result
         torch.set_num_threads(self.threads)
+        print(f"{label}:", flush=True)
         result = {"asked": asked, "commit": commit()} | compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result) + "\n")

@@ -47,7 +47,7 @@ def test_text_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     for name in ("sweep", "ranks", "steps", "attenuation", "swap", "experts", "candidates"):
         assert (out / f"{name}.png").stat().st_size and (out / f"{name}.svg").stat().st_size
         assert f"{name}.png" not in html
-    assert html.count("data:image/svg+xml") == 7 and "<table>" in html
+    assert html.count("data:image/svg+xml") == 9 and "<table>" in html
 
 
 def test_prompts_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

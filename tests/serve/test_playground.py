@@ -359,7 +359,7 @@ def test_server_that_is_away_is_told_and_found_again(chromium: Any, server: str)
 
 def test_another_model_at_the_same_address_is_noticed(visit: Callable) -> None:
     one = visit().ready()
-    assert one.get_attribute("#loops", "max") == "4"
+    assert one.get_attribute("#loops", "max") == "8"
     now = one.page.request.get(one.url + "v1/engine").json()
     card = one.page.request.get(one.url + "v1/models").json()["data"][0]
     other = {"id": "other", "max_loops": 6, "default_loops": 5}

@@ -18,7 +18,7 @@ TURNS = [{"role": "user", "content": "\u65e5\u672c\u8a9e?"}]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(max_loops=8) as running:
+    with serving() as running:
         yield running
         running.settle()
 
