@@ -92,9 +92,9 @@ def correlations(runs: list[Result]) -> dict[str, list[float]]:
         which = (rows["place"] >= 0) & (rows["settled"] > 0)
         loop, nested, place, kind = (rows[name][which].tolist() for name in ("settled", "nesting", "place", "kind"))
         found["raw"].append(rank_correlation(loop, nested))
-        found["given place"].append(rank_correlation(loop, nested, [place]))
-        found["place"].append(rank_correlation(loop, place, [nested]))
-        found["null"].append(rank_correlation(loop, kind, [place]))
+        found["given place"].append(rank_correlation(loop, nested, place))
+        found["place"].append(rank_correlation(loop, place, nested))
+        found["null"].append(rank_correlation(loop, kind, place))
     return found
 
 

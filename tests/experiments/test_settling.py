@@ -52,11 +52,14 @@ def test_rank_correlation() -> None:
     assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
 
 
-def test_partial_rank_correlation_is_that_of_the_formula() -> None:
+def test_rank_correlation_within_levels_leaves_nothing_of_them() -> None:
     rng = np.random.default_rng(0)
-    third = rng.normal(size=60)
-    a, b = third + rng.normal(size=60), third + rng.normal(size=60)
-    ab, ac, bc = (rank_correlation(x, y) for x, y in ((a, b), (a, third), (b, third)))
-    expected = (ab - ac * bc) / math.sqrt((1 - ac**2) * (1 - bc**2))
-    assert rank_correlation(a, b, [third]) == pytest.approx(expected)
-    assert math.isnan(rank_correlation(a, b, [a]))
+    level = rng.integers(0, 13, 4000)
+    # Both follow the level, and not along a line.
+    a, noise = np.abs(level - 6) + rng.integers(0, 4, 4000), rng.integers(0, 4, 4000)
+    assert rank_correlation(a, np.abs(level - 6) + noise) > 0.5
+    assert rank_correlation(a, np.abs(level - 6) + noise, level) == pytest.approx(0, abs=0.05)
+    assert rank_correlation(a, a + noise, level) > 0.5
+    # By hand: within the first level ranks -0.5, 0.5 and 1, -1, within the second -0.5, 0.5 and -1, 1.
+    assert rank_correlation([1, 2, 3, 4], [3, 1, 2, 4], [0, 0, 1, 1]) == pytest.approx(0)
+    assert math.isnan(rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]))
