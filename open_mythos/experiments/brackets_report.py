@@ -102,7 +102,8 @@ def direction(correlation: Sequence[float]) -> str:
     """What the interval over seeds says of a correlation."""
     mean, low, high = interval(correlation)
     if np.isnan(mean):
-        return "no correlation can be had, as all settle at one loop"
+        none = int(np.isnan(correlation).sum())
+        return f"no correlation can be had where all settle at one loop, as in {none} of {len(correlation)} seeds"
     if np.isnan(low):
         return "one seed, so no interval"
     if low <= 0 <= high:
@@ -111,9 +112,9 @@ def direction(correlation: Sequence[float]) -> str:
 
 
 def _null(values: Sequence[float]) -> str:
-    _, low, high = interval(values)
+    mean, low, high = interval(values)
     if np.isnan(low):
-        return "one seed, so no interval"
+        return "not to be had in each seed" if np.isnan(mean) else "one seed, so no interval"
     return "as it should" if low <= 0 <= high else "it should be 0: the rest is in doubt"
 
 
