@@ -118,3 +118,13 @@ def test_a_broken_control_is_said_so() -> None:
     planted = [{str(s): runs[0] for s in experiment.STRENGTHS}]
     text = "\n".join(map(str, experiment.report({"own": every, "twin": every, "planted": planted}).parts))
     assert "NOT zero, so the measurement is at fault" in text and "NOT found at every strength" in text
+
+
+def test_a_control_that_was_not_measured_does_not_pass() -> None:
+    zero, lost = made_up(0.0, 1.0, 0.0), made_up(0.0, 1.0, 0.0)
+    lost.function[:] = torch.nan
+    assert "float error at most" in experiment._null({"a": [zero]})
+    assert "NOT zero" in experiment._null({"a": [zero, lost]}) and "NOT zero" in experiment._null({"a": [lost, zero]})
+    lost = made_up(0.0, 1.0, 0.0)
+    lost.kl["swap"][0] = torch.nan
+    assert "NOT zero" in experiment._null({"a": [zero, lost]})
