@@ -329,7 +329,7 @@ loses what has not halted. Seed and tokens of the published run are not known.
 tokens a step (rows, heads and experts are not published). Three decays, bounded or free, in three forms:
 `published` (0.5.0's initial values and its ACT), `mended` (the same values, with weights that sum to one) and `ours`
 (our initial values too). The first repeats what was published, the others say which part of it matters.
-Dead: a gradient norm below 1e-8 at the last step.
+Dead: a gradient norm below 1e-8, or none, at the last step.
 
 *Growth.* The same small model with A forced, halting off, 64 tokens: 64 is not published, but a normalised state of
 64 tokens of width 128 has a norm of sqrt(64 * 128) = 90.5, and 91 was published for every A.
