@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from open_mythos.analysis.bootstrap import Band, bootstrap
+from open_mythos.analysis.intervals import Band, mean_band
 from open_mythos.analysis.loop_roles import LoopRoles
 from open_mythos.plots import Series, interval_panels
 
@@ -21,8 +21,8 @@ SMALL_KL = 1e-3
 
 
 def band(runs: Runs, pick: Callable[[LoopRoles], Tensor]) -> Band:
-    """Mean and interval of (N, K) values over sequences, and over seeds if there are several."""
-    return bootstrap([pick(run) for run in runs])
+    """Mean and interval of (N, K) values: over seeds if there are several, else over sequences."""
+    return mean_band([pick(run) for run in runs])
 
 
 def cells(values: Band, form: str = ".3f") -> list[str]:
