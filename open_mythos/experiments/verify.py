@@ -318,7 +318,7 @@ EXPERIMENT = Experiment(
     title="The published verification, row by row",
     question="Do the figures published for an untrained mythos_1b on one machine hold here, and does a bounded A "
     "keep training alive where a free one dies?",
-    protocol="""Everything runs in float32 on one CPU thread.
+    protocol="""Everything runs in float32, on one CPU thread unless `--threads` says otherwise.
 
 *Loops.* Fresh weights per seed, 128 random tokens, each number of loops against the run with 16: share of equal top
 tokens, and KL(16 loops || n loops) in nats, mean over tokens. Two sets of initial values (ours; N(0, 0.02) for every

@@ -213,7 +213,7 @@ def _latency(latency: dict[str, Any], large: str) -> list[Part]:
     peaks = ["not measured" if x is None else f"{x / 1e9:.2f}" for x in latency["peak_bytes"]]
     return [
         "## Latency and memory by loops",
-        f"128 tokens. Here ({large}, float32, one CPU thread): {ours[0]:.3f} s + {ours[1]:.3f} s a loop, R^2 "
+        f"128 tokens. Here ({large}, float32): {ours[0]:.3f} s + {ours[1]:.3f} s a loop, R^2 "
         f"{ours[2]:.4f}. Published (bf16, an integrated GPU), the same fit: {published[0]:.3f} s + {published[1]:.3f} "
         f"s a loop, R^2 {published[2]:.4f}.",
         Table(
