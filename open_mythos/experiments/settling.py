@@ -20,13 +20,17 @@ CHUNK = 100
 def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
     """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop".
 
-    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
+    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops. Not so
+    under ACT, whose output is a sum of states: there each number of loops is a call, cut off at it.
     """
     chunks = []
     with evaluating(model):
         for ids, labels in zip(batch.input_ids.split(CHUNK), batch.labels.split(CHUNK), strict=True):
             if model.recurrent is None:
                 chunks.append((model(ids).argmax(-1) == labels)[None])
+                continue
+            if model.cfg.halting == "act":
+                chunks.append(torch.stack([model(ids, n).argmax(-1) == labels for n in range(1, n_loops + 1)]))
                 continue
             hidden = model(ids, n_loops=n_loops, trace=True).hidden
             view = model.make_view((ids.shape[0], ids.shape[1]))

@@ -39,6 +39,19 @@ def test_right_by_loop_is_that_of_separate_calls() -> None:
             assert row == all(a == b for a, b in zip(ids, labels, strict=True) if b != IGNORE)
 
 
+def test_under_act_the_sum_of_states_is_read() -> None:
+    torch.manual_seed(0)
+    recipe = load_recipe("tiny-addition")
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16, halting="act")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    batch = recipe.data.batch(np.random.default_rng(0), 40)
+    right = right_by_loop(model, batch, 3)
+    for loops in (1, 3):
+        assert torch.equal(right[loops - 1], model(batch.input_ids, n_loops=loops).argmax(-1) == batch.labels)
+
+
 def test_a_plain_model_has_one_loop() -> None:
     recipe = load_recipe("tiny-addition")
     model = OpenMythos(dataclasses.replace(recipe.model, dim=16, recurrent_layers=0)).eval()
