@@ -220,7 +220,7 @@ last state.
 Every token of a row follows the rule, the prompt's too; accuracy and loops are of the labelled ones. Oracles know the
 answers: an answer gets the loops after which it stays right, or the fewest after which it is right (1 if never); the
 prompt gets all. Correlations are among the answers of one place and number of digits, and the end of a sum, which has
-no carries to wait for, is left out: otherwise a rule that knew the place alone, and nothing of carries, would reach 0.7.
+no carries to wait for, is left out: else a rule that knew the place alone, and nothing of carries, would reach 0.7.
 Baseline: every token at the same depth. Null control: the depths of the same answers in the same numbers, dealt to
 other answers at random.""",
     cost=("3 min", "65 min (estimated from the quick form)"),
