@@ -199,9 +199,9 @@ def _by_nesting(runs: Result, n_loops: int, path: Path) -> None:
         for color, depth in enumerate(_depths(runs[arm])):
             mean, low, high = zip(*(interval(_shares(runs[arm], depth, n)) for n in loops), strict=True)
             panels[title].append(Curve(loops, mean, f"nesting {depth}", color, low, high))
-    level = {arm: float(np.mean([_shares(runs[arm], d, 1) for d in _depths(runs[arm])])) for arm in PLAIN}
+    level = float(np.mean([_shares(runs["deep"], depth, 1) for depth in _depths(runs["deep"])]))
     for curves in panels.values():
-        curves.append(Curve((loops[0], loops[-1]), (level["deep"],) * 2, f"{PLAIN['deep']}, mean of nestings", None))
+        curves.append(Curve((loops[0], loops[-1]), (level, level), f"{PLAIN['deep']}, mean of nestings", None))
     stacked(panels, path, ("loops", "right"), loops)
 
 
