@@ -110,6 +110,8 @@ def test_the_verdict_follows_the_numbers() -> None:
     assert "nor their order clearly matters more" in verdict([made_up(1.0, 1.0, 0.1)])
     assert "nor their order matters here" in verdict([made_up(1.0, 1.0, 1e-4, fewer=1e-5)])
     assert verdict([made_up(0.0, 1.0, 0.0)]).startswith("No loop has a function of its own")
+    alone = verdict([made_up(0.0, 1.0, 0.0, n=1)])
+    assert alone.startswith("No loop has a function of its own"), "what is zero needs no interval"
 
 
 def test_a_broken_control_is_said_so() -> None:
