@@ -113,7 +113,8 @@ def _answers(results: Result) -> list[Part]:
         Figure("loops", "Exact match by loops; bands are 95 % intervals over seeds", lambda p: _draw_loops(results, p)),
         f"A cell is the exact match on {results['rows']} fresh problems of one number of digits. *Falls* and *rises* "
         "stand where the 95 % interval of the change over seeds leaves out 0, *collapses* where all of it is beyond "
-        f"{COLLAPSE}, *stays* where it has 0 and nothing beyond {COLLAPSE}; on 2 and 3 digits together. (An interval of Student's t may reach beyond 1.)",
+        f"{COLLAPSE}, *stays* where it has 0 and nothing beyond {COLLAPSE}; on 2 and 3 digits "
+        "together. (An interval of Student's t may reach beyond 1.)",
         Table(["arm", "beyond 4 loops it", "exact match"], words),
         "\n".join(f"- {title[arm].capitalize()}: {holds(results, arm)}." for arm in results["runs"]),
         f"With fewer loops than the mean of training, {title['sampled']} against the published figure:",
