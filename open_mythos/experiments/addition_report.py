@@ -74,7 +74,10 @@ def fall(results: Result, arm: str) -> tuple[str, str]:
         return ("collapses" if low > COLLAPSE else "falls"), numbers
     if high < 0:
         return "rises", numbers
-    return ("stays" if max(-low, high) < COLLAPSE else "may fall or not, its seeds differ too much to tell"), numbers
+    if max(-low, high) < COLLAPSE:
+        return "stays", numbers
+    fell = int((four - most > COLLAPSE).sum())
+    return f"falls by more than {COLLAPSE} in {fell} of {_seeds(len(four))}, too mixed for an interval to tell", numbers
 
 
 def against_published(values: Sequence[float], published: float) -> str:
