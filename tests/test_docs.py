@@ -18,6 +18,7 @@ import open_mythos
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.accounting import count_parameters, kv_bytes_per_token, n_layers
 from open_mythos.cli import main
+from open_mythos.experiments.lab import NAMES
 from open_mythos.generate import generate
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.plan import make_plan
@@ -327,3 +328,9 @@ def test_sampling_is_told_as_it_runs() -> None:
     names = [code(cells[0]) for cells in rows(REFERENCE) if cells[0].strip("`") in ("temperature", "top_k", "top_p")]
     source = inspect.getsource(sample)
     assert names == sorted(names, key=lambda name: source.index(f"params.{name}"))
+
+
+def test_every_experiment_is_in_the_table() -> None:
+    assert [
+        cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in NAMES
+    ] == [*NAMES]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from open_mythos.analysis.bootstrap import Band, bootstrap
+from open_mythos.analysis.intervals import Band, mean_band
 from open_mythos.analysis.loop_roles import LoopRoles
 from open_mythos.plots import Series, interval_panels
 
@@ -21,8 +21,8 @@ SMALL_KL = 1e-3
 
 
 def band(runs: Runs, pick: Callable[[LoopRoles], Tensor]) -> Band:
-    """Mean and interval of (N, K) values over sequences, and over seeds if there are several."""
-    return bootstrap([pick(run) for run in runs])
+    """Mean and interval of (N, K) values: over seeds if there are several, else over sequences."""
+    return mean_band([pick(run) for run in runs])
 
 
 def cells(values: Band, form: str = ".3f") -> list[str]:
@@ -83,7 +83,7 @@ def shuffled(runs: Runs) -> str:
 def verdict(runs: Runs) -> str:
     """One paragraph that follows from the intervals alone."""
     share = band(runs, lambda r: r.share)
-    if share.high.nan_to_num(1.0).max() < 1e-5:
+    if share.mean.max() < 1e-5:
         skip = band(runs, lambda r: r.kl["skip"][:, -1:])
         return (
             "No loop has a function of its own: the part from the function is zero, so two updates differ by the state "

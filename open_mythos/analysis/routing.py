@@ -29,11 +29,12 @@ class Routing:
     kept: Tensor
     """(L - 1, R), mean share of a token's experts that the next loop calls again"""
     kept_by_chance: Tensor
-    """(L - 1, R), the same with the next loop's sets dealt to other tokens: what the load alone would keep"""
+    """(L - 1, R), the same with the next loop's set of another token, mean over all others: what the load alone would
+    keep; NaN for one token"""
 
 
 def routing(
-    model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, where: Tensor | None = None, seed: int = 0
+    model: OpenMythos, input_ids: Tensor, n_loops: int | None = None, where: Tensor | None = None
 ) -> Routing | None:
     """Run the loops and note every choice; None for a model without experts."""
     if not model.cfg.n_experts or model.recurrent is None:
@@ -53,23 +54,24 @@ def routing(
         for hook in hooks:
             hook.remove()
     experts = torch.stack([torch.stack(loops) for loops in seen], dim=1)
-    return tally(experts, model.cfg.n_experts, seed)
+    return tally(experts, model.cfg.n_experts)
 
 
-def tally(experts: Tensor, n_experts: int, seed: int = 0) -> Routing:
+def tally(experts: Tensor, n_experts: int) -> Routing:
     """Count choices (L, R, N, C) of `n_experts`."""
     L, R, N, C = experts.shape
     member = torch.zeros(L, R, N, n_experts, dtype=torch.bool, device=experts.device).scatter(-1, experts, True)
     load = member.double().mean(2) / C
     entropy = -torch.special.xlogy(load, load).sum(-1) / math.log(max(2, n_experts))
     kept = (member[1:] & member[:-1]).sum(-1) / C
-    others = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).to(experts.device)
-    by_chance = (member[1:, :, others] & member[:-1]).sum(-1) / C
+    # All pairs of tokens, less each with itself.
+    called = member.sum(2).double()
+    pairs = (called[1:] * called[:-1]).sum(-1) / C - kept.double().sum(-1)
     return Routing(
         experts=experts,
         load=load,
         load_entropy=entropy,
         changed=(kept < 1).double().mean(-1),
         kept=kept.double().mean(-1),
-        kept_by_chance=by_chance.double().mean(-1),
+        kept_by_chance=pairs / (N * (N - 1)),
     )

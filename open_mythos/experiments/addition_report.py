@@ -72,7 +72,12 @@ def fall(results: Result, arm: str) -> tuple[str, str]:
         return f"changes by {-mean:+.3f} in its one run", numbers
     if low > 0:
         return ("collapses" if low > COLLAPSE else "falls"), numbers
-    return ("rises" if high < 0 else "stays within the spread of seeds"), numbers
+    if high < 0:
+        return "rises", numbers
+    if max(-low, high) < COLLAPSE:
+        return "stays", numbers
+    fell = int((four - most > COLLAPSE).sum())
+    return f"falls by more than {COLLAPSE} in {fell} of {_seeds(len(four))}, too mixed for an interval to tell", numbers
 
 
 def against_published(values: Sequence[float], published: float) -> str:
@@ -111,7 +116,8 @@ def _answers(results: Result) -> list[Part]:
         Figure("loops", "Exact match by loops; bands are 95 % intervals over seeds", lambda p: _draw_loops(results, p)),
         f"A cell is the exact match on {results['rows']} fresh problems of one number of digits. *Falls* and *rises* "
         "stand where the 95 % interval of the change over seeds leaves out 0, *collapses* where all of it is beyond "
-        f"{COLLAPSE}; on 2 and 3 digits together. (An interval of Student's t may reach beyond 1.)",
+        f"{COLLAPSE}, *stays* where it has 0 and nothing beyond {COLLAPSE}; on 2 and 3 digits "
+        "together. (An interval of Student's t may reach beyond 1.)",
         Table(["arm", "beyond 4 loops it", "exact match"], words),
         "\n".join(f"- {title[arm].capitalize()}: {holds(results, arm)}." for arm in results["runs"]),
         f"With fewer loops than the mean of training, {title['sampled']} against the published figure:",

@@ -155,8 +155,8 @@ break. Arms, with the same rows and optimizer:
   A row of parity is right when all its 8 answers are; a task with fewer than half of its rows right is not compared.
 
 Does nesting go with the loop that settles a row? Rank correlation over the broken strings that settle, by seed, raw
-and with the place of the break held fixed: a deep string also breaks late. Null control: the same with the kind of
-the first bracket, which cannot matter. Balanced strings stand apart, as half of training says `--` and a guess needs
+and among strings that break at the same place: a deep string also breaks late. Null control: the same with the kind
+of the first bracket, which cannot matter. Balanced strings stand apart, as half of training says `--` and a guess needs
 no loop.
 """
 EXPERIMENT = Experiment(

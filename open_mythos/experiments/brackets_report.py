@@ -92,9 +92,9 @@ def correlations(runs: list[Result]) -> dict[str, list[float]]:
         which = (rows["place"] >= 0) & (rows["settled"] > 0)
         loop, nested, place, kind = (rows[name][which].tolist() for name in ("settled", "nesting", "place", "kind"))
         found["raw"].append(rank_correlation(loop, nested))
-        found["given place"].append(rank_correlation(loop, nested, [place]))
-        found["place"].append(rank_correlation(loop, place, [nested]))
-        found["null"].append(rank_correlation(loop, kind, [place]))
+        found["given place"].append(rank_correlation(loop, nested, place))
+        found["place"].append(rank_correlation(loop, place, nested))
+        found["null"].append(rank_correlation(loop, kind, place))
     return found
 
 
@@ -102,7 +102,8 @@ def direction(correlation: Sequence[float]) -> str:
     """What the interval over seeds says of a correlation."""
     mean, low, high = interval(correlation)
     if np.isnan(mean):
-        return "no correlation can be had, as all settle at one loop"
+        none = int(np.isnan(correlation).sum())
+        return f"no correlation can be had where all settle at one loop, as in {none} of {len(correlation)} seeds"
     if np.isnan(low):
         return "one seed, so no interval"
     if low <= 0 <= high:
@@ -111,9 +112,9 @@ def direction(correlation: Sequence[float]) -> str:
 
 
 def _null(values: Sequence[float]) -> str:
-    _, low, high = interval(values)
+    mean, low, high = interval(values)
     if np.isnan(low):
-        return "one seed, so no interval"
+        return "not to be had in each seed" if np.isnan(mean) else "one seed, so no interval"
     return "as it should" if low <= 0 <= high else "it should be 0: the rest is in doubt"
 
 
@@ -198,9 +199,9 @@ def _by_nesting(runs: Result, n_loops: int, path: Path) -> None:
         for color, depth in enumerate(_depths(runs[arm])):
             mean, low, high = zip(*(interval(_shares(runs[arm], depth, n)) for n in loops), strict=True)
             panels[title].append(Curve(loops, mean, f"nesting {depth}", color, low, high))
-    level = {arm: float(np.mean([_shares(runs[arm], d, 1) for d in _depths(runs[arm])])) for arm in PLAIN}
+    level = float(np.mean([_shares(runs["deep"], depth, 1) for depth in _depths(runs["deep"])]))
     for curves in panels.values():
-        curves.append(Curve((loops[0], loops[-1]), (level["deep"],) * 2, f"{PLAIN['deep']}, mean of nestings", None))
+        curves.append(Curve((loops[0], loops[-1]), (level, level), f"{PLAIN['deep']}, mean of nestings", None))
     stacked(panels, path, ("loops", "right"), loops)
 
 

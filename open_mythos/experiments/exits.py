@@ -14,6 +14,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.exits_report import exits_report
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
+from open_mythos.experiments.settling import rank_correlation, right_by_loop, settled
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
@@ -84,60 +85,43 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     return found
 
 
-def questions(task: KHop | Addition, rows: int, seed: int) -> tuple[Batch, Tensor]:
-    """Fresh questions, and how hard each labelled token is, (B, T) int64: hops to the answer, or carries on the way.
+def questions(task: KHop | Addition, rows: int, seed: int) -> tuple[Batch, Tensor, Tensor]:
+    """Fresh questions, how hard each token is, and where it stands, (B, T) int64 both.
 
-    A digit of a sum is as hard as the chain of carries that ends in it is long; 0: none arrives.
+    Hard: hops to the answer, or carries on the way (see `carries`). Where: tokens of one value differ in nothing that
+    is seen without solving, which a rule might go by.
     """
     rng = stream(seed, 0, Purpose.VALIDATION)
     if isinstance(task, Addition):
         batch = task.validation_batch(rng, rows)
-        return batch, carries(batch.input_ids)
+        digits = (batch.input_ids == PLUS).int().argmax(1)
+        return batch, carries(batch.input_ids), 100 * digits[:, None] + torch.arange(task.seq_len)
     parts = []
     for distance in DISTANCES:
         asked = dataclasses.replace(task, target="root", min_distance=distance, max_distance=distance)
         parts.append(asked.batch(rng, rows // len(DISTANCES)))
     ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
     distance = torch.arange(DISTANCES[0], DISTANCES[-1] + 1).repeat_interleave(rows // len(DISTANCES))
-    return Batch(ids, labels), distance[:, None].expand_as(ids).contiguous()
+    return Batch(ids, labels), distance[:, None].expand_as(ids).contiguous(), torch.zeros_like(ids)
 
 
 def carries(ids: Tensor) -> Tensor:
-    """For "A+B=R" with R reversed: at each token that predicts a digit of R the carries in a row that end there."""
-    found = torch.zeros_like(ids)
+    """For "A+B=R" with R reversed: at each token that predicts a digit of R the carries in a row that end there.
+
+    -1 where no digit is predicted: the end is known by its place, and is no easy digit.
+    """
+    found = torch.full_like(ids, -1)
     for row, text in zip(found, ids.tolist(), strict=True):
         d = text.index(PLUS)
         a, b = text[:d][::-1], text[d + 1 : 2 * d + 1][::-1]
         chain, carry = 0, 0
-        for place in range(d + 1):
+        for place in range(d):
             row[2 * d + 1 + place] = chain
-            if place < d:
-                carry = int(a[place] + b[place] + carry > 9)
-                chain = chain + 1 if carry else 0
+            carry = int(a[place] + b[place] + carry > 9)
+            chain = chain + 1 if carry else 0
+        if carry:
+            row[3 * d + 1] = chain
     return found
-
-
-def by_depth(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T) whether each token's answer is right when all run 1 to L loops; under ACT, are cut off there."""
-    with evaluating(model):
-        if model.cfg.halting == "act":
-            logits = [model(batch.input_ids, n) for n in range(1, n_loops + 1)]
-        else:
-            hidden = model(batch.input_ids, n_loops, trace=True).hidden
-            view = model.make_view((batch.input_ids.shape[0], batch.input_ids.shape[1]))
-            logits = [model.readout(h, view) for h in hidden]
-        return torch.stack([x.argmax(-1) == batch.labels for x in logits])
-
-
-def settled(right: Tensor) -> Tensor:
-    """The loops after which an answer stays right, (L, ...) -> (...); 1 where it never does, which costs the least."""
-    stays = right.flip(0).to(torch.uint8).cummin(0).values.flip(0)
-    return stays.argmax(0) + 1
-
-
-def first_right(right: Tensor) -> Tensor:
-    """The fewest loops after which an answer is right, (L, ...) -> (...); 1 where it never is."""
-    return right.to(torch.uint8).argmax(0) + 1
 
 
 def answered(model: OpenMythos, batch: Batch, rule: HaltingRule | None, n_loops: int) -> tuple[Tensor, Tensor]:
@@ -147,23 +131,13 @@ def answered(model: OpenMythos, batch: Batch, rule: HaltingRule | None, n_loops:
     return out.logits.argmax(-1) == batch.labels, out.exit_loop + 1
 
 
-def spearman(x: Tensor, y: Tensor) -> float | None:
-    """Rank correlation with ties at their mean rank; None where one of the two is constant."""
-    ranks = []
-    for values in (x, y):
-        _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-        rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
-        ranks.append(rank - rank.mean())
-    scale = (ranks[0].norm() * ranks[1].norm()).item()
-    return (ranks[0] @ ranks[1]).item() / scale if scale else None
-
-
 def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, seed: int) -> Result:
     """Accuracy and loops of the labelled tokens: at fixed depth, by the oracles, and by every rule and threshold."""
-    batch, difficulty = questions(task, rows, seed)
+    batch, difficulty, place = questions(task, rows, seed)
     asked = batch.labels != IGNORE
-    hard = difficulty[asked]
-    right = by_depth(model, batch, n_loops)
+    graded = asked & (difficulty >= 0)
+    hard, where = difficulty[graded], place[graded].tolist()
+    right = right_by_loop(model, batch, n_loops)
     act = None if model.recurrent is None else model.recurrent.act
 
     def dealt(depths: Tensor) -> HaltingRule:
@@ -174,25 +148,29 @@ def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, s
         other = loops.clone()
         other[asked] = shuffled(loops[asked], seed)
         control = answered(model, batch, dealt(other), n_loops)[0]
-        used = loops[asked]
+        used, dealt_to = loops[graded].tolist(), other[graded].tolist()
         return {
             "rule": name,
             "threshold": threshold,
-            "loops": used.double().mean().item(),
+            "loops": loops[asked].double().mean().item(),
             "loops_of_all_tokens": loops.double().mean().item(),
             "accuracy": hit[asked].double().mean().item(),
             "shuffled": control[asked].double().mean().item(),
-            "rho": spearman(used, hard),
-            "shuffled_rho": spearman(other[asked], hard),
-            "by_difficulty": _by(hard, used),
-            "accuracy_by_difficulty": _by(hard, hit[asked]),
+            "rho": rank_correlation(used, hard.tolist(), where),
+            "rho_of_any_place": rank_correlation(used, hard.tolist()),
+            "shuffled_rho": rank_correlation(dealt_to, hard.tolist(), where),
+            "by_difficulty": _by(hard, loops[graded]),
+            "accuracy_by_difficulty": _by(hard, hit[graded]),
         }
 
     points = []
     if act is None:
-        for name, choose in (("oracle, stays right", settled), ("oracle, first right", first_right)):
+        # What is never right gets 1, which costs the least.
+        stays = torch.from_numpy(settled(right[:, asked].numpy())).clamp(min=1)
+        first = right[:, asked].int().argmax(0) + 1
+        for name, chosen in (("oracle, stays right", stays), ("oracle, first right", first)):
             depths = torch.full_like(batch.labels, n_loops)
-            depths[asked] = choose(right)[asked]
+            depths[asked] = chosen
             points.append(point(name, None, Dealt(depths)))
     for name, thresholds in (THRESHOLDS if act is None else {"act": ACT_THRESHOLDS}).items():
         for threshold in thresholds:
@@ -201,8 +179,7 @@ def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, s
             points.append(point(name, threshold, rule))
     return {
         "fixed": right[:, asked].double().mean(1).tolist(),
-        "fixed_by_difficulty": [_by(hard, hit[asked]) for hit in right],
-        "commonest": (batch.labels[asked].bincount().max() / len(hard)).item(),
+        "commonest": (batch.labels[asked].bincount().max() / asked.sum()).item(),
         "points": points,
     }
 
@@ -219,7 +196,13 @@ def run(lab: Lab) -> Result:
             assert isinstance(cfg.data, KHop | Addition)
             found = partial(measure, task=cfg.data, n_loops=DEEPEST, rows=rows, seed=seed + 1_000_000)
             label = f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
-            results[name].append(lab.measured(label, seeded(cfg, seed), found, rows=rows, loops=DEEPEST))
+            asked = {
+                "rows": rows,
+                "loops": DEEPEST,
+                "distances": [*DISTANCES],
+                "thresholds": [THRESHOLDS, ACT_THRESHOLDS],
+            }
+            results[name].append(lab.measured(label, seeded(cfg, seed), found, **asked))
     return results
 
 
@@ -236,8 +219,10 @@ last state.
 
 Every token of a row follows the rule, the prompt's too; accuracy and loops are of the labelled ones. Oracles know the
 answers: an answer gets the loops after which it stays right, or the fewest after which it is right (1 if never); the
-prompt gets all. Baseline: every token at the same depth. Null control: the depths of the same answers in the same
-numbers, dealt to other answers at random.""",
+prompt gets all. Correlations are among the answers of one place and number of digits, and the end of a sum, which has
+no carries to wait for, is left out: else a rule that knew the place alone, and nothing of carries, would reach 0.7.
+Baseline: every token at the same depth. Null control: the depths of the same answers in the same numbers, dealt to
+other answers at random.""",
     cost=("3 min", "65 min (estimated from the quick form)"),
     run=run,
     report=exits_report,

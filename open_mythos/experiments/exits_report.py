@@ -13,6 +13,7 @@ Runs = list[dict[str, Any]]
 LOSS = 0.01
 """Accuracy that a threshold may cost and still be the one that tables and sentences are about."""
 HARD = {"khop": "hops to the answer", "addition": "length of the chain of carries into the digit"}
+WITHIN = {"khop": "", "addition": ", among digits of one place"}
 
 
 def exits_report(results: dict[str, Runs]) -> Report:
@@ -27,24 +28,28 @@ def exits_report(results: dict[str, Runs]) -> Report:
 
 
 def choices(arms: dict[str, Runs]) -> dict[str, Runs]:
-    """By rule the points, one a seed, at the threshold that saves most for at most LOSS of the accuracy.
-
-    Where every threshold costs more, the most accurate.
-    """
+    """By rule a point for each seed, at the threshold that the answers of the other seeds choose (see `_threshold`)."""
     found = {}
     for arm, runs in arms.items():
-        best = max(np.mean([run["fixed"] for run in runs], axis=0))
         rules: dict[str, list[Runs]] = {}
         for points in zip(*(run["points"] for run in runs), strict=True):
             rules.setdefault(points[0]["rule"], []).append(list(points))
         for rule, columns in rules.items():
-            good = [c for c in columns if _mean(c, "accuracy") >= best - LOSS]
-            name = rule if arm == "rules" else arm
-            if good:
-                found[name] = min(good, key=lambda c: _mean(c, "loops"))
-            else:
-                found[name] = max(columns, key=lambda c: _mean(c, "accuracy"))
+            chosen = [columns[_threshold(columns, runs, seed)][seed] for seed in range(len(runs))]
+            found[rule if arm == "rules" else arm] = chosen
     return found
+
+
+def _threshold(columns: list[Runs], runs: Runs, seed: int) -> int:
+    """The one that saves most for at most LOSS of the accuracy in all other seeds; if none does, the most accurate.
+
+    A single seed chooses on its own answers.
+    """
+    others = [i for i in range(len(runs)) if i != seed] or [seed]
+    best = max(np.mean([runs[i]["fixed"] for i in others], axis=0))
+    accuracy, loops = ([_mean([c[i] for i in others], key) for c in columns] for key in ("accuracy", "loops"))
+    good = [t for t, value in enumerate(accuracy) if value >= best - LOSS]
+    return min(good, key=lambda t: loops[t]) if good else int(np.argmax(accuracy))
 
 
 def _mean(points: Runs, key: str) -> float:
@@ -52,8 +57,8 @@ def _mean(points: Runs, key: str) -> float:
 
 
 def rhos(points: Runs, key: str = "rho") -> list[float]:
-    """Rank correlations by seed; where all tokens ran equally deep, depth follows nothing: 0."""
-    return [point[key] or 0.0 for point in points]
+    """Rank correlations by seed; NaN, where all tokens of a place ran equally deep, is 0: depth follows nothing."""
+    return [0.0 if math.isnan(point[key]) else point[key] for point in points]
 
 
 def follows(values: list[float]) -> str:
@@ -77,7 +82,9 @@ def _finding(task: str, chosen: dict[str, Runs]) -> str:
     )
     if len(next(iter(rules.values()))) < 2:
         verdict = "One seed has no interval, so nothing is claimed."
-    return f"{task}: rank correlation of loops used with {HARD[task]}: {said}; oracle {ceiling}. {verdict}"
+    return (
+        f"{task}: rank correlation of loops used with {HARD[task]}{WITHIN[task]}: {said}; oracle {ceiling}. {verdict}"
+    )
 
 
 def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Part]:
@@ -88,15 +95,14 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
             rows.append(_row(arm, list(points), runs))
     used, right, rho = [], [], []
     for name, points in chosen.items():
-        threshold = points[0]["threshold"]
-        label = name if threshold is None else f"{name}, {threshold:g}"
+        thresholds = sorted({point["threshold"] for point in points} - {None})
+        label = ", ".join([name, *(f"{threshold:g}" for threshold in thresholds)])
         used.append([label, *(shown([p["by_difficulty"][str(n)] for p in points], ".2f") for n in levels)])
         right.append([label, *(shown([p["accuracy_by_difficulty"][str(n)] for p in points]) for n in levels)])
         values = rhos(points)
-        constant = sum(p["rho"] is None for p in points)
-        rho.append(
-            [label, shown(values), shown(rhos(points, "shuffled_rho")), follows(values), f"{constant} of {len(points)}"]
-        )
+        constant = sum(math.isnan(p["rho_of_any_place"]) for p in points)
+        columns = [shown(rhos(points, key)) for key in ("rho", "rho_of_any_place", "shuffled_rho")]
+        rho.append([label, *columns, follows(values), f"{constant} of {len(points)}"])
     fixed = [
         [arm, *(f"{x:.3f}" for x in np.mean([run["fixed"] for run in runs], axis=0))] for arm, runs in arms.items()
     ]
@@ -129,9 +135,10 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
         "Every token at the same depth (ACT: cut off there):",
         Table(["loops", *map(str, range(1, len(fixed[0])))], fixed),
         f"### Does depth follow difficulty ({HARD[task]})?",
-        f"At the threshold that saves most for at most {LOSS} of the accuracy (chosen on these same answers); where "
-        "none does, the most accurate. Spearman's rank correlation over answers:",
-        Table(["rule", "correlation", "shuffled", "follows", "seeds with one depth for all"], rho),
+        f"At the threshold that saves most for at most {LOSS} of the accuracy, by the answers of the other seeds (a "
+        "single seed's by its own); where none does, the most accurate. Spearman's rank correlation over answers"
+        f"{WITHIN[task]}; *any place* takes all together, which a rule that goes by the place alone can satisfy:",
+        Table(["rule", "correlation", "any place", "shuffled", "follows", "seeds with one depth for all"], rho),
         Figure(f"{task}-depth", depth_title, partial(interval_curves, curves, (HARD[task], "mean loops"), depth_title)),
         "Mean loops by difficulty:",
         Table(["rule", *map(str, levels)], used),

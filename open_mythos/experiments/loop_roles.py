@@ -148,8 +148,8 @@ def report(results: Result) -> Report:
         " ".join(f"*{title[0].upper()}{title[1:]}*: {verdict(own[name])}" for name, title in TITLES.items()),
         Figure(
             "function",
-            "The function's share of the change between two consecutive updates, with 95 % intervals over seeds and "
-            f"sequences. At loop {PLANTED_LOOP} a loop was made different on purpose, by a tenth of its update.",
+            "The function's share of the change between two consecutive updates, with 95 % intervals over seeds. "
+            f"At loop {PLANTED_LOOP} a loop was made different on purpose, by a tenth of its update.",
             lambda path: draw_split(
                 {TITLES[name]: own[name] for name in TITLES} | {f"planted at loop {PLANTED_LOOP}": planted[0.1]},
                 path,
@@ -197,12 +197,13 @@ def _roles(runs: list[Result]) -> list[LoopRoles]:
 
 def _null(twins: dict[str, list[LoopRoles]]) -> str:
     def most(values: list[Tensor]) -> float:
-        return max(x.nan_to_num().abs().max().item() for x in values)
+        # What was not measured is no zero: one NaN makes this NaN, which passes nowhere.
+        return torch.cat([x.flatten() for x in values]).abs().max().item()
 
     runs = [run for each in twins.values() for run in each]
     function = most([run.function for run in runs])
     kl = most([run.kl[name] for run in runs for name in ("swap", "shuffle")])
-    passed = max(function, kl) < 1e-5
+    passed = function < 1e-5 and kl < 1e-5
     return (
         f"Null control: in {len(runs)} twins without loop embedding and depth LoRA the largest function part of any "
         f"sequence is {function:.1g} of the update, and the largest KL of a swap or shuffle {kl:.1g} nats: "
@@ -257,7 +258,8 @@ tokens learned to leave after a loop or two, which left no loops to compare); th
 embedding and depth LoRA ({LOOPS["diagonal"]} loops); the recipe `tiny-khop` with both ({LOOPS["khop"]} loops on
 questions of 4 hops). Null control: the twin of each without loop embedding and depth LoRA, trained alike; its function
 part, swaps and shuffles have to come out as zero. Planted case: a trained twin in which loop {PLANTED_LOOP} alone gets
-a random depth LoRA of a known size. Intervals: bootstrap over seeds and, within them, over sequences.
+a random depth LoRA of a known size. Intervals: Student's t over seeds; of a single seed, bootstrap over its
+sequences.
 """
 
 EXPERIMENT = Experiment(

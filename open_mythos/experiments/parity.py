@@ -149,9 +149,10 @@ def report(results: Result) -> Report:
     half = [run["accuracy"][TRAINED - 1][TRAINED // 2 - 1] for run in coupled]
     harm = against([a - b for a, b in zip(past, inside, strict=True)], 0) == "below"
     longest = {r.title: shown(reach(runs[r.arm], r), ".1f") for r in READINGS}
+    twins = "; ".join(f"{r.title} {longest[r.title]}" for r in READINGS[2:])
     finding = (
         f"Trained on up to {TRAINED} bits, the looped model with loops = bits answers without a gap up to "
-        f"{longest[trained_with.title]} bits; its twins: {'; '.join(f'{t} {longest[t]}' for t in list(longest)[4:])}. "
+        f"{longest[trained_with.title]} bits; its twins: {twins}. "
         f"At {2 * TRAINED} bits it is right {shown(twice, '.2f')} of the time, {against(twice, CHANCE)} chance."
     )
     parts: list[Part] = [

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 from markdown_it import MarkdownIt
 
+from open_mythos.analysis.intervals import T95
 from open_mythos.files import write_text
-
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 2 to 10 values."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ CHUNK = 100
 def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
     """(L, B, T) the likeliest token after every loop, on the CPU; a plain model has one "loop".
 
-    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
+    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops. Not so
+    under ACT, whose output is a sum of states: there each number of loops is a call, cut off at it.
     """
     chunks = []
     with evaluating(model):
@@ -28,9 +29,13 @@ def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
             if model.recurrent is None:
                 chunks.append(model(part).argmax(-1)[None].cpu())
                 continue
-            hidden = model(part, n_loops=n_loops, trace=True).hidden
-            view = model.make_view((part.shape[0], part.shape[1]))
-            chunks.append(torch.stack([model.readout(h, view).argmax(-1) for h in hidden]).cpu())
+            if model.cfg.halting == "act":
+                named = [model(part, n).argmax(-1) for n in range(1, n_loops + 1)]
+            else:
+                hidden = model(part, n_loops=n_loops, trace=True).hidden
+                view = model.make_view((part.shape[0], part.shape[1]))
+                named = [model.readout(h, view).argmax(-1) for h in hidden]
+            chunks.append(torch.stack(named).cpu())
     return torch.cat(chunks, dim=1)
 
 
@@ -51,16 +56,17 @@ def settled(right: np.ndarray) -> np.ndarray:
     return np.where(right.all(axis=0), 1, np.where(right[-1], after_last_wrong + 1, 0))
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float], given: Sequence[Sequence[float]] = ()) -> float:
-    """Spearman's correlation; with `given`, the partial one: of what their ranks leave of the ranks of a and b.
+def rank_correlation(a: Sequence[float], b: Sequence[float], within: Sequence[float] | None = None) -> float:
+    """Spearman's correlation, equal values at their mean rank; `within` holds a third thing of few values fixed.
 
-    NaN where nothing is left of either.
+    Ranks are then taken less their mean at the same value of it, so that no shape of its influence is left; a straight
+    line through its ranks would leave some. NaN where nothing is left of a or b.
     """
-    ranks = [_ranks(np.asarray(values)) for values in (a, b, *given)]
-    known = np.stack([np.ones(len(ranks[0])), *ranks[2:]], axis=1)
-    rest = [x - known @ np.linalg.lstsq(known, x, rcond=None)[0] for x in ranks[:2]]
+    level = np.unique(np.zeros(len(a)) if within is None else within, return_inverse=True)[1]
+    ranks = [_ranks(np.asarray(values)) for values in (a, b)]
+    rest = [x - (np.bincount(level, x) / np.bincount(level))[level] for x in ranks]
     norms = [np.linalg.norm(x) for x in rest]
-    if min(norms) < 1e-9 * len(known) ** 1.5:
+    if min(norms) < 1e-9 * len(level) ** 1.5:
         return float("nan")
     return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
 

@@ -318,7 +318,7 @@ EXPERIMENT = Experiment(
     title="The published verification, row by row",
     question="Do the figures published for an untrained mythos_1b on one machine hold here, and does a bounded A "
     "keep training alive where a free one dies?",
-    protocol="""Everything runs in float32 on one CPU thread.
+    protocol="""Everything runs in float32, on one CPU thread unless `--threads` says otherwise.
 
 *Loops.* Fresh weights per seed, 128 random tokens, each number of loops against the run with 16: share of equal top
 tokens, and KL(16 loops || n loops) in nats, mean over tokens. Two sets of initial values (ours; N(0, 0.02) for every
@@ -329,7 +329,7 @@ loses what has not halted. Seed and tokens of the published run are not known.
 tokens a step (rows, heads and experts are not published). Three decays, bounded or free, in three forms:
 `published` (0.5.0's initial values and its ACT), `mended` (the same values, with weights that sum to one) and `ours`
 (our initial values too). The first repeats what was published, the others say which part of it matters.
-Dead: a gradient norm below 1e-8 at the last step.
+Dead: a gradient norm below 1e-8, or none, at the last step.
 
 *Growth.* The same small model with A forced, halting off, 64 tokens: 64 is not published, but a normalised state of
 64 tokens of width 128 has a norm of sqrt(64 * 128) = 90.5, and 91 was published for every A.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.bootstrap import bootstrap
+from open_mythos.analysis.intervals import mean_band
 from open_mythos.analysis.loop_roles import SPLIT, LoopRoles, interventions, loop_roles, run_loops, split, update
 from tests.models import random_ids, scaled, tiny
 
@@ -199,16 +199,21 @@ def test_what_cannot_be_measured_is_refused() -> None:
         loop_roles(scaled(tiny(recurrent_layers=0)), random_ids(tiny(), 2, 3))
 
 
-def test_bootstrap_intervals() -> None:
-    """Against the normal theory of a mean: 1.96 standard errors, over sequences or over models that differ."""
+def test_intervals_of_one_model_are_over_sequences() -> None:
+    """Against the normal theory of a mean: 1.96 standard errors."""
     x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    band = bootstrap([x])
+    band = mean_band([x])
     torch.testing.assert_close(band.mean, x.mean(0))
-    error = x.std(0) / 20
-    torch.testing.assert_close(band.high - band.low, 2 * 1.96 * error, rtol=0.1, atol=0)
-    models = [x[:50] + shift for shift in (0.0, 1.0, 2.0, 3.0)]
-    spread = bootstrap(models)
-    assert ((spread.high - spread.low) > 1.5).all()
+    torch.testing.assert_close(band.high - band.low, 2 * 1.96 * x.std(0) / 20, rtol=0.1, atol=0)
     holes = torch.cat((x[:30], torch.full((5, 2), torch.nan)))
-    torch.testing.assert_close(bootstrap([holes]).mean, x[:30].mean(0).double())
-    assert bootstrap([x[:1]]).low.isnan().all()
+    for models in ([holes], [holes, holes]):
+        torch.testing.assert_close(mean_band(models).mean, x[:30].mean(0))
+    assert mean_band([x[:1]]).low.isnan().all()
+
+
+def test_intervals_of_several_models_hold_the_mean_as_often_as_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # 2,000 trainings of five seeds at once, whose means differ by more than their sequences tell.
+    bands = mean_band([torch.randn(2000, generator=generator).expand(4, -1) for _ in range(5)])
+    held = ((bands.low <= 0) & (bands.high >= 0)).double().mean().item()
+    assert held == pytest.approx(0.95, abs=0.02)

@@ -54,6 +54,17 @@ def test_by_chance_is_what_unrelated_sets_keep() -> None:
     assert same.kept.item() == 1 and same.kept_by_chance.item() == pytest.approx(0.25, abs=0.02)
 
 
+def test_by_chance_is_the_mean_over_other_tokens() -> None:
+    experts = torch.rand(2, 1, 7, 5, generator=torch.Generator().manual_seed(0)).topk(2, dim=-1).indices
+    sets = [[set(chosen) for chosen in loop] for loop in experts[:, 0].tolist()]
+    pairs = [len(sets[0][i] & sets[1][j]) / 2 for i in range(7) for j in range(7) if i != j]
+    assert tally(experts, 5).kept_by_chance.item() == pytest.approx(sum(pairs) / len(pairs))
+    # Tokens that each keep an expert of their own would by chance keep none.
+    own = torch.arange(7).view(1, 1, 7, 1).expand(2, -1, -1, -1)
+    assert tally(own, 7).kept_by_chance.item() == 0
+    assert tally(own[:, :, :1], 7).kept_by_chance.isnan().all()
+
+
 def test_dense_models_have_no_experts() -> None:
     cfg = tiny(n_experts=0)
     assert routing(scaled(cfg), random_ids(cfg, 1, 3)) is None

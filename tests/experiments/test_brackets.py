@@ -81,7 +81,12 @@ def test_what_never_settles_and_what_is_balanced_are_left_out() -> None:
 
 
 def test_direction_of_nothing() -> None:
-    assert "all settle at one loop" in direction([float("nan")])
+    assert "all settle at one loop, as in 1 of 3 seeds" in direction([0.2, float("nan"), 0.3])
+    results = made_up(1, (3, 3, 3))
+    rows = results["runs"]["sampled"][1]["rows"]
+    rows["settled"] = [1] * len(rows["settled"])
+    text = "".join(part for part in report(results).parts if isinstance(part, str))
+    assert "not to be had in each seed" in text and "one seed" not in text
     assert settling_loop([5, 1, 0, 3]) == 2.5
     assert np.isnan(settling_loop([5, 0, 0]))
 

@@ -11,6 +11,7 @@ import torch
 from open_mythos import OpenMythos
 from open_mythos.experiments import exits
 from open_mythos.experiments.exits_report import choices, exits_report, follows
+from open_mythos.experiments.settling import rank_correlation
 from open_mythos.nn.halting import ACT
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.data import IGNORE
@@ -33,28 +34,25 @@ def test_measured_once_through(arm: str) -> None:
     assert isinstance(cfg.data, exits.KHop | Addition)
     model = built(cfg)
     found = exits.measure(model, cfg.data, 5, 40, 1)
-    batch, difficulty = exits.questions(cfg.data, 40, 1)
+    batch, difficulty, _ = exits.questions(cfg.data, 40, 1)
     asked = batch.labels != IGNORE
     with torch.no_grad():
         right = model(batch.input_ids, 2).argmax(-1) == batch.labels
     assert found["fixed"][1] == pytest.approx(right[asked].double().mean().item())
-    levels = difficulty[asked].bincount()
+    graded = asked & (difficulty >= 0)
+    levels = difficulty[graded].bincount()
+    assert int(levels.sum()) == int(asked.sum()) - 40 * ("addition" in arm), "the end of a sum has no difficulty"
     for point in found["points"]:
         assert 1 <= point["loops"] <= 5
-        total = sum(levels[int(n)].item() * loops for n, loops in point["by_difficulty"].items())
-        assert total == pytest.approx(point["loops"] * int(levels.sum()))
+        if "khop" in arm:
+            total = sum(levels[int(n)].item() * loops for n, loops in point["by_difficulty"].items())
+            assert total == pytest.approx(point["loops"] * int(levels.sum()))
     if "rules" in arm:
         stays, first = found["points"][:2]
         assert stays["loops"] >= first["loops"]
     if arm == "khop, rules":
         # One question a row and no coda: an oracle is right wherever any depth is.
         assert found["points"][1]["accuracy"] >= max(found["fixed"])
-
-
-def test_oracles() -> None:
-    right = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
-    assert exits.settled(right).tolist() == [2, 1, 1, 3, 3]
-    assert exits.first_right(right).tolist() == [2, 1, 1, 1, 3]
 
 
 def test_dealt_act_at_its_own_depths_is_act() -> None:
@@ -75,24 +73,25 @@ def test_carries() -> None:
 
     batch = task.encode(np.array([95, 999, 12]), np.array([17, 1 + 100, 34]), np.array([2, 3, 2]))
     chains = exits.carries(batch.input_ids)
-    starts, lengths = (5, 7, 5), (3, 4, 3)
+    starts = (5, 7, 5)
     # 95 + 17: 5 + 7 carries into 9 + 1, which carries on. 999 + 101: three in a row. 12 + 34: none.
-    want = ([0, 1, 2], [0, 1, 2, 3], [0, 0, 0])
-    for row, start, n, expected in zip(chains, starts, lengths, want, strict=True):
-        assert row[start : start + n].tolist() == expected
-        assert row[:start].sum() == 0
+    want = ([0, 1, 2, -1], [0, 1, 2, 3, -1], [0, 0, -1])
+    for row, start, expected in zip(chains, starts, want, strict=True):
+        assert row[start : start + len(expected)].tolist() == expected
+        assert (row[:start] == -1).all()
 
 
-def test_rank_correlation_against_ranks_by_hand() -> None:
-    x, y = torch.tensor([1, 2, 2, 5]), torch.tensor([1, 3, 2, 9])
-    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
-    a, b = torch.tensor([-1.5, 0, 0, 1.5]), torch.tensor([-1.5, 0.5, -0.5, 1.5])
-    assert exits.spearman(x, y) == pytest.approx((a @ b / (a.norm() * b.norm())).item())
-    assert exits.spearman(x, -x) == pytest.approx(-1)
-    assert exits.spearman(x, torch.ones(4)) is None
+def test_a_rule_that_knows_the_place_alone_follows_nothing() -> None:
+    batch, difficulty, place = exits.questions(Addition(2, 3), 400, 0)
+    graded = difficulty >= 0
+    hard, where = difficulty[graded].tolist(), place[graded].tolist()
+    loops = torch.arange(batch.labels.shape[1]).expand_as(place)[graded].tolist()
+    assert rank_correlation(loops, hard) > 0.2
+    assert math.isnan(rank_correlation(loops, hard, where))
+    assert rank_correlation(hard, hard, where) == pytest.approx(1)
 
 
-def point(rule: str, threshold: float | None, loops: float, accuracy: float, rho: float | None) -> dict[str, Any]:
+def point(rule: str, threshold: float | None, loops: float, accuracy: float, rho: float) -> dict[str, Any]:
     by = {"1": loops - 0.1, "2": loops + 0.1}
     return {
         "rule": rule,
@@ -100,8 +99,9 @@ def point(rule: str, threshold: float | None, loops: float, accuracy: float, rho
         "loops": loops,
         "loops_of_all_tokens": loops,
         "accuracy": accuracy,
-        "shuffled": accuracy - 0.2 * (rho or 0),
+        "shuffled": accuracy - 0.2 * (0 if math.isnan(rho) else rho),
         "rho": rho,
+        "rho_of_any_place": rho,
         "shuffled_rho": 0.0,
         "by_difficulty": by,
         "accuracy_by_difficulty": {"1": accuracy, "2": accuracy},
@@ -116,7 +116,7 @@ def made_up(sign: float) -> dict[str, Any]:
             rho = sign * (0.5 + 0.01 * seed)
             if name.endswith("rules"):
                 points = [point("oracle, stays right", None, 2.0, 1.0, 0.9), point("kl", 0.1, 3.0, 0.995, rho)]
-                points += [point("kl", 1.0, 2.0, 0.5, rho), point("latent_diff", 0.1, 5.0, 0.9, None)]
+                points += [point("kl", 1.0, 2.0, 0.5, rho), point("latent_diff", 0.1, 5.0, 0.9, math.nan)]
             else:
                 points = [point("act", 0.9, 3.0, 0.99, rho)]
             runs.append({"fixed": [0.5, 0.9, 1.0], "commonest": 0.1, "points": points})
@@ -134,6 +134,19 @@ def test_report_says_what_the_numbers_say() -> None:
     assert "nothing is claimed" in exits_report(alone).finding
     arms = {"rules": made_up(1)["khop, rules"]}
     assert choices(arms)["kl"][0]["threshold"] == 0.1  # the cheaper one costs too much
+
+
+def test_the_threshold_of_a_seed_is_chosen_by_the_others() -> None:
+    runs = made_up(1)["khop, rules"]
+    runs[0]["points"][2]["accuracy"] = 1.0  # the cheaper threshold, by luck
+    chosen = choices({"rules": runs})["kl"]
+    assert [p["threshold"] for p in chosen] == [0.1] * 5
+    # The others are sure of it as well: the seed where it fails is given it all the same.
+    for run in runs:
+        run["points"][2]["accuracy"] = 1.0
+    runs[3]["points"][2]["accuracy"] = 0.9
+    assert [p["threshold"] for p in choices({"rules": runs})["kl"]] == [0.1, 0.1, 0.1, 1.0, 0.1]
+    assert choices({"rules": runs[:1]})["kl"][0]["threshold"] == 1.0
 
 
 def test_words_follow_from_intervals() -> None:

@@ -110,6 +110,8 @@ def test_the_verdict_follows_the_numbers() -> None:
     assert "nor their order clearly matters more" in verdict([made_up(1.0, 1.0, 0.1)])
     assert "nor their order matters here" in verdict([made_up(1.0, 1.0, 1e-4, fewer=1e-5)])
     assert verdict([made_up(0.0, 1.0, 0.0)]).startswith("No loop has a function of its own")
+    alone = verdict([made_up(0.0, 1.0, 0.0, n=1)])
+    assert alone.startswith("No loop has a function of its own"), "what is zero needs no interval"
 
 
 def test_a_broken_control_is_said_so() -> None:
@@ -118,3 +120,13 @@ def test_a_broken_control_is_said_so() -> None:
     planted = [{str(s): runs[0] for s in experiment.STRENGTHS}]
     text = "\n".join(map(str, experiment.report({"own": every, "twin": every, "planted": planted}).parts))
     assert "NOT zero, so the measurement is at fault" in text and "NOT found at every strength" in text
+
+
+def test_a_control_that_was_not_measured_does_not_pass() -> None:
+    zero, lost = made_up(0.0, 1.0, 0.0), made_up(0.0, 1.0, 0.0)
+    lost.function[:] = torch.nan
+    assert "float error at most" in experiment._null({"a": [zero]})
+    assert "NOT zero" in experiment._null({"a": [zero, lost]}) and "NOT zero" in experiment._null({"a": [lost, zero]})
+    lost = made_up(0.0, 1.0, 0.0)
+    lost.kl["swap"][0] = torch.nan
+    assert "NOT zero" in experiment._null({"a": [zero, lost]})

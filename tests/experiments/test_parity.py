@@ -39,6 +39,8 @@ def test_words_follow_from_the_numbers() -> None:
     assert "not to be told from chance" in not_there.finding
     assert any("(not to be told from nothing)" in part for part in not_there.parts if isinstance(part, str))
     assert "one seed" in report(made_up(FAILS, seeds=1)).finding
+    # A twin is shown at every depth it is read at, the one it was trained at too.
+    assert all(reading.title in not_there.finding for reading in READINGS if reading.arm != "coupled")
 
 
 def test_reach_ends_at_the_first_gap() -> None:

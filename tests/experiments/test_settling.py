@@ -39,6 +39,19 @@ def test_right_by_loop_is_that_of_separate_calls() -> None:
             assert row == all(a == b for a, b in zip(ids, labels, strict=True) if b != IGNORE)
 
 
+def test_under_act_the_sum_of_states_is_read() -> None:
+    torch.manual_seed(0)
+    recipe = load_recipe("tiny-addition")
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16, halting="act")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    batch = recipe.data.batch(np.random.default_rng(0), 40)
+    right = right_by_loop(model, batch, 3)
+    for loops in (1, 3):
+        assert torch.equal(right[loops - 1], model(batch.input_ids, n_loops=loops).argmax(-1) == batch.labels)
+
+
 def test_a_plain_model_has_one_loop() -> None:
     recipe = load_recipe("tiny-addition")
     model = OpenMythos(dataclasses.replace(recipe.model, dim=16, recurrent_layers=0)).eval()
@@ -52,11 +65,14 @@ def test_rank_correlation() -> None:
     assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
 
 
-def test_partial_rank_correlation_is_that_of_the_formula() -> None:
+def test_rank_correlation_within_levels_leaves_nothing_of_them() -> None:
     rng = np.random.default_rng(0)
-    third = rng.normal(size=60)
-    a, b = third + rng.normal(size=60), third + rng.normal(size=60)
-    ab, ac, bc = (rank_correlation(x, y) for x, y in ((a, b), (a, third), (b, third)))
-    expected = (ab - ac * bc) / math.sqrt((1 - ac**2) * (1 - bc**2))
-    assert rank_correlation(a, b, [third]) == pytest.approx(expected)
-    assert math.isnan(rank_correlation(a, b, [a]))
+    level = rng.integers(0, 13, 4000)
+    # Both follow the level, and not along a line.
+    a, noise = np.abs(level - 6) + rng.integers(0, 4, 4000), rng.integers(0, 4, 4000)
+    assert rank_correlation(a, np.abs(level - 6) + noise) > 0.5
+    assert rank_correlation(a, np.abs(level - 6) + noise, level) == pytest.approx(0, abs=0.05)
+    assert rank_correlation(a, a + noise, level) > 0.5
+    # By hand: within the first level ranks -0.5, 0.5 and 1, -1, within the second -0.5, 0.5 and -1, 1.
+    assert rank_correlation([1, 2, 3, 4], [3, 1, 2, 4], [0, 0, 1, 1]) == pytest.approx(0)
+    assert math.isnan(rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]))

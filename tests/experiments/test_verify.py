@@ -88,16 +88,16 @@ def test_no_decay_beyond_the_bound() -> None:
 
 
 def counts(bounded: int, free: int, mended: int) -> dict[str, int]:
-    dead = {"published": [bounded, free, free], "mended": [mended] * 3, "ours": [0] * 3}
+    dead = {"published": [bounded, free, free], "mended": [0, mended, mended], "ours": [0] * 3}
     return {f"{form}, {decay}": dead[form][i] for form in dead for i, decay in enumerate(verify.DECAYS)}
 
 
 @pytest.mark.parametrize(
     ("n", "says"),
     [
-        ((0, 5, 4), "as published"),
+        ((0, 5, 5), "as published"),
         ((3, 3, 0), "also with a bounded A"),
-        ((0, 3, 0), "only with a free A"),
+        ((0, 3, 0), "only with a free A and 0.5.0's ACT together"),
         ((0, 0, 0), "No run died"),
         ((2, 2, 1), "neither A nor halting alone"),
     ],
@@ -107,6 +107,16 @@ def test_verdict_follows_from_the_counts(n: tuple[int, int, int], says: str) -> 
     assert says in verify_report._verdict(ablation, counts(*n))
     alone = {arm: runs[:1] for arm, runs in ablation.items()}
     assert "nothing is claimed" in verify_report._verdict(alone, counts(*n))
+
+
+def test_a_bounded_run_that_died_in_any_form_is_told() -> None:
+    ablation: dict[str, Any] = {arm: [{}] * 5 for arm in counts(0, 1, 0)}
+    n_dead = counts(0, 1, 0) | {"mended, bounded": 4}
+    assert "as published" not in verify_report._verdict(ablation, n_dead)
+
+
+def test_a_run_without_a_number_is_dead() -> None:
+    assert [verify_report.dead({"gradient": [1.0, x]}) for x in (0.0, math.nan, 0.3)] == [True, True, False]
 
 
 def test_whole_experiment_resumes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
