@@ -14,6 +14,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.exits_report import exits_report
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
+from open_mythos.experiments.settling import right_by_loop
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
@@ -117,18 +118,6 @@ def carries(ids: Tensor) -> Tensor:
     return found
 
 
-def by_depth(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T) whether each token's answer is right when all run 1 to L loops; under ACT, are cut off there."""
-    with evaluating(model):
-        if model.cfg.halting == "act":
-            logits = [model(batch.input_ids, n) for n in range(1, n_loops + 1)]
-        else:
-            hidden = model(batch.input_ids, n_loops, trace=True).hidden
-            view = model.make_view((batch.input_ids.shape[0], batch.input_ids.shape[1]))
-            logits = [model.readout(h, view) for h in hidden]
-        return torch.stack([x.argmax(-1) == batch.labels for x in logits])
-
-
 def settled(right: Tensor) -> Tensor:
     """The loops after which an answer stays right, (L, ...) -> (...); 1 where it never does, which costs the least."""
     stays = right.flip(0).to(torch.uint8).cummin(0).values.flip(0)
@@ -163,7 +152,7 @@ def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, s
     batch, difficulty = questions(task, rows, seed)
     asked = batch.labels != IGNORE
     hard = difficulty[asked]
-    right = by_depth(model, batch, n_loops)
+    right = right_by_loop(model, batch, n_loops)
     act = None if model.recurrent is None else model.recurrent.act
 
     def dealt(depths: Tensor) -> HaltingRule:

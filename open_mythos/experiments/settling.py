@@ -1,9 +1,9 @@
-"""After which loop an answer stands, and what that goes with.
+"""What a model says after every loop, after which one its answer stands, and what that goes with.
 
 Shape letters: L loops, B rows, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,26 +17,45 @@ CHUNK = 100
 """Rows at a time: their states of all loops are in memory together."""
 
 
-def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
-    """(L, B, T) the likeliest token after every loop, on the CPU; a plain model has one "loop".
+def by_loop(
+    model: OpenMythos,
+    batch: Batch,
+    loops: Sequence[int],
+    read: Callable[[Tensor, Tensor], Tensor],
+    rows: int = CHUNK,
+) -> Tensor:
+    """(loops, B, ...) what `read` makes of logits (B, T, V) and labels (B, T) after each of `loops`, on the CPU.
 
-    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
+    A plain model has one "loop". One pass of the deepest call serves all, for its state after loop n is the last state
+    of a call with n loops; not under ACT, where the output is a mean over states: each is a call of its own.
+
+    Args:
+        rows: at a time.
     """
+    ids, labels = batch.input_ids.to(model.device).split(rows), batch.labels.to(model.device).split(rows)
     chunks = []
     with evaluating(model):
-        for part in ids.to(model.device).split(CHUNK):
+        for part, right in zip(ids, labels, strict=True):
             if model.recurrent is None:
-                chunks.append(model(part).argmax(-1)[None].cpu())
-                continue
-            hidden = model(part, n_loops=n_loops, trace=True).hidden
-            view = model.make_view((part.shape[0], part.shape[1]))
-            chunks.append(torch.stack([model.readout(h, view).argmax(-1) for h in hidden]).cpu())
+                logits = iter([model(part)])
+            elif model.cfg.halting == "act":
+                logits = (model(part, n) for n in loops)
+            else:
+                hidden = model(part, max(loops), trace=True).hidden
+                view = model.make_view((part.shape[0], part.shape[1]))
+                logits = (model.readout(hidden[n - 1], view) for n in loops)
+            chunks.append(torch.stack([read(x, right).cpu() for x in logits]))
     return torch.cat(chunks, dim=1)
 
 
+def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
+    """(L, B, T) the likeliest token after every loop."""
+    return by_loop(model, Batch(ids, ids), range(1, n_loops + 1), lambda logits, _: logits.argmax(-1))
+
+
 def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop"."""
-    return named_by_loop(model, batch.input_ids, n_loops) == batch.labels
+    """(L, B, T) bool: whether the likeliest token is the label, after every loop."""
+    return by_loop(model, batch, range(1, n_loops + 1), lambda logits, labels: logits.argmax(-1) == labels)
 
 
 def rows_right(right: Tensor, batch: Batch) -> np.ndarray:

@@ -22,10 +22,11 @@ def test_settled_is_the_first_loop_of_the_last_run_of_right(by_loop: str, loop: 
     assert settled(right).tolist() == [loop, 0]
 
 
-def test_right_by_loop_is_that_of_separate_calls() -> None:
+@pytest.mark.parametrize("halting", ["none", "act"])
+def test_right_by_loop_is_that_of_separate_calls(halting: str) -> None:
     torch.manual_seed(0)
     recipe = load_recipe("tiny-addition")
-    model = OpenMythos(dataclasses.replace(recipe.model, dim=16)).eval()
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16, halting=halting)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
