@@ -112,14 +112,13 @@ def adaptive_report(results: Result) -> Report:
             ],
         ),
     ]
-    return Report(
-        " ".join(_said(rule, found) for rule, found in by_rule.items())
-        + (
-            f" {'One model only.' if len(runs) == 1 else ''} The clearest gain: {clearest['gain'].mean():.4f} bits per byte at {clearest['loops']:.2f} loops "
-            f"({clearest['rule']} at {clearest['threshold']:g})."
-        ),
-        parts,
+    said = [_said(rule, found) for rule, found in by_rule.items()]
+    said += ["One model only."] * (len(runs) == 1)
+    said.append(
+        f"The clearest gain: {clearest['gain'].mean():.4f} bits per byte at {clearest['loops']:.2f} loops "
+        f"({clearest['rule']} at {clearest['threshold']:g})."
     )
+    return Report(" ".join(said), parts)
 
 
 def _said(rule: str, points: list[Result]) -> str:

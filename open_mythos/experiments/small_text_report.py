@@ -35,7 +35,7 @@ def contrasts(results: Result) -> dict[str, np.ndarray]:
     found[f"{title['sampled']} less {title['fixed']}, both at {mean}"] = at["sampled", mean] - at["fixed", mean]
     for name in ("sampled", "fixed"):
         for plain in ("parameters", "flops"):
-            found[f"{title[name]} at {mean} less {title[plain]}"] = at[name, mean] - bits[plain][:, 0]
+            found[_against(results["arms"], name, plain, mean)] = at[name, mean] - bits[plain][:, 0]
     return found
 
 
@@ -129,20 +129,22 @@ def small_text_report(results: Result) -> Report:
             ],
         ),
     ]
-    said = "; ".join(f"{what} {x.mean():+.3f} ({verdict(x)})" for what, x in compared.items() if "less plain" in what)
+    worth = {"higher": "worse", "lower": "better", "undecided": "undecided"}
+    said = []
+    for name in ("sampled", "fixed"):
+        against = {arms[p]["title"]: compared[_against(arms, name, p, mean)] for p in ("parameters", "flops")}
+        found = (f"{worth[verdict(x)]} than {plain} ({x.mean():+.3f})" for plain, x in against.items())
+        said.append(f"{arms[name]['title']}: {', '.join(found)}")
     deeper = compared[_deeper(arms["sampled"]["title"], loops[-1], mean)]
     return Report(
-        f"Bits per byte of text ({_seeds(results)}): {said}. Sampled depth at {loops[-1]} loops less at {mean}: "
-        f"{deeper.mean():+.4f} ({verdict(deeper)}).",
+        f"Bits per byte of held-out text at {mean} loops ({_seeds(results)}): "
+        f"{'; '.join(said)}. Sampled depth at {loops[-1]} loops less at {mean}: {deeper.mean():+.4f} "
+        f"({worth[verdict(deeper)]}).",
         parts,
     )
 
 
 def _figures(bits: dict[str, np.ndarray], loops: list[int], mean: int, names: dict[str, str]) -> list[Part]:
-    label, caption = (
-        ("loops", "bits per byte of held-out text"),
-        "Bits per byte by loops, with 95 % intervals over windows",
-    )
     curves = {names[name]: [point(n, _line({name: x}, i)[0]) for i, n in enumerate(loops)] for name, x in bits.items()}
     of = bits["parameters"][:, 0]
     less = {
@@ -150,13 +152,13 @@ def _figures(bits: dict[str, np.ndarray], loops: list[int], mean: int, names: di
         for name, x in bits.items()
         if name != "parameters"
     }
-    closer = f"From {mean} loops on, less {names['parameters']}, window by window"
-    label_closer = ("loops", "bits per byte, difference")
+    caption = "Bits per byte by loops, with 95 % intervals over windows."
+    closer = f"The same from {mean} loops on, less those of the plain transformer of as many parameters in each window."
+    labels = ("loops", "bits per byte of held-out text"), ("loops", "bits per byte, difference")
+    level = (names["parameters"], 0.0)
     return [
-        Figure("loops", caption, partial(interval_curves, curves, label, "Text by loops")),
-        Figure(
-            "closer", closer, partial(interval_curves, less, label_closer, "Closer", level=(names["parameters"], 0.0))
-        ),
+        Figure("loops", caption, partial(interval_curves, curves, labels[0], "Text by loops")),
+        Figure("closer", closer, partial(interval_curves, less, labels[1], "Closer", level=level)),
     ]
 
 
@@ -166,6 +168,10 @@ def _named(arm: Result) -> str:
 
 def _deeper(title: str, n: int, mean: int) -> str:
     return f"{title}: {n} loop{'s' * (n > 1)} less {mean}"
+
+
+def _against(arms: Result, name: str, plain: str, mean: int) -> str:
+    return f"{arms[name]['title']} at {mean} less {arms[plain]['title']}"
 
 
 def _mean(results: Result) -> int:
