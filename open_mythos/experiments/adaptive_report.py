@@ -26,6 +26,7 @@ def adaptive_report(results: Result) -> Report:
     rules = dict.fromkeys(p["rule"] for p in points)
     by_rule = {rule: [p for p in points if p["rule"] == rule] for rule in rules}
     loss = ", ".join(f"{run['train_ce']:.2f}" for run in runs)
+    columns = {"bits per byte": "bits", "same depth": "same", "shuffled": "shuffled"}
     parts = [
         f"{first['parameters']:,} parameters, {cfg['steps']} steps of {cfg['batch_size']} windows of "
         f"{cfg['data']['seq_len']} bytes, every token at {deepest} loops; training loss {loss} nats at the end. "
@@ -51,24 +52,13 @@ def adaptive_report(results: Result) -> Report:
         "*Same depth* is the curve above at the same mean loops; between whole numbers a mix of the two. *Shuffled* is "
         "the control. *Gain* is shuffled less exits.",
         Table(
-            [
-                "rule",
-                "threshold",
-                "mean loops",
-                "bits per byte",
-                "same depth",
-                "shuffled",
-                "gain",
-                "95 %",
-                "",
-                f"tokens by loops 1 to {deepest}",
-            ],
+            ["rule", "threshold", "mean loops", *columns, "gain", "95 %", "", f"tokens by loops 1 to {deepest}"],
             [
                 [
                     p["rule"],
                     f"{p['threshold']:g}",
                     f"{p['loops']:.2f}",
-                    *(f"{p[key].mean():.4f}" for key in ("bits", "same", "shuffled")),
+                    *(f"{p[key].mean():.4f}" for key in columns.values()),
                     f"{p['gain'].mean():+.4f}",
                     between(p["gain"], "+.4f"),
                     verdict(p["gain"]),
@@ -81,36 +71,10 @@ def adaptive_report(results: Result) -> Report:
         f"{max(spread):+.4f} bits per byte: what exits gain by their choice of tokens has to make up for that before "
         "they beat one depth for all.",
         f"## Who leaves when ({SHOWN[0]}, threshold {SHOWN[1]:g}: {shown['loops']:.2f} loops on average)",
-        f"Seed {cfg['seed']}. Bits per byte of the tokens that left after so many loops, had all tokens run 2 or "
-        f"{deepest} loops: what the loops beyond the second are worth to them.",
-        Table(
-            ["loops", "tokens", "all at 2", f"all at {deepest}", "worth of more loops", "with exits"],
-            [
-                [
-                    str(g["key"]),
-                    str(g["tokens"]),
-                    f"{g['bits_by_depth'][1]:.3f}",
-                    f"{g['bits_by_depth'][-1]:.3f}",
-                    f"{g['bits_by_depth'][1] - g['bits_by_depth'][-1]:+.3f}",
-                    f"{g['bits']:.3f}",
-                ]
-                for g in first["by_exit"]
-            ],
-        ),
-        Table(
-            ["the byte predicted", "tokens", "mean loops", "all at 2", f"all at {deepest}", "with exits"],
-            [
-                [
-                    KINDS[g["key"]],
-                    str(g["tokens"]),
-                    f"{g['loops']:.2f}",
-                    f"{g['bits_by_depth'][1]:.3f}",
-                    f"{g['bits_by_depth'][-1]:.3f}",
-                    f"{g['bits']:.3f}",
-                ]
-                for g in first["by_kind"]
-            ],
-        ),
+        f"Seed {cfg['seed']}. Bits per byte of the tokens that left after so many loops, or that predict such a byte, "
+        f"with exits, and had all tokens run 2 or {deepest} loops: what the loops beyond the second are worth to them.",
+        _groups("loops", [str(g["key"]) for g in first["by_exit"]], first["by_exit"]),
+        _groups("the byte predicted", [KINDS[g["key"]] for g in first["by_kind"]], first["by_kind"]),
     ]
     said = [_said(rule, found) for rule, found in by_rule.items()]
     said += ["One model only."] * (len(runs) == 1)
@@ -121,15 +85,27 @@ def adaptive_report(results: Result) -> Report:
     return Report(" ".join(said), parts)
 
 
+def _groups(label: str, names: list[str], groups: list[Result]) -> Table:
+    deepest = len(groups[0]["bits_by_depth"])
+    head = [label, "tokens", "mean loops", "all at 2", f"all at {deepest}", "worth of more loops", "with exits"]
+    rows = []
+    for name, g in zip(names, groups, strict=True):
+        two, most = g["bits_by_depth"][1], g["bits_by_depth"][-1]
+        bits = f"{two:.3f}", f"{most:.3f}", f"{two - most:+.3f}", f"{g['bits']:.3f}"
+        rows.append([name, str(g["tokens"]), f"{g['loops']:.2f}", *bits])
+    return Table(head, rows)
+
+
 def _said(rule: str, points: list[Result]) -> str:
     """Whether a rule's exits are better than their control, and than one depth for all, at how many thresholds."""
-    better = {key: sum(verdict(p[key]) == "higher" for p in points) for key in ("gain", "against")}
-    worse = {key: sum(verdict(p[key]) == "lower" for p in points) for key in ("gain", "against")}
     against = [p["against"].mean() for p in points]
+    counts = []
+    for key in ("gain", "against"):
+        found = [verdict(p[key]) for p in points]
+        counts.append(f"{found.count('higher')} of {len(points)} thresholds (worse at {found.count('lower')})")
     return (
-        f"Exits by {rule} read text better than the same depths dealt at random at {better['gain']} of {len(points)} "
-        f"thresholds (worse at {worse['gain']}), and better than one depth for all at {better['against']} (worse at "
-        f"{worse['against']}; {min(against):+.4f} to {max(against):+.4f} bits per byte)."
+        f"Exits by {rule} read text better than the same depths dealt at random at {counts[0]}, and better than one "
+        f"depth for all at {counts[1]}, by {min(against):+.4f} to {max(against):+.4f} bits per byte."
     )
 
 

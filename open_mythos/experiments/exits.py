@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, D width, L loops.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.exits_report import exits_report
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import right_by_loop
+from open_mythos.experiments.settling import rank_correlation, right_by_loop, settled
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
@@ -118,10 +119,9 @@ def carries(ids: Tensor) -> Tensor:
     return found
 
 
-def settled(right: Tensor) -> Tensor:
+def stays_right(right: Tensor) -> Tensor:
     """The loops after which an answer stays right, (L, ...) -> (...); 1 where it never does, which costs the least."""
-    stays = right.flip(0).to(torch.uint8).cummin(0).values.flip(0)
-    return stays.argmax(0) + 1
+    return torch.from_numpy(settled(right.numpy())).clamp(min=1)
 
 
 def first_right(right: Tensor) -> Tensor:
@@ -138,13 +138,8 @@ def answered(model: OpenMythos, batch: Batch, rule: HaltingRule | None, n_loops:
 
 def spearman(x: Tensor, y: Tensor) -> float | None:
     """Rank correlation with ties at their mean rank; None where one of the two is constant."""
-    ranks = []
-    for values in (x, y):
-        _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-        rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
-        ranks.append(rank - rank.mean())
-    scale = (ranks[0].norm() * ranks[1].norm()).item()
-    return (ranks[0] @ ranks[1]).item() / scale if scale else None
+    rho = rank_correlation(x.tolist(), y.tolist())
+    return None if math.isnan(rho) else rho
 
 
 def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, seed: int) -> Result:
@@ -179,7 +174,7 @@ def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, s
 
     points = []
     if act is None:
-        for name, choose in (("oracle, stays right", settled), ("oracle, first right", first_right)):
+        for name, choose in (("oracle, stays right", stays_right), ("oracle, first right", first_right)):
             depths = torch.full_like(batch.labels, n_loops)
             depths[asked] = choose(right)[asked]
             points.append(point(name, None, Dealt(depths)))

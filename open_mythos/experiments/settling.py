@@ -64,7 +64,7 @@ def rows_right(right: Tensor, batch: Batch) -> np.ndarray:
 
 
 def settled(right: np.ndarray) -> np.ndarray:
-    """(B,) the first loop, from 1, from which on a row of `right` (L, B) is right to the last loop; 0 for none."""
+    """(...) the first loop, from 1, from which on `right` (L, ...) is true to the last loop; 0 for none."""
     n_loops = len(right)
     after_last_wrong = n_loops - (~right[::-1]).argmax(axis=0)
     return np.where(right.all(axis=0), 1, np.where(right[-1], after_last_wrong + 1, 0))

@@ -53,7 +53,7 @@ def test_measured_once_through(arm: str) -> None:
 
 def test_oracles() -> None:
     right = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
-    assert exits.settled(right).tolist() == [2, 1, 1, 3, 3]
+    assert exits.stays_right(right).tolist() == [2, 1, 1, 3, 3]
     assert exits.first_right(right).tolist() == [2, 1, 1, 1, 3]
 
 
