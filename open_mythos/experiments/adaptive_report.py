@@ -1,5 +1,6 @@
 """The report on what exits save on text, from its numbers."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -99,13 +100,11 @@ def _groups(label: str, names: list[str], groups: list[Result]) -> Table:
 def _said(rule: str, points: list[Result]) -> str:
     """Whether a rule's exits are better than their control, and than one depth for all, at how many thresholds."""
     against = [p["against"].mean() for p in points]
-    counts = []
-    for key in ("gain", "against"):
-        found = [verdict(p[key]) for p in points]
-        counts.append(f"{found.count('higher')} of {len(points)} thresholds (worse at {found.count('lower')})")
+    gain, same = (Counter(verdict(p[key]) for p in points) for key in ("gain", "against"))
     return (
-        f"Exits by {rule} read text better than the same depths dealt at random at {counts[0]}, and better than one "
-        f"depth for all at {counts[1]}, by {min(against):+.4f} to {max(against):+.4f} bits per byte."
+        f"Exits by {rule}, {len(points)} thresholds: {gain['higher']} read text better than the same depths dealt at "
+        f"random ({gain['lower']} worse), {same['higher']} better than one depth for all ({same['lower']} worse; "
+        f"{min(against):+.4f} to {max(against):+.4f} bits per byte)."
     )
 
 
