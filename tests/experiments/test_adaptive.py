@@ -102,18 +102,10 @@ def made_up(gain: float, seeds: int) -> dict:
 @pytest.mark.parametrize(
     ("gain", "verdict", "said"),
     [
-        (
-            0.2,
-            "higher",
-            ("at 1 of 1 thresholds (worse at 0), and", "for all at 1 of 1 thresholds (worse at 0), by +0.09"),
-        ),
-        (
-            0.05,
-            "higher",
-            ("at 1 of 1 thresholds (worse at 0), and", "for all at 0 of 1 thresholds (worse at 1), by -0.05"),
-        ),
-        (0.0, "undecided", ("at 0 of 1 thresholds (worse at 0), and",)),
-        (-0.2, "lower", ("at 0 of 1 thresholds (worse at 1), and",)),
+        (0.2, "higher", ("1 read text better", "(0 worse), 1 better than one depth for all (0 worse; +0.09")),
+        (0.05, "higher", ("1 read text better", "(0 worse), 0 better than one depth for all (1 worse; -0.05")),
+        (0.0, "undecided", ("0 read text better", "random (0 worse)")),
+        (-0.2, "lower", ("0 read text better", "random (1 worse)")),
     ],
 )
 def test_the_words_follow_from_the_numbers(gain: float, verdict: str, said: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.experiments.settling import CHUNK, rank_correlation, right_by_loop, rows_right, settled
+from open_mythos.experiments.settling import CHUNK, by_loop, rank_correlation, right_by_loop, rows_right, settled
 from open_mythos.recipes import load_recipe
 from open_mythos.train.data import IGNORE
 
@@ -31,6 +31,9 @@ def test_right_by_loop_is_that_of_separate_calls(halting: str) -> None:
         for parameter in model.parameters():
             parameter.mul_(5)
     batch = recipe.data.batch(np.random.default_rng(0), CHUNK + 7)
+    with torch.no_grad():
+        logits = by_loop(model, batch, (1, 3), lambda logits, _: logits)
+        torch.testing.assert_close(logits, torch.stack([model(batch.input_ids, n) for n in (1, 3)]))
     right = right_by_loop(model, batch, 3)
     for loops in (1, 2, 3):
         said = model(batch.input_ids, n_loops=loops).argmax(-1)
