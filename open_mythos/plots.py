@@ -58,46 +58,6 @@ def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label:
     _save(plt, figure, path)
 
 
-def loop_curves(
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    levels: Mapping[str, Sequence[float]],
-    loops: Sequence[int],
-    path: Path,
-    label: str,
-    title: str,
-) -> None:
-    """Curves over loops, and levels of what has no loops: the mean of the seeds, and each seed pale. Also as SVG.
-
-    The right half is a closer look, at the levels and at what the curves come to in their second half.
-    """
-    plt = _pyplot()
-    figure, halves = plt.subplots(1, 2, figsize=(10.5, 5.0), layout="constrained")
-    for axes in halves:
-        for i, (name, seeds) in enumerate(curves.items()):
-            mean = [sum(values) / len(seeds) for values in zip(*seeds, strict=True)]
-            axes.plot(loops, mean, marker="os"[i % 2], color=f"C{i}", label=name)
-            axes.plot(loops, list(zip(*seeds, strict=True)), color=f"C{i}", alpha=0.35, linewidth=0.8)
-        for i, (name, values) in enumerate(levels.items(), len(curves)):
-            axes.axhline(sum(values) / len(values), color=f"C{i}", linestyle=("--", ":")[i % 2], label=name)
-            for value in values:
-                axes.axhline(value, color=f"C{i}", alpha=0.35, linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(list(loops), [str(n) for n in loops])
-        axes.minorticks_off()
-        axes.set_xlabel("loops")
-        axes.grid(alpha=0.3)
-    shown = [x for seeds in curves.values() for values in seeds for x in values[len(values) // 2 :]]
-    shown += [x for values in levels.values() for x in values]
-    room = 0.1 * (max(shown) - min(shown))
-    halves[1].set_ylim(min(shown) - room, max(shown) + room)
-    halves[1].set_title("closer", fontsize=10)
-    halves[0].set_title(title, fontsize=10)
-    halves[0].set_ylabel(label)
-    figure.legend(*halves[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    _save(plt, figure, path)
-
-
 def xy_curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path,

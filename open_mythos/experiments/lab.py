@@ -28,7 +28,17 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = ("addition", "khop", "parity", "brackets", "verify", "exits", "loop_roles")
+NAMES: tuple[str, ...] = (
+    "addition",
+    "khop",
+    "parity",
+    "brackets",
+    "verify",
+    "exits",
+    "loop_roles",
+    "adaptive",
+    "small_text",
+)
 """The experiments, in the order of `mythos exp list`."""
 
 
@@ -63,7 +73,7 @@ class Lab:
         """The model that the configuration makes, in eval mode; its metrics are in `self.runs / label`."""
         folder = self.runs / label
         final, config = folder / "final", folder / "config.yaml"
-        if config.exists() and config.read_text(encoding="utf-8") != cfg.to_yaml():
+        if config.exists() and not _is_of(config, cfg):
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
         if not final.exists():
@@ -110,6 +120,14 @@ class Lab:
     def _cpu_s(self, label: str) -> float:
         file = self.runs / label / "cpu_s"
         return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+
+
+def _is_of(config: Path, cfg: TrainConfig) -> bool:
+    """Whether a run's file means this configuration: fields that it does not know have their defaults."""
+    try:
+        return TrainConfig.load(config) == cfg
+    except (TypeError, ValueError):
+        return False
 
 
 def load(name: str) -> Experiment:

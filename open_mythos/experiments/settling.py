@@ -1,9 +1,9 @@
-"""After which loop an answer stands, and what that goes with.
+"""What a model says after every loop, after which one its answer stands, and what that goes with.
 
 Shape letters: L loops, B rows, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,31 +17,45 @@ CHUNK = 100
 """Rows at a time: their states of all loops are in memory together."""
 
 
-def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
-    """(L, B, T) the likeliest token after every loop, on the CPU; a plain model has one "loop".
+def by_loop(
+    model: OpenMythos,
+    batch: Batch,
+    loops: Sequence[int],
+    read: Callable[[Tensor, Tensor], Tensor],
+    rows: int = CHUNK,
+) -> Tensor:
+    """(loops, B, ...) what `read` makes of logits (B, T, V) and labels (B, T) after each of `loops`, on the CPU.
 
-    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops. Not so
-    under ACT, whose output is a sum of states: there each number of loops is a call, cut off at it.
+    A plain model has one "loop". One pass of the deepest call serves all, for its state after loop n is the last state
+    of a call with n loops; not under ACT, where the output is a mean over states: each is a call of its own.
+
+    Args:
+        rows: at a time.
     """
+    ids, labels = batch.input_ids.to(model.device).split(rows), batch.labels.to(model.device).split(rows)
     chunks = []
     with evaluating(model):
-        for part in ids.to(model.device).split(CHUNK):
+        for part, right in zip(ids, labels, strict=True):
             if model.recurrent is None:
-                chunks.append(model(part).argmax(-1)[None].cpu())
-                continue
-            if model.cfg.halting == "act":
-                named = [model(part, n).argmax(-1) for n in range(1, n_loops + 1)]
+                logits = iter([model(part)])
+            elif model.cfg.halting == "act":
+                logits = (model(part, n) for n in loops)
             else:
-                hidden = model(part, n_loops=n_loops, trace=True).hidden
+                hidden = model(part, max(loops), trace=True).hidden
                 view = model.make_view((part.shape[0], part.shape[1]))
-                named = [model.readout(h, view).argmax(-1) for h in hidden]
-            chunks.append(torch.stack(named).cpu())
+                logits = (model.readout(hidden[n - 1], view) for n in loops)
+            chunks.append(torch.stack([read(x, right).cpu() for x in logits]))
     return torch.cat(chunks, dim=1)
 
 
+def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
+    """(L, B, T) the likeliest token after every loop."""
+    return by_loop(model, Batch(ids, ids), range(1, n_loops + 1), lambda logits, _: logits.argmax(-1))
+
+
 def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
-    """(L, B, T) bool: whether the likeliest token is the label, after every loop; a plain model has one "loop"."""
-    return named_by_loop(model, batch.input_ids, n_loops) == batch.labels
+    """(L, B, T) bool: whether the likeliest token is the label, after every loop."""
+    return by_loop(model, batch, range(1, n_loops + 1), lambda logits, labels: logits.argmax(-1) == labels)
 
 
 def rows_right(right: Tensor, batch: Batch) -> np.ndarray:
@@ -50,7 +64,7 @@ def rows_right(right: Tensor, batch: Batch) -> np.ndarray:
 
 
 def settled(right: np.ndarray) -> np.ndarray:
-    """(B,) the first loop, from 1, from which on a row of `right` (L, B) is right to the last loop; 0 for none."""
+    """(...) the first loop, from 1, from which on `right` (L, ...) is true to the last loop; 0 for none."""
     n_loops = len(right)
     after_last_wrong = n_loops - (~right[::-1]).argmax(axis=0)
     return np.where(right.all(axis=0), 1, np.where(right[-1], after_last_wrong + 1, 0))

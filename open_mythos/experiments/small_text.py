@@ -1,49 +1,29 @@
-"""Text: what do more loops give a model trained at sampled depth, and is it better than a plain transformer?
-
-    python -m open_mythos.experiments.small_text --out docs/results/small-text
-
-Protocol: four arms read the same tokens: the recipe `small-text`, whose depth is sampled; its twin at one fixed depth;
-a plain transformer with as many parameters; one with as many FLOPs per token. Each arm's learning rates are those of
-its own sweep of shorter runs, all swept alike and scored on training text that no run reads. Then bits per byte of
-held-out text, at 1 to 16 loops where there are loops. Null lines: counts of single tokens and of pairs, and gzip.
-"""
+"""Text: what do more loops give a model trained at sampled depth, and is it better than a plain transformer?"""
 
 import dataclasses
 import gzip
-import json
-import math
-import platform
-import shutil
-import subprocess
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import tyro
+from torch import Tensor
 
 from open_mythos.accounting import count_parameters, flops_per_token
 from open_mythos.data.corpus import build_corpus
 from open_mythos.data.documents import Reading, first_text
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import INDEX, SPLITS, TokenShards
-from open_mythos.evaluating import evaluating
-from open_mythos.experiments.small_text_report import best, write_record
-from open_mythos.files import write_text
+from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
+from open_mythos.experiments.settling import by_loop
+from open_mythos.experiments.small_text_report import best, small_text_report
+from open_mythos.experiments.windows import token_bits
 from open_mythos.model import OpenMythos
-from open_mythos.nn.numerics import wide
-from open_mythos.plots import require_matplotlib
 from open_mythos.recipes import load_recipe
 from open_mythos.tokenizer import BPETokenizer
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.data import Batch, to_tensor
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.metrics import read_metrics
 from open_mythos.train.tasks import Shards
-from open_mythos.train.trainer import Trainer
 
 LOOPS = (1, 2, 4, 6, 8, 12, 16)
 RATES = (0.5, 1.0, 2.0)
@@ -56,10 +36,11 @@ TITLES = {
     "fixed": "looped, fixed depth",
     "parameters": "plain, same parameters",
     "flops": "plain, same FLOPs",
+    # One more run, of the first seed alone, which undoes a choice of the recipe.
+    "unnormed": "looped, sampled depth, prelude output not normalised",
 }
-UNNORMED = "looped, sampled depth, prelude output not normalised"
-"""One more run, of the first seed alone, which undoes a choice of the recipe."""
-Result = dict[str, Any]
+WINDOWS = 400
+"""Held-out windows of the evaluation."""
 
 
 def arms(base: TrainConfig) -> dict[str, TrainConfig]:
@@ -101,29 +82,16 @@ def costs(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def seeded(cfg: TrainConfig, seed: int, rate: float) -> TrainConfig:
+def tuned(cfg: TrainConfig, seed: int, rate: float) -> TrainConfig:
     """The run with weights, depths and order of the text of its own, at `rate` times the recipe's learning rates."""
     optim = dataclasses.replace(cfg.optim, lr=cfg.optim.lr * rate, muon_lr=cfg.optim.muon_lr * rate)
-    return dataclasses.replace(cfg, seed=seed, data=dataclasses.replace(cfg.data, order_seed=seed), optim=optim)
+    data = dataclasses.replace(cfg.data, order_seed=seed)
+    return dataclasses.replace(seeded(cfg, seed), data=data, optim=optim)
 
 
-def window_bits(model: OpenMythos, batch: Batch, loops: tuple[int, ...] = LOOPS) -> np.ndarray:
-    """(loops, windows) bits of the labels of each window; one line for a model without loops.
-
-    One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
-    """
-    parts = []
-    with evaluating(model):
-        for ids, labels in zip(batch.input_ids.split(8), batch.labels.split(8), strict=True):
-            if model.recurrent is None:
-                logits = [model(ids)]
-            else:
-                hidden = model(ids, n_loops=max(loops), trace=True).hidden
-                view = model.make_view((ids.shape[0], ids.shape[1]))
-                logits = (model.readout(hidden[n - 1], view) for n in loops)
-            nats = [F.cross_entropy(wide(x).transpose(1, 2), labels, reduction="none").double().sum(1) for x in logits]
-            parts.append(torch.stack(nats) / math.log(2))
-    return torch.cat(parts, dim=1).numpy()
+def window_bits(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> Tensor:
+    """(loops, windows) bits of the labels of each window; one line for a model without loops."""
+    return by_loop(model, batch, loops, lambda logits, labels: token_bits(logits, labels).double().sum(1), rows=8)
 
 
 def held_out(data: Shards, n: int) -> Batch:
@@ -189,66 +157,39 @@ def prepare_corpus(folder: Path, vocab_size: int) -> None:
     prepare([str(corpus)], folder, str(bpe), Settings(held_out=0.03))
 
 
-@dataclass
-class Args:
-    """Train the four arms, unless that is done, and record their bits per byte."""
-
-    out: Path
-    """Folder for report.json, report.md, loops.png and loops.svg."""
-    runs: Path = Path("runs/small-text")
-    """Folder for the runs; one of the same configuration that is there already is not repeated."""
-    data: Path | None = None
-    """Prepared text; left out: the recipe's, which is made if it is not there."""
-    seeds: tuple[int, ...] = (0,)
-    windows: int = 400
-    """Held-out windows of the evaluation."""
-    threads: int = 1
-    quick: bool = False
-    """A few steps of each run, to see that everything works; the numbers mean nothing."""
-
-
-def main(args: Args) -> None:
-    require_matplotlib()
-    torch.set_num_threads(args.threads)
+def run(lab: Lab) -> Result:
     base = load_recipe("small-text")
-    if args.quick:
+    if lab.quick:
         base = dataclasses.replace(base, steps=4, batch_size=2)
-    if args.data is None:
-        prepare_corpus(Path(task(base).paths[0]), base.model.vocab_size)
-    else:
-        base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=(str(args.data),)))
+    data = task(base)
+    prepare_corpus(Path(data.paths[0]), base.model.vocab_size)
     unread(base)
-    batch, held = held_out(task(base), args.windows), TokenShards(task(base).paths[0], "validation")
-    depths = np.stack([base.loops.depths(args.seeds[0], step, base.batch_size) for step in range(base.steps)])
+    batch, every = held_out(data, 40 if lab.quick else WINDOWS), arms(base)
+    depths = np.stack([base.loops.depths(lab.seeds[0], step, base.batch_size) for step in range(base.steps)])
+    sweep = {name: _sweep(name, cfg, lab) for name, cfg in every.items()}
+    every["unnormed"] = dataclasses.replace(every["sampled"], model=dataclasses.replace(base.model, prelude_norm=False))
     results: Result = {
-        "command": f"python -m open_mythos.experiments.small_text --out {args.out}",
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "threads": args.threads,
         "recipe": base.to_dict(),
         "loops": LOOPS,
-        "held_out_documents": held.n_documents,
-        "bytes_per_window": task(base).bytes_per_token * base.data.seq_len,
-        "arms": {name: {"title": TITLES[name]} | costs(cfg) for name, cfg in arms(base).items()},
+        "held_out_documents": TokenShards(data.paths[0], "validation").n_documents,
+        "bytes_per_window": data.bytes_per_token * data.seq_len,
+        "arms": {name: {"title": TITLES[name]} | costs(cfg) for name, cfg in every.items()},
         "depths": np.bincount(depths.flatten()).tolist(),
-        "nulls": null_lines(task(base), batch),
+        "nulls": null_lines(data, batch),
         "sweep_rows": SWEEP_ROWS,
-        "sweep": {name: _sweep(name, cfg, args) for name, cfg in arms(base).items()},
-        "runs": {name: [] for name in arms(base)},
+        "sweep": sweep,
+        "runs": {name: [] for name in every},
     }
-    unnormed = dataclasses.replace(arms(base)["sampled"], model=dataclasses.replace(base.model, prelude_norm=False))
-    for seed in args.seeds:
-        for name, cfg in arms(base).items():
-            run = seeded(cfg, seed, best(results["sweep"][name]))
-            results["runs"][name].append(_trained(run, f"{name}-{seed}", args, batch, LOOPS))
-        if "unnormed" not in results:
-            run = seeded(unnormed, seed, best(results["sweep"]["sampled"]))
-            results["unnormed"] = {"title": UNNORMED, "run": _trained(run, f"unnormed-{seed}", args, batch, LOOPS)}
-        # After every seed: if the rest is cut off, there is a record of the seeds so far.
-        write_record(results, args.out)
-    print(f"Wrote report.json, report.md, loops.png and loops.svg to {args.out}.")
+    for seed in lab.seeds:
+        for name, cfg in every.items():
+            if name != "unnormed" or seed == lab.seeds[0]:
+                rates = sweep.get(name, sweep["sampled"])
+                found = _measured(f"{name}-{seed}", tuned(cfg, seed, best(rates)), lab, batch, LOOPS)
+                results["runs"][name].append(found)
+    return results
 
 
-def _sweep(name: str, cfg: TrainConfig, args: Args) -> dict[str, Result]:
+def _sweep(name: str, cfg: TrainConfig, lab: Lab) -> dict[str, Result]:
     """Runs of a quarter of the steps by factor of the rates, which goes on until the best is not at an end."""
     warmup = cfg.schedule.warmup_steps // 4
     cfg = dataclasses.replace(
@@ -258,46 +199,35 @@ def _sweep(name: str, cfg: TrainConfig, args: Args) -> dict[str, Result]:
     waiting = list(RATES)
     while waiting:
         for rate in waiting:
-            run = seeded(cfg, SWEEP_SEED, rate)
-            found[str(rate)] = _trained(run, f"sweep-{name}-{rate}", args, unread(run), (int(cfg.loops.mean),))
+            run = tuned(cfg, SWEEP_SEED, rate)
+            found[str(rate)] = _measured(f"sweep-{name}-{rate}", run, lab, unread(run), (int(cfg.loops.mean),))
         rates = [float(rate) for rate in found]
         further = {min(rates): min(rates) / 2, max(rates): max(rates) * 2}
-        waiting = [further[best(found)]] if best(found) in further and not args.quick else []
+        waiting = [further[best(found)]] if best(found) in further and not lab.quick else []
     return found
 
 
-def _trained(cfg: TrainConfig, name: str, args: Args, batch: Batch, loops: tuple[int, ...]) -> Result:
-    """Train and evaluate one run, or read the result of an earlier call that did exactly this."""
-    folder = args.runs / name
-    file = folder / "result.json"
+def _measured(label: str, cfg: TrainConfig, lab: Lab, batch: Batch, loops: tuple[int, ...]) -> Result:
+    def bits(model: OpenMythos) -> Result:
+        return {"bits": window_bits(model, batch, loops).numpy().round(2).tolist()}
+
     text = [shard.sha256 for split in SPLITS for shard in TokenShards(task(cfg).paths[0], split).shards]
-    asked = {"config": cfg.to_dict(), "text": text, "windows": len(batch.labels), "loops": loops}
-    asked = json.loads(json.dumps(asked))  # as it is read back: tuples are lists there
-    if file.exists():
-        result = json.loads(file.read_text())
-        if {key: result[key] for key in asked} == asked:
-            return result
-    # What is left is of another configuration, or was cut off.
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"{name}:")
-    wall, cpu = time.perf_counter(), time.process_time()
-    trainer = Trainer(cfg, folder, device="cpu", threads=args.threads)
-    trainer.run()
-    result = asked | {
-        "commit": _commit(),
-        "wall_s": round(time.perf_counter() - wall, 1),
-        "cpu_s": round(time.process_time() - cpu, 1),
-        "train_ce": read_metrics(folder / "metrics.jsonl")[-1]["train/ce"],
-        "bits": window_bits(trainer.model, batch, loops).round(2).tolist(),
-    }
-    write_text(file, json.dumps(result) + "\n")
-    return result
+    return lab.measured(label, cfg, bits, text=text, windows=len(batch.labels), loops=loops)
 
 
-def _commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args))
+EXPERIMENT = Experiment(
+    title="Text: sampled depth, its fixed twin, and plain transformers",
+    question="What do more loops give a model of text that was trained at sampled depth, and is it better than a plain "
+    "transformer with as many parameters, or with as many FLOPs?",
+    protocol="""Four arms read the same tokens in the same order, with the same optimizers (Muon and AdamW): the recipe
+`small-text`, whose depth is sampled; its twin at one fixed depth; a plain transformer with as many parameters; one with
+as many FLOPs per token. Each arm's learning rates are those of its own sweep of shorter runs, all swept alike and
+scored on training text that no run reads. Then bits per byte of held-out text (of the corpus of `mythos fetch-corpus`:
+one play and 46 chapters of the Bible; training has other plays and chapters), at 1 to 16 loops where there are loops.
+Each seed has its own weights, depths and order of the text. Null lines: counts of single tokens and of pairs, and
+gzip.""",
+    cost=("1 min", "30 min for one seed"),
+    run=run,
+    report=small_text_report,
+    seeds=(0,),
+)

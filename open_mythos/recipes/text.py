@@ -47,7 +47,7 @@ mythos prepare-data data/corpus.jsonl --tokenizer data/bpe-2048 --held-out 0.03 
 
 def small_text() -> TrainConfig:
     """1.2 million of the 3.7 million tokens of the 11 MB corpus, about 4 minutes on one CPU thread, at a sampled depth
-    of 4 loops on average; docs/results/small-text/report.md has the comparison with plain transformers.
+    of 4 loops on average; docs/results/small_text/report.md has the comparison with plain transformers.
 
     The commands of SMALL_TEXT_DATA make the text, once. `expert_dim=dim` makes the looped block with its injection as
     large as a plain block, so that three plain blocks have the same number of parameters.

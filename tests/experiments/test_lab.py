@@ -99,6 +99,15 @@ def test_a_run_of_another_configuration_is_not_taken_for_it(lab: Lab, cfg: Train
     assert TrainConfig.load(lab.runs / "a" / "config.yaml") == other
 
 
+def test_a_run_from_before_a_field_was_added_is_kept(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
+    lab.trained("a", cfg)
+    config = lab.runs / "a" / "config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "clip_norm" not in line))
+    assert config.read_text() != cfg.to_yaml()
+    lab.trained("a", cfg)
+    assert steps == [*range(STEPS)]
+
+
 def test_numbers_are_measured_once_for_what_was_asked(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
     calls = []
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.experiments.settling import CHUNK, rank_correlation, right_by_loop, rows_right, settled
+from open_mythos.experiments.settling import CHUNK, by_loop, rank_correlation, right_by_loop, rows_right, settled
 from open_mythos.recipes import load_recipe
 from open_mythos.train.data import IGNORE
 
@@ -22,14 +22,18 @@ def test_settled_is_the_first_loop_of_the_last_run_of_right(by_loop: str, loop: 
     assert settled(right).tolist() == [loop, 0]
 
 
-def test_right_by_loop_is_that_of_separate_calls() -> None:
+@pytest.mark.parametrize("halting", ["none", "act"])
+def test_right_by_loop_is_that_of_separate_calls(halting: str) -> None:
     torch.manual_seed(0)
     recipe = load_recipe("tiny-addition")
-    model = OpenMythos(dataclasses.replace(recipe.model, dim=16)).eval()
+    model = OpenMythos(dataclasses.replace(recipe.model, dim=16, halting=halting)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5)
     batch = recipe.data.batch(np.random.default_rng(0), CHUNK + 7)
+    with torch.no_grad():
+        logits = by_loop(model, batch, (1, 3), lambda logits, _: logits)
+        torch.testing.assert_close(logits, torch.stack([model(batch.input_ids, n) for n in (1, 3)]))
     right = right_by_loop(model, batch, 3)
     for loops in (1, 2, 3):
         said = model(batch.input_ids, n_loops=loops).argmax(-1)
