@@ -4,9 +4,6 @@ import json
 import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -129,44 +126,8 @@ def test_in_float64(tmp_path: Path, kind: str) -> None:
     assert_same(again, full)
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    """The same run as a command, resumed where there is something."""
-    code = (
-        "import sys, torch; from pathlib import Path; from tests.train.test_resume import trainer;"
-        "torch.set_num_threads(1); trainer(Path(sys.argv[1]), every=int(sys.argv[2]), resume=True).run()"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), *options])
-
-
 def newest_step(folder: Path) -> int:
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-????????")), default=0)
-
-
-@pytest.mark.parametrize("trials", [1, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_instant(tmp_path: Path, whole: Trainer, trials: int) -> None:
-    """SIGKILL, also in the middle of a save; as many times as it takes to get through."""
-    rng, kills = random.Random(trials), 0
-    for trial in range(trials):
-        folder = tmp_path / str(trial)
-        while True:
-            done = newest_step(folder)
-            process = start(folder, "1")
-            # Something is saved in every round, so that there is an end; the kill falls somewhere behind it.
-            while process.poll() is None and newest_step(folder) <= done:
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))
-            if process.poll() is not None:
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        assert process.returncode == 0
-        again = trainer(folder, resume=True)
-        assert numbers(folder) == numbers(whole.out_dir)
-        weights = Path("final") / "model.safetensors"
-        assert (folder / weights).read_bytes() == (whole.out_dir / weights).read_bytes()
-        assert again.run() == folder / "final"
-    assert kills
 
 
 def test_a_signal_ends_a_run_that_goes_on(tmp_path: Path, whole: Trainer, capsys: pytest.CaptureFixture) -> None:
