@@ -338,7 +338,7 @@ Dead: a gradient norm below 1e-8, or none, at the last step.
 layer set by hand, so that tokens halt at different loops; control: the same halting, where a token that has halted is
 computed on until all have. Tokens leave the computation as soon as a quarter has halted (compaction `counts`, which
 reads no clock).""",
-    cost=("1 min", "25 min (estimated from its parts)"),
+    cost=("1 min", "20 min"),
     run=run,
     report=verify_report,
 )
