@@ -106,7 +106,8 @@ def stacked(
                 style = {"color": "0.45", "linestyle": "--", "zorder": 1}
             else:
                 i = curve.color % len(COLORS)
-                style = {"color": COLORS[i], "marker": "osDv^x"[i], "markersize": 4}
+                every = max(1, len(curve.xs) // 16)
+                style = {"color": COLORS[i], "marker": "osDv^x"[i], "markersize": 4, "markevery": every}
             (handles[curve.label],) = axes.plot(curve.xs, curve.ys, label=curve.label, **style)
             if curve.low and all(map(math.isfinite, (*curve.low, *curve.high))):
                 axes.fill_between(curve.xs, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
