@@ -24,6 +24,14 @@ from tests.models import scaled, tiny
 STATUS = re.compile(r"(\d+) tokens, ([\d.]+) loops each, [\d.]+ tokens/s, (\d+) of (\d+) prompt tokens reused(.*)")
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Ctrl-C is heard, also where what started the tests is not to be interrupted, as a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class NoEnd(ByteTokenizer):
     """Ends its turns with text."""
 
