@@ -204,7 +204,7 @@ Arms:
 Null controls, in the same numbers: in a forest, fewer loops than hops; on the cycle, the l-th successor asked for after
 l - 1 and after l + 1 loops.
 """.strip(),
-    cost=("2 min", "65 min, reckoned from the quick form and one whole run"),
+    cost=("2 min", "65 min"),
     run=run,
     report=report,
 )
