@@ -334,3 +334,9 @@ def test_every_experiment_is_in_the_table() -> None:
     assert [
         cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in NAMES
     ] == [*NAMES]
+
+
+def test_front_page_leads_to_every_record() -> None:
+    page = (ROOT / "docs" / "results" / "README.md").read_text(encoding="utf-8")
+    records = [path.parent.name for path in (ROOT / "docs" / "results").glob("*/report.json")]
+    assert records and all(f"({name}/report.md)" in page for name in records)
