@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Report, Table, interval, shown
+from open_mythos.experiments.record import Figure, Report, Table, against, interval, shown
 from open_mythos.plots import Curve, heat_map, stacked
 
 Grid = list[list[float]]
@@ -42,12 +42,6 @@ def largest_fall(grid: Grid, distances: Sequence[int], loops: Sequence[int]) -> 
         enough = np.array([a for n, a in zip(loops, row, strict=True) if n >= d])
         falls.append(float((np.maximum.accumulate(enough) - enough).max()))
     return max(falls)
-
-
-def against(values: np.ndarray, level: float) -> str:
-    """Which side of a level the interval of the mean lies on; one seed has no interval, and tells nothing."""
-    _, low, high = interval(values.tolist())
-    return "above" if low > level else "below" if high < level else "not told apart from"
 
 
 def reach(by_hops: np.ndarray, hops: Sequence[int]) -> int:

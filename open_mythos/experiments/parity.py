@@ -10,7 +10,7 @@ import numpy as np
 from open_mythos.accounting import count_parameters
 from open_mythos.config import MythosConfig
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.record import Figure, Part, Report, Table, interval, shown
+from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
 from open_mythos.experiments.settling import right_by_loop
 from open_mythos.model import OpenMythos
 from open_mythos.plots import Curve, heat_map, stacked
@@ -127,14 +127,6 @@ def reach(runs: list[Result], reading: Reading) -> list[int]:
     values = np.array([read(runs, reading, n) for n in range(1, FARTHEST + 1)])
     solved = (values >= SOLVED).cumprod(axis=0)
     return solved.sum(axis=0).tolist()
-
-
-def against(values: list[float], level: float) -> str:
-    """Which side of a level the interval of the values is on."""
-    _, low, high = interval(values)
-    if np.isnan(low):
-        return "one seed, so not to be told from"
-    return "above" if low > level else "below" if high < level else "not to be told from"
 
 
 def report(results: Result) -> Report:

@@ -61,6 +61,14 @@ def shown(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}}" if math.isnan(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def against(values: Sequence[float] | np.ndarray, level: float) -> str:
+    """Which side of a level the interval of the mean over seeds lies on."""
+    _, low, high = interval([float(x) for x in values])
+    if math.isnan(low):
+        return "one seed, so not told apart from"
+    return "above" if low > level else "below" if high < level else "not told apart from"
+
+
 def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
     """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
     out.mkdir(parents=True, exist_ok=True)

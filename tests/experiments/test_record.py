@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from open_mythos.experiments.record import Figure, Report, Table, interval, shown, write_record
+from open_mythos.experiments.record import Figure, Report, Table, against, interval, shown, write_record
 
 RESULTS = {
     "name": "made-up", "title": "Does <this> work?", "question": "Does it?", "protocol": "We *look*; see `khop`.",
@@ -103,3 +104,10 @@ def test_interval_is_that_of_students_t() -> None:
 def test_one_value_has_no_interval() -> None:
     assert interval([0.5])[0] == 0.5 and math.isnan(interval([0.5])[1])
     assert shown([0.5]) == "0.500"
+
+
+def test_a_side_is_named_only_where_the_interval_is_on_it() -> None:
+    assert against([0.6, 0.61, 0.62], 0.5) == "above"
+    assert against(np.array([0.4, 0.41, 0.42]), 0.5) == "below"
+    assert against([0.3, 0.5, 0.9], 0.5) == "not told apart from"
+    assert against([0.9], 0.5) == "one seed, so not told apart from"
