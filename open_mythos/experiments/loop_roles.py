@@ -113,7 +113,7 @@ def _strength(roles: LoopRoles, loop: int) -> float:
 
 def run(lab: Lab) -> Result:
     """Roles in each model and its twin, and in twins with a planted loop, by seed."""
-    rows = 32 if lab.quick else 128
+    rows = 32 if lab.quick else 64
     results: Result = {"own": {name: [] for name in TITLES}, "twin": {name: [] for name in TITLES}, "planted": []}
     for seed in lab.seeds:
         for name, pair in arms(lab.quick).items():
