@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Part, Report, Table, interval, shown
+from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
 from open_mythos.plots import Curve, stacked
 
 Result = dict[str, Any]
@@ -80,14 +80,6 @@ def fall(results: Result, arm: str) -> tuple[str, str]:
     return f"falls by more than {COLLAPSE} in {fell} of {_seeds(len(four))}, too mixed for an interval to tell", numbers
 
 
-def against_published(values: Sequence[float], published: float) -> str:
-    """above, below, or neither, by the interval over seeds."""
-    _, low, high = interval(values)
-    if math.isnan(low):
-        return "one run, no verdict"
-    return "above" if low > published else "below" if high < published else "not told apart"
-
-
 def click(run: Result) -> int | None:
     """Steps at the first evaluation in training that reaches the goal at 4 loops."""
     return next((step for step, accuracy in run["curve"] if accuracy >= GOAL), None)
@@ -105,7 +97,7 @@ def _finding(results: Result) -> str:
 def _answers(results: Result) -> list[Part]:
     title = {name: arm["title"] for name, arm in results["arms"].items()}
     low = [
-        [f"{loops}", f"{d}", f"{PUBLISHED[d][i]:.2f}", shown(values), against_published(values, PUBLISHED[d][i])]
+        [f"{loops}", f"{d}", f"{PUBLISHED[d][i]:.2f}", shown(values), against(values, PUBLISHED[d][i])]
         for i, loops in enumerate(results["loops"][:2])
         for d in (2, 3)
         for values in [cells(results, "sampled", d)[:, i].tolist()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from open_mythos.experiments.lab import Result
-from open_mythos.experiments.record import Figure, Part, Report, Table, interval, shown
+from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
 from open_mythos.experiments.settling import rank_correlation
 from open_mythos.plots import Curve, stacked
 
@@ -100,22 +100,22 @@ def correlations(runs: list[Result]) -> dict[str, list[float]]:
 
 def direction(correlation: Sequence[float]) -> str:
     """What the interval over seeds says of a correlation."""
-    mean, low, high = interval(correlation)
-    if np.isnan(mean):
-        none = int(np.isnan(correlation).sum())
+    none = int(np.isnan(correlation).sum())
+    if none:
         return f"no correlation can be had where all settle at one loop, as in {none} of {len(correlation)} seeds"
-    if np.isnan(low):
-        return "one seed, so no interval"
-    if low <= 0 <= high:
-        return "no order that the seeds agree on"
-    return "what is nested deeper settles later" if low > 0 else "what is nested deeper settles earlier"
+    words = {
+        "above": "what is nested deeper settles later",
+        "below": "what is nested deeper settles earlier",
+        "not told apart from": "no order that the seeds agree on",
+    }
+    return words.get(against(correlation, 0), "one seed, so no interval")
 
 
 def _null(values: Sequence[float]) -> str:
-    mean, low, high = interval(values)
-    if np.isnan(low):
-        return "not to be had in each seed" if np.isnan(mean) else "one seed, so no interval"
-    return "as it should" if low <= 0 <= high else "it should be 0: the rest is in doubt"
+    if np.isnan(values).any():
+        return "not to be had in each seed"
+    words = {"not told apart from": "as it should", "one seed, so not told apart from": "one seed, so no interval"}
+    return words.get(against(values, 0), "it should be 0: the rest is in doubt")
 
 
 def settling_loop(counts: Sequence[int]) -> float:
@@ -149,9 +149,9 @@ def _tasks_differ(runs: list[Result]) -> str:
         f"{TASKS[name]} {shown([settling_loop(run['tasks'][name]['settled']) for run in runs], '.1f')}"
         for name in learned
     )
-    intervals = [interval(d)[1:] for _, d in _differences(runs)]
-    apart = sum(low > 0 or high < 0 for low, high in intervals)
-    verdict = "one seed, so no interval" if len(runs) < 2 else f"{apart} of {len(intervals)} pairs of tasks differ"
+    sides = [against(d, 0) for _, d in _differences(runs)]
+    apart = sum(side in ("above", "below") for side in sides)
+    verdict = "one seed, so no interval" if len(runs) < 2 else f"{apart} of {len(sides)} pairs of tasks differ"
     left_out = "".join(f"; {TASKS[name]} was not learned" for name in TASKS if name not in learned)
     return f"In one model of three tasks rows settle after this many loops: {means}; {verdict}{left_out}."
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Part, Report, Table, interval, shown
+from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
 from open_mythos.plots import interval_curves
 
 Runs = list[dict[str, Any]]
@@ -63,10 +63,8 @@ def rhos(points: Runs, key: str = "rho") -> list[float]:
 
 def follows(values: list[float]) -> str:
     """What an interval of a rank correlation, or of a gain, says."""
-    _, low, high = interval(values)
-    if math.isnan(low):
-        return "one seed, no interval"
-    return "yes" if low > 0 else "the reverse" if high < 0 else "not shown"
+    words = {"above": "yes", "below": "the reverse", "not told apart from": "not shown"}
+    return words.get(against(values, 0), "one seed, no interval")
 
 
 def _finding(task: str, chosen: dict[str, Runs]) -> str:

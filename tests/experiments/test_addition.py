@@ -146,13 +146,6 @@ def test_only_a_change_that_is_surely_small_is_none() -> None:
     assert addition_report.fall(made_up(FLAT, FALLING, seeds=1), "fixed")[0] == "changes by -0.400 in its one run"
 
 
-def test_low_loops_are_held_against_the_published() -> None:
-    assert addition_report.against_published([0.5, 0.51, 0.52], 0.4) == "above"
-    assert addition_report.against_published([0.5, 0.51, 0.52], 0.6) == "below"
-    assert addition_report.against_published([0.2, 0.51, 0.8], 0.6) == "not told apart"
-    assert addition_report.against_published([0.9], 0.4) == "one run, no verdict"
-
-
 def test_the_click_is_the_first_time_at_the_goal() -> None:
     results = made_up(FLAT, FALLING)
     assert [addition_report.click(run) for run in results["runs"]["sampled"]] == [200, 300, 200, 200, 200]
