@@ -7,11 +7,14 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from open_mythos.evaluating import evaluating
 from open_mythos.experiments.adaptive import Dealt, shuffled
+from open_mythos.experiments.brackets import LENGTH
+from open_mythos.experiments.brackets import arms as bracket_arms
 from open_mythos.experiments.exits_report import exits_report
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
 from open_mythos.experiments.settling import rank_correlation, right_by_loop, settled
@@ -23,8 +26,11 @@ from open_mythos.train.data import IGNORE, Batch
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Addition, KHop
+from open_mythos.train.tasks import Addition, Brackets, KHop
 from open_mythos.train.tasks.addition import PLUS
+from open_mythos.train.tasks.brackets import END, first_break, nesting
+
+Task = KHop | Addition | Brackets
 
 THRESHOLDS = {
     "latent_diff": (0.03, 0.1, 0.2, 0.4, 0.8),
@@ -60,20 +66,22 @@ class DealtACT(ACT):
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """What is trained: each task's recipe, and the same with learned halting, without and with a ponder cost."""
+    khop, addition = load_recipe("tiny-khop"), load_recipe("tiny-addition")
+    bases = {
+        "khop": dataclasses.replace(
+            khop,
+            steps=200 if quick else khop.steps,
+            loops=dataclasses.replace(khop.loops, ramp_steps=50 if quick else 150),
+        ),
+        "addition": dataclasses.replace(addition, steps=60 if quick else addition.steps),
+        "brackets": bracket_arms(quick)["sampled"],
+    }
     found = {}
-    for task, steps in (("khop", 200), ("addition", 60)):
-        base = load_recipe(f"tiny-{task}")
-        base = dataclasses.replace(
-            base,
-            steps=steps if quick else base.steps,
-            eval=dataclasses.replace(base.eval, every=0),
-            loops=dataclasses.replace(base.loops, ramp_steps=steps // 4 if quick else 150)
-            if task == "khop"
-            else base.loops,
-        )
+    for task, base in bases.items():
+        base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every=0))
         found[f"{task}, rules"] = base
         # One loss at the end, and one cap for all rows: how deep a token goes is for the model to say.
-        data = dataclasses.replace(base.data, target="root") if task == "khop" else base.data
+        data = dataclasses.replace(base.data, target="root") if isinstance(base.data, KHop) else base.data
         for ponder in (0.0, PONDER):
             found[f"{task}, ACT, ponder {ponder:g}"] = dataclasses.replace(
                 base,
@@ -85,13 +93,22 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     return found
 
 
-def questions(task: KHop | Addition, rows: int, seed: int) -> tuple[Batch, Tensor, Tensor]:
+def questions(task: Task, rows: int, seed: int) -> tuple[Batch, Tensor, Tensor]:
     """Fresh questions, how hard each token is, and where it stands, (B, T) int64 both.
 
-    Hard: hops to the answer, or carries on the way (see `carries`). Where: tokens of one value differ in nothing that
-    is seen without solving, which a rule might go by.
+    Hard: hops to the answer, carries on the way (see `carries`), or the nesting of a string that breaks. Where: tokens
+    of one value differ in nothing that a rule might go by without solving; those of brackets have one answer too.
     """
     rng = stream(seed, 0, Purpose.VALIDATION)
+    if isinstance(task, Brackets):
+        strings, lengths = dataclasses.replace(task, min_length=task.max_length).draw(rng, rows)
+        batch = task.encode(strings, lengths)
+        deep, broken = nesting(strings, lengths), first_break(strings, lengths)
+        # Balanced strings have an answer that needs no reading; the replaced bracket makes a few of other nesting.
+        deep = np.where((broken < 0) | (deep > task.max_nesting) | (deep < 1), -1, deep)
+        at = torch.arange(task.seq_len)
+        hard = torch.from_numpy(deep)[:, None].expand_as(batch.labels).masked_fill(batch.labels == END, -1)
+        return batch, hard, 100 * torch.from_numpy(broken)[:, None] + at
     if isinstance(task, Addition):
         batch = task.validation_batch(rng, rows)
         digits = (batch.input_ids == PLUS).int().argmax(1)
@@ -131,7 +148,7 @@ def answered(model: OpenMythos, batch: Batch, rule: HaltingRule | None, n_loops:
     return out.logits.argmax(-1) == batch.labels, out.exit_loop + 1
 
 
-def measure(model: OpenMythos, task: KHop | Addition, n_loops: int, rows: int, seed: int) -> Result:
+def measure(model: OpenMythos, task: Task, n_loops: int, rows: int, seed: int) -> Result:
     """Accuracy and loops of the labelled tokens: at fixed depth, by the oracles, and by every rule and threshold."""
     batch, difficulty, place = questions(task, rows, seed)
     asked = batch.labels != IGNORE
@@ -193,7 +210,7 @@ def run(lab: Lab) -> Result:
     results: dict[str, list[Any]] = {name: [] for name in arms(lab.quick)}
     for seed in lab.seeds:
         for name, cfg in arms(lab.quick).items():
-            assert isinstance(cfg.data, KHop | Addition)
+            assert isinstance(cfg.data, Task)
             found = partial(measure, task=cfg.data, n_loops=DEEPEST, rows=rows, seed=seed + 1_000_000)
             label = f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
             asked = {
@@ -210,17 +227,20 @@ EXPERIMENT = Experiment(
     title="Does depth follow difficulty?",
     question="When a rule or a learned halting decides how many loops an answer gets, do the hard ones get more, and "
     "what does that buy over one depth for all?",
-    protocol=f"""Two tasks whose difficulty is known, up to {DEEPEST} loops: `khop` (questions {DISTANCES[0]} to
-{DISTANCES[-1]} hops from their answer, trained on 1 to 4) and `addition` (2 and 3 digits, each digit of the answer by
-itself). For each seed three models a task: the recipe `tiny-khop` or `tiny-addition`, on which the rules that need no
-training are swept over thresholds, and the same with ACT, trained at up to {ACT_LOOPS} loops without a ponder cost and
-with {PONDER:g}. With ACT khop has the root after the last loop as its only label, for losses after every loop need a
-last state.
+    protocol=f"""Three tasks whose difficulty is known, up to {DEEPEST} loops: `khop` (questions {DISTANCES[0]} to
+{DISTANCES[-1]} hops from their answer, trained on 1 to 4), `addition` (2 and 3 digits, each digit of the answer by
+itself) and `brackets` (where a string of {LENGTH} breaks, each digit of the place by itself; half of the strings are
+balanced). For each seed three models a task: the recipe `tiny-khop` or `tiny-addition`, or the model of sampled depth
+of the experiment `brackets`, on which the rules that need no training are swept over thresholds, and the same with
+ACT, trained at up to {ACT_LOOPS} loops without a ponder cost and with {PONDER:g}. With ACT khop has the root after the
+last loop as its only label, for losses after every loop need a last state.
 
 Every token of a row follows the rule, the prompt's too; accuracy and loops are of the labelled ones. Oracles know the
 answers: an answer gets the loops after which it stays right, or the fewest after which it is right (1 if never); the
 prompt gets all. Correlations are among the answers of one place and number of digits, and the end of a sum, which has
-no carries to wait for, is left out: else a rule that knew the place alone, and nothing of carries, would reach 0.7.
+no carries to wait for, is left out: else a rule that knew the place alone, and nothing of carries, would reach 0.7. So
+with brackets: among digits of one place, of strings that break at the same place; balanced strings and the end are left
+out.
 Baseline: every token at the same depth. Null control: the depths of the same answers in the same numbers, dealt to
 other answers at random.""",
     cost=("3 min", "65 min (estimated from the quick form)"),

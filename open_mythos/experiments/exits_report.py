@@ -12,8 +12,16 @@ from open_mythos.plots import interval_curves
 Runs = list[dict[str, Any]]
 LOSS = 0.01
 """Accuracy that a threshold may cost and still be the one that tables and sentences are about."""
-HARD = {"khop": "hops to the answer", "addition": "length of the chain of carries into the digit"}
-WITHIN = {"khop": "", "addition": ", among digits of one place"}
+HARD = {
+    "khop": "hops to the answer",
+    "addition": "length of the chain of carries into the digit",
+    "brackets": "nesting before the break",
+}
+WITHIN = {
+    "khop": "",
+    "addition": ", among digits of one place",
+    "brackets": ", among digits of one place in strings that break at the same",
+}
 
 
 def exits_report(results: dict[str, Runs]) -> Report:
@@ -86,7 +94,7 @@ def _finding(task: str, chosen: dict[str, Runs]) -> str:
 
 
 def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Part]:
-    levels = sorted(map(int, chosen["oracle, stays right"][0]["by_difficulty"]))
+    levels = sorted(set.intersection(*(set(map(int, p["by_difficulty"])) for p in chosen["oracle, stays right"])))
     rows = []
     for arm, runs in arms.items():
         for points in zip(*(run["points"] for run in runs), strict=True):

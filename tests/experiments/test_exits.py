@@ -15,7 +15,8 @@ from open_mythos.experiments.settling import rank_correlation
 from open_mythos.nn.halting import ACT
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.data import IGNORE
-from open_mythos.train.tasks import Addition
+from open_mythos.train.tasks import Addition, Brackets
+from open_mythos.train.tasks.brackets import SYMBOLS
 
 
 def built(cfg: TrainConfig) -> OpenMythos:
@@ -28,10 +29,10 @@ def built(cfg: TrainConfig) -> OpenMythos:
     return model
 
 
-@pytest.mark.parametrize("arm", ["khop, rules", "addition, rules", "khop, ACT, ponder 0.01"])
+@pytest.mark.parametrize("arm", ["khop, rules", "addition, rules", "brackets, rules", "khop, ACT, ponder 0.01"])
 def test_measured_once_through(arm: str) -> None:
     cfg = exits.arms(True)[arm]
-    assert isinstance(cfg.data, exits.KHop | Addition)
+    assert isinstance(cfg.data, exits.Task)
     model = built(cfg)
     found = exits.measure(model, cfg.data, 5, 40, 1)
     batch, difficulty, _ = exits.questions(cfg.data, 40, 1)
@@ -41,7 +42,8 @@ def test_measured_once_through(arm: str) -> None:
     assert found["fixed"][1] == pytest.approx(right[asked].double().mean().item())
     graded = asked & (difficulty >= 0)
     levels = difficulty[graded].bincount()
-    assert int(levels.sum()) == int(asked.sum()) - 40 * ("addition" in arm), "the end of a sum has no difficulty"
+    if "brackets" not in arm:
+        assert int(levels.sum()) == int(asked.sum()) - 40 * ("addition" in arm), "the end of a sum has no difficulty"
     for point in found["points"]:
         assert 1 <= point["loops"] <= 5
         if "khop" in arm:
@@ -79,6 +81,32 @@ def test_carries() -> None:
     for row, start, expected in zip(chains, starts, want, strict=True):
         assert row[start : start + len(expected)].tolist() == expected
         assert (row[:start] == -1).all()
+
+
+def read(ids: list[int]) -> tuple[int, int]:
+    """Where a string breaks, -1 for nowhere, and its nesting up to there."""
+    waiting: list[str] = []
+    deepest = 0
+    for place, symbol in enumerate(SYMBOLS[i] for i in ids):
+        if symbol in "([{":
+            waiting.append({"(": ")", "[": "]", "{": "}"}[symbol])
+        elif not waiting or waiting.pop() != symbol:
+            return place, deepest
+        deepest = max(deepest, len(waiting))
+    return (len(ids) if waiting else -1), deepest
+
+
+def test_brackets_are_graded_where_they_break() -> None:
+    task = Brackets(12, 12, 1, 6)
+    batch, difficulty, where = exits.questions(task, 200, 0)
+    for ids, labels, hard, at in zip(
+        *(x.tolist() for x in (batch.input_ids, batch.labels, difficulty, where)), strict=True
+    ):
+        place, deepest = read(ids[:12])
+        graded = [i for i, level in enumerate(hard) if level >= 0 and labels[i] != IGNORE]
+        assert graded == ([12, 13] if place >= 0 and 1 <= deepest <= 6 else [])
+        assert {hard[i] for i in graded} <= {deepest}
+        assert [at[i] for i in graded] == [100 * place + i for i in graded]
 
 
 def test_a_rule_that_knows_the_place_alone_follows_nothing() -> None:
