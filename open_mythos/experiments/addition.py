@@ -50,7 +50,7 @@ def arms(quick: bool) -> dict[str, Arm]:
     return {
         "sampled": Arm("sampled depth, mean 4", sampled),
         "fixed": Arm("its twin at fixed depth 4", dataclasses.replace(sampled, loops=LoopsConfig("fixed", 4))),
-        "published": Arm("published protocol, this size", published(100 if quick else PUBLISHED_STEPS), n_seeds=3),
+        "published": Arm("published protocol, this size", published(100 if quick else PUBLISHED_STEPS)),
         "deep": Arm("sampled depth, mean 16", deep, n_seeds=1),
         "four": Arm("sampled depth, up to 4 digits", four, n_seeds=1),
     }
@@ -166,11 +166,10 @@ cosine of consecutive states; exact match at 4 loops over training. The arms, al
 - **sampled depth, mean 4**: the recipe `tiny-addition`. Each row loops 1 + Poisson(3) times, at most 12; the answer is
   read off the last state.
 - **its twin at fixed depth 4**: nothing else differs, the order of the data included.
-- **published protocol, this size**, three seeds, since each takes 10 minutes: the recipe `addition-dgx` at half its
-  width, on 2 and 3 digits, 3,000 steps instead of 30,000: `lti` injection, ACT, depth LoRA, loop embedding, 4 experts
-  (2 and a shared one run), AdamW at 3e-4 with warm-up and cosine, fixed depth 4. Its ACT is this project's: weights sum
-  to 1, and a token that halts stays as it is. Beyond 4 loops its depth LoRA and loop embedding stay at their last
-  index.
+- **published protocol, this size**: the recipe `addition-dgx` at half its width, on 2 and 3 digits, 3,000 steps instead
+  of 30,000: `lti` injection, ACT, depth LoRA, loop embedding, 4 experts (2 and a shared one run), AdamW at 3e-4 with
+  warm-up and cosine, fixed depth 4. Its ACT is this project's: weights sum to 1, and a token that halts stays as it is.
+  Beyond 4 loops its depth LoRA and loop embedding stay at their last index.
 - **sampled depth, mean 16**, one seed: what more loops in training buy. 1 + Poisson(15) loops, at most 32.
 - **sampled depth, up to 4 digits**, one seed: the recipe on 2 to 4 digits with twice the steps.
 
