@@ -80,6 +80,11 @@ def shuffled(runs: Runs) -> str:
     return cells(band(runs, _shuffle("changed")))[0]
 
 
+def needed(runs: Runs) -> str:
+    """The share of answers that the last loop changes: where it is nothing, no order could matter."""
+    return cells(band(runs, lambda r: r.changed["skip"][:, -1:]))[0]
+
+
 def verdict(runs: Runs) -> str:
     """One paragraph that follows from the intervals alone."""
     share = band(runs, lambda r: r.share)
@@ -104,7 +109,7 @@ def verdict(runs: Runs) -> str:
         False: "The loops are not interchangeable",
         None: "Whether the loops are interchangeable is open",
     }[interchangeable(runs)]
-    size = f"shuffling them changes {shuffled(runs)} of the answers"
+    size = f"shuffling them changes {shuffled(runs)} of the answers, one loop fewer {needed(runs)}"
     pairs = f"swapping two neighbours changes more than {SMALL:.0%} for {' and for '.join(moved) or 'none'}"
     return f"The update changes {'; '.join(parts)}. {order}: {size}; {pairs}. {_number_or_order(runs)}."
 

@@ -14,6 +14,7 @@ from open_mythos.analysis.loop_roles_report import (
     draw_split,
     effect_table,
     interchangeable,
+    needed,
     shuffled,
     split_table,
     verdict,
@@ -38,6 +39,9 @@ LOOPS = {"published": 4, "diagonal": 6, "khop": 4}
 """Loops that are looked at: those of training, its deeper half, and one for each hop of the questions."""
 INDEX_PARTS: dict[str, Any] = {"loop_embedding": True, "lora_rank": 8}
 NO_INDEX_PARTS: dict[str, Any] = {"loop_embedding": False, "lora_rank": 0}
+PLANTED = ("diagonal", "khop")
+"""Models in whose twins a loop is made different: one whose answers stand long before the last loop, one where each
+loop is needed."""
 PLANTED_LOOP = 2
 PLANTED_ROWS = 32
 STRENGTHS = (0.01, 0.1, 1.0)
@@ -114,7 +118,8 @@ def _strength(roles: LoopRoles, loop: int) -> float:
 def run(lab: Lab) -> Result:
     """Roles in each model and its twin, and in twins with a planted loop, by seed."""
     rows = 32 if lab.quick else 64
-    results: Result = {"own": {name: [] for name in TITLES}, "twin": {name: [] for name in TITLES}, "planted": []}
+    results: Result = {"own": {name: [] for name in TITLES}, "twin": {name: [] for name in TITLES}}
+    results["planted"] = {name: [] for name in PLANTED}
     for seed in lab.seeds:
         for name, pair in arms(lab.quick).items():
             for kind, cfg in zip(("own", "twin"), pair, strict=True):
@@ -124,34 +129,38 @@ def run(lab: Lab) -> Result:
                     f"{name}-{kind}-{seed}", cfg, lambda model, batch=batch, n=n: measure(model, batch, n), rows=rows
                 )
                 results[kind][name].append({"seed": seed} | result)
-        cfg = seeded(arms(lab.quick)["diagonal"][1], seed)
+        for name in PLANTED:
+            cfg = seeded(arms(lab.quick)[name][1], seed)
 
-        def planted(cfg: TrainConfig = cfg, seed: int = seed) -> Result:
-            model, batch = lab.trained(f"diagonal-twin-{seed}", cfg), questions(cfg, PLANTED_ROWS, seed)
-            return {
-                str(strength): measure(plant(model, batch, PLANTED_LOOP, strength), batch, LOOPS["diagonal"])
-                for strength in STRENGTHS
-            }
+            def planted(name: str = name, cfg: TrainConfig = cfg, seed: int = seed) -> Result:
+                model, batch = lab.trained(f"{name}-twin-{seed}", cfg), questions(cfg, PLANTED_ROWS, seed)
+                return {
+                    str(strength): measure(plant(model, batch, PLANTED_LOOP, strength), batch, LOOPS[name])
+                    for strength in STRENGTHS
+                }
 
-        results["planted"].append(
-            lab.computed(f"planted-{seed}", planted, config=cfg.to_dict(), rows=PLANTED_ROWS, strengths=STRENGTHS)
-        )
+            asked = {"config": cfg.to_dict(), "rows": PLANTED_ROWS, "strengths": STRENGTHS}
+            results["planted"][name].append(lab.computed(f"planted-{name}-{seed}", planted, **asked))
     return results
 
 
 def report(results: Result) -> Report:
     """Tables, figures, and what follows from the intervals."""
     own, twin = ({name: _roles(results[kind][name]) for name in TITLES} for kind in ("own", "twin"))
-    planted = {s: _roles([run[str(s)] for run in results["planted"]]) for s in STRENGTHS}
+    planted = {
+        name: {s: _roles([run[str(s)] for run in results["planted"][name]]) for s in STRENGTHS} for name in PLANTED
+    }
     parts: list[Part] = [
         "## What it shows",
         " ".join(f"*{title[0].upper()}{title[1:]}*: {verdict(own[name])}" for name, title in TITLES.items()),
         Figure(
             "function",
             "The function's share of the change between two consecutive updates, with 95 % intervals over seeds. "
-            f"At loop {PLANTED_LOOP} a loop was made different on purpose, by a tenth of its update.",
+            f"In a twin of {TITLES['diagonal']}, loop {PLANTED_LOOP} was made different on purpose, by a tenth of its "
+            "update.",
             lambda path: draw_split(
-                {TITLES[name]: own[name] for name in TITLES} | {f"planted at loop {PLANTED_LOOP}": planted[0.1]},
+                {TITLES[name]: own[name] for name in TITLES}
+                | {f"planted at loop {PLANTED_LOOP}": planted["diagonal"][0.1]},
                 path,
                 "twins without index-dependent parts",
             ),
@@ -163,7 +172,7 @@ def report(results: Result) -> Report:
         ),
         "## Controls",
         _null(twin),
-        *_planted(planted),
+        *(part for name in PLANTED for part in _planted(TITLES[name], planted[name])),
     ]
     for name, title in TITLES.items():
         right = {kind: shown([run["accuracy"] for run in results[kind][name]]) for kind in ("own", "twin")}
@@ -186,7 +195,8 @@ def _finding(own: dict[str, list[LoopRoles]]) -> str:
         share = band(runs, lambda r: r.share).mean
         found.append(
             f"the loops of the model '{TITLES[name]}' {words[interchangeable(runs)]} (shuffling them changes "
-            f"{shuffled(runs)} of the answers; the function's share is {share.min():.2f} to {share.max():.2f})"
+            f"{shuffled(runs)} of the answers, one loop fewer {needed(runs)}; the function's share is "
+            f"{share.min():.2f} to {share.max():.2f})"
         )
     return f"By what happens to the answers, {'; '.join(found)}."
 
@@ -211,7 +221,7 @@ def _null(twins: dict[str, list[LoopRoles]]) -> str:
     )
 
 
-def _planted(planted: dict[float, list[LoopRoles]]) -> list[Part]:
+def _planted(title: str, planted: dict[float, list[LoopRoles]]) -> list[Part]:
     """How much of the planted loop is found, and where."""
     rows, found = [], True
     for strength, runs in planted.items():
@@ -226,9 +236,9 @@ def _planted(planted: dict[float, list[LoopRoles]]) -> list[Part]:
         there = cells(distinct)[PLANTED_LOOP]
         pair = [cells(swap, ".3g")[t] for t in (PLANTED_LOOP - 1, PLANTED_LOOP)]
         measured = sum(_strength(run, PLANTED_LOOP) for run in runs) / len(runs)
-        rows.append([f"{strength:g}", f"{measured:.5f}", there, *pair, f"{max(elsewhere):.1g}"])
+        rows.append([f"{strength:g}", f"{measured:.5f}", there, *pair, f"{max(elsewhere):.1g}", shuffled(runs)])
     return [
-        f"Planted case: loop {PLANTED_LOOP} of the twin of '{TITLES['diagonal']}' is given a depth LoRA that no other "
+        f"Planted case: loop {PLANTED_LOOP} of the twin of '{title}' is given a depth LoRA that no other "
         "loop has. It is "
         + ("found at every strength, and nothing is found elsewhere." if found else "NOT found at every strength."),
         Table(
@@ -239,6 +249,7 @@ def _planted(planted: dict[float, list[LoopRoles]]) -> list[Part]:
                 f"KL of swap {PLANTED_LOOP - 1}, {PLANTED_LOOP}",
                 f"KL of swap {PLANTED_LOOP}, {PLANTED_LOOP + 1}",
                 "most anywhere else",
+                "answers that a shuffle changes",
             ],
             rows,
         ),
@@ -257,8 +268,9 @@ depth; trained by Muon, since the published optimiser learns nothing in minutes;
 tokens learned to leave after a loop or two, which left no loops to compare); the recipe `tiny-addition` with loop
 embedding and depth LoRA ({LOOPS["diagonal"]} loops); the recipe `tiny-khop` with both ({LOOPS["khop"]} loops on
 questions of 4 hops). Null control: the twin of each without loop embedding and depth LoRA, trained alike; its function
-part, swaps and shuffles have to come out as zero. Planted case: a trained twin in which loop {PLANTED_LOOP} alone gets
-a random depth LoRA of a known size. Intervals: Student's t over seeds; of a single seed, bootstrap over its
+part, swaps and shuffles have to come out as zero. Planted case: trained twins in which loop {PLANTED_LOOP} alone gets
+a random depth LoRA of a known size; on k-hop, where every loop is needed, they also tell how large a role has to be
+before answers show it. Intervals: Student's t over seeds; of a single seed, bootstrap over its
 sequences.
 """
 

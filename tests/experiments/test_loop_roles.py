@@ -117,7 +117,7 @@ def test_the_verdict_follows_the_numbers() -> None:
 def test_a_broken_control_is_said_so() -> None:
     runs = [{"seed": 0, "accuracy": 1.0, "roles": made_up(0.2, 1.0, 0.1).to_dict()}]
     every = dict.fromkeys(experiment.TITLES, runs)
-    planted = [{str(s): runs[0] for s in experiment.STRENGTHS}]
+    planted = {name: [{str(s): runs[0] for s in experiment.STRENGTHS}] for name in experiment.PLANTED}
     text = "\n".join(map(str, experiment.report({"own": every, "twin": every, "planted": planted}).parts))
     assert "NOT zero, so the measurement is at fault" in text and "NOT found at every strength" in text
 
