@@ -166,7 +166,7 @@ def interval_curves(
     log_y: bool = False,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance."""
+    """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance; x are counts."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(4.8, 5.6), layout="constrained")
     for i, (name, points) in enumerate(series.items()):
@@ -176,7 +176,8 @@ def interval_curves(
             xs,
             ys,
             ("-", "--", ":")[i // len(COLORS) % 3],
-            marker="osDv^x"[i % 6],
+            # More marks than colours, so that a colour that comes again has another.
+            marker="osDv^xP*"[i % 8],
             markersize=4,
             color=color,
             label=name,
@@ -186,6 +187,7 @@ def interval_curves(
         axes.axhline(level[1], color="black", linestyle=":", label=level[0])
     if log_y:
         axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
