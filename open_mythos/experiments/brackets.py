@@ -50,7 +50,7 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
         data=Brackets(2, LENGTH, 1, LENGTH // 2),
         steps=steps,
         batch_size=128,
-        optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=1e-2),
+        optim=OptimConfig("muon", lr=2.5e-3, weight_decay=0.0, muon_lr=5e-3),
         schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
         loops=LoopsConfig("poisson", MEAN_LOOPS, max_loops=12),
     )
