@@ -278,7 +278,7 @@ EXPERIMENT = Experiment(
     title="Is loop t doing something different from loop t+1?",
     question="Do the loops of a trained model have roles of their own, or is each the same function of another state?",
     protocol=PROTOCOL,
-    cost=("2 min", "50 min"),
+    cost=("1 min", "50 min"),
     run=run,
     report=report,
 )
