@@ -163,7 +163,7 @@ EXPERIMENT = Experiment(
     title="Brackets: does nesting need loops?",
     question="Do more deeply nested strings take more loops to be read, and does each task settle at its own loop?",
     protocol=PROTOCOL,
-    cost=("2 min", "45 min"),
+    cost=("2 min", "35 min"),
     run=run,
     report=report,
 )

@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
     title="Parity: more bits than in training",
     question="With as many loops as bits, does a looped model answer longer rows than it was trained on?",
     protocol=PROTOCOL,
-    cost=("2 min", "25 min"),
+    cost=("2 min", "20 min"),
     run=run,
     report=report,
 )
