@@ -59,6 +59,7 @@ def report(results: Result) -> Report:
             ("nesting", *(f"{ARMS[a]}, {n} loops" for a in ARMS for n in (1, 4, 16)), *PLAIN.values()),
             [(str(d), *_accuracies(runs, d)) for d in _depths(runs["sampled"])],
         ),
+        f"Mean over nestings, less sampled depth at {loops} loops: {_less_sampled(runs, loops)}.",
         f"Parameters: {', '.join(f'{name} {n:,}' for name, n in results['parameters'].items())}. Balanced strings are "
         f"right {shown(_balanced(runs['sampled'], 0), '.2f')} of the time after 1 loop and "
         f"{shown(_balanced(runs['sampled'], -1), '.2f')} after {loops}: what is said without looking is right there.",
@@ -171,6 +172,17 @@ def _shares(runs: list[Result], depth: int, loops: int) -> list[float]:
 def _accuracies(runs: Result, depth: int) -> list[str]:
     looped = [shown(_shares(runs[arm], depth, n), ".2f") for arm in ARMS for n in (1, 4, 16)]
     return looped + [shown(_shares(runs[arm], depth, 1), ".2f") for arm in PLAIN]
+
+
+def _less_sampled(runs: Result, loops: int) -> str:
+    """What the plain twins, and the one at fixed depth, read more of the broken strings, within each seed."""
+    depths = _depths(runs["sampled"])
+
+    def mean(arm: str) -> np.ndarray:
+        return np.mean([_shares(runs[arm], depth, loops) for depth in depths], axis=0)
+
+    gaps = {title: mean(arm) - mean("sampled") for arm, title in ({"fixed": ARMS["fixed"]} | PLAIN).items()}
+    return "; ".join(f"{title} {shown(gap.tolist(), '+.3f')}, {against(gap, 0)} 0" for title, gap in gaps.items())
 
 
 def _balanced(runs: list[Result], loop: int) -> list[float]:

@@ -52,6 +52,15 @@ def test_words_follow_from_the_numbers(slope: float, said: str) -> None:
     assert said in report(made_up(slope, (3, 3, 3), seeds=5)).finding
 
 
+def test_plain_twins_are_held_against_the_looped() -> None:
+    results = made_up(0, (3, 3, 3))
+    for seed in range(3):
+        results["runs"]["deep"][seed] = {"right": {"broken": {str(d): [0.6 + 0.01 * seed] for d in range(7)}}}
+    text = "\n".join(part for part in report(results).parts if isinstance(part, str))
+    assert "fixed depth 4 +0.000 [+0.000, +0.000], not told apart from 0" in text
+    assert "plain, 5 blocks +0.110 [+0.085, +0.135], above 0; plain, 2 blocks -0.100 [-0.100, -0.100], below 0" in text
+
+
 def test_tasks_differ_or_do_not() -> None:
     assert "3 of 3 pairs of tasks differ" in report(made_up(0, (2, 5, 8))).finding
     assert "2 of 3 pairs of tasks differ" in report(made_up(0, (2, 2, 8))).finding
