@@ -180,7 +180,7 @@ EXPERIMENT = Experiment(
     title="Addition: more loops than in training",
     question="Does a model that loops more often than it was trained to stay right, and what keeps it so?",
     protocol=PROTOCOL,
-    cost=("4 min", "75 min"),
+    cost=("3 min", "90 min"),
     run=run,
     report=report,
 )
