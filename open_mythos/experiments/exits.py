@@ -15,7 +15,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.brackets import LENGTH
 from open_mythos.experiments.brackets import arms as bracket_arms
-from open_mythos.experiments.exits_report import exits_report
+from open_mythos.experiments.exits_report import END_ONLY, exits_report
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
 from open_mythos.experiments.settling import rank_correlation, right_by_loop, settled
 from open_mythos.model import OpenMythos
@@ -82,6 +82,8 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
         found[f"{task}, rules"] = base
         # One loss at the end, and one cap for all rows: how deep a token goes is for the model to say.
         data = dataclasses.replace(base.data, target="root") if isinstance(base.data, KHop) else base.data
+        if data != base.data:
+            found[f"{task}, rules, {END_ONLY}"] = dataclasses.replace(base, data=data, losses=LossConfig())
         for ponder in (0.0, PONDER):
             found[f"{task}, ACT, ponder {ponder:g}"] = dataclasses.replace(
                 base,
@@ -233,7 +235,8 @@ itself) and `brackets` (where a string of {LENGTH} breaks, each digit of the pla
 balanced). For each seed three models a task: the recipe `tiny-khop` or `tiny-addition`, or the model of sampled depth
 of the experiment `brackets`, on which the rules that need no training are swept over thresholds, and the same with
 ACT, trained at up to {ACT_LOOPS} loops without a ponder cost and with {PONDER:g}. With ACT khop has the root after the
-last loop as its only label, for losses after every loop need a last state.
+last loop as its only label, for losses after every loop need a last state; what that label does to the rules is told
+by a fourth model, the recipe with it (*{END_ONLY}*).
 
 Every token of a row follows the rule, the prompt's too; accuracy and loops are of the labelled ones. Oracles know the
 answers: an answer gets the loops after which it stays right, or the fewest after which it is right (1 if never); the

@@ -10,6 +10,8 @@ from open_mythos.experiments.record import Figure, Part, Report, Table, against,
 from open_mythos.plots import interval_curves
 
 Runs = list[dict[str, Any]]
+END_ONLY = "end only"
+"""The recipe for khop, told the end of the chain after the last loop instead of a hop after each."""
 LOSS = 0.01
 """Accuracy that a threshold may cost and still be the one that tables and sentences are about."""
 HARD = {
@@ -30,7 +32,7 @@ def exits_report(results: dict[str, Runs]) -> Report:
     for task in HARD:
         arms = {name.removeprefix(f"{task}, "): runs for name, runs in results.items() if name.startswith(f"{task},")}
         chosen = choices(arms)
-        findings.append(_finding(task, chosen))
+        findings.append(_finding(task, arms, chosen))
         parts += _task(task, arms, chosen)
     return Report(" ".join(findings), parts)
 
@@ -44,12 +46,24 @@ def choices(arms: dict[str, Runs]) -> dict[str, Runs]:
             rules.setdefault(points[0]["rule"], []).append(list(points))
         for rule, columns in rules.items():
             chosen = [columns[_threshold(columns, runs, seed)][seed] for seed in range(len(runs))]
-            found[rule if arm == "rules" else arm] = chosen
+            found[_named(arm, rule)] = chosen
     return found
 
 
+def _named(arm: str, rule: str) -> str:
+    """Of a line in figures and tables."""
+    return arm if rule == "act" else rule + arm.removeprefix("rules")
+
+
+def _drawn(name: str) -> bool:
+    """Of the rules on the model that was told the end only, one is enough for a figure."""
+    return END_ONLY not in name or name.startswith("kl")
+
+
 def _threshold(columns: list[Runs], runs: Runs, seed: int) -> int:
-    """The one that saves most for at most LOSS of the accuracy in all other seeds; if none does, the most accurate.
+    """The one that gives answers the fewest loops for at most LOSS of the accuracy in all other seeds.
+
+    If none does, the most accurate.
 
     A single seed chooses on its own answers.
     """
@@ -75,16 +89,31 @@ def follows(values: list[float]) -> str:
     return words.get(against(values, 0), "one seed, no interval")
 
 
-def _finding(task: str, chosen: dict[str, Runs]) -> str:
+def _over_thresholds(arms: dict[str, Runs]) -> str:
+    """At how many of its thresholds each rule's depth follows difficulty, or its reverse."""
+    told = []
+    for arm, runs in arms.items():
+        signs: dict[str, list[str]] = {}
+        for points in zip(*(run["points"] for run in runs), strict=True):
+            signs.setdefault(_named(arm, points[0]["rule"]), []).append(follows(rhos(list(points))))
+        for name, words in signs.items():
+            if not name.startswith("oracle"):
+                against_it = f", the reverse at {words.count('the reverse')}" * ("the reverse" in words)
+                told.append(f"{name} at {words.count('yes')} of {len(words)}{against_it}")
+    return ", ".join(told)
+
+
+def _finding(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> str:
     rules = {name: rhos(points) for name, points in chosen.items() if not name.startswith("oracle")}
     said = ", ".join(f"{name} {shown(values, '.2f')}" for name, values in rules.items())
+    others = _over_thresholds(arms)
     ceiling = shown(rhos(chosen["oracle, stays right"]), ".2f")
     yes = [name for name, values in rules.items() if follows(values) == "yes"]
     gains = {n: follows([p["accuracy"] - p["shuffled"] for p in chosen[n]]) for n in rules}
     better = [name for name, verdict in gains.items() if verdict == "yes"]
     verdict = (
-        f"Depth follows difficulty for {', '.join(yes) or 'no rule'}; better than the same depths dealt at random: "
-        f"{', '.join(better) or 'none'}."
+        f"At these thresholds depth follows difficulty for {', '.join(yes) or 'no rule'}; better than the same depths "
+        f"dealt at random: {', '.join(better) or 'none'}. Over all thresholds depth follows difficulty with {others}."
     )
     if len(next(iter(rules.values()))) < 2:
         verdict = "One seed has no interval, so nothing is claimed."
@@ -119,6 +148,7 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
     curves = {
         name: [(n, *interval([p["by_difficulty"][str(n)] for p in points])) for n in levels]
         for name, points in chosen.items()
+        if _drawn(name)
     }
     return [
         f"## {task}",
@@ -135,14 +165,15 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
                 "accuracy",
                 "less same depth",
                 "less shuffled",
+                "correlation with difficulty",
             ],
             rows,
         ),
         "Every token at the same depth (ACT: cut off there):",
         Table(["loops", *map(str, range(1, len(fixed[0])))], fixed),
         f"### Does depth follow difficulty ({HARD[task]})?",
-        f"At the threshold that saves most for at most {LOSS} of the accuracy, by the answers of the other seeds (a "
-        "single seed's by its own); where none does, the most accurate. Spearman's rank correlation over answers"
+        f"At the threshold that gives answers the fewest loops for at most {LOSS} of the accuracy, by the answers of "
+        "the other seeds (a single seed's by its own); where none does, the most accurate. Spearman's rank correlation over answers"
         f"{WITHIN[task]}; *any place* takes all together, which a rule that goes by the place alone can satisfy:",
         Table(["rule", "correlation", "any place", "shuffled", "follows", "seeds with one depth for all"], rho),
         Figure(f"{task}-depth", depth_title, partial(interval_curves, curves, (HARD[task], "mean loops"), depth_title)),
@@ -168,6 +199,7 @@ def _row(arm: str, points: Runs, runs: Runs) -> list[str]:
         shown([p["accuracy"] for p in points]),
         shown(same, "+.3f"),
         shown([p["accuracy"] - p["shuffled"] for p in points], "+.3f"),
+        shown(rhos(points), "+.2f"),
     ]
 
 
@@ -180,7 +212,9 @@ def _curves(arms: dict[str, Runs]) -> dict[str, list[tuple[float, float, float, 
     }
     for arm, runs in arms.items():
         for points in zip(*(run["points"] for run in runs), strict=True):
-            name = points[0]["rule"] if arm == "rules" else arm
+            name = _named(arm, points[0]["rule"])
+            if not _drawn(name):
+                continue
             at = _mean(list(points), "loops")
             found.setdefault(name, []).append((at, *interval([p["accuracy"] for p in points])))
             if name == "kl":

@@ -142,7 +142,7 @@ def made_up(sign: float) -> dict[str, Any]:
         runs = []
         for seed in range(5):
             rho = sign * (0.5 + 0.01 * seed)
-            if name.endswith("rules"):
+            if "rules" in name:
                 points = [point("oracle, stays right", None, 2.0, 1.0, 0.9), point("kl", 0.1, 3.0, 0.995, rho)]
                 points += [point("kl", 1.0, 2.0, 0.5, rho), point("latent_diff", 0.1, 5.0, 0.9, math.nan)]
             else:
@@ -154,9 +154,11 @@ def made_up(sign: float) -> dict[str, Any]:
 
 def test_report_says_what_the_numbers_say() -> None:
     report = exits_report(made_up(1))
-    assert "Depth follows difficulty for kl, ACT" in report.finding
-    assert "better than the same depths dealt at random: kl, ACT" in report.finding
+    assert "depth follows difficulty for kl, kl, end only, ACT" in report.finding
+    assert "with kl at 2 of 2, latent_diff at 0 of 1, kl, end only at 2 of 2" in report.finding
+    assert "better than the same depths dealt at random: kl, kl, end only, ACT" in report.finding
     against = exits_report(made_up(-1)).finding
+    assert "with kl at 0 of 2, the reverse at 2, latent_diff" in against
     assert "for no rule" in against and "at random: none" in against
     alone = {name: runs[:1] for name, runs in made_up(1).items()}
     assert "nothing is claimed" in exits_report(alone).finding
