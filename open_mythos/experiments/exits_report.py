@@ -173,7 +173,8 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
         Table(["loops", *map(str, range(1, len(fixed[0])))], fixed),
         f"### Does depth follow difficulty ({HARD[task]})?",
         f"At the threshold that gives answers the fewest loops for at most {LOSS} of the accuracy, by the answers of "
-        "the other seeds (a single seed's by its own); where none does, the most accurate. Spearman's rank correlation over answers"
+        "the other seeds (a single seed's by its own); where none does, the most accurate. Spearman's rank "
+        "correlation over answers"
         f"{WITHIN[task]}; *any place* takes all together, which a rule that goes by the place alone can satisfy:",
         Table(["rule", "correlation", "any place", "shuffled", "follows", "seeds with one depth for all"], rho),
         Figure(f"{task}-depth", depth_title, partial(interval_curves, curves, (HARD[task], "mean loops"), depth_title)),
