@@ -246,7 +246,7 @@ with brackets: among digits of one place, of strings that break at the same plac
 out.
 Baseline: every token at the same depth. Null control: the depths of the same answers in the same numbers, dealt to
 other answers at random.""",
-    cost=("4 min", "75 min"),
+    cost=("4 min", "80 min"),
     run=run,
     report=exits_report,
 )
