@@ -32,21 +32,25 @@ def exits_report(results: dict[str, Runs]) -> Report:
     for task in HARD:
         arms = {name.removeprefix(f"{task}, "): runs for name, runs in results.items() if name.startswith(f"{task},")}
         chosen = choices(arms)
-        findings.append(_finding(task, arms, chosen))
+        findings.append(_finding(task, chosen))
         parts += _task(task, arms, chosen)
     return Report(" ".join(findings), parts)
 
 
 def choices(arms: dict[str, Runs]) -> dict[str, Runs]:
     """By rule a point for each seed, at the threshold that the answers of the other seeds choose (see `_threshold`)."""
-    found = {}
+    return {
+        name: [columns[_threshold(columns, runs, seed)][seed] for seed in range(len(runs))]
+        for name, (runs, columns) in _by_rule(arms).items()
+    }
+
+
+def _by_rule(arms: dict[str, Runs]) -> dict[str, tuple[Runs, list[Runs]]]:
+    """By rule the runs of its model, and for each threshold a point for each seed."""
+    found: dict[str, tuple[Runs, list[Runs]]] = {}
     for arm, runs in arms.items():
-        rules: dict[str, list[Runs]] = {}
         for points in zip(*(run["points"] for run in runs), strict=True):
-            rules.setdefault(points[0]["rule"], []).append(list(points))
-        for rule, columns in rules.items():
-            chosen = [columns[_threshold(columns, runs, seed)][seed] for seed in range(len(runs))]
-            found[_named(arm, rule)] = chosen
+            found.setdefault(_named(arm, points[0]["rule"]), (runs, []))[1].append(list(points))
     return found
 
 
@@ -92,28 +96,24 @@ def follows(values: list[float]) -> str:
 def _over_thresholds(arms: dict[str, Runs]) -> str:
     """At how many of its thresholds each rule's depth follows difficulty, or its reverse."""
     told = []
-    for arm, runs in arms.items():
-        signs: dict[str, list[str]] = {}
-        for points in zip(*(run["points"] for run in runs), strict=True):
-            signs.setdefault(_named(arm, points[0]["rule"]), []).append(follows(rhos(list(points))))
-        for name, words in signs.items():
-            if not name.startswith("oracle"):
-                against_it = f", the reverse at {words.count('the reverse')}" * ("the reverse" in words)
-                told.append(f"{name} at {words.count('yes')} of {len(words)}{against_it}")
-    return ", ".join(told)
+    for name, (_, columns) in _by_rule(arms).items():
+        words = [follows(rhos(points)) for points in columns]
+        if not name.startswith("oracle"):
+            reverse = f", the reverse at {words.count('the reverse')}" * ("the reverse" in words)
+            told.append(f"{name} at {words.count('yes')} of {len(words)}{reverse}")
+    return "; ".join(told)
 
 
-def _finding(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> str:
+def _finding(task: str, chosen: dict[str, Runs]) -> str:
     rules = {name: rhos(points) for name, points in chosen.items() if not name.startswith("oracle")}
     said = ", ".join(f"{name} {shown(values, '.2f')}" for name, values in rules.items())
-    others = _over_thresholds(arms)
     ceiling = shown(rhos(chosen["oracle, stays right"]), ".2f")
     yes = [name for name, values in rules.items() if follows(values) == "yes"]
     gains = {n: follows([p["accuracy"] - p["shuffled"] for p in chosen[n]]) for n in rules}
     better = [name for name, verdict in gains.items() if verdict == "yes"]
     verdict = (
         f"At these thresholds depth follows difficulty for {', '.join(yes) or 'no rule'}; better than the same depths "
-        f"dealt at random: {', '.join(better) or 'none'}. Over all thresholds depth follows difficulty with {others}."
+        f"dealt at random: {', '.join(better) or 'none'}."
     )
     if len(next(iter(rules.values()))) < 2:
         verdict = "One seed has no interval, so nothing is claimed."
@@ -177,6 +177,7 @@ def _task(task: str, arms: dict[str, Runs], chosen: dict[str, Runs]) -> list[Par
         "correlation over answers"
         f"{WITHIN[task]}; *any place* takes all together, which a rule that goes by the place alone can satisfy:",
         Table(["rule", "correlation", "any place", "shuffled", "follows", "seeds with one depth for all"], rho),
+        f"Thresholds at which depth follows difficulty: {_over_thresholds(arms)}.",
         Figure(f"{task}-depth", depth_title, partial(interval_curves, curves, (HARD[task], "mean loops"), depth_title)),
         "Mean loops by difficulty:",
         Table(["rule", *map(str, levels)], used),
@@ -211,12 +212,11 @@ def _curves(arms: dict[str, Runs]) -> dict[str, list[tuple[float, float, float, 
             (n, *interval([run["fixed"][n - 1] for run in rules])) for n in range(1, len(rules[0]["fixed"]) + 1)
         ]
     }
-    for arm, runs in arms.items():
-        for points in zip(*(run["points"] for run in runs), strict=True):
-            name = _named(arm, points[0]["rule"])
-            if not _drawn(name):
-                continue
-            at = _mean(list(points), "loops")
+    for name, (_, columns) in _by_rule(arms).items():
+        if not _drawn(name):
+            continue
+        for points in columns:
+            at = _mean(points, "loops")
             found.setdefault(name, []).append((at, *interval([p["accuracy"] for p in points])))
             if name == "kl":
                 control = found.setdefault("depths of kl, shuffled", [])

@@ -155,11 +155,13 @@ def made_up(sign: float) -> dict[str, Any]:
 def test_report_says_what_the_numbers_say() -> None:
     report = exits_report(made_up(1))
     assert "depth follows difficulty for kl, kl, end only, ACT" in report.finding
-    assert "with kl at 2 of 2, latent_diff at 0 of 1, kl, end only at 2 of 2" in report.finding
+    text = "\n".join(part for part in report.parts if isinstance(part, str))
+    assert "follows difficulty: kl at 2 of 2; latent_diff at 0 of 1; kl, end only at 2 of 2;" in text
     assert "better than the same depths dealt at random: kl, kl, end only, ACT" in report.finding
-    against = exits_report(made_up(-1)).finding
-    assert "with kl at 0 of 2, the reverse at 2, latent_diff" in against
-    assert "for no rule" in against and "at random: none" in against
+    against = exits_report(made_up(-1))
+    text = "\n".join(part for part in against.parts if isinstance(part, str))
+    assert "follows difficulty: kl at 0 of 2, the reverse at 2; latent_diff" in text
+    assert "for no rule" in against.finding and "at random: none" in against.finding
     alone = {name: runs[:1] for name, runs in made_up(1).items()}
     assert "nothing is claimed" in exits_report(alone).finding
     arms = {"rules": made_up(1)["khop, rules"]}
