@@ -1,8 +1,27 @@
-"""Files that are whole or not there, and that survive a power failure."""
+"""Files written whole or not at all, so that they survive a power failure, and files read within stated limits.
+
+Every file of a folder that may come from elsewhere (a model, a checkpoint, shards, a tokenizer, a run) is read by these
+functions: its path stays inside the folder, its size and depth are bounded, and every error names it.
+"""
 
 import hashlib
+import json
+import math
 import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_JSON_BYTES = 16 * 2**20
+MAX_YAML_BYTES = 64 * 2**10
+"""YAML is parsed at about a tenth of a megabyte per second."""
+MAX_DEPTH = 32
+MAX_DIGITS = 308
+"""The digits of the largest float."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,19 +41,181 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def of_folder(folder: Path, name: str) -> Path:
-    """The path of a folder's file, which need not be there.
+def is_text(value: str) -> bool:
+    """Return whether a string can be written as UTF-8: escapes in JSON and YAML also make halves of surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a folder's file, which need not exist.
 
     Raises:
-        ValueError: it is a link that leads out of the folder. The cache of the Hugging Face hub, whose folders link to
-            the blobs beside them, is no exception to that but one unit.
+        ValueError: the name is no relative path inside the folder, or it is a link that leads out of the folder or to
+            itself. In the cache of the Hugging Face hub, links may lead to the blobs of the same repository.
     """
-    path, root = folder / name, folder.resolve()
+    is_name = isinstance(name, str) and is_text(name) and "\0" not in name
+    if not is_name or not name or os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValueError(f"{name!r:.200} is no path inside {folder}; name a file of that folder")
+    path = folder / name
+    try:
+        target, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.11 and 3.12 report a loop of links as a RuntimeError
+        raise ValueError(
+            f"{path!s:.400} cannot be found (a loop of links, perhaps); put the file itself there"
+        ) from error
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
+    if not target.is_relative_to(root):
         raise ValueError(f"{path} is a link that leads out of its folder; put the file itself there")
     return path
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the contents of an ordinary file of at most `limit` bytes. A pipe or a device is refused, not waited for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
+        ValueError: it is not an ordinary file, or has more bytes.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is a folder, a pipe or a device; put an ordinary file there")
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise type(error)(
+            f"{path!s:.400} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    if len(data) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes, the most that is read of such a file; check what it is")
+    return data
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Return a UTF-8 file as text, without its byte order mark. Raises as `read_bytes`, and ValueError for others."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Return the value of a JSON file. Raises as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, limit), str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Return the value of a JSON text whose every number is finite and whose every string can be written.
+
+    Args:
+        source: what errors call the text, such as its file or its file and line.
+
+    Raises:
+        ValueError: it is no JSON, has a key twice, is nested deeper than `MAX_DEPTH`, or holds NaN, a number beyond the
+            largest float or half of a surrogate pair; the message names the source and the field.
+    """
+    try:
+        value = json.loads(text, parse_int=_int, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.200}"
+        raise ValueError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
+    _check_values(value, source)
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value of a YAML file. Raises as `read_text` and `parse_yaml`."""
+    return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the plain value of a YAML text, with the same limits as `parse_json` and without aliases.
+
+    An alias (`*name`) can stand for any number of copies of a value, so a few lines could hold more than memory does.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
+    try:
+        value = yaml.load(text, _Loader)
+    except Exception as error:  # the library's constructors raise whatever a bad value causes
+        raise ValueError(f"{source} cannot be read as YAML ({error!s:.400}); correct it") from error
+    _check_values(value, source)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose work is in proportion to the length of the text."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
+        if self.depth == MAX_DEPTH:
+            raise ValueError(f"line {line} is nested deeper than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a section has the field {_most_frequent(names)!r:.60} twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | float:
+        # In YAML 1.1, 1:30:00 is a number to base 60: without an end its value takes time in the square of its length.
+        return super().construct_yaml_int(node) if len(node.value) <= MAX_DIGITS else math.inf
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _int(digits: str) -> int | float:
+    """Return the integer, or infinity for one that is larger than every float and that nobody means."""
+    return int(digits) if len(digits) <= MAX_DIGITS else math.inf
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"an object has the key {_most_frequent(name for name, _ in pairs)!r:.60} twice")
+    return values
+
+
+def _most_frequent(names: Iterable[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
+
+
+def _check_values(value: Any, source: str) -> None:
+    """Refuse what would fail far from its file: deep nesting, numbers that are not finite, strings that are no text."""
+    level = [("", value)]
+    for _ in range(MAX_DEPTH):
+        below: list[tuple[str, Any]] = []
+        for place, item in level:
+            if isinstance(item, dict):
+                below += [(f"{place}.{key!s:.60}" if place else f"{key!s:.60}", each) for key, each in item.items()]
+                below += [(f"a key of {place or 'the object'}", key) for key in item]
+            elif isinstance(item, list | tuple | set):
+                below += [(f"{place}[{i}]", each) for i, each in enumerate(item)]
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
+            elif isinstance(item, str) and not is_text(item):
+                raise ValueError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
+        level = below
+    if level:
+        raise ValueError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
 
 
 def sha256(*paths: Path) -> str:

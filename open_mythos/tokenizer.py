@@ -17,7 +17,7 @@ from typing import Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from open_mythos.files import of_folder
+from open_mythos.files import inside
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
@@ -303,9 +303,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ValueError: the file is none that this version writes.
     """
     folder = Path(folder)
-    hub, own = of_folder(folder, HUB_FILE), of_folder(folder, OWN_FILE)
+    hub, own = inside(folder, HUB_FILE), inside(folder, OWN_FILE)
     if hub.is_file():
-        of_folder(folder, HUB_ROLES)
+        inside(folder, HUB_ROLES)
         return BPETokenizer.load(hub)
     if not own.is_file():
         raise FileNotFoundError(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
-from open_mythos.files import of_folder
+from open_mythos.files import inside
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
@@ -144,7 +144,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _file(folder: Path, name: str) -> Path:
-    path = of_folder(folder, name)
+    path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "
