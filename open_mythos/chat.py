@@ -11,10 +11,12 @@ conversation begin with the ids of each shorter one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
@@ -86,7 +88,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | str:
 
 
 def reply(
-    model: OpenMythos,
+    model: "OpenMythos",
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     max_new_tokens: int = 64,

@@ -1,9 +1,8 @@
 """A recipe for text whose easy tokens may leave the loop early."""
 
 from open_mythos.config import MythosConfig
-from open_mythos.train.config import TrainConfig
+from open_mythos.train.config import OptimConfig, TrainConfig
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import Text
 

@@ -1,9 +1,8 @@
 """A recipe for conversations."""
 
 from open_mythos.recipes.text import tiny_text
-from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.config import EvalConfig, OptimConfig, TrainConfig
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import Chat
 

@@ -1,10 +1,8 @@
 """Recipes for pointer chasing."""
 
 from open_mythos.config import MythosConfig
-from open_mythos.train.config import TrainConfig
+from open_mythos.train.config import LossConfig, OptimConfig, TrainConfig
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.losses import LossConfig
-from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import KHop
 from open_mythos.variants import RECIPE

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 from open_mythos.accounting import count_parameters
 from open_mythos.config import MythosConfig
-from open_mythos.train.config import TrainConfig
-from open_mythos.train.distributed import ParallelConfig
+from open_mythos.train.config import OptimConfig, ParallelConfig, TrainConfig
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import Shards
 from open_mythos.variants import RECIPE, VARIANTS

@@ -10,16 +10,101 @@ import yaml
 from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
-from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.guard import GuardConfig
 from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.losses import LossConfig
-from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.train.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed, Parity, Shards, Stream, Text
 
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""
+
+
+AdjustLR = Literal["match_rms_adamw", "original"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and its rates. The schedule scales `lr` and `muon_lr` alike."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """What weight decay touches: hidden matrices, or every parameter as a bare torch.optim.AdamW does."""
+    muon_lr: float = 3e-4
+    """Peak rate of Muon; with adjust_lr="match_rms_adamw" on the scale of AdamW's."""
+    momentum: float = 0.95
+    adjust_lr: AdjustLR = "match_rms_adamw"
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None does not clip."""
+
+    def __post_init__(self) -> None:
+        check_choice("optim.kind", self.kind, ("adamw", "muon"))
+        check_number("optim.lr", self.lr, 0, above=True)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"optim.betas={self.betas!r} must be two numbers; use optim.betas=(0.9, 0.95)")
+        for i, beta in enumerate(self.betas):
+            check_number(f"optim.betas[{i}]", beta, 0, 1, below=True)
+        check_number("optim.eps", self.eps, 0, above=True)
+        check_number("optim.weight_decay", self.weight_decay, 0)
+        check_choice("optim.decay", self.decay, ("matrices", "all"))
+        check_number("optim.muon_lr", self.muon_lr, 0, above=True)
+        check_number("optim.momentum", self.momentum, 0, 1, below=True)
+        check_choice("optim.adjust_lr", self.adjust_lr, get_args(AdjustLR))
+        if self.clip_norm is not None:
+            check_number("optim.clip_norm", self.clip_norm, 0, above=True)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Where the cross-entropy is taken, and weights of the auxiliary losses; 0 leaves a part out."""
+
+    per_loop: bool = False
+    """Cross-entropy after every loop, averaged, not only after the last (deep supervision).
+
+    Needs loops.per="batch" and halting="none"."""
+    ponder: float = 0.0
+    """Weight of the ponder cost (loops used plus remainder, mean over tokens); needs halting="act"."""
+    router_z: float = 0.0
+    """Weight of the router z-loss, the mean of logsumexp(router logits)^2 over what is routed; needs experts. Where
+    tokens exit early the sum is divided by the loops they were to run."""
+
+    def __post_init__(self) -> None:
+        check_number("losses.ponder", self.ponder, 0)
+        check_number("losses.router_z", self.router_z, 0)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes.
+
+    None of it changes the result by more than rounding, but for dropout and noisy initial states, which are drawn for
+    the rows that are computed together.
+    """
+
+    kind: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds the whole model. fsdp: each holds its share of parameters, gradients and moments, and
+    gathers the recurrent block once per forward pass."""
+    experts: int = 1
+    """Processes over which the experts are spread; needs kind="fsdp"."""
+    rows: int | None = None
+    """Rows that a process computes at a time; None: all of its rows. Fewer take less memory: gradients add up."""
+    timeout_s: float = 600.0
+    """Longest wait for the other processes."""
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.kind", self.kind, ("ddp", "fsdp"))
+        check_int("parallel.experts", self.experts, 1)
+        if self.rows is not None:
+            check_int("parallel.rows", self.rows, 1)
+        check_number("parallel.timeout_s", self.timeout_s, 0, above=True)
+        if self.experts > 1 and self.kind != "fsdp":
+            raise ValueError(
+                f"parallel.experts={self.experts} needs parallel.kind='fsdp', not {self.kind!r}; use kind='fsdp', or "
+                "parallel.experts=1"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ Shape letters: B rows, T tokens, L loops.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from open_mythos.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100  # label of a position without loss, the default of torch's cross_entropy
 
@@ -28,11 +29,11 @@ class Batch:
     documents: (B, T) int64, the number of each token's document in its row, where attention is to stop at their ends.
     """
 
-    input_ids: Tensor
-    labels: Tensor
-    documents: Tensor | None = None
+    input_ids: "Tensor"
+    labels: "Tensor"
+    documents: "Tensor | None" = None
 
-    def take(self, rows: slice | Tensor) -> "Batch":
+    def take(self, rows: "slice | Tensor") -> "Batch":
         """Some of the rows; by an index, copies of them."""
         documents = None if self.documents is None else self.documents[rows]
         return Batch(self.input_ids[rows], self.labels[..., rows, :], documents)
@@ -78,6 +79,9 @@ class Task(Protocol):
         ...
 
 
-def to_tensor(ids: np.ndarray) -> Tensor:
+def to_tensor(ids: np.ndarray) -> "Tensor":
     """int64 tensor of an integer array."""
+    # Imported here so that a configuration, and with it a command line, can be checked without torch.
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))

@@ -9,46 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from open_mythos.checks import check_choice, check_int, check_number
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How a run is spread over processes.
-
-    None of it changes the result by more than rounding, but for dropout and noisy initial states, which are drawn for
-    the rows that are computed together.
-    """
-
-    kind: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every process holds the whole model. fsdp: each holds its share of parameters, gradients and moments, and
-    gathers the recurrent block once per forward pass."""
-    experts: int = 1
-    """Processes over which the experts are spread; needs kind="fsdp"."""
-    rows: int | None = None
-    """Rows that a process computes at a time; None: all of its rows. Fewer take less memory: gradients add up."""
-    timeout_s: float = 600.0
-    """Longest wait for the other processes."""
-
-    def __post_init__(self) -> None:
-        check_choice("parallel.kind", self.kind, ("ddp", "fsdp"))
-        check_int("parallel.experts", self.experts, 1)
-        if self.rows is not None:
-            check_int("parallel.rows", self.rows, 1)
-        check_number("parallel.timeout_s", self.timeout_s, 0, above=True)
-        if self.experts > 1 and self.kind != "fsdp":
-            raise ValueError(
-                f"parallel.experts={self.experts} needs parallel.kind='fsdp', not {self.kind!r}; use kind='fsdp', or "
-                "parallel.experts=1"
-            )
+from open_mythos.train.config import ParallelConfig
 
 
 class RankFailed(ConnectionError):

@@ -4,28 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from open_mythos.checks import check_number
 from open_mythos.outputs import TrainOutput
+from open_mythos.train.config import LossConfig
 from open_mythos.train.cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Where the cross-entropy is taken, and weights of the auxiliary losses; 0 leaves a part out."""
-
-    per_loop: bool = False
-    """Cross-entropy after every loop, averaged, not only after the last (deep supervision).
-
-    Needs loops.per="batch" and halting="none"."""
-    ponder: float = 0.0
-    """Weight of the ponder cost (loops used plus remainder, mean over tokens); needs halting="act"."""
-    router_z: float = 0.0
-    """Weight of the router z-loss, the mean of logsumexp(router logits)^2 over what is routed; needs experts. Where
-    tokens exit early the sum is divided by the loops they were to run."""
-
-    def __post_init__(self) -> None:
-        check_number("losses.ponder", self.ponder, 0)
-        check_number("losses.router_z", self.router_z, 0)
 
 
 @dataclass(frozen=True)

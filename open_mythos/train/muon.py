@@ -9,7 +9,7 @@ Shape letters: N matrices of one shape, R rows, C columns.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
 from open_mythos.nn.linear import MANY_PRODUCTS, fast, linear
+from open_mythos.train.config import AdjustLR
 from open_mythos.train.owners import Owners
-
-AdjustLR = Literal["match_rms_adamw", "original"]
 
 # Quintic coefficients of Jordan et al.: the steepest slope at 0 that keeps singular values within about 0.7 .. 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -9,50 +9,12 @@ The rest is undecayed because decay pulls it towards values that mean something 
 towards exp(-1), a norm's gain towards 0 (Parcae decays none of these; OLMo 2 dropped decay on embeddings).
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_choice, check_number
 from open_mythos.nn.linear import Linear
-from open_mythos.train.muon import AdjustLR, Muon
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer and its rates. The schedule scales `lr` and `muon_lr` alike."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    decay: Literal["matrices", "all"] = "matrices"
-    """What weight decay touches: hidden matrices, or every parameter as a bare torch.optim.AdamW does."""
-    muon_lr: float = 3e-4
-    """Peak rate of Muon; with adjust_lr="match_rms_adamw" on the scale of AdamW's."""
-    momentum: float = 0.95
-    adjust_lr: AdjustLR = "match_rms_adamw"
-    clip_norm: float | None = 1.0
-    """Largest global norm of the gradient; None does not clip."""
-
-    def __post_init__(self) -> None:
-        check_choice("optim.kind", self.kind, ("adamw", "muon"))
-        check_number("optim.lr", self.lr, 0, above=True)
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise ValueError(f"optim.betas={self.betas!r} must be two numbers; use optim.betas=(0.9, 0.95)")
-        for i, beta in enumerate(self.betas):
-            check_number(f"optim.betas[{i}]", beta, 0, 1, below=True)
-        check_number("optim.eps", self.eps, 0, above=True)
-        check_number("optim.weight_decay", self.weight_decay, 0)
-        check_choice("optim.decay", self.decay, ("matrices", "all"))
-        check_number("optim.muon_lr", self.muon_lr, 0, above=True)
-        check_number("optim.momentum", self.momentum, 0, 1, below=True)
-        check_choice("optim.adjust_lr", self.adjust_lr, get_args(AdjustLR))
-        if self.clip_norm is not None:
-            check_number("optim.clip_norm", self.clip_norm, 0, above=True)
+from open_mythos.train.config import OptimConfig
+from open_mythos.train.muon import Muon
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
