@@ -133,7 +133,7 @@ def check_n_loops(n_loops: int | None, cfg: MythosConfig, cache: KVCache | None 
         return cfg.max_loop_iters if cfg.recurrent_layers else 1
     if not cfg.recurrent_layers:
         raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
-    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or None for max_loop_iters")
+    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
     if cache is not None and n_loops > cache.n_loops:
         raise ValueError(
             f"n_loops={n_loops} is deeper than the cache, which has {cache.n_loops} levels; "

@@ -1,12 +1,19 @@
 """Checks of values that a caller gives: each message names the field, its value, what is allowed and the remedy.
 
 A wrong type is a TypeError, a value out of range a ValueError. A bool is no number, and 2.0 is no int.
+Messages name a field and its value as Python has them, `n_loops=0`; `as_typed` turns them into what a command takes.
 """
 
 import difflib
 import math
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+VALUE = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,'"]*[^\s;,'".):]"""
+"""A value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None, remedy: str = "") -> None:
@@ -68,3 +75,52 @@ def check_field(name: object, fields: Sequence[str], section: str = "") -> None:
         near = difflib.get_close_matches(str(name), fields, n=1)
         remedy = f"did you mean {section + near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
         raise ValueError(f"{f'{section}{name}'!r} is no field of the configuration; {remedy}")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the known one that comes nearest, if one does."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def as_typed(message: str, flag_of: Mapping[str, str]) -> str:
+    """A message in which fields and their values stand as the command line has them: --n-loops 0 for n_loops=0.
+
+    A field of a section is known without the section's name too, if no other has that name.
+    """
+    ends = [field.rpartition(".")[2] for field in flag_of]
+    known = {end: flag for end, flag in zip(ends, flag_of.values(), strict=True) if ends.count(end) == 1} | dict(
+        flag_of
+    )
+    names = "|".join(sorted((re.escape(name) for name in known), key=len, reverse=True))
+    if not names:
+        return message
+
+    def with_value(match: re.Match) -> str:
+        flag, value = known[match[1]], match[2]
+        if flag and value.lower() in ("true", "false"):
+            return flag if value.lower() == "true" else f"--no-{flag[2:]}"
+        if value[0] in "([":
+            words = [word.strip(" '\"") for word in value[1:-1].split(",")]
+            value = " ".join(shlex.quote(word) for word in words if word)
+        elif value[0] in "'\"":
+            value = shlex.quote(value[1:-1])
+        return f"{flag} {value}".strip()
+
+    message = re.sub(rf"(?<![\w.-])({names})=({VALUE})", with_value, message)
+    # Without a value only what cannot be an English word.
+    return re.sub(
+        rf"(?<![\w./-])({names})(?![\w./=-])",
+        lambda match: known[match[1]] if {"_", "."} & set(match[1]) and known[match[1]] else match[0],
+        message,
+    )
+
+
+def check_sampling(how: Any) -> None:
+    """Refuse fields of `Sampling`, here of any object that has them, which no model could sample with."""
+    check_number("temperature", how.temperature, 0, remedy="use 0 for greedy, or 1.0")
+    if how.top_k is not None:
+        check_int("top_k", how.top_k, 0, remedy="use top_k=0 to keep all")
+    check_number("top_p", how.top_p, 0, 1, above=True, remedy="use top_p=1.0 to keep all")
+    check_number("min_p", how.min_p, 0, 1, remedy="use min_p=0.0 to keep all")
+    check_number("repetition_penalty", how.repetition_penalty, 0, above=True, remedy="use 1.0 for none")

@@ -11,7 +11,7 @@ from math import inf, log
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_sampling
 from open_mythos.nn.numerics import wide
 
 
@@ -36,12 +36,7 @@ class Sampling:
     """Divides the positive logits of earlier tokens and multiplies the negative ones (CTRL, section 4.1)."""
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, 0, remedy="use 0 for greedy, or 1.0")
-        if self.top_k is not None:
-            check_int("top_k", self.top_k, 0, remedy="use None to keep all")
-        check_number("top_p", self.top_p, 0, 1, above=True, remedy="use 1.0 to keep all")
-        check_number("min_p", self.min_p, 0, 1, remedy="use 0.0 to keep all")
-        check_number("repetition_penalty", self.repetition_penalty, 0, above=True, remedy="use 1.0 for none")
+        check_sampling(self)
 
 
 @torch.no_grad()

@@ -1,16 +1,33 @@
-"""The command `mythos`. Each command imports what it needs when it runs, so that --help answers at once."""
+"""The command `mythos`. Each command imports what it needs when it runs, so that --help and refusals come at once."""
 
+import os
+import platform
 import sys
 import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NamedTuple
 
-from open_mythos.cli.analyze import analyze
-from open_mythos.cli.chat import chat
-from open_mythos.cli.data import fetch_corpus, prepare_data, train_tokenizer
-from open_mythos.cli.exp import exp
-from open_mythos.cli.plan import plan
-from open_mythos.cli.serve import serve
-from open_mythos.cli.train import demo, train
-from open_mythos.cli.use import evaluate, generate, info
+from open_mythos.checks import as_typed, did_you_mean
+from open_mythos.cli.analyze import AnalyzeArgs, analyze
+from open_mythos.cli.chat import ChatArgs, chat
+from open_mythos.cli.data import (
+    FetchCorpusArgs,
+    PrepareDataArgs,
+    TrainTokenizerArgs,
+    fetch_corpus,
+    prepare_data,
+    train_tokenizer,
+)
+from open_mythos.cli.exp import ExpArgs, exp
+from open_mythos.cli.options import flags
+from open_mythos.cli.plan import PlanArgs, plan
+from open_mythos.cli.serve import ServeArgs, serve
+from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
+from open_mythos.cli.use import EvalArgs, GenerateArgs, InfoArgs, evaluate, generate, info
+
+EXIT_BROKEN_PIPE = 1
+"""Exit status when nobody reads the output any more, which is that of rich."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -19,9 +36,13 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if args[0] == "--version":
+        print(f"mythos {version('open-mythos-rdt')}, torch {version('torch')}, Python {platform.python_version()}")
+        return 0
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
-        print(f"mythos: {command!r} is no command\n\n{_usage()}", file=sys.stderr)
+        near = did_you_mean(command, list(COMMANDS)) or f"\n\n{_usage()}"
+        print(f"mythos: {command!r} is no command{near}", file=sys.stderr)
         return 2
 
     # A user has no use for the line of code that a warning comes from.
@@ -30,34 +51,55 @@ def main(args: list[str] | None = None) -> int:
 
     warnings.formatwarning = plain  # ty: ignore[invalid-assignment]
     try:
-        COMMANDS[command](rest)
+        COMMANDS[command].run(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As `| head` does. What is still buffered would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"mythos {command}: {error}", file=sys.stderr)
+        print(f"mythos {command}: {as_typed(str(error), _flags(COMMANDS[command].options))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def _flags(options: type) -> dict[str, str]:
+    """The flags of a command, with those of a run's configuration where it takes them."""
+    if options not in (TrainArgs, PlanArgs):
+        return flags(options)
+    from open_mythos.train.config import TrainConfig
+
+    return flags(TrainConfig) | flags(options) | {"recipe": ""}
+
+
 def _usage() -> str:
-    lines = [f"  {name:17s}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
-    return "\n".join(
-        ["usage: mythos COMMAND [options]", "", *lines, "", "mythos COMMAND --help tells the options of a command."]
-    )
+    lines = [f"  {name:17s}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += ["", "mythos COMMAND --help tells the options of a command, mythos --version the version."]
+    return "\n".join(["usage: mythos COMMAND [options]", "", *lines])
+
+
+class Command(NamedTuple):
+    """A command and its options."""
+
+    run: Callable[[list[str]], None]
+    """Its docstring is the line of `mythos --help`."""
+    options: type
 
 
 COMMANDS = {
-    "demo": demo,
-    "fetch-corpus": fetch_corpus,
-    "prepare-data": prepare_data,
-    "train-tokenizer": train_tokenizer,
-    "plan": plan,
-    "train": train,
-    "generate": generate,
-    "chat": chat,
-    "serve": serve,
-    "eval": evaluate,
-    "analyze": analyze,
-    "exp": exp,
-    "info": info,
+    "demo": Command(demo, DemoArgs),
+    "fetch-corpus": Command(fetch_corpus, FetchCorpusArgs),
+    "prepare-data": Command(prepare_data, PrepareDataArgs),
+    "train-tokenizer": Command(train_tokenizer, TrainTokenizerArgs),
+    "plan": Command(plan, PlanArgs),
+    "train": Command(train, TrainArgs),
+    "generate": Command(generate, GenerateArgs),
+    "chat": Command(chat, ChatArgs),
+    "serve": Command(serve, ServeArgs),
+    "eval": Command(evaluate, EvalArgs),
+    "analyze": Command(analyze, AnalyzeArgs),
+    "exp": Command(exp, ExpArgs),
+    "info": Command(info, InfoArgs),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype, setup_device
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class AnalyzeArgs:
 
 def analyze(rest: list[str]) -> None:
     """look at what a model does in each loop"""
-    args = tyro.cli(AnalyzeArgs, prog="mythos analyze", args=rest)
+    args = read(AnalyzeArgs, "mythos analyze", rest)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     from rich.console import Console

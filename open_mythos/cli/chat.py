@@ -8,12 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from open_mythos.cli.use import Exit
+from open_mythos.checks import check_int
+from open_mythos.cli.options import SamplingOptions, read
 from open_mythos.device import Device, Dtype, setup_device
 
 
 @dataclass
-class ChatArgs:
+class ChatArgs(SamplingOptions):
     """Talk with the model of a folder. Every token has the colour of the loops it took; /help lists what can be
     changed on the way. Reads lines from a pipe too."""
 
@@ -25,29 +26,27 @@ class ChatArgs:
     """A system message before the conversation."""
     max_tokens: int = 256
     """Tokens of an answer, at most."""
-    n_loops: int | None = None
-    """Loops per token; left out: the model's max_loop_iters."""
-    exit: Exit | None = None
-    """Rule that lets a token leave the loop early; left out: the model's own."""
-    exit_threshold: float | None = None
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 50
-    """0 keeps every token."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    kv_tokens: int | None = None
+    """Tokens of the conversation that there is memory for, at the loops in use; left out: the model's whole context,
+    or what a quarter of the free memory holds."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        self.check()
+        check_int("max_tokens", self.max_tokens, 1)
+        if self.kv_tokens is not None:
+            check_int("kv_tokens", self.kv_tokens, 1)
+
 
 def chat(rest: list[str]) -> None:
     """talk with a model, its tokens coloured by their loops"""
-    args = tyro.cli(ChatArgs, prog="mythos chat", args=rest)
+    args = read(ChatArgs, "mythos chat", rest)
     if args.plain and args.system:
         raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     setup_device(args.device, args.threads)
     from rich.console import Console
 

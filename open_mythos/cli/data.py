@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from open_mythos.cli.options import read
+
 if TYPE_CHECKING:
     from open_mythos.data.hub import HubDataset
 
@@ -20,7 +22,7 @@ class FetchCorpusArgs:
 
 def fetch_corpus(rest: list[str]) -> None:
     """get 11 MB of public-domain English to train on"""
-    args = tyro.cli(FetchCorpusArgs, prog="mythos fetch-corpus", args=rest)
+    args = read(FetchCorpusArgs, "mythos fetch-corpus", rest)
     from open_mythos.data.corpus import build_corpus
 
     documents, n_bytes = build_corpus(args.out)
@@ -59,7 +61,7 @@ class PrepareDataArgs:
 
 def prepare_data(rest: list[str]) -> None:
     """turn files of text, or a dataset of the hub, into token shards"""
-    args = tyro.cli(PrepareDataArgs, prog="mythos prepare-data", args=rest)
+    args = read(PrepareDataArgs, "mythos prepare-data", rest)
     inputs = _hub_dataset(args.inputs, args.subset, args.revision, args.limit_files) or list(args.inputs)
     from open_mythos.data.documents import Reading
     from open_mythos.data.prepare import Settings, prepare
@@ -116,7 +118,7 @@ class TrainTokenizerArgs:
 
 def train_tokenizer(rest: list[str]) -> None:
     """train a byte-level BPE on files of text"""
-    args = tyro.cli(TrainTokenizerArgs, prog="mythos train-tokenizer", args=rest)
+    args = read(TrainTokenizerArgs, "mythos train-tokenizer", rest)
     if args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty; name another folder")
     from open_mythos.data.documents import Reading, find_files, first_text

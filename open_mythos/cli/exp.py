@@ -5,20 +5,30 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from open_mythos import experiments
+from open_mythos.checks import check_choice, check_int
+from open_mythos.cli.options import read
 from open_mythos.cli.train import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HOME = Path("runs/exp")
 
 
 @dataclass
 class ExpArgs:
-    """Run an experiment and write its report. `mythos exp list` tells what there is."""
+    """Run an experiment and write its report. `mythos exp list` has a line for each experiment, `mythos exp show NAME`
+    all that is known of one."""
 
     name: Annotated[str, tyro.conf.Positional]
+    """An experiment, or list, or show."""
+    shown: Annotated[str, tyro.conf.Positional] = ""
+    """Behind show: the experiment."""
     quick: bool = False
     """Minutes instead of the whole protocol: to see it work, not for a claim."""
     seeds: tuple[int, ...] | None = None
@@ -29,24 +39,37 @@ class ExpArgs:
     """Folder of the runs themselves, which are not repeated; left out: runs/exp/NAME, or runs/exp/NAME-quick."""
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        check_choice("name", self.name, (*experiments.NAMES, "list", "show"))
+        if self.name == "show":
+            check_choice("shown", self.shown, experiments.NAMES)
+        elif self.shown:
+            raise ValueError(f"{self.shown!r} stands behind {self.name}; leave it out, or use show {self.shown}")
+        check_int("threads", self.threads, 1)
+        seeds = self.seeds or ()
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")
+
 
 def exp(rest: list[str]) -> None:
     """run a published experiment, or list them"""
-    args = tyro.cli(ExpArgs, prog="mythos exp", args=rest)
-    from open_mythos.checks import check_choice, check_int
-    from open_mythos.experiments.lab import NAMES, Lab, load, perform
+    args = read(ExpArgs, "mythos exp", rest)
+    from rich.console import Console
+
+    if args.name in ("list", "show"):
+        console = Console(highlight=False)
+        _list(console) if args.name == "list" else _show(console, args.shown)
+        return
+    from open_mythos.experiments.lab import Lab, load, perform
     from open_mythos.train.trainer import Interrupted
 
-    if args.name == "list":
-        _list()
-        return
-    check_choice("name", args.name, (*NAMES, "list"))
-    check_int("threads", args.threads, 1)
     folder = args.runs or HOME / (args.name + "-quick" * args.quick)
-    seeds = args.seeds or load(args.name).seeds[: 1 if args.quick else None]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")
+    experiment = load(args.name)
+    seeds = args.seeds or experiment.seeds[: 1 if args.quick else None]
     out = args.out or folder / "report"
+    print(
+        f"{experiment.title}: about {experiment.cost[0 if args.quick else 1]} on one CPU core as measured.", flush=True
+    )
     lab = Lab(folder, args.quick, seeds, args.threads)
     try:
         report = perform(args.name, lab, out, f"mythos exp {shlex.join(rest)}")
@@ -56,18 +79,41 @@ def exp(rest: list[str]) -> None:
     print(f"{report.finding}\nThe report is {out / 'report.html'} (also .md and .json, and the figures).")
 
 
-def _list() -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _list(console: "Console") -> None:
+    """One line for each experiment, cut to the terminal's width."""
+    from open_mythos.experiments.lab import load
 
-    from open_mythos.experiments.lab import NAMES, load
-
-    table = Table("name", "asks", "takes, quick / whole", "last found here", show_lines=True)
-    for name in NAMES:
+    for name in experiments.NAMES:
         experiment = load(name)
-        # What was found last on this machine, the whole before the quick form; a source tree also has the record.
-        places = [HOME / name / "report", Path("docs/results") / name, HOME / f"{name}-quick" / "report"]
-        found = next((p / "report.json" for p in places if (p / "report.json").exists()), None)
-        last = "not run yet" if found is None else json.loads(found.read_text(encoding="utf-8"))["finding"]
-        table.add_row(name, experiment.question, " / ".join(experiment.cost), last)
-    Console().print(table)
+        line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} {_found(name)[0]}"
+        console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
+    console.print("\nname, time of the quick form / the whole, question, finding", soft_wrap=True)
+    console.print("All that is known of one: mythos exp show NAME", soft_wrap=True)
+
+
+def _show(console: "Console", name: str) -> None:
+    """Everything that is known of one experiment."""
+    from open_mythos.experiments.lab import load
+
+    experiment = load(name)
+    finding, place = _found(name)
+    for label, text in (
+        ("", experiment.title),
+        ("Question: ", experiment.question),
+        ("Takes: ", f"{experiment.cost[0]} in the quick form, {experiment.cost[1]} in all, on one CPU core"),
+        ("Seeds: ", " ".join(map(str, experiment.seeds))),
+        ("Finding: ", finding + (f" ({place})" if place else "")),
+        ("", experiment.protocol.strip()),
+        ("Run it: ", f"mythos exp {name} --quick"),
+    ):
+        console.print(label + text, markup=False, soft_wrap=label == "Run it: ")
+        console.print()
+
+
+def _found(name: str) -> tuple[str, Path | None]:
+    """What was found last on this machine, the whole before the quick form, and where that is written."""
+    # A source tree also has the record.
+    for folder in (HOME / name / "report", Path("docs/results") / name, HOME / f"{name}-quick" / "report"):
+        if (folder / "report.json").exists():
+            return json.loads((folder / "report.json").read_text(encoding="utf-8"))["finding"], folder
+    return "not run yet", None

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import check_int, check_number
+from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype, setup_device
 
 KEY = "MYTHOS_API_KEY"
@@ -56,7 +57,7 @@ class ServeArgs:
 
 def serve(rest: list[str]) -> None:
     """answer over HTTP, as OpenAI's clients ask"""
-    args = tyro.cli(ServeArgs, prog="mythos serve", args=rest)
+    args = read(ServeArgs, "mythos serve", rest)
     # Until the server is there, being told to end is the end.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 import tyro
 
+from open_mythos.checks import check_int
+from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype
 
 if TYPE_CHECKING:
@@ -15,27 +17,6 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
-
-
-RECIPES = (
-    "tiny-khop",
-    "tiny-addition",
-    "addition-dgx",
-    "tiny-text",
-    "adaptive-text",
-    "small-text",
-    "chat",
-    "ablation-118m",
-    "parcae-style-140m",
-    "mythos-3b-fineweb-edu",
-    "mythos-1b",
-    "mythos-10b",
-    "mythos-50b",
-    "mythos-100b",
-    "mythos-500b",
-    "mythos-1t",
-)
-"""The names of `open_mythos.recipes.RECIPES`, which imports torch."""
 
 
 @dataclass
@@ -50,10 +31,14 @@ class DemoArgs:
     """CPU threads. On a busy machine one is fastest."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_int("threads", self.threads, 1)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+
 
 def demo(rest: list[str]) -> None:
     """train from nothing in minutes, and see more loops answer longer questions"""
-    args = tyro.cli(DemoArgs, prog="mythos demo", args=rest)
+    args = read(DemoArgs, "mythos demo", rest)
     from open_mythos.demo import run_demo
 
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
@@ -91,6 +76,12 @@ class TrainArgs:
     """Go on from the newest whole checkpoint; start where there is none."""
     workers: int = 0
     """Processes that make batches ahead of time."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("checkpoint_every", 0), ("keep_last", 1), ("keep_every", 0), ("workers", 0)):
+            check_int(name, getattr(self, name), low)
+        if self.threads is not None:
+            check_int("threads", self.threads, 1)
 
 
 def train(rest: list[str]) -> None:
@@ -136,9 +127,11 @@ def train(rest: list[str]) -> None:
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
+    if args.init_from is None:
+        return cfg
     from open_mythos.train.init_from import adopt
 
-    return cfg if args.init_from is None else adopt(cfg, args.init_from)
+    return adopt(cfg, args.init_from)
 
 
 class RunArgs(Protocol):
@@ -166,23 +159,22 @@ def read_run(
     """
     kept = [arg for arg in rest if arg not in ("-h", "--help")]
     wants_help = len(kept) < len(rest)
-    args, overrides = tyro.cli(options, prog=f"{command} RECIPE", args=kept, return_unknown_args=True)
+    args, overrides = read(options, f"{command} RECIPE", kept, return_unknown_args=True)  # ty: ignore[not-iterable]
+    from open_mythos.recipes import RECIPES, load_recipe
+    from open_mythos.train.config import TrainConfig
+
     # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
     place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
     recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
     if wants_help and not recipe:
-        tyro.cli(options, prog=f"{command} RECIPE", args=["--help"])
+        read(options, f"{command} RECIPE", ["--help"])
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in {command} tiny-text")
-
-    from open_mythos.recipes import load_recipe
-    from open_mythos.train.config import TrainConfig
-
     default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
-    cfg = tyro.cli(
+    cfg = read(
         TrainConfig,
-        prog=f"{command} {recipe or '--config FILE'}{ending}",
-        args=[*overrides, "--help"] if wants_help else overrides,
+        f"{command} {recipe or '--config FILE'}{ending}",
+        [*overrides, "--help"] if wants_help else overrides,
         default=default if begin is None else begin(args, default),
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -2,39 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from open_mythos.checks import check_int
+from open_mythos.cli.options import Exit, SamplingOptions, read
+from open_mythos.config import MAX_LOOPS
 from open_mythos.device import Device, Dtype, setup_device
-
-Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
 
 @dataclass
-class GenerateArgs:
+class GenerateArgs(SamplingOptions):
     """Continue a prompt with the model of a folder, and print the text as it comes."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
     prompt: Annotated[str, tyro.conf.Positional]
     max_new_tokens: int = 64
-    n_loops: int | None = None
-    """Loops per token; left out: the model's max_loop_iters."""
-    exit: Exit | None = None
-    """Rule that lets a token leave the loop early; left out: the model's own."""
-    exit_threshold: float | None = None
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 50
-    """0 keeps every token."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""
-    seed: int | None = None
     chat: bool = False
     """The prompt is a user's message, in the template that the recipe chat trains; only the answer is printed."""
     show_loops: bool = False
@@ -46,10 +34,14 @@ class GenerateArgs:
     dtype: Dtype = "float32"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        self.check()
+        check_int("max_new_tokens", self.max_new_tokens, 1)
+
 
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
-    args = tyro.cli(GenerateArgs, prog="mythos generate", args=rest)
+    args = read(GenerateArgs, "mythos generate", rest)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     import torch
@@ -119,7 +111,7 @@ class InfoArgs:
 
 def info(rest: list[str]) -> None:
     """count a model's parameters, FLOPs per token, cache and memory"""
-    args = tyro.cli(InfoArgs, prog="mythos info", args=rest)
+    args = read(InfoArgs, "mythos info", rest)
     from open_mythos.info import print_info
 
     if args.tokenizer is not None:
@@ -146,6 +138,7 @@ class EvalArgs:
     exit: Exit | None = None
     """Rule that lets a token leave the loop early; left out: the model's own."""
     exit_threshold: float | None = None
+    """Threshold of that rule; left out: its default."""
     context: int | None = None
     """Tokens of a window, half of which at least precede each token; left out: those of a row of training, where
     FOLDER is RUN/final, else the model's max_seq_len."""
@@ -158,13 +151,17 @@ class EvalArgs:
 
 def evaluate(rest: list[str]) -> None:
     """bits per byte of a text, by loops"""
-    args = tyro.cli(EvalArgs, prog="mythos eval", args=rest)
+    args = read(EvalArgs, "mythos eval", rest)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     try:
         n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
     except ValueError:
         raise ValueError(f"--n-loops {args.n_loops} must be numbers with commas between; use 1,2,4,8") from None
+    for n in n_loops:
+        check_int("n_loops", n, 1, MAX_LOOPS, "use n_loops=1,2,4,8")
+    if args.context is not None:
+        check_int("context", args.context, 1)
     from rich.console import Console
 
     from open_mythos.evals.by_loops import evaluate_files, print_results

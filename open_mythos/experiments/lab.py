@@ -28,19 +28,6 @@ from open_mythos.train.trainer import Trainer
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
 
-NAMES: tuple[str, ...] = (
-    "addition",
-    "khop",
-    "parity",
-    "brackets",
-    "verify",
-    "exits",
-    "loop_roles",
-    "adaptive",
-    "small_text",
-)
-"""The experiments, in the order of `mythos exp list`."""
-
 
 @dataclass(frozen=True)
 class Experiment:

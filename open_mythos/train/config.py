@@ -198,7 +198,8 @@ class TrainConfig:
         if isinstance(data, KHop) and (data.target == "hop") != self.losses.per_loop:
             raise ValueError(
                 f"losses.per_loop={self.losses.per_loop} does not fit data.target={data.target!r}: 'hop' has answers "
-                "after every loop, 'root' one at the end; use losses.per_loop=true with 'hop' and false with 'root'"
+                "after every loop, 'root' one at the end; use losses.per_loop=true with 'hop', losses.per_loop=false "
+                "with 'root'"
             )
         if self.losses.per_loop and (self.loops.per != "batch" or not model.recurrent_layers or model.halting == "act"):
             raise ValueError(

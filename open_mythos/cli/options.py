@@ -1,0 +1,179 @@
+"""Options of the commands: reading them, and naming them in messages as they are typed."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from open_mythos.checks import check_int, check_number, check_sampling, did_you_mean
+from open_mythos.config import MAX_LOOPS
+
+T = TypeVar("T")
+Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How deep a token thinks, and how the next one is chosen."""
+
+    n_loops: int | None = None
+    """Loops per token; left out: the model's max_loop_iters."""
+    exit: Exit | None = None
+    """Rule that lets a token leave the loop early; left out: the model's own."""
+    exit_threshold: float | None = None
+    """Threshold of that rule; left out: its default."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 50
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Refuse what no model could run, before torch is imported."""
+        if self.n_loops is not None:
+            check_int("n_loops", self.n_loops, 1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
+        if self.exit_threshold is not None:
+            check_number("exit_threshold", self.exit_threshold, 0, above=True)
+        check_sampling(self)
+        if self.seed is not None:
+            check_int("seed", self.seed, 0, 2**63 - 1)
+
+
+def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
+    """Read a command's options; `how` goes to tyro.
+
+    Raises:
+        ValueError: a value cannot be used; the message names the flag as it is typed.
+        SystemExit: --help was asked for, or tyro has printed what is wrong with the flags themselves.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _registry(none="default" in how):
+            return tyro.cli(options, prog=command, args=list(rest), **how)
+    except SystemExit as end:
+        # tyro frames every message alike. Those about a value, ours or of a conversion here, are printed as others are.
+        error = end.__context__
+        while error is not None and not (isinstance(error, ValueError) and _is_ours(error)):
+            error = error.__context__
+        if error is None:
+            sys.stderr.write(said.getvalue())
+            raise
+        flag = re.search(r"Error parsing (--[\w.-]+):", said.getvalue())
+        raise ValueError(f"{flag[1]} {error}" if flag else str(error)) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a line of this package raised the error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").startswith("open_mythos.")
+
+
+def _registry(none: bool) -> ConstructorRegistry:
+    """How values are read. A field that may be None takes the word where leaving its flag out would not give None."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        kinds = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else ()
+        if len(kinds) != 2 or types.NoneType not in kinds:
+            return None
+        kind = kinds[kinds[0] is types.NoneType]
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+
+        def convert(words: list[str]) -> Any:
+            return None if none and words == ["None"] else spec.instance_from_str(words)
+
+        return dataclasses.replace(
+            spec,
+            metavar=spec.metavar + "|None" * none,
+            instance_from_str=convert,
+            is_instance=lambda value: value is None or spec.is_instance(value),
+            str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+        )
+
+    @registry.primitive_rule
+    def several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        kinds = get_args(info.type)
+        if get_origin(info.type) is not tuple or kinds[1:] != (...,) or tyro.conf.UseAppendAction in info.markers:
+            return None
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+        if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+            return None
+        convert, written = spec.instance_from_str, spec.str_from_instance
+        return PrimitiveConstructorSpec(
+            "*",
+            f"[{spec.metavar} ...]",
+            lambda words: tuple(convert([word]) for word in words),
+            lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+            lambda value: [word for item in value for word in written(item)],
+        )
+
+    @registry.primitive_rule
+    def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type not in (int, float):
+            return None
+        kind, name, example = (int, "INT", "a whole number") if info.type is int else (float, "FLOAT", "a number")
+
+        def convert(words: list[str]) -> Any:
+            try:
+                return kind(words[0])
+            except ValueError:
+                raise ValueError(f"{_short(words[0])} must be {example}") from None
+
+        return PrimitiveConstructorSpec(
+            1, name, convert, lambda value: isinstance(value, int | kind), lambda value: [str(value)]
+        )
+
+    @registry.primitive_rule
+    def choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        allowed = get_args(info.type)
+        if get_origin(info.type) is not Literal or not all(isinstance(name, str) for name in allowed):
+            return None
+
+        def convert(words: list[str]) -> Any:
+            if words[0] not in allowed:
+                remedy = did_you_mean(words[0], allowed)
+                raise ValueError(f"{_short(words[0])} must be one of {', '.join(allowed)}{remedy}")
+            return words[0]
+
+        return PrimitiveConstructorSpec(
+            1, f"{{{','.join(allowed)}}}", convert, lambda value: value in allowed, lambda value: [value]
+        )
+
+    return registry
+
+
+def flags(options: type) -> dict[str, str]:
+    """The flag of each option of a command by its field, nested ones with dots; "" for what is typed without one."""
+    found = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        if get_origin(hint) is typing.ClassVar:
+            continue
+        alone = get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
+        sections = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        for section in sections:
+            found |= {
+                f"{name}.{field}": f"--{name.replace('_', '-')}.{flag[2:]}" for field, flag in flags(section).items()
+            }
+        if not sections:
+            found[name] = "" if alone else "--" + name.replace("_", "-")
+    return found
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 40 else word[:40] + "..."
