@@ -15,7 +15,7 @@ from open_mythos.experiments.khop_report import best_unreachable, worst_reachabl
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map, loop_curve, require_matplotlib
 from open_mythos.recipes import load_recipe
-from open_mythos.terminal import accuracy_table, loop_legend, shaded
+from open_mythos.terminal import accuracy_table, loop_summary, shaded
 from open_mythos.tokenizer import TextStream, Tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
@@ -136,5 +136,5 @@ def _sample(console: Console, model: OpenMythos, tokenizer: Tokenizer) -> dict[s
     console.print("A sample; each letter stops looping when one more loop would hardly change its prediction:")
     console.print(PROMPT, end="")
     console.print(shaded(pieces, most))
-    console.print(loop_legend(most), f"  {sum(loops) / len(loops):.2f} loops per token on average")
+    console.print(loop_summary(console, loops, most))
     return {"sample": tokenizer.decode(ids), "sample_loops": loops}

@@ -1,14 +1,25 @@
 """What the commands draw in a terminal."""
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 # From one loop (pale) to the most (dark red); readable on light and dark backgrounds.
 LOOP_COLORS = ("#9ecae1", "#6baed6", "#74c476", "#a1d99b", "#fed976", "#fd8d3c", "#fc4e2a", "#e31a1c")
+PLAIN_LINE_S = 5.0
+"""Seconds between two plain lines of progress."""
 
 
 def write(console: Console, text: str, style: str = "") -> None:
@@ -43,6 +54,14 @@ def loop_legend(most: int) -> Text:
     return legend
 
 
+def loop_summary(console: Console, loops: Sequence[int], most: int) -> str | Text:
+    """The mean loops of the tokens, with the colours' meaning where the console has shown colours."""
+    mean = f"{sum(loops) / len(loops):.2f} loops per token on average"
+    if console.is_terminal:
+        return loop_legend(most).append(f"   {mean}", style="not bold")
+    return f"{mean} (in a terminal each token has the colour of its loops)"
+
+
 def accuracy_table(
     title: str, distances: Sequence[int], loops: Sequence[int], accuracy: Sequence[Sequence[float]]
 ) -> Table:
@@ -62,32 +81,92 @@ def _accuracy_style(value: float) -> str:
 
 
 class ProgressLine:
-    """A bar with steps, the latest numbers and the time left; only its last state where the output is no terminal."""
+    """How far a command is: a bar in a terminal, and a plain line every few seconds where the output is none.
 
-    def __init__(self, n_steps: int, label: str, enabled: bool = True, done: int = 0, stderr: bool = False) -> None:
-        self._progress = Progress(
+    The plain lines are "khop: step 120/1,000  loss 2.31  12,345 tokens/s  3 min left"; the first and the last step
+    always have one.
+
+    Args:
+        total: steps, or whatever the work is measured in.
+        label: what is under way.
+        enabled: False shows nothing.
+        done: steps of an earlier part of the same run.
+        unit: the name of a step; "" where steps mean nothing to a user, who then reads a share in percent.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self,
+        total: float,
+        label: str,
+        enabled: bool = True,
+        done: int = 0,
+        *,
+        stderr: bool = False,
+        unit: str = "step",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = Console(stderr=stderr, highlight=False)
+        self._total, self._label, self._unit, self._clock = total, label, unit, clock
+        self._plain = enabled and not self._console.is_terminal
+        self._done = self._first = done
+        self._numbers = ""
+        self._began, self._printed_s, self._printed = clock(), -math.inf, done
+        self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn() if unit else TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=stderr),
-            disable=not enabled,
+            console=self._console,
+            disable=not enabled or self._plain,
         )
-        self._task = self._progress.add_task(label, total=n_steps, completed=done, numbers="")
+        self._task = self._bar.add_task(label, total=total, completed=done, numbers="")
 
-    def advance(self, numbers: dict[str, float] | None = None, n_steps: int = 1) -> None:
-        """So many steps are done; `numbers` replaces what the line shows."""
-        self._progress.advance(self._task, n_steps)
+    def advance(self, numbers: Mapping[str, float] | None = None, steps: float = 1, label: str | None = None) -> None:
+        """So many steps are done; `numbers` and `label` replace what the line shows."""
+        self._done += steps
         if numbers is not None:
-            shown = " ".join(
-                f"{label} {value:,.0f}" if value >= 1000 else f"{label} {value:.4g}" for label, value in numbers.items()
-            )
-            self._progress.update(self._task, numbers=shown)
+            self._numbers = "  ".join(_number(name, value) for name, value in numbers.items())
+        self._label = self._label if label is None else label
+        self._bar.update(self._task, advance=steps, numbers=self._numbers, description=self._label)
+        if self._clock() - self._printed_s >= PLAIN_LINE_S or self._done >= self._total:
+            self._print()
+
+    def _print(self) -> None:
+        if not self._plain or self._done == self._printed:
+            return
+        now = self._clock()
+        done, total = int(self._done), int(self._total)
+        place = f"{self._unit} {done:,}/{total:,}" if self._unit else f"{self._done / self._total:.0%}"
+        left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
+        parts = [f"{self._label}: {place}", self._numbers, f"{duration(left)} left" if self._done < self._total else ""]
+        # Not by rich, which would break the line at 80 columns.
+        print("  ".join(filter(None, parts)), file=self._console.file, flush=True)
+        self._printed, self._printed_s = self._done, now
 
     def __enter__(self) -> "ProgressLine":
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._print()
+        self._bar.stop()
+
+
+def _number(name: str, value: float) -> str:
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{shown} {name}" if name.endswith("/s") else f"{name} {shown}"
+
+
+def duration(seconds: float) -> str:
+    """A time as one says it: 40 s, 3 min, 2 h 10 min, 5 days."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{hours} h"
+    return f"{round(hours / 24)} days"

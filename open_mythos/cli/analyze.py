@@ -46,20 +46,18 @@ def analyze(rest: list[str]) -> None:
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     from rich.console import Console
-    from rich.progress import Progress
 
     from open_mythos.cli.analyze_parts import PARTS
     from open_mythos.plots import require_matplotlib
+    from open_mythos.terminal import ProgressLine
 
     require_matplotlib()
     subject = _subject(args)
     sections: dict[str, Section] = {}
-    with Progress(transient=True) as bar:
-        task = bar.add_task("", total=len(PARTS))
+    with ProgressLine(len(PARTS), "analyze", unit="part", stderr=True) as line:
         for name, part in PARTS.items():
-            bar.update(task, description=name)
             sections[name] = part(subject)
-            bar.advance(task)
+            line.advance(label=name)
     out = args.folder / "analysis" if args.out is None else args.out
     _write(args, f"mythos analyze {shlex.join(rest)}", subject, sections, out)
     _print(Console(), sections.values())

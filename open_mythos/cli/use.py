@@ -49,7 +49,7 @@ def generate(rest: list[str]) -> None:
 
     from open_mythos.chat import end_of_turn, render
     from open_mythos.model import OpenMythos
-    from open_mythos.terminal import loop_legend, loop_style, write
+    from open_mythos.terminal import loop_style, loop_summary, write
     from open_mythos.tokenizer import TextStream, load_tokenizer
 
     device = setup_device(args.device, args.threads)
@@ -89,7 +89,7 @@ def generate(rest: list[str]) -> None:
     )
     write(console, stream.flush() + "\n")
     if args.show_loops:
-        console.print(loop_legend(most), f"   {sum(loops) / len(loops):.2f} loops per token on average")
+        console.print(loop_summary(console, loops, most))
 
 
 @dataclass

@@ -1,15 +1,16 @@
 """mythos eval: bits per byte of files by loops, as a table, as JSON and as a figure."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from open_mythos.arguments import check_n_loops
@@ -19,6 +20,7 @@ from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
 from open_mythos.files import write_text
 from open_mythos.model import OpenMythos
 from open_mythos.plots import loop_curve, require_matplotlib
+from open_mythos.terminal import ProgressLine
 from open_mythos.tokenizer import load_tokenizer
 
 RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
@@ -68,12 +70,18 @@ def evaluate_files(
         context = trained_context(folder) or cfg.max_seq_len
     n_windows = len(windows(tokenizer, texts, context))
     scores: list[TextScore] = []
-    with Progress(disable=not progress, transient=True) as bar:
-        # A window costs about as much as it has loops, besides the layers around them.
-        around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
-        task = bar.add_task("", total=n_windows * sum(n + around for n in n_loops))
+    # A window costs about as much as it has loops, besides the layers around them.
+    around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
+    total, n_tokens, began = n_windows * sum(n + around for n in n_loops), 0, time.perf_counter()
+    with ProgressLine(total, "eval", progress, stderr=True, unit="") as line:
+
+        def advance(n: int, windows: int, tokens: int) -> None:
+            nonlocal n_tokens
+            n_tokens += tokens
+            speed = n_tokens / (time.perf_counter() - began)
+            line.advance({"tokens/s": speed}, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
+
         for n in n_loops:
-            bar.update(task, description=f"{n} loop{'s' * (n > 1)}")
             scores.append(
                 bits_per_byte(
                     model,
@@ -83,7 +91,7 @@ def evaluate_files(
                     exit=exit,
                     exit_threshold=exit_threshold,
                     context=context,
-                    advance=lambda windows, cost=n + around: bar.advance(task, windows * cost),
+                    advance=partial(advance, n),
                 )
             )
     best = min(score.bits_per_byte for score in scores)
@@ -114,7 +122,7 @@ def evaluate_files(
     write_text(out / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
     for ending in (".png", ".svg"):
         values = [score.bits_per_byte for score in scores]
-        title = f"{results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
+        title = f"{folder}: {results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
         loop_curve(values, [score.n_loops for score in scores], out / (FIGURE + ending), "bits per byte", title)
     return results
 

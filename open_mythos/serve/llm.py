@@ -170,7 +170,7 @@ class LLM:
 
         n_tokens = n_loops = 0
         began = time.perf_counter()
-        with ProgressLine(len(running), "answers", progress, stderr=True) as line:
+        with ProgressLine(len(running), "answers", progress, stderr=True, unit="answer") as line:
             while running:
                 ended = 0
                 for event in self.engine.step():
@@ -185,7 +185,7 @@ class LLM:
                     if event.finish_reason is not None and running.pop(event.request.id, None) is not None:
                         ended += 1
                 seconds = time.perf_counter() - began
-                line.advance({"tok/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}, ended)
+                line.advance({"tokens/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}, ended)
 
     def _output(self, prompt: str | list[int], answers: list[Request]) -> RequestOutput:
         self._n_prompts += 1

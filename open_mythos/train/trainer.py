@@ -51,7 +51,7 @@ from open_mythos.train.trackers import Run, Tracker, Tracking
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
 
-SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tok/s": "perf/tok_s"}  # what the live line has room for
+SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}  # what the live line has room for
 
 
 class Trainer:

@@ -137,9 +137,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "mean loops" not in capsys.readouterr().out
     for wrong, told in (
         (["--n-loops", "1;2"], "must be numbers with commas between"),
-        (["--n-loops", "1,0"], "n_loops=0"),
-        (["--context", "1000"], "context=1000"),
-        (["--context", "0"], "context=0"),
+        (["--n-loops", "1,0"], "--n-loops 0"),
+        (["--context", "1000"], "--context 1000"),
+        (["--context", "0"], "--context 0"),
         (["--exit-threshold", "1"], "needs a rule"),
     ):
         assert main([*command, *wrong]) == 2

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.terminal import ProgressLine
+from open_mythos.terminal import ProgressLine, duration
 from open_mythos.tokenizer import ByteTokenizer, load_tokenizer
 from open_mythos.train.checkpoint import save_model_folder
 from open_mythos.train.metrics import MetricsWriter, read_metrics
@@ -31,14 +32,47 @@ def test_nan_never_reaches_the_file(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
 
 
-def test_progress_line_shows_the_latest_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressLine(2, "run") as line:
-        line.advance({"loss": 3.14159})
-        line.advance()
-    assert "2/2 loss 3.142" in capsys.readouterr().out
-    with ProgressLine(2, "run", enabled=False) as line:
-        line.advance({"loss": 1.0})
-    assert capsys.readouterr().out == ""
+def shown(capsys: pytest.CaptureFixture[str], seconds: list[float], **how: Any) -> list[str]:
+    """The plain lines of a run whose steps are done after so many seconds."""
+    now = 0.0
+    with ProgressLine(how.pop("total", len(seconds)), "run", clock=lambda: now, **how) as line:
+        for i, now in enumerate(seconds):
+            line.advance({"loss": 3.14159 - i, "tokens/s": 12345.6} if i % 2 == 0 else None)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_without_a_terminal_a_plain_line_comes_every_few_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first step, then at most one line in five seconds, and the last step whenever that is."""
+    assert shown(capsys, [2.0, 4.0, 6.9, 7.0, 8.0, 13.0, 14.0], total=1200) == [
+        "run: step 1/1,200  loss 3.142  12,346 tokens/s  40 min left",
+        "run: step 4/1,200  loss 1.142  12,346 tokens/s  35 min left",
+        "run: step 6/1,200  loss -0.8584  12,346 tokens/s  43 min left",
+        "run: step 7/1,200  loss -2.858  12,346 tokens/s  40 min left",
+    ]
+    assert shown(capsys, [1.0, 2.0, 3.0]) == [
+        "run: step 1/3  loss 3.142  12,346 tokens/s  2 s left",
+        "run: step 3/3  loss 1.142  12,346 tokens/s",
+    ]
+
+
+def test_time_left_of_a_run_that_goes_on_is_that_of_its_own_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, [10.0], total=103, done=100)[0].endswith("step 101/103  loss 3.142  12,346 tokens/s  20 s left")
+
+
+def test_progress_without_steps_is_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, [1.0], total=4, unit="")[0].startswith("run: 25%  loss")
+
+
+def test_progress_that_is_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, [1.0, 2.0], enabled=False) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (0.2, "1 s"), (89, "89 s"), (95, "2 min"), (3_500, "58 min"), (7_800, "2 h 10 min"), (1e6, "12 days")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def small_model() -> OpenMythos:
