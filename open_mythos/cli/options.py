@@ -19,6 +19,8 @@ from open_mythos.checks import check_int, check_number, check_sampling, did_you_
 from open_mythos.config import MAX_LOOPS
 
 T = TypeVar("T")
+MAX_NEW_TOKENS = 64
+"""New tokens of `mythos generate`, unless it is given others."""
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
 

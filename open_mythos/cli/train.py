@@ -1,5 +1,7 @@
 """Commands that train."""
 
+import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import read
+from open_mythos.cli.options import MAX_NEW_TOKENS, read
 from open_mythos.device import Device, Dtype
 
 if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
+    from open_mythos.train.trainer import Trainer
 
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
@@ -114,16 +117,68 @@ def train(rest: list[str]) -> None:
         if recipe not in DATA:
             raise
         raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
+    if trainer.world.is_first:
+        print("\n".join(_size_and_time(args, recipe, trainer)), flush=True)
     try:
         final = trainer.run()
     except Interrupted as interrupted:
         print(f"mythos train: {interrupted}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    if not trainer.world.is_first:
-        return
-    print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
-    show = "--chat" if cfg.data.name == "chat" else "--show-loops"
-    print(f'Next: mythos info {final}    mythos generate {final} "..." {show}')
+    if trainer.world.is_first:
+        print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
+        print("\n".join(_next(trainer, final)))
+
+
+def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str]:
+    """What a run is going to take, as far as that is known before its first step."""
+    from open_mythos.accounting import count_parameters
+    from open_mythos.recipes import CPU_SECONDS, load_recipe
+    from open_mythos.terminal import duration
+
+    cfg = trainer.cfg
+    tokens = cfg.steps * cfg.batch_size * cfg.data.seq_len
+    lines = [
+        f"{recipe or args.config}: {count_parameters(cfg.model).total:,} parameters; {cfg.steps:,} steps of "
+        f"{cfg.batch_size:,} rows of {cfg.data.seq_len:,} tokens, {tokens:,} tokens in all."
+    ]
+    if trainer.steps_done:
+        lines.append(f"It goes on after step {trainer.steps_done:,}.")
+    whole = load_recipe(recipe) if recipe in CPU_SECONDS else None
+    if whole is not None and dataclasses.replace(cfg, steps=whole.steps, seed=whole.seed) == whole:
+        seconds = CPU_SECONDS[recipe] * (cfg.steps - trainer.steps_done) / whole.steps
+        lines.append(
+            f"About {duration(seconds)} on one core of a server CPU with AVX-512; the time left on this machine is "
+            "measured from the first steps."
+        )
+    else:
+        lines.append("The time left is measured from the first steps.")
+        if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
+            lines.append(f"This recipe is made for GPUs: mythos plan {recipe} tells its time on them.")
+    if not args.checkpoint_every:
+        lines.append("Nothing is saved before the end; with --checkpoint-every 100 a run that is ended can --resume.")
+    return lines
+
+
+def _next(trainer: "Trainer", final: Path) -> list[str]:
+    """Commands that work with the model that has just been trained, each on a line of its own."""
+    from open_mythos.train.data import example
+
+    folder, cfg, tokenizer = shlex.quote(str(final)), trainer.cfg, trainer.tokenizer
+    lines = ["Next:"]
+    if cfg.data.name == "chat":
+        lines += [f"  mythos generate {folder} 'What is a loop?' --chat", f"  mythos chat {folder}"]
+    elif cfg.data.bytes_per_token is None:
+        prompt, answer, n_tokens = example(trainer.validation, tokenizer)
+        lines.append(f"  mythos generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
+        lines.append(f"  (the right answer is {answer}; docs/tasks.md shows how each task is asked)")
+    else:
+        # Whole words of held-out text; the first and the last may be cut.
+        text = tokenizer.decode(trainer.validation.input_ids[0].tolist())
+        prompt = " ".join(text.split()[1:-1][:3]) or text[:8]
+        room = min(cfg.model.max_seq_len - len(tokenizer.encode(prompt)), cfg.model.max_output_tokens)
+        limit = f" --max-new-tokens {room}" if room < MAX_NEW_TOKENS else ""
+        lines.append(f"  mythos generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
+    return [*lines, f"  mythos info {folder}"]
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import Exit, SamplingOptions, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, Exit, SamplingOptions, read
 from open_mythos.config import MAX_LOOPS
 from open_mythos.device import Device, Dtype, setup_device
 
@@ -19,7 +19,7 @@ class GenerateArgs(SamplingOptions):
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
     prompt: Annotated[str, tyro.conf.Positional]
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""

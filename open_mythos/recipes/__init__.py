@@ -1,6 +1,4 @@
-"""Recipes: a run is a function that returns its TrainConfig. A new one is one function, one line in this table and its
-name in `open_mythos/cli/train.py`, which does not import torch to know it.
-"""
+"""Recipes: a run is a function that returns its TrainConfig. A new one is one function and one line in this table."""
 
 import difflib
 from collections.abc import Callable
@@ -32,6 +30,15 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "mythos-500b": partial(pretrain, "500b"),
     "mythos-1t": partial(pretrain, "1t"),
 }
+CPU_SECONDS = {
+    "tiny-khop": 61,  # docs/results/khop/report.json
+    "tiny-addition": 155,  # docs/results/addition/report.json
+    "addition-dgx": 24_000,  # a step takes 5.1 times as long as one of tiny-addition, measured side by side
+    "tiny-text": 80,
+    "small-text": 220,  # docs/results/small_text/report.json
+    "adaptive-text": 1_320,
+}
+"""CPU seconds of a whole run on one core of a server CPU with AVX-512, as measured."""
 DATA = {"small-text": SMALL_TEXT_DATA}
 """The commands that make the data of recipes whose data has to be prepared."""
 

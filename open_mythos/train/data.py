@@ -79,6 +79,22 @@ class Task(Protocol):
         ...
 
 
+def example(batch: Batch, tokenizer: Tokenizer) -> tuple[str, str, int]:
+    """The first row of `batch` as a user would ask it: the prompt, the right answer, and the tokens of the answer.
+
+    Where the row itself holds the answer, behind the place that is first asked, the prompt is what stands before it:
+    `12+34=` of addition. Else the whole row is the prompt and the answer is a token that the row does not hold, as of
+    khop and parity.
+    """
+    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+    asked = [place for place, label in enumerate(labels) if label != IGNORE]
+    first, last = asked[0], asked[-1]
+    answer = [labels[place] for place in asked]
+    if ids[first + 1 : last + 1] != answer[:-1] or asked != list(range(first, last + 1)):
+        first, answer = last, answer[-1:]
+    return tokenizer.decode(ids[: first + 1]), tokenizer.decode(answer), len(answer)
+
+
 def to_tensor(ids: np.ndarray) -> "Tensor":
     """int64 tensor of an integer array."""
     # Imported here so that a configuration, and with it a command line, can be checked without torch.

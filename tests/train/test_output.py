@@ -36,7 +36,7 @@ def shown(capsys: pytest.CaptureFixture[str], seconds: list[float], **how: Any) 
     """The plain lines of a run whose steps are done after so many seconds."""
     now = 0.0
     with ProgressLine(how.pop("total", len(seconds)), "run", clock=lambda: now, **how) as line:
-        for i, now in enumerate(seconds):
+        for i, now in enumerate(seconds):  # noqa: B007
             line.advance({"loss": 3.14159 - i, "tokens/s": 12345.6} if i % 2 == 0 else None)
     return capsys.readouterr().out.splitlines()
 
@@ -56,7 +56,9 @@ def test_without_a_terminal_a_plain_line_comes_every_few_seconds(capsys: pytest.
 
 
 def test_time_left_of_a_run_that_goes_on_is_that_of_its_own_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(capsys, [10.0], total=103, done=100)[0].endswith("step 101/103  loss 3.142  12,346 tokens/s  20 s left")
+    assert shown(capsys, [10.0], total=103, done=100)[0].endswith(
+        "step 101/103  loss 3.142  12,346 tokens/s  20 s left"
+    )
 
 
 def test_progress_without_steps_is_a_share(capsys: pytest.CaptureFixture[str]) -> None:

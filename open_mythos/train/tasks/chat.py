@@ -89,8 +89,8 @@ class Chat:
             )
         if self.held_out and not parts[1]:
             raise ValueError(
-                f"data.held_out={self.held_out} holds out none of {n} conversations; use a larger share, or 0 to "
-                "validate on those that are trained on"
+                f"data.held_out={self.held_out} holds out none of {n} conversations; use a larger share, or "
+                "data.held_out=0 to validate on those that are trained on"
             )
         if skipped:
             warnings.warn(f"{skipped.total()} of {n + skipped.total()} conversations skipped: {told}", stacklevel=2)
