@@ -47,20 +47,19 @@ def chat(rest: list[str]) -> None:
         raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
-    setup_device(args.device, args.threads)
+    import torch
     from rich.console import Console
 
     from open_mythos.chat import end_of_turn
-    from open_mythos.serve.engine import EngineConfig
-    from open_mythos.serve.llm import LLM
+    from open_mythos.model import OpenMythos
     from open_mythos.serve.params import SamplingParams
     from open_mythos.serve.session import Session
+    from open_mythos.tokenizer import load_tokenizer
 
-    # There are no neighbours, and one row without padding is 1.4 times as fast (docs/results/engine.md).
-    config = EngineConfig(max_rows=1, batch_invariant=False)
-    llm = LLM(args.folder, device=args.device, dtype=args.dtype, config=config)
-    assert llm.tokenizer is not None  # a folder's model comes with its own
-    end = end_of_turn(llm.tokenizer)
+    device = setup_device(args.device, args.threads)
+    tokenizer = load_tokenizer(args.folder)
+    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
+    end = end_of_turn(tokenizer)
     params = SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -75,7 +74,7 @@ def chat(rest: list[str]) -> None:
         exit_threshold=args.exit_threshold,
     )
     console = Console(highlight=False, soft_wrap=True)
-    session = Session(llm.engine, llm.tokenizer, console, params, args.plain, args.system)
+    session = Session(model, tokenizer, console, params, args.plain, args.system, args.kv_tokens)
     if sys.stdin.isatty():
         session.greet()
     session.run(_lines())

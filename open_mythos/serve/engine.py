@@ -167,18 +167,16 @@ class Engine:
         self.aborted: list[TokenEvent] = []
         self.n_requests = 0
 
+    def n_tokens_at(self, n_loops: int) -> int:
+        """Tokens that there is room for where each may take so many loops."""
+        return self.n_pages // n_layers(self.model.cfg, n_loops) * self.config.page_tokens
+
     def _kv_tokens(self) -> int:
         cfg, device = self.model.cfg, self.model.device
         if self.config.kv_tokens is not None:
             return self.config.kv_tokens
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            # Not every system tells what is free; there it is a share of all memory.
-            pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-            free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
         each = kv_bytes_per_token(cfg, cfg.max_loop_iters, self.model.dtype.itemsize)
-        return max(GRID, min(self.config.max_rows * cfg.max_seq_len, int(MEMORY_SHARE * free) // each))
+        return max(GRID, min(self.config.max_rows * cfg.max_seq_len, cache_bytes(device) // each))
 
     @property
     def busy(self) -> bool:
@@ -391,6 +389,17 @@ class Engine:
             check_int("stop_token_ids", token, 0, self.model.cfg.vocab_size - 1)
         end = None if self.tokenizer is None or params.ignore_eos else self.tokenizer.eos_id
         return frozenset(params.stop_token_ids) | ({end} if end is not None else set())
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The bytes that keys and values may take, unless told: a share of what is free on the device."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        # Not every system tells what is free; there it is a share of all memory.
+        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return int(MEMORY_SHARE * free)
 
 
 def _row(work: _Work) -> Row:

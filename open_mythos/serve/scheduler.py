@@ -107,12 +107,13 @@ class Scheduler:
             ValueError: it would not fit into the pages even alone.
         """
         # The last new token is never computed.
-        need = self._n_blocks(seq.n_prompt + seq.max_tokens - 1) * seq.pages_per_block
-        if need > self._limits.n_pages:
+        n_tokens = seq.n_prompt + seq.max_tokens - 1
+        n_blocks = self._limits.n_pages // seq.pages_per_block
+        if self._n_blocks(n_tokens) > n_blocks:
             raise ValueError(
-                f"n_pages={self._limits.n_pages} must be at least {need} for a prompt of {seq.n_prompt} tokens and "
-                f"max_tokens={seq.max_tokens} at {seq.n_loops} loops; ask for fewer tokens or loops, or give the "
-                "engine more kv_tokens"
+                f"max_tokens={seq.max_tokens} behind a prompt of {seq.n_prompt} tokens needs room for {n_tokens} at "
+                f"{seq.n_loops} loops, and there is room for {n_blocks * self._limits.page_tokens}; ask for fewer "
+                "tokens or loops, or give the engine more kv_tokens"
             )
         if len(self._waiting) >= self._limits.max_queue:
             raise QueueFull(f"max_queue={self._limits.max_queue} requests wait already; try again later")

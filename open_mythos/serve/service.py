@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from open_mythos.accounting import n_layers
 from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
@@ -204,10 +203,10 @@ class Service:
 
     def _room(self, n_prompt: int, n: int, n_loops: int | None) -> int:
         """`max_tokens` of a chat that names none."""
-        engine, cfg, n_loops = self.engine, self.engine.model.cfg, n_loops or 1
+        cfg, n_loops = self.engine.model.cfg, n_loops or 1
         budget = (self.config.max_work // n_loops - n_prompt) // n
-        held = engine.n_pages // n_layers(cfg, n_loops) * engine.config.page_tokens
-        return max(1, min(CHAT_TOKENS, cfg.max_output_tokens, min(cfg.max_seq_len, held) - n_prompt, budget))
+        room = min(cfg.max_seq_len, self.engine.n_tokens_at(n_loops)) - n_prompt
+        return max(1, min(CHAT_TOKENS, cfg.max_output_tokens, room, budget))
 
     def card(self) -> dict[str, Any]:
         """The model, as the list of models has it."""

@@ -16,7 +16,8 @@ from rich.console import Console
 from open_mythos import OpenMythos, SamplingParams
 from open_mythos.chat import render
 from open_mythos.cli import main
-from open_mythos.serve.engine import Engine, EngineConfig
+from open_mythos.serve import session as sessions
+from open_mythos.serve.engine import Engine
 from open_mythos.serve.session import Session
 from open_mythos.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
@@ -69,8 +70,7 @@ def talk(model: OpenMythos, lines: Iterator[str] | list[str], tokenizer: Any = N
     """What a session prints, without the command around it."""
     tokenizer, out = tokenizer or ByteTokenizer(), io.StringIO()
     params = SamplingParams(temperature=0, max_tokens=options.pop("max_tokens", 6))
-    engine = Engine(model, tokenizer, EngineConfig(max_rows=1))
-    Session(engine, tokenizer, Console(file=out, soft_wrap=True, highlight=False), params, **options).run(lines)
+    Session(model, tokenizer, Console(file=out, soft_wrap=True, highlight=False), params, **options).run(lines)
     return out.getvalue()
 
 
@@ -123,16 +123,16 @@ def test_help_names_every_command(chat: Callable) -> None:
     [
         ("/lops 3", "/lops is no command; use one of /loops, /rule"),
         ("/loops three", "'three' is no whole number"),
-        ("/loops 0", "n_loops=0"),
+        ("/loops 0", "/loops 0 must be between 1 and 4096; use /loops 8"),
         ("/loops 1 2", "/loops 1 2 does not fit; /loops N"),
-        ("/rule kll", "exit='kll'"),
-        ("/rule kl 0", "exit_threshold=0"),
-        ("/rule act", "exit='act' needs a model with"),
-        ("/temperature -1", "temperature=-1.0"),
+        ("/rule kll", "/rule kll must be one of"),
+        ("/rule kl 0", "THRESHOLD 0.0 must be a finite number above 0"),
+        ("/rule act", "/rule act needs a model with"),
+        ("/temperature -1", "/temperature -1.0 must be"),
         ("/temperature", "/temperature does not fit"),
-        ("/max 0", "max_tokens=0"),
+        ("/max 0", "/max 0 must be between 1 and"),
         ("a <|user|> b", "has <|user|> in its content"),
-        ("x" * 300, "fill max_seq_len=256; /reset"),
+        ("x" * 300, "fill the conversation, which has room for 256 at 4 loops; /reset"),
     ],
 )
 def test_a_bad_line_is_told_and_changes_nothing(chat: Callable, model: OpenMythos, line: str, told: str) -> None:
@@ -207,7 +207,7 @@ def test_tokens_are_coloured_in_a_terminal(model: OpenMythos) -> None:
     out, tokenizer = io.StringIO(), ByteTokenizer()
     console = Console(file=out, soft_wrap=True, highlight=False, force_terminal=True, color_system="truecolor")
     params = SamplingParams(temperature=0, max_tokens=6, n_loops=2)
-    session = Session(Engine(model, tokenizer, EngineConfig(max_rows=1)), tokenizer, console, params)
+    session = Session(model, tokenizer, console, params)
     session.greet()
     session.run(["a"])
     assert "\x1b[1;38;2;227;26;28m" in out.getvalue().replace("\x1b[0m", ""), "the colour of the most loops"
@@ -237,3 +237,46 @@ def test_nan_ends_the_command(
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     assert main(["chat", str(tmp_path), "--device", "cpu"]) == 2
     assert "logits are NaN" in capsys.readouterr().err
+
+
+def test_more_loops_than_the_models_own_are_answered(model: OpenMythos) -> None:
+    """At 4 loops the memory is that of a context; at 32 it is made anew, and long conversations go on."""
+    assert model.cfg.max_loop_iters == 4
+    told = statuses(
+        talk(
+            model,
+            ["/rule fixed", "a" * 60, "/loops 32", "b" * 60, "c" * 60, "/loops 1", "d"],
+            plain=True,
+            max_tokens=20,
+        )
+    )
+    assert [loops for _, loops, *_ in told] == ["4.00", "32.00", "32.00", "1.00"]
+    assert [int(n) for n, *_ in told] == [20, 20, 20, 15]  # to the end of the context
+    # Only what was computed at other loops, or before the memory was made anew, is read again.
+    assert int(told[2][2]) > 0
+
+
+def test_answers_at_more_loops_are_those_of_generate(model: OpenMythos) -> None:
+    out = talk(model, ["/loops 16", "a river"], plain=True, max_tokens=9)
+    ids = ByteTokenizer().encode("a river")
+    new = model.generate(ids, 9, 16, temperature=0, top_k=None, stop=ByteTokenizer.eos_id)
+    assert ByteTokenizer().decode(new[len(ids) :]) in out
+
+
+def test_a_conversation_has_the_room_that_it_is_given(chat: Callable) -> None:
+    """48 tokens whatever the loops: the answer is cut where they end, and the next line is refused in plain words."""
+    options = ("--plain", "--kv-tokens", "48", "--max-tokens", "30")
+    for loops in ("4", "9"):
+        out = chat(f"/loops {loops}", "a" * 30, "b", "/reset", "c", options=options)
+        assert statuses(out)[0][0] == "18" and "cut off at 18" in out
+        assert "the 49 tokens so far fill the conversation, which has room for 48 at " + loops + " loops; /reset" in out
+        assert len(statuses(out)) == 2 and "n_pages" not in out
+
+
+def test_loops_without_memory_are_refused_before_they_are_tried(
+    model: OpenMythos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "cache_bytes", lambda device: 300_000)
+    out = talk(model, ["a river", "/loops 4000", "more", "/loops", "more"], plain=True)
+    assert "/loops 4000 takes " in out and "there is memory for 0 tokens of a conversation; use fewer loops" in out
+    assert len(statuses(out)) == 2
