@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from open_mythos.extras import load
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Told apart by the colour-blind too. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
 Series = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
@@ -202,11 +204,7 @@ def require_matplotlib() -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; run: pip install 'open-mythos-rdt[plot]'") from error
-    matplotlib.use("Agg")
+    load("matplotlib", "plot", "figures").use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -25,6 +25,7 @@ from open_mythos.cli.plan import PlanArgs, plan
 from open_mythos.cli.serve import ServeArgs, serve
 from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
 from open_mythos.cli.use import EvalArgs, GenerateArgs, InfoArgs, evaluate, generate, info
+from open_mythos.extras import DISTRIBUTION
 
 EXIT_BROKEN_PIPE = 1
 """Exit status when nobody reads the output any more, which is that of rich."""
@@ -37,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
         print(_usage())
         return 0
     if args[0] == "--version":
-        print(f"mythos {version('open-mythos-rdt')}, torch {version('torch')}, Python {platform.python_version()}")
+        print(f"mythos {version(DISTRIBUTION)}, torch {version('torch')}, Python {platform.python_version()}")
         return 0
     command, rest = args[0], args[1:]
     if command not in COMMANDS:

@@ -15,6 +15,7 @@ import tyro
 from open_mythos.checks import check_int, check_number
 from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.extras import load
 
 KEY = "MYTHOS_API_KEY"
 
@@ -67,12 +68,8 @@ def serve(rest: list[str]) -> None:
 
 
 def _serve(args: ServeArgs) -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is missing; pip install 'open-mythos-rdt[serve]'") from error
+    for module in ("fastapi", "prometheus_client", "uvicorn"):
+        load(module, "serve", "the server")
     from open_mythos.serve.engine import Engine, EngineConfig
     from open_mythos.serve.gate import is_local
     from open_mythos.serve.listen import run

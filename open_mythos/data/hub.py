@@ -3,7 +3,6 @@
 A remote file goes by its address, `hf://datasets/OWNER/NAME@COMMIT/PATH`, wherever a local one goes by its path.
 """
 
-import importlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from open_mythos.checks import check_int
+from open_mythos.extras import load
 from open_mythos.files import write_text
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -172,12 +172,7 @@ def _file_system() -> Any:
 
 
 def _hub() -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise ImportError(
-            "datasets of the hub need huggingface_hub; install it with pip install 'open-mythos-rdt[data]'"
-        ) from error
+    return load("huggingface_hub", "data", "datasets of the hub")
 
 
 @contextmanager

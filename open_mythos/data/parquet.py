@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from open_mythos.data.hub import first_line, is_remote, open_remote, remember
+from open_mythos.extras import load
 
 ROWS = 256
 """Rows decoded at a time."""
@@ -73,7 +74,4 @@ def _remote_metadata(address: str) -> Any:
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError("parquet files need pyarrow; install it with pip install 'open-mythos-rdt[data]'") from error
+    return load("pyarrow.parquet", "data", "parquet files")

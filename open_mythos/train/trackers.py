@@ -7,11 +7,11 @@ import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from open_mythos.checks import check_choice
+from open_mythos.extras import load
 
 PROJECT = "open-mythos"
 
@@ -159,13 +159,7 @@ class Tracking:
 
 
 def _library(module: str, package: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"tracker {package} needs the package {package}; run: pip install {package}, or "
-            "pip install 'open-mythos-rdt[track]' for all of them"
-        ) from error
+    return load(module, "track", f"tracker {package}", package)
 
 
 def _identity(run: Run, tracker: str) -> tuple[str, int]:

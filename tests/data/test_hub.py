@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,8 +102,8 @@ def test_what_the_hub_does_not_give(server: FakeHub, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="limit_files=0 must be at least 1"):
         HubDataset(NAME, limit_files=0)
     assert hub.looks_like_a_dataset("a-b/c.d_e-1") and not hub.looks_like_a_dataset("open_mythos/data")
-    monkeypatch.setattr(hub.importlib, "import_module", lambda name: __import__("no_such_module"))
-    with pytest.raises(ImportError, match=r"pip install 'open-mythos-rdt\[data\]'"):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"huggingface-hub is missing; run: pip install .*huggingface.hub"):
         HubDataset(NAME).files()
 
 

@@ -24,6 +24,7 @@ LAYERS: dict[str, int] = {
     "assets": 0,
     "checks": 0,
     "files": 0,
+    "extras": 0,
     "config": 1,
     "nn": 2,
     "model": 4,

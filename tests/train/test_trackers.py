@@ -120,7 +120,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch, 
     for module in ("torch.utils.tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["train", "tiny-text", "--out", "nowhere", "--track", name]) == 2
-    assert f"tracker {name} needs the package {name}; run: pip install {name}" in capsys.readouterr().err
+    assert f"tracker {name}: the package {name} is missing; run: pip install {name}" in capsys.readouterr().err
     assert not Path("nowhere").exists()
 
 
