@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from open_mythos.device import Device, Dtype
+from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.experiments.khop import accuracy_grid, guessing, khop_task
 from open_mythos.experiments.khop_report import best_unreachable, worst_reachable
 from open_mythos.model import OpenMythos
 from open_mythos.plots import heat_map, loop_curve, require_matplotlib
-from open_mythos.recipes import load_recipe
-from open_mythos.terminal import accuracy_table, loop_summary, shaded
+from open_mythos.recipes import CPU_SECONDS, load_recipe
+from open_mythos.terminal import accuracy_table, duration, loop_summary, program, shaded
 from open_mythos.tokenizer import TextStream, Tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
@@ -35,13 +36,16 @@ def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -
     """Train both models into `out`, print what they do and write the figures.
 
     Raises:
-        ValueError: `out` is a folder that no demo wrote.
+        ValueError: `out` is a folder that no demo wrote, or the device is not there.
         ImportError: matplotlib is missing.
     """
     require_matplotlib()
+    setup_device(device, threads)
     _make_room(out)
     console = Console(highlight=False)
     started = time.perf_counter()
+    seconds = CPU_SECONDS["tiny-khop"] + CPU_SECONDS["tiny-text"] * TEXT_STEPS / load_recipe("tiny-text").steps
+    console.print(f"Two small models, trained in about {duration(seconds)} on one core of a server CPU with AVX-512.")
     machine = {"device": device, "threads": threads}
     khop = dataclasses.replace(load_recipe("tiny-khop"), seed=seed, dtype=dtype)
     text = dataclasses.replace(load_recipe("tiny-text"), seed=seed, dtype=dtype, steps=TEXT_STEPS)
@@ -58,12 +62,13 @@ def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -
     ):
         console.print(f"  {name:14s}{what}")
     console.print("\nTry next:")
+    folder = shlex.quote(str(out))
     for command in (
-        f'mythos generate {out}/text/final "She had been " --n-loops 8 --exit kl --show-loops',
-        f"mythos info {out}/khop/final",
-        "mythos train tiny-addition --out runs/addition",
+        f"generate {folder}/text/final 'She had been ' --n-loops 8 --exit kl --show-loops",
+        f"info {folder}/khop/final",
+        "train tiny-addition --out runs/addition",
     ):
-        console.print(f"  [bold]{command}[/]", soft_wrap=True)
+        console.print(f"  {program()} {command}", style="bold", soft_wrap=True, markup=False)
 
 
 def _make_room(out: Path) -> None:
@@ -87,6 +92,7 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
     console.print(f"Training on questions of 1 to {task.max_distance} hops, with at most {cfg.loops.max_loops} loops.")
     trainer = Trainer(cfg, out / "khop", **machine)
     trainer.run()
+    console.print(f"Asking {EVALUATION_ROWS} questions of each number of hops, at up to {max(LOOPS)} loops.")
     grid = accuracy_grid(trainer.model, task, EVALUATION_ROWS, cfg.seed + 1_000_000, DISTANCES, LOOPS)
     title = f"Accuracy by hops and loops; trained on 1 to {task.max_distance} hops"
     console.print(accuracy_table(title, DISTANCES, LOOPS, grid))

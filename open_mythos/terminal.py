@@ -1,8 +1,12 @@
 """What the commands draw in a terminal."""
 
 import math
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -157,6 +161,17 @@ class ProgressLine:
 def _number(name: str, value: float) -> str:
     shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{shown} {name}" if name.endswith("/s") else f"{name} {shown}"
+
+
+def program() -> str:
+    """How this shell calls the command: `mythos` where it is on PATH, else by its place, as in .venv/bin/mythos."""
+    if shutil.which("mythos") is not None:
+        return "mythos"
+    script = Path(sys.executable).with_name("mythos")
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m open_mythos"
+    here = Path.cwd()
+    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
 
 
 def duration(seconds: float) -> str:

@@ -18,15 +18,16 @@ import open_mythos
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.accounting import count_parameters, kv_bytes_per_token, n_layers
 from open_mythos.cli import main
-from open_mythos.experiments.lab import NAMES
+from open_mythos.experiments import NAMES
 from open_mythos.generate import generate
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.plan import make_plan
 from open_mythos.plan.cards import CARDS
-from open_mythos.recipes import RECIPES, load_recipe
+from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
 from open_mythos.sampling import sample
 from open_mythos.serve.engine import EngineConfig
 from open_mythos.serve.params import SamplingParams
+from open_mythos.terminal import duration
 from open_mythos.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,7 @@ def test_mythos_commands_work(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
             continue
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            if args[0] in ("demo", "serve") or (args[0] == "exp" and args[1] != "list"):
+            if args[0] in ("demo", "serve") or (args[0] == "exp" and args[1] not in ("list", "show")):
                 # They take minutes, or do not end; all have tests of their own.
                 with pytest.raises(SystemExit, match="0"):
                     main([*args, "--help"])
@@ -238,9 +239,10 @@ def test_task_tables_have_every_field_and_default() -> None:
 
 
 def test_recipe_table_is_what_the_recipes_say() -> None:
-    table = {code(cells[0]): cells for cells in rows(TRAINING) if len(cells) == 6}
+    table = {code(cells[0]): cells for cells in rows(TRAINING) if len(cells) == 7}
     assert set(table) == set(RECIPES)
-    for name, (_, task, steps, rows_per_step, parameters, _) in table.items():
+    for name, (_, task, steps, rows_per_step, parameters, _, time) in table.items():
+        assert time == (duration(CPU_SECONDS[name]) if name in CPU_SECONDS else "")
         cfg = load_recipe(name)
         assert code(task) == cfg.data.name
         assert [int(cell.replace(",", "")) for cell in (steps, rows_per_step, parameters)] == [

@@ -133,7 +133,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
     """What a run is going to take, as far as that is known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
-    from open_mythos.terminal import duration
+    from open_mythos.terminal import duration, program
 
     cfg = trainer.cfg
     tokens = cfg.steps * cfg.batch_size * cfg.data.seq_len
@@ -153,7 +153,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
     else:
         lines.append("The time left is measured from the first steps.")
         if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
-            lines.append(f"This recipe is made for GPUs: mythos plan {recipe} tells its time on them.")
+            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} tells its time on them.")
     if not args.checkpoint_every:
         lines.append("Nothing is saved before the end; with --checkpoint-every 100 a run that is ended can --resume.")
     return lines
@@ -161,24 +161,25 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
 
 def _next(trainer: "Trainer", final: Path) -> list[str]:
     """Commands that work with the model that has just been trained, each on a line of its own."""
+    from open_mythos.terminal import program
     from open_mythos.train.data import example
 
     folder, cfg, tokenizer = shlex.quote(str(final)), trainer.cfg, trainer.tokenizer
-    lines = ["Next:"]
+    mythos, lines = f"  {program()}", ["Next:"]
     if cfg.data.name == "chat":
-        lines += [f"  mythos generate {folder} 'What is a loop?' --chat", f"  mythos chat {folder}"]
+        lines += [f"{mythos} generate {folder} 'What is a loop?' --chat", f"{mythos} chat {folder}"]
     elif cfg.data.bytes_per_token is None:
         prompt, answer, n_tokens = example(trainer.validation, tokenizer)
-        lines.append(f"  mythos generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
-        lines.append(f"  (the right answer is {answer}; docs/tasks.md shows how each task is asked)")
+        lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
+        lines.append(f"  (The right answer is {answer}; docs/tasks.md says how each task is asked.)")
     else:
         # Whole words of held-out text; the first and the last may be cut.
         text = tokenizer.decode(trainer.validation.input_ids[0].tolist())
         prompt = " ".join(text.split()[1:-1][:3]) or text[:8]
         room = min(cfg.model.max_seq_len - len(tokenizer.encode(prompt)), cfg.model.max_output_tokens)
         limit = f" --max-new-tokens {room}" if room < MAX_NEW_TOKENS else ""
-        lines.append(f"  mythos generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
-    return [*lines, f"  mythos info {folder}"]
+        lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
+    return [*lines, f"{mythos} info {folder}"]
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":

@@ -7,9 +7,10 @@ from types import ModuleType
 
 import pytest
 
+from open_mythos import experiments
 from open_mythos.cli import main
-from open_mythos.experiments import lab as laboratory
-from open_mythos.experiments.lab import NAMES, Experiment, Lab
+from open_mythos.experiments import NAMES
+from open_mythos.experiments.lab import Experiment, Lab
 from open_mythos.experiments.record import Report
 from open_mythos.train.trainer import Interrupted
 
@@ -37,7 +38,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     module = ModuleType("open_mythos.experiments.made_up")
     module.EXPERIMENT = Experiment("Sums", "What is the sum?", "Adding.", ("1 s", "5 s"), run, report)  # ty: ignore[unresolved-attribute]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(laboratory, "NAMES", ("made_up",))
+    monkeypatch.setattr(experiments, "NAMES", ("made_up",))
     return done
 
 
@@ -81,9 +82,9 @@ def test_list_says_what_was_found_last(calls: Calls, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["made-up"], "use name='made_up'"),
+        (["made-up"], "use made_up"),
         (["made_up", "--seeds", "1", "2", "1"], "names a seed twice"),
-        (["made_up", "--threads", "0"], "threads=0"),
+        (["made_up", "--threads", "0"], "--threads 0"),
     ],
 )
 def test_bad_options_are_refused_before_work(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from open_mythos.experiments import NAMES
 from open_mythos.experiments import lab as laboratory
-from open_mythos.experiments.lab import NAMES, Lab, commit, load, seeded
+from open_mythos.experiments.lab import Lab, commit, load, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.loops import LoopsConfig
