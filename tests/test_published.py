@@ -1,5 +1,6 @@
 """What was published of open-mythos 0.5.0: its snippets, its import paths, its parameter counts."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 import open_mythos
 import open_mythos.main
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
-from tests.models import ATTENTIONS
+from tests.models import ATTENTIONS, tiny
 
 USAGE = """
 import torch
@@ -223,3 +224,24 @@ def test_every_variant_builds_small_on_meta() -> None:
     done = subprocess.run([sys.executable, "-c", BUILD_ALL], capture_output=True, text=True, check=True)
     print(done.stdout)
     assert all(int(line.split()[2]) < 1024 for line in done.stdout.splitlines())
+
+
+def test_what_the_table_of_differences_names_is_so() -> None:
+    """Keywords that were renamed, and the module that is gone: docs/open_mythos.md, "Coming from open-mythos 0.5.0"."""
+    from open_mythos.nn.block import TransformerBlock
+    from open_mythos.nn.depth import LoRAAdapter, loop_index_embedding
+    from open_mythos.nn.moe import MoEFFN
+    from open_mythos.nn.recurrent import RecurrentBlock
+
+    for function, old, new in (
+        (loop_index_embedding, "loop_t", "loop_index"),
+        (LoRAAdapter.forward, "loop_t", "loop_index"),
+        (TransformerBlock, "use_moe", "recurrent"),
+        (RecurrentBlock.forward, "freqs_cis", "view"),
+    ):
+        names = inspect.signature(function).parameters
+        assert new in names and old not in names
+    with pytest.raises(ModuleNotFoundError, match=r"open_mythos\.moda"):
+        importlib.import_module("open_mythos.moda")
+    experts = MoEFFN(tiny(n_experts=2, n_shared_experts=1))
+    assert experts.experts is not None and experts.shared is not None and not hasattr(experts, "routed_experts")
