@@ -17,11 +17,14 @@ TRAINING_BYTES = 16
 """Per parameter with Adam in mixed precision: float32 weight and two moments, bf16 weight and gradient."""
 PAGE_TOKENS = 16
 """Of the engine's pages, unless told otherwise."""
+ROWS, MOST_KV_BYTES = 32, 10_000_000_000
+"""The keys and values that are looked at, unless told otherwise: of so many full contexts, the engine's default, but at
+most so many bytes."""
 REQUEST_TOKENS = 1024
 """Prompt and answer of the requests that are counted."""
 
 
-def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: float = 10.0) -> None:
+def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: float | None = None) -> None:
     """Print the costs of a variant or of a model folder, with another vocabulary than its own if one is given.
 
     Raises:
@@ -29,7 +32,7 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: 
     """
     if not gpu_gb > 0:
         raise ValueError(f"gpu_gb={gpu_gb} must be above 0; use 80")
-    if not 0 < kv_gb < math.inf:
+    if kv_gb is not None and not 0 < kv_gb < math.inf:
         raise ValueError(f"kv_gb={kv_gb} must be a finite number above 0; use 10")
     name, cfg = _find(model)
     console = Console(highlight=False)
@@ -40,7 +43,8 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: 
     console.print(_parameters(name, cfg))
     console.print(_per_token(cfg))
     console.print(_memory(cfg, gpu_gb))
-    console.print(_pages(cfg, kv_gb))
+    contexts = ROWS * cfg.max_seq_len * kv_bytes_per_token(cfg, cfg.max_loop_iters)
+    console.print(_pages(cfg, min(MOST_KV_BYTES, contexts) if kv_gb is None else int(kv_gb * 1e9)))
 
 
 def _find(model: str) -> tuple[str, MythosConfig]:
@@ -114,7 +118,6 @@ def _memory(cfg: MythosConfig, gpu_gb: float) -> Table:
     table = Table(title="memory", title_justify="left")
     table.add_column("for")
     table.add_column("bytes", justify="right")
-    table.add_column(f"GPUs of {gpu_gb:g} GB", justify="right")
     rows = [
         ("weights in float32", 4 * total),
         ("weights in bf16", 2 * total),
@@ -122,21 +125,27 @@ def _memory(cfg: MythosConfig, gpu_gb: float) -> Table:
         (f"serving in bf16: weights and one full context at {cfg.max_loop_iters} loops", 2 * total + full_context),
         (f"training with Adam, {TRAINING_BYTES} bytes a parameter, without activations", TRAINING_BYTES * total),
     ]
-    for label, n_bytes in rows:
-        table.add_row(label, scaled(n_bytes, 1024, "B"), f"{math.ceil(n_bytes / (gpu_gb * 1e9)):,}")
+    n_gpus = [math.ceil(n_bytes / (gpu_gb * 1e9)) for _, n_bytes in rows]
+    # A column of ones says nothing.
+    if max(n_gpus) > 1:
+        table.add_column(f"GPUs of {gpu_gb:g} GB", justify="right")
+    else:
+        table.title = f"memory; one GPU of {gpu_gb:g} GB holds each"
+    for (label, n_bytes), n in zip(rows, n_gpus, strict=True):
+        table.add_row(label, scaled(n_bytes, 1024, "B"), *([f"{n:,}"] if max(n_gpus) > 1 else []))
     return table
 
 
-def _pages(cfg: MythosConfig, kv_gb: float) -> Table:
+def _pages(cfg: MythosConfig, kv_bytes: int) -> Table:
     """What the engine has room for: tokens in pages of PAGE_TOKENS, one page per layer and loop."""
     outside, most = n_layers(cfg, 0), cfg.max_loop_iters if cfg.recurrent_layers else 1
     page = kv_bytes_per_token(cfg, most) // n_layers(cfg, most) * PAGE_TOKENS
-    n_pages = int(kv_gb * 1e9) // page
+    n_pages = kv_bytes // page
     inside = kv_bytes_per_token(cfg, 1) - kv_bytes_per_token(cfg, 0)
     table = Table(
-        title=f"{kv_gb:g} GB of keys and values in bf16: {n_pages:,} pages of {scaled(page, 1024, 'B')}; a token takes "
-        f"{scaled(inside, 1024, 'B')} per loop and {scaled(kv_bytes_per_token(cfg, 0), 1024, 'B')} in {outside} layers "
-        "outside the loop",
+        title=f"{scaled(kv_bytes, 1000, 'B')} of keys and values in bf16: {n_pages:,} pages of "
+        f"{scaled(page, 1024, 'B')}; a token takes {scaled(inside, 1024, 'B')} per loop and "
+        f"{scaled(kv_bytes_per_token(cfg, 0), 1024, 'B')} in {outside} layers outside the loop",
         title_justify="left",
     )
     lengths = sorted({min(REQUEST_TOKENS, cfg.max_seq_len), cfg.max_seq_len})

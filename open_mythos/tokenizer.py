@@ -358,16 +358,19 @@ def _roles(path: Path) -> dict[str, str | None]:
 def _download(model_id: str) -> tuple[Path, Path]:
     """Local copies of a hub model's tokenizer and of its special tokens' names (that one may be missing)."""
     # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
+        # Asked once: a download tries for half a minute to reach a hub that cannot be reached.
+        if not isinstance(try_to_load_from_cache(model_id, HUB_FILE), str):
+            get_hf_file_metadata(hf_hub_url(model_id, HUB_FILE))
         path = Path(hf_hub_download(model_id, HUB_FILE))
         try:
             return path, Path(hf_hub_download(model_id, HUB_ROLES))
         except RemoteEntryNotFoundError:
             return path, path.with_name(HUB_ROLES)
-    except (OSError, HFValidationError) as error:
+    except Exception as error:  # of the hub, or of whatever library carries its requests
         raise OSError(
             f"tokenizer {model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "
             "name and the connection, or pass a folder that holds the file"

@@ -8,7 +8,6 @@ import time
 import huggingface_hub
 import pytest
 import tokenizers
-from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
@@ -178,14 +177,26 @@ def test_published_vocabulary_with_gaps_and_named_roles(tmp_path) -> None:
 
 def test_hub_download(tmp_path, monkeypatch) -> None:
     BPE.save(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model_id, name: str(tmp_path / name))
-    assert MythosTokenizer().eos_id == 1
+    assert MythosTokenizer("some/model").eos_id == 1
 
 
-def test_hub_out_of_reach_names_the_remedy(monkeypatch) -> None:
-    def offline(model_id: str, name: str) -> str:
-        raise LocalEntryNotFoundError("no connection")
+def test_a_tokenizer_that_was_downloaded_before_needs_no_hub(tmp_path, monkeypatch) -> None:
+    BPE.save(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: 1 / 0)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda model_id, name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model_id, name: str(tmp_path / name))
+    assert MythosTokenizer("some/model").eos_id == 1
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(OSError, match=r"tokenizer 'openai/gpt-oss-20b' is no local path .* pass a folder that holds"):
-        MythosTokenizer()
+
+def test_hub_out_of_reach_names_the_remedy_at_once(monkeypatch) -> None:
+    """The hub is asked once: what downloads would try again and again, and print each try."""
+
+    def offline(url: str) -> None:
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match=r"tokenizer 'some/model' is no local path .* pass a folder that holds"):
+        MythosTokenizer("some/model")

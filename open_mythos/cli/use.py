@@ -100,8 +100,9 @@ class InfoArgs:
     """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
-    kv_gb: float = 10.0
-    """GB for keys and values: how many tokens and requests the engine holds in them."""
+    kv_gb: float | None = None
+    """GB for keys and values: how many tokens and requests the engine holds in them. Left out: room for 32 whole
+    contexts, at most 10 GB."""
     tokenizer: str | None = None
     """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
     Hugging Face hub."""

@@ -177,5 +177,6 @@ no claim about the quality of adaptive models beyond it.""",
     cost=("1 min", "27 min"),
     run=run,
     report=adaptive_report,
+    n_parts=lambda lab: len(lab.seeds),
     seeds=(0,),
 )

@@ -183,4 +183,5 @@ EXPERIMENT = Experiment(
     cost=("3 min", "90 min"),
     run=run,
     report=report,
+    n_parts=lambda lab: sum(min(len(lab.seeds), arm.n_seeds or len(lab.seeds)) for arm in arms(lab.quick).values()),
 )

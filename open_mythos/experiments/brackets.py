@@ -166,4 +166,5 @@ EXPERIMENT = Experiment(
     cost=("2 min", "35 min"),
     run=run,
     report=report,
+    n_parts=lambda lab: len(arms(lab.quick)) * len(lab.seeds),
 )

@@ -249,4 +249,5 @@ other answers at random.""",
     cost=("4 min", "80 min"),
     run=run,
     report=exits_report,
+    n_parts=lambda lab: len(arms(lab.quick)) * len(lab.seeds),
 )

@@ -207,4 +207,5 @@ l - 1 and after l + 1 loops.
     cost=("2 min", "65 min"),
     run=run,
     report=report,
+    n_parts=lambda lab: len(arms(recipe(lab.quick))) * len(lab.seeds),
 )

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Experiment:
     report: Callable[[Result], Report]
     """What they say. It sees the numbers as JSON gives them back: keys are text, tuples are lists."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    n_parts: "Callable[[Lab], int] | None" = None
+    """How many results a lab computes for it, so that its progress can be told; None: that is not known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Lab:
     quick: bool
     seeds: tuple[int, ...]
     threads: int = 1
+    n_parts: int | None = None
+    """Results that the experiment computes, where that is known."""
+    begun: list[str] = field(default_factory=list)
+    """Labels of the results so far, those that were found in their files included."""
 
     def trained(self, label: str, cfg: TrainConfig) -> OpenMythos:
         """The model that the configuration makes, in eval mode; its metrics are in `self.runs / label`."""
@@ -92,13 +98,15 @@ class Lab:
     def computed(self, label: str, compute: Callable[[], Result], **asked: Any) -> Result:
         """What `compute` returns, or what it returned when the same was `asked` before."""
         file = self.runs / label / "result.json"
+        self.begun.append(label)
         asked = json.loads(json.dumps(asked))
         if file.exists():
             result = json.loads(file.read_text(encoding="utf-8"))
             if result["asked"] == asked:
                 return result
         torch.set_num_threads(self.threads)
-        print(f"{label}:", flush=True)
+        of = "" if self.n_parts is None else f" of {self.n_parts}"
+        print(f"Part {len(self.begun)}{of}: {label}", flush=True)
         result = {"asked": asked, "commit": commit()} | compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result) + "\n")
@@ -127,6 +135,8 @@ def perform(name: str, lab: Lab, out: Path, command: str) -> Report:
     require_matplotlib()
     experiment = load(name)
     began = time.perf_counter()
+    if experiment.n_parts is not None:
+        lab = replace(lab, n_parts=experiment.n_parts(lab))
     raw = experiment.run(lab)
     results = {
         "name": name,

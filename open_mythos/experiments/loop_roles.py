@@ -281,4 +281,5 @@ EXPERIMENT = Experiment(
     cost=("1 min", "50 min"),
     run=run,
     report=report,
+    n_parts=lambda lab: (2 * len(TITLES) + len(PLANTED)) * len(lab.seeds),
 )

@@ -227,4 +227,5 @@ EXPERIMENT = Experiment(
     cost=("2 min", "20 min"),
     run=run,
     report=report,
+    n_parts=lambda lab: len(arms(lab.quick)) * len(lab.seeds),
 )
