@@ -173,7 +173,7 @@ def _print(console: Any, sections: "Iterable[Section]") -> None:
             if isinstance(part, Table):
                 table = RichTable()
                 for name in part.head:
-                    table.add_column(Text(name), justify="right")
+                    table.add_column(Text(name), justify="right", overflow="fold")
                 for row in part.rows:
                     table.add_row(*(Text(cell.replace("\\|", "|")) for cell in row))
                 console.print(table)

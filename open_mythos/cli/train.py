@@ -154,8 +154,6 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
         lines.append("The time left is measured from the first steps.")
         if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
             lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} tells its time on them.")
-    if not args.checkpoint_every:
-        lines.append("Nothing is saved before the end; with --checkpoint-every 100 a run that is ended can --resume.")
     return lines
 
 

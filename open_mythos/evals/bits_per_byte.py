@@ -88,7 +88,7 @@ def bits_per_byte(
     exit: str | HaltingRule | None = None,
     exit_threshold: float | None = None,
     context: int | None = None,
-    advance: Callable[[int, int], Any] | None = None,
+    advance: Callable[[int, int, float], Any] | None = None,
 ) -> TextScore:
     """Score texts in eval mode; the model's mode is restored.
 
@@ -96,7 +96,8 @@ def bits_per_byte(
         n_loops: None: the model's `max_loop_iters`.
         exit, exit_threshold: a halting rule, as in `OpenMythos.forward`.
         context: tokens of a window; None: `max_seq_len`.
-        advance: called after each call of the model with the windows and the tokens that it has scored.
+        advance: called after each call of the model with the windows and tokens that it has scored, and the nats per
+            token so far.
 
     Raises:
         TypeError, ValueError: an argument is unusable, a text is empty, or tokenizer and model do not fit.
@@ -125,7 +126,7 @@ def bits_per_byte(
             # A plain transformer has no loop and counts none; it runs its layers once.
             loops_run += result.loops[scored].sum().item() if cfg.recurrent_layers else len(losses)
             if advance is not None:
-                advance(len(batch), len(losses))
+                advance(len(batch), len(losses), nats / n_tokens)
     if not math.isfinite(nats):
         raise FloatingPointError("the loss is not finite: the weights have diverged or overflow; try --dtype float32")
     return TextScore(depth, nats, n_tokens, n_bytes, loops_run / n_tokens)

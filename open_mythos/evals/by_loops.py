@@ -75,11 +75,11 @@ def evaluate_files(
     total, n_tokens, began = n_windows * sum(n + around for n in n_loops), 0, time.perf_counter()
     with ProgressLine(total, "eval", progress, stderr=True, unit="") as line:
 
-        def advance(n: int, windows: int, tokens: int) -> None:
+        def advance(n: int, windows: int, tokens: int, loss: float) -> None:
             nonlocal n_tokens
             n_tokens += tokens
             speed = n_tokens / (time.perf_counter() - began)
-            line.advance({"tokens/s": speed}, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
+            line.advance({"loss": loss, "tokens/s": speed}, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
 
         for n in n_loops:
             scores.append(

@@ -170,7 +170,7 @@ class LLM:
 
         n_tokens = n_loops = 0
         began = time.perf_counter()
-        with ProgressLine(len(running), "answers", progress, stderr=True, unit="answer") as line:
+        with ProgressLine(len(running), "generate", progress, stderr=True, unit="answer") as line:
             while running:
                 ended = 0
                 for event in self.engine.step():

@@ -71,7 +71,7 @@ def test_prompts_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ([], "names no task that draws prompts"),
         (["--prompt", "a"], "less than two tokens"),
-        (["--prompt", "abc", "--loops", "7"], "loops=7 must be between 8 and 4095"),
+        (["--prompt", "abc", "--loops", "7"], "--loops 7 must be between 8 and 4095"),
         (["--prompt", "abc", "--swap", "ab"], "--swap has 2 tokens, but the prompt 3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from open_mythos.assets import novel
 from open_mythos.cli import main
 from open_mythos.evals.bits_per_byte import bits_per_byte, cut
 from open_mythos.evals.by_loops import evaluate_files, trained_context
+from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, Tokenizer
 from tests.models import scaled, tiny
 
@@ -147,3 +149,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["eval", "nowhere", "--text", str(text)]) == 2
     assert main(["eval", str(folder), "--text", "nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_the_command_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without a terminal: a line on stderr with the share, loss and speed, and the table alone on stdout."""
+    folder = tmp_path / "model"
+    OpenMythos(tiny(vocab_size=259)).save_pretrained(folder)
+    ByteTokenizer().save(folder)
+    (tmp_path / "a.txt").write_text("a river ran past Eve and Adam")
+    assert main(["eval", str(folder), "--text", str(tmp_path / "a.txt"), "--n-loops", "1,2", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"(eval at \d loops?: \d+%  loss [\d.]+  [\d,.]+ tokens/s(  \d+ s left)?\n)+", err)
+    assert err.splitlines()[-1].startswith("eval at 2 loops: 100%") and "eval at" not in out

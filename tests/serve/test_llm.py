@@ -139,7 +139,7 @@ def test_a_folder_and_a_model_without_text(model: OpenMythos, llm: LLM, tmp_path
 def test_progress_goes_to_stderr(llm: LLM, capsys: pytest.CaptureFixture) -> None:
     llm.generate(["a", "b"], GREEDY)
     out, err = capsys.readouterr()
-    assert out == "" and "2/2" in err and "tok/s" in err and "loops" in err
+    assert out == "" and "2/2" in err and "tokens/s" in err and "loops" in err
 
 
 @pytest.mark.parametrize(
