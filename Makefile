@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		$(VENV)/bin/python -m pip install $(INSTALL); \
 	fi
 	@touch $@
+	@echo "mythos is $(VENV)/bin/mythos. To call it by its name, in each shell: source $(VENV)/bin/activate"
 
 demo: $(STAMP)
 	$(VENV)/bin/mythos demo

@@ -41,7 +41,7 @@ def check_number(
     allowed = f"a finite number {'above' if above else 'of at least'} {low:g}"
     if high < math.inf:
         allowed += f" and {'below' if below else 'at most'} {high:g}"
-    remedy = remedy or f"set {name} inside that range"
+    remedy = remedy or "use a number inside that range"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} must be {allowed}, not {type(value).__name__}; {remedy}")
     # NaN fails every comparison.

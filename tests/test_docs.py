@@ -29,6 +29,7 @@ from open_mythos.serve.engine import EngineConfig
 from open_mythos.serve.params import SamplingParams
 from open_mythos.terminal import duration
 from open_mythos.train import TrainConfig
+from open_mythos.train.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, REFERENCE, TRAINING = ROOT / "README.md", ROOT / "docs/open_mythos.md", ROOT / "docs/training.md"
@@ -151,6 +152,43 @@ def test_named_files_exist(path: Path) -> None:
             assert (ROOT / named).exists() or (ROOT / "open_mythos" / named).exists(), f"{named} does not exist"
         elif re.fullmatch(r"\w+\.py", named) and named != "utils.py":
             assert named in modules, f"{named} does not exist"
+
+
+def test_the_command_can_be_called_where_it_is_first_shown() -> None:
+    """A new shell does not find what is in .venv."""
+    lines = [line for _, block in blocks(README, "console") for line in block.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("mythos "))
+    assert any(line.startswith("source .venv/bin/activate") for line in lines[:first])
+
+
+def test_prompts_of_tasks_have_the_answers_that_are_told() -> None:
+    """Worked out here by hand, without the tasks' own code."""
+    table = [[code(cell) for cell in cells[:3]] + cells[3:] for cells in rows(ROOT / "docs/tasks.md")]
+    assert {name for name, *_ in table} == {name for name, task in TASKS.items() if not task.on_disk} - {"text"}
+    for _, prompt, answer, n_tokens in table:
+        if "+" in prompt:
+            a, b = prompt.removesuffix("=").split("+")
+            right = str(int(a) + int(b))[::-1]
+        elif prompt[0] == "^":
+            right = str(prompt.count("1") % 2)
+        elif prompt[-1] == "=":
+            stack: list[str] = []
+            places = []
+            for place, bracket in enumerate(prompt[:-1]):
+                if bracket in "([{":
+                    stack.append(bracket)
+                elif not stack or stack.pop() + bracket not in ("()", "[]", "{}"):
+                    places.append(place)
+                    break
+            place = places[0] if places else len(prompt) - 1 if stack else None
+            right = "--" if place is None else f"{place:02d}"
+        else:
+            *successor, right = prompt
+            while successor[ord(right) - ord("a")] != right:
+                right = successor[ord(right) - ord("a")]
+        assert answer == right, prompt
+        # Where the answer has more than one symbol it has an end mark too.
+        assert int(n_tokens) == (len(answer) + 1 if len(answer) > 1 else 1)
 
 
 def test_readme_is_short() -> None:

@@ -166,12 +166,12 @@ def test_less_memory_where_it_should_be() -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--gpus", "7"], "batch_size=256 rows cannot be shared out evenly over --gpus 7"),
+        (["--gpus", "7"], "--batch-size 256 rows cannot be shared out evenly over --gpus 7"),
         (
             ["--gpus", "4", "--parallel.kind", "fsdp", "--parallel.experts", "8"],
-            "must be a multiple of parallel.experts=8",
+            "--gpus 4 must be a multiple of --parallel.experts 8",
         ),
-        (["--mfu", "1.5"], "mfu=1.5"),
+        (["--mfu", "1.5"], "--mfu 1.5"),
         (["--dtype", "float64"], "use --dtype bfloat16"),
     ],
 )

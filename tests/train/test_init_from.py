@@ -98,15 +98,14 @@ def test_a_damaged_folder_is_refused(folder: str) -> None:
 def test_the_command_takes_the_architecture_over(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Also where the recipe's rows do not fit it, as long as the fields given do."""
     command = ["train", "tiny-text", "--init-from", folder, "--device", "cpu", "--threads", "1", "--steps", "1"]
-    with pytest.raises(SystemExit, match="2"):
-        main([*command, "--out", str(tmp_path / "a")])
-    assert "model.max_seq_len=64 is shorter than the 128 tokens" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "a")]) == 2
+    assert "--model.max-seq-len 64 is shorter than the 128 tokens" in capsys.readouterr().err
     options = ["--batch-size", "2", "--data.seq-len", "64", "--model.dropout", "0.1"]
     assert main([*command, *options, "--out", str(tmp_path / "a")]) == 0
     cfg = TrainConfig.load(tmp_path / "a" / "config.yaml")
     assert cfg.model == tiny(vocab_size=259, dropout=0.1) and cfg.init_from == folder
     assert main([*command, *options, "--model.dim", "64", "--out", str(tmp_path / "b")]) == 2
-    assert "model.dim=64 is not the 32 of init_from" in capsys.readouterr().err
+    assert "--model.dim 64 is not the 32 of --init-from" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     # The run's own configuration needs no flag to be the same run.
     assert main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "c")]) == 0
