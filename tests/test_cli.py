@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import models
 
 from open_mythos import demo
@@ -62,7 +64,8 @@ def test_generate_prints_the_prompt_and_its_continuation(run_folder: Path, capsy
     assert main(["generate", str(run_folder / "final"), "She was ", *options]) == 0
     out = capsys.readouterr().out
     assert out.startswith("She was ")
-    assert "loops per token on average" in out
+    # Colours that nobody sees are not explained.
+    assert "loops per token on average (in a terminal" in out and "loops:  1" not in out
 
 
 def test_generate_prints_exactly_what_the_model_wrote(
@@ -129,7 +132,11 @@ def test_info_counts_what_pages_hold(capsys: pytest.CaptureFixture) -> None:
 
 def test_info_of_a_folder(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["info", str(run_folder / "final")]) == 0
-    assert str(run_folder / "final") in capsys.readouterr().out.replace("\n", "")
+    out = " ".join(capsys.readouterr().out.split())
+    assert str(run_folder / "final") in out.replace(" ", "")
+    # Of a model this small: room for 32 whole contexts, and no column that says 1 in every row.
+    assert "one GPU of 80 GB holds each" in out and "GPUs of" not in out
+    assert re.search(r"4 . 3 KiB . 16,384 . 32 .", out)
 
 
 def test_info_with_another_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -169,6 +176,13 @@ def test_a_failed_command_says_what_to_do(args: list[str], told: str, capsys: py
 def test_a_run_is_not_overwritten(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "tiny-text", "--out", str(run_folder)]) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_demo_refuses_a_device_before_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    missing = next(name for name in ("mps", "cuda") if not getattr(torch.backends, name).is_built())
+    assert main(["demo", "--out", str(tmp_path / "out"), "--device", missing]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"--device {missing} is not available" in err and not list(tmp_path.iterdir())
 
 
 def test_demo_writes_what_it_names(

@@ -10,7 +10,7 @@ import pytest
 from open_mythos import experiments
 from open_mythos.cli import main
 from open_mythos.experiments import NAMES
-from open_mythos.experiments.lab import Experiment, Lab
+from open_mythos.experiments.lab import Experiment, Lab, load
 from open_mythos.experiments.record import Report
 from open_mythos.train.trainer import Interrupted
 
@@ -101,6 +101,23 @@ def test_what_a_signal_ends_goes_on(calls: Calls, capsys: pytest.CaptureFixture)
     assert ended.value.code == 75 and "the same command goes on" in capsys.readouterr().err
     assert main(["exp", "made_up", "--seeds", "7", "8"]) == 0
     assert [seed for seed, *_ in calls] == [7, 99, 8]
+
+
+def test_list_has_a_line_for_each_experiment(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (80, 300):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["exp", "list"]) == 0
+        *lines, blank, legend, more = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == [*NAMES] and blank == "" and "quick form" in legend
+        assert max(map(len, lines)) <= width and "mythos exp show NAME" in more
+        assert width == 80 or all("?" in line for line in lines)
+
+
+def test_show_tells_all_of_one(capsys: pytest.CaptureFixture) -> None:
+    assert main(["exp", "show", "khop"]) == 0
+    out, experiment = " ".join(capsys.readouterr().out.split()), load("khop")
+    assert experiment.question in out and " ".join(experiment.protocol.split()) in out
+    assert "2 min in the quick form, 65 min in all" in out and "mythos exp khop --quick" in out
 
 
 def test_list_names_every_experiment(capsys: pytest.CaptureFixture) -> None:
