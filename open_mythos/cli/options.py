@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -80,84 +81,89 @@ def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
 def _is_ours(error: BaseException) -> bool:
     """Whether a line of this package raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get("__name__", "").startswith("open_mythos.")
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("open_mythos.")
 
 
 def _registry(none: bool) -> ConstructorRegistry:
     """How values are read. A field that may be None takes the word where leaving its flag out would not give None."""
     registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        kinds = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else ()
-        if len(kinds) != 2 or types.NoneType not in kinds:
-            return None
-        kind = kinds[kinds[0] is types.NoneType]
-        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
-        if not isinstance(spec, PrimitiveConstructorSpec):
-            return None
-
-        def convert(words: list[str]) -> Any:
-            return None if none and words == ["None"] else spec.instance_from_str(words)
-
-        return dataclasses.replace(
-            spec,
-            metavar=spec.metavar + "|None" * none,
-            instance_from_str=convert,
-            is_instance=lambda value: value is None or spec.is_instance(value),
-            str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
-        )
-
-    @registry.primitive_rule
-    def several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        kinds = get_args(info.type)
-        if get_origin(info.type) is not tuple or kinds[1:] != (...,) or tyro.conf.UseAppendAction in info.markers:
-            return None
-        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
-        if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
-            return None
-        convert, written = spec.instance_from_str, spec.str_from_instance
-        return PrimitiveConstructorSpec(
-            "*",
-            f"[{spec.metavar} ...]",
-            lambda words: tuple(convert([word]) for word in words),
-            lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
-            lambda value: [word for item in value for word in written(item)],
-        )
-
-    @registry.primitive_rule
-    def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type not in (int, float):
-            return None
-        kind, name, example = (int, "INT", "a whole number") if info.type is int else (float, "FLOAT", "a number")
-
-        def convert(words: list[str]) -> Any:
-            try:
-                return kind(words[0])
-            except ValueError:
-                raise ValueError(f"{_short(words[0])} must be {example}") from None
-
-        return PrimitiveConstructorSpec(
-            1, name, convert, lambda value: isinstance(value, int | kind), lambda value: [str(value)]
-        )
-
-    @registry.primitive_rule
-    def choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        allowed = get_args(info.type)
-        if get_origin(info.type) is not Literal or not all(isinstance(name, str) for name in allowed):
-            return None
-
-        def convert(words: list[str]) -> Any:
-            if words[0] not in allowed:
-                remedy = did_you_mean(words[0], allowed)
-                raise ValueError(f"{_short(words[0])} must be one of {', '.join(allowed)}{remedy}")
-            return words[0]
-
-        return PrimitiveConstructorSpec(
-            1, f"{{{','.join(allowed)}}}", convert, lambda value: value in allowed, lambda value: [value]
-        )
-
+    for rule in (partial(_optional, none=none), _several, _number, _choice):
+        registry.primitive_rule(rule)
     return registry
+
+
+def _optional(info: PrimitiveTypeInfo, none: bool) -> PrimitiveConstructorSpec | None:
+    """Read a value that may be left out; where `none`, the word None gives it too."""
+    kinds = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else ()
+    if len(kinds) != 2 or types.NoneType not in kinds:
+        return None
+    kind = kinds[kinds[0] is types.NoneType]
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+
+    def convert(words: list[str]) -> Any:
+        return None if none and words == ["None"] else spec.instance_from_str(words)
+
+    return dataclasses.replace(
+        spec,
+        metavar=spec.metavar + "|None" * none,
+        instance_from_str=convert,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
+
+
+def _several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read any number of values."""
+    kinds = get_args(info.type)
+    if get_origin(info.type) is not tuple or kinds[1:] != (...,) or tyro.conf.UseAppendAction in info.markers:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+        return None
+    convert, written = spec.instance_from_str, spec.str_from_instance
+    return PrimitiveConstructorSpec(
+        "*",
+        f"[{spec.metavar} ...]",
+        lambda words: tuple(convert([word]) for word in words),
+        lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
+        lambda value: [word for item in value for word in written(item)],
+    )
+
+
+def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read a number, and refuse other words in plain English."""
+    if info.type not in (int, float):
+        return None
+    kind, name, example = (int, "INT", "a whole number") if info.type is int else (float, "FLOAT", "a number")
+
+    def convert(words: list[str]) -> Any:
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"{_short(words[0])} must be {example}") from None
+
+    return PrimitiveConstructorSpec(
+        1, name, convert, lambda value: isinstance(value, int | kind), lambda value: [str(value)]
+    )
+
+
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read one of some words; a refusal names the nearest."""
+    allowed = get_args(info.type)
+    if get_origin(info.type) is not Literal or not all(isinstance(name, str) for name in allowed):
+        return None
+
+    def convert(words: list[str]) -> Any:
+        if words[0] not in allowed:
+            remedy = did_you_mean(words[0], allowed)
+            raise ValueError(f"{_short(words[0])} must be one of {', '.join(allowed)}{remedy}")
+        return words[0]
+
+    return PrimitiveConstructorSpec(
+        1, f"{{{','.join(allowed)}}}", convert, lambda value: value in allowed, lambda value: [value]
+    )
 
 
 def flags(options: type) -> dict[str, str]:
