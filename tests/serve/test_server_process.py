@@ -140,8 +140,8 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.C
         assert "must be printable ASCII" in told(str(folder), "--api-key-file", str(key))
     assert "No such file" in told(str(folder), "--api-key-file", str(tmp_path / "none"))
     assert "folder nowhere does not exist" in told("nowhere")
-    assert "port=70000" in told(str(folder), "--port", "70000")
-    assert "max_loops=65" in told(str(folder), "--max-loops", "65")
+    assert "--port 70000" in told(str(folder), "--port", "70000")
+    assert "--max-loops 65" in told(str(folder), "--max-loops", "65")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in told(str(folder), "--port", str(taken.getsockname()[1]))
     monkeypatch.setenv("MYTHOS_API_KEY", "")

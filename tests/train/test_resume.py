@@ -159,7 +159,7 @@ def test_a_signal_ends_a_run_that_goes_on(tmp_path: Path, whole: Trainer, capsys
     assert main(command) == 2
     assert "already holds a run (config.yaml); go on with it with --resume" in capsys.readouterr().err
     assert main([*command, "--resume", "--seed", "1"]) == 2
-    assert "has seed=0, not 1: resume with the configuration that the run began with" in capsys.readouterr().err
+    assert "has --seed 0, not 1: resume with the configuration that the run began with" in capsys.readouterr().err
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
