@@ -123,6 +123,10 @@ class Stream:
             )
         return _to_batch(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
 
+    def digests(self) -> dict[str, str]:
+        # A run on a dataset of the hub stays at its commit, which its position names.
+        return {"data.dataset": self._groups.digest()} if self._is_local else {}
+
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
