@@ -23,7 +23,7 @@ from open_mythos.files import inside, make_folder, naming, to_disk
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
 SAVED_CONFIG, SAVED_DIGEST = "open_mythos_config", "saved_config_sha256"
-"""Names of the configuration in the weights' metadata, and of its digest in `config.json`."""
+"""Names of the configuration in the weights' metadata, behind its digest, and of this digest in `config.json`."""
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 100_000
 """Of `model.safetensors`. Larger ones take seconds and gigabytes to read before anything is known of them."""
@@ -39,7 +39,7 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     saved = json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, sort_keys=True)
     config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: saved})
+    save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
     with naming(folder):
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
@@ -139,10 +139,11 @@ def read_config(folder: str | Path) -> MythosConfig:
                 f"{WEIGHTS_FILE} is used; save the model again, or copy both files together",
                 stacklevel=2,
             )
-            values = _parse(saved.encode(), path.with_name(WEIGHTS_FILE))
+            path = path.with_name(WEIGHTS_FILE)
+            values = _parse(saved.encode(), path)
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
-            f"{folder}/{CONFIG_FILE} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
+            f"{path} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
             "give a folder written by save_pretrained"
         )
     own = {*FOLDER_KEYS, SAVED_DIGEST}
@@ -160,7 +161,11 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _saved_config(folder: Path) -> str | None:
-    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs."""
+    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
     path = inside(folder, WEIGHTS_FILE)
     if not path.is_file():
         return None
@@ -169,10 +174,12 @@ def _saved_config(folder: Path) -> str | None:
         header = file.read(size) if size <= MAX_HEADER_BYTES else b""
     try:
         # What is wrong with a damaged header is said by whoever reads the tensors.
-        saved = json.loads(header)["__metadata__"][SAVED_CONFIG]
-        return saved if len(saved.encode()) <= MAX_CONFIG_BYTES else None
+        digest, _, saved = json.loads(header)["__metadata__"][SAVED_CONFIG].partition(" ")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+    if len(saved) > MAX_CONFIG_BYTES or not saved.isascii() or _digest(saved) != digest:
+        raise ValueError(f"{path} is damaged in its header; copy or save it again")
+    return saved
 
 
 def _digest(text: str) -> str:

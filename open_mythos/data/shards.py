@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from open_mythos.files import sha256, to_disk
+from open_mythos.tokenizer import HUB_FILE, HUB_ROLES, OWN_FILE
 
 FORMAT = 1
 INDEX = "dataset.json"
@@ -106,8 +107,14 @@ class TokenShards:
             on_read: called with the size of each shard that is as it was written.
 
         Raises:
-            ValueError: a shard is damaged; the message names it.
+            ValueError: a shard or the tokenizer is damaged; the message names it.
         """
+        names = sorted(name for name in (HUB_FILE, HUB_ROLES, OWN_FILE) if (self.folder / name).is_file())
+        if sha256(*(self.folder / name for name in names)) != self.info["tokenizer"]:
+            raise ValueError(
+                f"{self.folder} has another tokenizer ({', '.join(names) or 'none'}) than the one its text was made "
+                "tokens with; restore it, or prepare the data again"
+            )
         for shard in self.shards[rank::size]:
             files = self.folder / shard.path, self.folder / _ends(shard)
             if sha256(*files) != shard.sha256:
