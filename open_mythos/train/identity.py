@@ -11,7 +11,7 @@ from open_mythos.files import sha256
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.checkpoint import read_state
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.tasks import Text
+from open_mythos.train.tasks import Stream, Text
 
 CONFIG_FILE = "config.yaml"
 MAX_NAMED = 5
@@ -66,11 +66,13 @@ def open_data(cfg: TrainConfig, checkpoint: Path | None) -> tuple[Tokenizer, dic
         ValueError, OSError: it is not, the model has no room for its tokens, or it cannot be read.
     """
     cfg.check_data()
-    task = cfg.data
+    task, recorded = cfg.data, None if checkpoint is None else read_state(checkpoint).get("data")
+    if isinstance(task, Stream) and recorded is not None:
+        task.stay_at(recorded["data.dataset"])
     digests = task.digests() if isinstance(task, FileTask) else {}
     if checkpoint is None:
         return task.tokenizer(), digests
-    check_data(digests, read_state(checkpoint).get("data"), checkpoint)
+    check_data(digests, recorded, checkpoint)
     if isinstance(task, Text):
         task.use_tokenizer(load_tokenizer(checkpoint))
     check_tokenizer(task.tokenizer(), checkpoint)

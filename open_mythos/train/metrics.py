@@ -1,11 +1,13 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
+import contextlib
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 
-from open_mythos.files import naming, write_text
+from open_mythos.files import naming, to_disk, write_text
 from open_mythos.train.trackers import Tracking
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,8 +38,16 @@ class MetricsWriter:
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # Unbuffered: a buffer that cannot be emptied would lose or repeat parts of lines.
-        self._file = path.open("ab", buffering=0)
+        with naming(path):
+            self._file = path.open("ab", buffering=0)
+            to_disk(path.parent)
         self._waiting = b""
+
+    def sync(self) -> None:
+        """Put the lines on disk, so that a checkpoint that is saved now never knows more than they do."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
         if self._file is None:

@@ -202,6 +202,7 @@ class Trainer:
             if stopping or self._late or self.checkpoints.is_due(done) or done == cfg.steps:
                 if self.world.is_first:
                     self.folder.lock.check()
+                writer.sync()
                 self._save()
             if stopping and done < cfg.steps:
                 saved = self.checkpoints.wait()
