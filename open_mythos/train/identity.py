@@ -83,9 +83,14 @@ def check_config(cfg: TrainConfig, path: Path) -> TrainConfig:
     """Return the configuration at `path`, which `cfg` continues: equal but for `parallel`, or for more steps.
 
     Raises:
-        ValueError: they differ; the message names each field that does, and its two values.
+        ValueError: they differ, and the message names each field that does with its two values; or it is damaged.
     """
-    theirs = TrainConfig.load(path)
+    try:
+        theirs = TrainConfig.load(path)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{error}. If {path} is damaged, put the {CONFIG_FILE} of a checkpoint in its place"
+        ) from error
     found = _differences(theirs.to_dict(), cfg.to_dict())
     found = {
         name: values

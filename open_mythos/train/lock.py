@@ -164,7 +164,8 @@ def _is_gone(path: Path, holder: Holder | None) -> bool:
         # A new file gets its time from the same clock as the lock.
         with tempfile.TemporaryFile(dir=path.parent) as file:
             now = os.fstat(file.fileno()).st_mtime
-        return now - path.stat().st_mtime > STALE_S
+        # A live holder is never far ahead of the clock either, unless that was set back.
+        return abs(now - path.stat().st_mtime) > STALE_S
     except FileNotFoundError:
         return True
 

@@ -219,6 +219,19 @@ def test_a_lost_configuration_is_no_way_to_another_run(tmp_path: Path, changes: 
     assert TrainConfig.load(tmp_path / "run" / "config.yaml") == small(Addition(1, 2))
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 80, b"steps: [", b"model: {dim: x}\ndata: {task: addition}\nsteps: 1"]
+)
+def test_a_damaged_configuration_is_named_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    begin(tmp_path / "run", small(Addition(1, 2)))
+    path = tmp_path / "run" / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"If .*run/config\.yaml is damaged, put the config\.yaml of a checkpoint in"):
+        trainer(tmp_path / "run", small(Addition(1, 2)), resume=True)
+    shutil.copy(tmp_path / "run" / "checkpoints" / "step-00000002" / "config.yaml", path)
+    assert trainer(tmp_path / "run", small(Addition(1, 2)), resume=True).steps_done == 2
+
+
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     """As when the folders of two runs were mixed: config.yaml fits, the newest checkpoint does not."""
     begin(tmp_path / "one", small(Addition(1, 2)))

@@ -73,16 +73,24 @@ def test_a_lock_of_this_machine_is_stale_when_its_process_is_gone(tmp_path: Path
     zombie.wait()
 
 
+@pytest.mark.parametrize("ahead", [-1, 1])
 @pytest.mark.parametrize(
     "changes", [{"host": "elsewhere", "place": "x"}, {"pid": -1}, {"token": "../x"}, {"since": 3}], ids=str
 )
-def test_a_lock_that_cannot_be_looked_up_is_stale_when_it_is_old(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_a_lock_that_cannot_be_looked_up_is_stale_when_it_is_old(
+    tmp_path: Path, changes: dict[str, object], ahead: int
+) -> None:
     """As that of another machine, of another process namespace, in a copied folder, or a damaged one."""
     path = leave(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"taken over when it has given no sign of life for {STALE_S:g} s"):
         RunLock(tmp_path).acquire()
-    before = path.stat().st_mtime - STALE_S - 5
-    os.utime(path, (before, before))
+    for seconds in (-STALE_S + 10, STALE_S - 10):
+        os.utime(path, (now := path.stat().st_mtime + seconds, now))
+        with pytest.raises(ValueError, match="is in use by another mythos train"):
+            RunLock(tmp_path).acquire()
+        os.utime(path)
+    away = path.stat().st_mtime + ahead * (STALE_S + 5)
+    os.utime(path, (away, away))
     mine = RunLock(tmp_path)
     mine.acquire()
     mine.check()
