@@ -61,5 +61,7 @@ def set_aside(folder: Path, steps: int) -> None:
     with naming(aside):
         if aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
         os.replace(folder, aside)
         to_disk(folder.parent)

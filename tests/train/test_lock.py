@@ -18,7 +18,7 @@ from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.lock import LOCK_FILE, STALE_S, Holder, RunLock
 from open_mythos.train.trainer import Trainer
 from tests.train.ranks import CONTEXT, Ranks
-from tests.train.test_resume import Crash, assert_same, config, crash_after, trainer
+from tests.train.test_resume import Crash, assert_same, config, crash_after, numbers, trainer
 
 HELD = f"is in use by another mythos train \\(process {os.getpid()} on {re.escape(socket.gethostname())}, since "
 
@@ -267,3 +267,25 @@ def test_all_processes_of_a_run_are_refused(tmp_path: Path) -> None:
         assert all("is in use by another mythos train" in ranks.said(rank) for rank in range(2))
     mine.check()
     mine.release()
+
+
+def train_with_seed(folder: str, seed: int) -> None:
+    Trainer(config(seed=seed), folder, device="cpu", threads=1, progress=False).run()
+
+
+def test_of_two_fresh_trainers_one_trains(tmp_path: Path) -> None:
+    """Two seeds, started at the same instant: what is there in the end is the run of one of them, whole."""
+    folder = tmp_path / "run"
+    with (
+        Ranks(1, train_with_seed, str(folder), 0, logs=tmp_path / "0") as first,
+        Ranks(1, train_with_seed, str(folder), 77, logs=tmp_path / "77") as second,
+    ):
+        codes = first.join(60) + second.join(60)
+        said = (first if codes[0] else second).said(0)
+    assert sorted(codes) == [0, 1]
+    assert re.search("is in use by another|already holds a run|has changed since this command looked at it", said), said
+    whole = trainer(tmp_path / "whole", config(seed=(0, 77)[codes.index(0)]))
+    whole.run()
+    assert numbers(folder) == numbers(whole.out_dir)
+    weights = "final/model.safetensors"
+    assert (folder / weights).read_bytes() == (whole.out_dir / weights).read_bytes()
