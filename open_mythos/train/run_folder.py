@@ -42,6 +42,8 @@ class RunFolder:
             # The folder's own file may be lost or replaced.
             saved = check_config(cfg, self.newest / CONFIG_FILE)
             run = run or saved
+        elif run is None:
+            self._refuse_a_nameless_run()
         self.steps_before = cfg.steps if run is None else run.steps
         """Steps of the run as it began. There may be more now."""
         self.is_done = world.agree({}, int(world.is_first and self._is_done())) > 0
@@ -94,6 +96,14 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} already holds a run ({name}); go on with it with --resume, use another folder, or "
                     "remove this one"
+                )
+
+    def _refuse_a_nameless_run(self) -> None:
+        for path in (self.final, self.metrics):
+            if path.exists():
+                raise ValueError(
+                    f"{path} is there and neither {CONFIG_FILE} nor a checkpoint, so it is not known which run it is "
+                    f"of; put the run's {CONFIG_FILE} back, or use another folder"
                 )
 
     def _is_done(self) -> bool:

@@ -79,6 +79,17 @@ def test_a_damaged_final_without_a_checkpoint(run: Path, what: str, capsys: pyte
     assert (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("left", ["final", "metrics.jsonl"])
+def test_a_run_that_nothing_names(run: Path, left: str) -> None:
+    for name in {"config.yaml", "checkpoints", "final", "metrics.jsonl"} - {left}:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    with pytest.raises(
+        ValueError, match=rf"{left} is there and neither config\.yaml nor a checkpoint, so it is not kno"
+    ):
+        trainer(run, config(steps=4, seed=9), resume=True)
+    assert (run / left).exists()
+
+
 def test_an_extended_run_is_that_of_a_run_with_the_same_rates(run: Path, tmp_path: Path) -> None:
     """At a constant rate more steps are the run that had them from the start, bit for bit."""
     constant = {"schedule": ScheduleConfig(shape="constant")}
