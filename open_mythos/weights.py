@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
-from open_mythos.files import inside, make_folder, naming, to_disk
+from open_mythos.files import inside, make_folder, naming, parse_json, read_json, to_disk
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
@@ -128,9 +128,9 @@ def read_config(folder: str | Path) -> MythosConfig:
     that the weights were saved with.
     """
     path = _file(Path(folder), CONFIG_FILE)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which is no configuration")
-    values = _parse(path.read_bytes(), path)
+    values = read_json(path, MAX_CONFIG_BYTES)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or save it again")
     if (saved := _saved_config(Path(folder))) is not None:
         digest = values.pop(SAVED_DIGEST, None) or _digest(json.dumps(values, sort_keys=True))
         if digest != _digest(saved):
@@ -140,7 +140,9 @@ def read_config(folder: str | Path) -> MythosConfig:
                 stacklevel=2,
             )
             path = path.with_name(WEIGHTS_FILE)
-            values = _parse(saved.encode(), path)
+            values = parse_json(saved, str(path))
+            if not isinstance(values, dict):
+                raise ValueError(f"{path} holds no configuration in its metadata; copy or save it again")
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
             f"{path} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
@@ -148,16 +150,6 @@ def read_config(folder: str | Path) -> MythosConfig:
         )
     own = {*FOLDER_KEYS, SAVED_DIGEST}
     return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
-
-
-def _parse(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); copy or save it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; copy or save it again")
-    return values
 
 
 def _saved_config(folder: Path) -> str | None:

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown field": (lambda f: config(f, auto_map={"AutoModel": "evil.py"}), "'auto_map' is no field"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "no JSON object"),
     "a nested configuration": (lambda f: (f / CONFIG).write_text("[" * 10**5), "cannot be read as JSON"),
-    "no JSON": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
+    "no JSON": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "is no UTF-8 text"),
     "a large configuration": (lambda f: (f / CONFIG).write_bytes(b" " * 2**21), "more than 1048576 bytes"),
     "a tokenizer of no type": (lambda f: (f / OWN).write_text('{"type": "pickle"}'), "has no type"),
     "a nested tokenizer": (lambda f: (f / OWN).write_text("[" * 10**5), "cannot be read"),
