@@ -199,11 +199,15 @@ def test_only_the_fields_that_differ_are_named(tmp_path: Path, capsys: pytest.Ca
     command += ["--device", "cpu", "--threads", "1"]
     assert main([*command, "--optim.lr", "0.1"]) == 2
     said = capsys.readouterr().err
-    assert "config.yaml differs from this command in optim.lr: 0.01 in the run, 0.1 now. Go on with" in said
+    assert "config.yaml differs from this command in --optim.lr: 0.01 in the run, 0.1 now. Go on with" in said
     assert "betas" not in said
     assert main([*command, "--optim.lr", "0.1", "--data.max-digits", "3", "--seed", "5"]) == 2
     said = capsys.readouterr().err
-    for part in ("seed: 0 in the run, 5 now", "optim.lr: 0.01 in the run, 0.1 now", "data.max_digits: 2 in the run, 3"):
+    for part in (
+        "seed: 0 in the run, 5 now",
+        "optim.lr: 0.01 in the run, 0.1 now",
+        "--data.max-digits: 2 in the run, 3",
+    ):
         assert part in said
     with pytest.raises(ValueError, match=r"in data\.task: 'addition' in the run, 'text' now\. Go on"):
         trainer(tmp_path / "run", small(Text(seq_len=9)), resume=True)
