@@ -121,6 +121,6 @@ def check_sampling(how: Any) -> None:
     check_number("temperature", how.temperature, 0, remedy="use 0 for greedy, or 1.0")
     if how.top_k is not None:
         check_int("top_k", how.top_k, 0, remedy="use top_k=0 to keep all")
-    check_number("top_p", how.top_p, 0, 1, above=True, remedy="use top_p=1.0 to keep all")
+    check_number("top_p", how.top_p, 0, 1, remedy="use top_p=1.0 to keep all")
     check_number("min_p", how.min_p, 0, 1, remedy="use min_p=0.0 to keep all")
     check_number("repetition_penalty", how.repetition_penalty, 0, above=True, remedy="use 1.0 for none")

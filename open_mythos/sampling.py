@@ -1,18 +1,23 @@
 """From logits to the next token.
 
-The filters run in this order, which is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
-Shape letters: B rows, S tokens so far, V vocabulary, K candidates (V, or top_k of it).
+The steps run in this order: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k,
+top-p, min-p. Shape letters: B rows, S tokens so far, V vocabulary, K candidates (V, or top_k of it).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log
 
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_sampling
+from open_mythos.checks import check_int, check_number, check_sampling
 from open_mythos.nn.numerics import wide
+
+MAX_LOGIT_BIASES = 1024
+"""Tokens that one request may raise or lower."""
+Biases = tuple[tuple[int, float], ...]
+"""(token id, what is added to its logit)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Sampling:
     """How the next token is chosen; the defaults draw from the model's own distribution.
 
     Raises:
-        TypeError: a field is no number (a bool is none).
+        TypeError: a field is no number (a bool is none), or `logit_bias` is no mapping.
         ValueError: a field is out of range.
     """
 
@@ -29,14 +34,48 @@ class Sampling:
     top_k: int | None = None
     """Keep the k best tokens; None, 0 and anything from the vocabulary's size on keep all."""
     top_p: float = 1.0
-    """Keep the fewest best tokens whose probabilities sum to top_p at least."""
+    """Keep the fewest best tokens whose probabilities sum to top_p at least; 0 keeps the best one."""
     min_p: float = 0.0
     """Keep the tokens at least min_p times as probable as the best."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of earlier tokens and multiplies the negative ones (CTRL, section 4.1)."""
+    frequency_penalty: float = 0.0
+    """Lowers a logit by this much for each time that its token stands in the answer so far, from -2 to 2."""
+    presence_penalty: float = 0.0
+    """Lowers the logits of the tokens that stand in the answer so far, once, from -2 to 2."""
+    logit_bias: Mapping[int, float] | Biases = ()
+    """Added to the logits of these tokens, from -100 to 100 each; stored as `biases`."""
 
     def __post_init__(self) -> None:
         check_sampling(self)
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -2, 2, remedy="use 0.0 for none")
+        # A mapping cannot be hashed, and may change after it was checked.
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    @property
+    def biases(self) -> Biases:
+        """`logit_bias` as pairs in the order of the ids."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
+    def penalizes_answer(self) -> bool:
+        """Whether the choice depends on how often each token stands in the answer."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def _biases(given: object) -> Biases:
+    remedy = "use a mapping such as {50: -100}"
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"logit_bias={given!r:.60} must map ids to numbers; {remedy}")
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise ValueError(f"logit_bias has {len(pairs)} entries, at most {MAX_LOGIT_BIASES} are allowed; send fewer")
+    for token, bias in pairs:
+        check_int("logit_bias", token, 0, 2**31, "use ids of the vocabulary")
+        check_number(f"logit_bias[{token}]", bias, -100, 100, remedy="use -100 to exclude a token")
+    return tuple(sorted(pairs))
 
 
 @torch.no_grad()
@@ -45,6 +84,7 @@ def sample(
     params: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     previous_ids: Tensor | None = None,
+    answer_ids: Tensor | None = None,
 ) -> Tensor:
     """Choose one token per row.
 
@@ -55,7 +95,8 @@ def sample(
         logits: (B, V), any float dtype, finite or -inf; worked on in at least float32. NaN gives some token, no error.
         params: the same for all rows.
         generator: one for the batch, one per row, or None for torch's global CPU generator; unused when greedy.
-        previous_ids: (B, S) ids that `repetition_penalty` applies to, padded with -1; prompt and output, in any order.
+        previous_ids: (B, S) ids that `repetition_penalty` applies to, padded with -1; prompt and answer, in any order.
+        answer_ids: (B, S) ids that the frequency and presence penalties apply to, padded with -1; the answer alone.
 
     Returns:
         (B,) int64.
@@ -63,6 +104,13 @@ def sample(
     scores = wide(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
+    if params.penalizes_answer and answer_ids is not None:
+        counts = _counts(answer_ids, scores)
+        scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.biases:
+        tokens, biases = zip(*params.biases, strict=True)
+        columns = torch.tensor(tokens, device=scores.device)
+        scores = scores.index_add(1, columns, scores.new_tensor(biases).expand(len(scores), -1))
     if params.temperature == 0:
         return scores.argmax(-1)
     tiny = torch.finfo(scores.dtype).tiny  # parameters below it would become 0
@@ -86,11 +134,17 @@ def sample(
 
 
 def _penalize(scores: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
-    batch, vocab_size = scores.shape
-    # Padding marks one column more than the vocabulary, which is then cut off.
-    seen = torch.zeros(batch, vocab_size + 1, dtype=torch.bool, device=scores.device)
-    seen = seen.scatter_(1, previous_ids.where(previous_ids >= 0, vocab_size), True)[:, :vocab_size]
+    seen = _counts(previous_ids, scores) > 0
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _counts(ids: Tensor, scores: Tensor) -> Tensor:
+    """How often each token of the vocabulary stands in the ids of each row, (B, V)."""
+    batch, vocab_size = scores.shape
+    # Padding counts for one column more than the vocabulary, which is then cut off.
+    counts = scores.new_zeros(batch, vocab_size + 1)
+    counts.scatter_add_(1, ids.where(ids >= 0, vocab_size), torch.ones_like(ids, dtype=scores.dtype))
+    return counts[:, :vocab_size]
 
 
 def _draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

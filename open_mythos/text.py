@@ -19,19 +19,26 @@ class AnswerText:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
         self.stopped: str | None = None
         """The stop string that was found."""
+        self.added = ""
+        """The text that the last id adds, of which a possible stop string may still be held back."""
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stops = tuple(stops)
         self._held = ""
 
     def push(self, token_id: int) -> str:
         """The text that is certain with `token_id`; empty once stopped."""
-        return self._take(self._stream.push(token_id)) if self.stopped is None else ""
+        if self.stopped is not None:
+            return ""
+        self.added = self._stream.push(token_id)
+        return self._take(self.added)
 
     def flush(self) -> str:
         """The text still held back, once no id follows; half a character may complete a stop string of U+FFFD."""
         if self.stopped is not None:
             return ""
-        return self._take(self._stream.flush()) + self._held
+        rest = self._stream.flush()
+        self.added += rest
+        return self._take(rest) + self._held
 
     def _take(self, piece: str) -> str:
         text, self._held = self._held + piece, ""

@@ -25,40 +25,53 @@ class Draw:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A new token."""
+    """A new token, or one of the prompt that was given."""
 
     token: int
     logprob: float | None = None
-    """Of the model's own distribution, whatever the temperature and the filters."""
+    """The log-probability under the model itself, whatever temperature, penalties and filters say."""
     top_logprobs: dict[int, float] | None = None
 
 
-def choose(logits: Tensor, draws: Sequence[Draw], token_ids: Sequence[Sequence[int]]) -> list[Chosen | None]:
+def choose(
+    logits: Tensor, draws: Sequence[Draw], token_ids: Sequence[Sequence[int]], answer_ids: Sequence[Sequence[int]]
+) -> list[Chosen | None]:
     """One token for each of N sequences, (N, V); None where the logits are NaN.
 
     Args:
         token_ids: prompt and answer of each so far, for the repetition penalty.
+        answer_ids: the answer alone, for the frequency and presence penalties.
     """
     tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
     for how, group in _alike(draws).items():
         index = torch.tensor(group, device=logits.device)
-        seen = None
-        if how.repetition_penalty != 1:
-            longest = max(len(token_ids[i]) for i in group)
-            seen = torch.tensor([[*token_ids[i], *[-1] * (longest - len(token_ids[i]))] for i in group])
-            seen = seen.to(logits.device)
+        seen = _padded([token_ids[i] for i in group], logits.device) if how.repetition_penalty != 1 else None
+        answered = _padded([answer_ids[i] for i in group], logits.device) if how.penalizes_answer else None
         whole = len(group) == len(draws)
-        chosen = sample(logits if whole else logits[index], how, [draws[i].generator for i in group], seen)
+        generators = [draws[i].generator for i in group]
+        chosen = sample(logits if whole else logits[index], how, generators, seen, answered)
         tokens = chosen if whole else tokens.index_copy(0, index, chosen)
     values, bad = tokens.tolist(), logits.isnan().any(-1).tolist()
     answers: list[Chosen | None] = [None if nan else Chosen(token) for token, nan in zip(values, bad, strict=True)]
     for i, draw in enumerate(draws):
         if draw.logprobs is not None and not bad[i]:
-            log_p = wide(logits[i]).log_softmax(-1)
-            best = log_p.topk(min(draw.logprobs, len(log_p)))
-            top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            answers[i] = Chosen(values[i], log_p[values[i]].item(), top)
+            answers[i] = log_probabilities(logits[i : i + 1], [values[i]], draw.logprobs)[0]
     return answers
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int], n_best: int) -> list[Chosen]:
+    """The tokens that follow N positions, with their log-probabilities and those of the best, from logits (N, V)."""
+    log_p = wide(logits).log_softmax(-1)
+    own = log_p.gather(1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0].tolist()
+    best = log_p.topk(min(n_best, log_p.shape[1]))
+    tops = [dict(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [Chosen(*each) for each in zip(tokens, own, tops, strict=True)]
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Ids of different lengths, (N, S), with -1 behind the shorter ones."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
 
 
 def _alike(draws: Sequence[Draw]) -> dict[Sampling, list[int]]:

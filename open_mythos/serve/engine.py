@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Hashable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, fields
 from weakref import WeakValueDictionary
@@ -11,15 +10,15 @@ import torch
 from torch import Tensor
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.arguments import check_n_loops
 from open_mythos.checks import check_bool, check_int
 from open_mythos.model import OpenMythos
-from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
+from open_mythos.nn.halting import Fixed, HaltingRule
 from open_mythos.sampling import Sampling
-from open_mythos.serve.choose import Chosen, Draw, choose
+from open_mythos.serve.choose import Chosen, Draw, choose, log_probabilities
 from open_mythos.serve.costs import StepCosts
 from open_mythos.serve.paged import PagedKV
 from open_mythos.serve.params import SamplingParams
+from open_mythos.serve.request_checks import Rules, check_length, check_tokens, depth_of, prompt_ids
 from open_mythos.serve.runner import Chunk, Row, Runner
 from open_mythos.serve.scheduler import Limits, Refill, Scheduler
 from open_mythos.serve.sequence import GRID, Sequence
@@ -70,10 +69,12 @@ class TokenEvent:
 
     request: "Request"
     token_id: int | None
-    """None at an end without a token: "abort" and "error"."""
+    """None at an end without a token: "abort", "error", and "length" where no token was asked for."""
     text: str
     """What can be shown now; it may lag behind the tokens while a character or a stop string is incomplete."""
     loops: int
+    token_text: str = ""
+    """What the token adds to the text, shown yet or not; empty while a character is incomplete."""
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
     finish_reason: str | None = None
@@ -87,6 +88,9 @@ class Request:
     id: int
     prompt_ids: list[int]
     params: SamplingParams
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of every token of the prompt but the first, if they were asked for."""
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     """Of the answer."""
     loops: list[int] = field(default_factory=list)
@@ -117,6 +121,11 @@ class _Work:
     row: Row | None = None
     swapped: Tensor | None = None
     """Its keys and values while it has no pages."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the chunk in work holds tokens whose successors in the prompt are to be scored."""
+        return self.request.params.prompt_logprobs is not None and self.sequence.in_prompt
 
 
 class Engine:
@@ -160,7 +169,7 @@ class Engine:
         costs = costs or measure_costs(self.runner)
         self.runner.least_rows = costs.least_rows
         self.scheduler = Scheduler(limits, costs, refill)
-        self.rules: WeakValueDictionary[Hashable, HaltingRule] = WeakValueDictionary()
+        self.rules: Rules = WeakValueDictionary()
         """One object for each way to leave the loop, as long as a request asks for it: thresholds are endless."""
         self.work: dict[Sequence, _Work] = {}
         self.of: dict[Request, _Work] = {}
@@ -201,10 +210,13 @@ class Engine:
             raise ValueError(
                 f"n={params.n} is for LLM.generate; add a request for each answer, with seeds of their own"
             )
-        ids = self._ids(prompt)
-        self._check_length(len(ids), params.max_tokens)
-        rule, n_loops, depth_key = self._depth(params)
-        stop_ids = self._stop_ids(params)
+        cfg = self.model.cfg
+        ids = prompt_ids(prompt, self.tokenizer, cfg)
+        check_length(len(ids), params.max_tokens, cfg)
+        check_tokens(params, cfg)
+        rule, n_loops, depth_key = depth_of(params, self.model, self.rules)
+        end = None if self.tokenizer is None or params.ignore_eos else self.tokenizer.eos_id
+        stop_ids = frozenset(params.stop_token_ids) | ({end} if end is not None else set())
         answer = AnswerText(self.tokenizer, params.stop_strings, ids) if self.tokenizer is not None else None
         if params.stop_strings and answer is None:
             raise ValueError(f"stop={params.stop_strings[0]!r} is text, which needs a tokenizer; use stop_token_ids")
@@ -212,11 +224,12 @@ class Engine:
             id=self.n_requests,
             token_ids=list(ids),
             n_prompt=len(ids),
-            max_tokens=params.max_tokens,
+            max_tokens=max(1, params.max_tokens),
             n_loops=n_loops,
             depth_key=depth_key,
             is_fixed=isinstance(rule, Fixed),
-            pages_per_block=n_layers(self.model.cfg, n_loops),
+            pages_per_block=n_layers(cfg, n_loops),
+            may_reuse=params.prompt_logprobs is None,
         )
         self.scheduler.add(sequence)
         self.n_requests += 1
@@ -267,9 +280,13 @@ class Engine:
 
     def _read_out(self, works: list[_Work]) -> list[TokenEvent]:
         ends = [work.sequence.n_computed + work.sequence.n_running == work.sequence.n_tokens for work in works]
-        out = self.runner.read_out([_row(work) for work in works], ends)
+        scored = [work for work in works if work.scores_prompt]
+        out = self.runner.read_out([_row(work) for work in works], ends, [_row(work) for work in scored])
+        for work in scored:
+            self._score_prompt(work, out.states[_row(work)])
         last = [work for work, end in zip(works, ends, strict=True) if end]
-        chosen = choose(out.logits, [w.draw for w in last], [w.sequence.token_ids for w in last]) if last else []
+        ids = [work.sequence.token_ids for work in last], [work.request.token_ids for work in last]
+        chosen = choose(out.logits, [work.draw for work in last], *ids) if last else []
         found = dict(zip(last, zip(chosen, out.loops, strict=True), strict=True))
         events = []
         for work, is_nan in zip(works, out.is_nan, strict=True):
@@ -279,9 +296,26 @@ class Engine:
                 events.append(TokenEvent(work.request, None, self._end(work, "error"), 0, finish_reason="error"))
                 continue
             self.scheduler.computed(work.sequence)
-            if token is not None:
+            if token is not None and not work.request.params.max_tokens:
+                events.append(TokenEvent(work.request, None, self._end(work, "length"), 0, finish_reason="length"))
+            elif token is not None:
                 events.append(self._append(work, token, loops))
         return events
+
+    def _score_prompt(self, work: _Work, states: Tensor) -> None:
+        """Add the log-probabilities of the tokens of the prompt that follow those of a chunk."""
+        request, first = work.request, work.sequence.n_computed
+        following = request.prompt_ids[first + 1 : first + 1 + len(states)]
+        n_best = request.params.prompt_logprobs
+        assert n_best is not None
+        # A few positions at a time: a vocabulary is much wider than the model.
+        for start in range(0, len(following), GRID):
+            tokens = following[start : start + GRID]
+            logits = self.runner.logits(states[start : start + len(tokens)])
+            for each in log_probabilities(logits, tokens, n_best):
+                assert each.logprob is not None and each.top_logprobs is not None
+                request.prompt_logprobs.append(each.logprob)
+                request.prompt_top_logprobs.append(each.top_logprobs)
 
     def _append(self, work: _Work, chosen: Chosen, loops: int) -> TokenEvent:
         """Add a token to an answer, and end it if that was the last."""
@@ -306,7 +340,8 @@ class Engine:
         request.text += piece
         if reason is not None:
             piece += self._end(work, reason)
-        return TokenEvent(request, token, piece, loops, chosen.logprob, chosen.top_logprobs, reason)
+        added = "" if work.answer is None else work.answer.added
+        return TokenEvent(request, token, piece, loops, added, chosen.logprob, chosen.top_logprobs, reason)
 
     def _end(self, work: _Work, reason: str) -> str:
         """Take a request out of the engine; the text that was still held back."""
@@ -331,70 +366,6 @@ class Engine:
             work.request.n_cached = sequence.n_cached
         first = sequence.n_computed
         return Chunk(work.row, first, sequence.token_ids[first : first + n], sequence.blocks)
-
-    # What a request asks for, checked against the model.
-
-    def _ids(self, prompt: str | Ids[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"prompt={prompt!r:.60} is text, which needs a tokenizer; give one to the engine, or ids"
-                )
-            prompt = self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Ids) or not all(type(i) is int for i in prompt):
-            raise TypeError(f"prompt={prompt!r:.60} must be text or a list of ids; use [1, 2, 3]")
-        if not prompt:
-            raise ValueError("the prompt is empty; give it a start token")
-        for token in (min(prompt), max(prompt)):
-            remedy = "check that tokenizer and model belong together"
-            check_int("prompt: the id", token, 0, self.model.cfg.vocab_size - 1, remedy)
-        return list(prompt)
-
-    def _check_length(self, n_prompt: int, max_tokens: int) -> None:
-        cfg = self.model.cfg
-        room = min(cfg.max_output_tokens, cfg.max_seq_len - n_prompt)
-        if room < 1:
-            raise ValueError(f"the prompt's {n_prompt} tokens fill max_seq_len={cfg.max_seq_len}; shorten the prompt")
-        check_int(
-            "max_tokens",
-            max_tokens,
-            1,
-            room,
-            f"the prompt has {n_prompt} tokens, max_seq_len={cfg.max_seq_len} and "
-            f"max_output_tokens={cfg.max_output_tokens}, so use max_tokens={room} or less, or a shorter prompt",
-        )
-
-    def _depth(self, params: SamplingParams) -> tuple[HaltingRule, int, Hashable]:
-        """The rule and the most loops, and what tells one depth from another."""
-        cfg, block = self.model.cfg, self.model.recurrent
-        n_loops = check_n_loops(params.n_loops, cfg)
-        exit = params.exit
-        if block is None:
-            for name in ("exit", "exit_threshold", "min_loops"):
-                if (value := getattr(params, name)) is not None:
-                    raise ValueError(f"{name}={value!r} needs a model with a recurrent block; leave {name} out")
-            return self.rules.setdefault(None, Fixed()), 1, None
-        min_loops = cfg.min_loops
-        if params.min_loops is not None:
-            check_int("min_loops", params.min_loops, 1, n_loops, f"use 1 to n_loops={n_loops}")
-            min_loops = params.min_loops
-        if isinstance(exit, HaltingRule):
-            if params.min_loops is not None or params.exit_threshold is not None:
-                raise ValueError("min_loops and exit_threshold are for a rule given by name; set the rule's own")
-            return exit, n_loops, (n_loops, exit)
-        if exit is None and params.exit_threshold is not None:
-            raise ValueError(f"exit_threshold={params.exit_threshold} needs a rule to belong to; pass exit='kl' too")
-        own = "fixed" if block.act is None else "act"
-        name, threshold = own if exit is None else exit, params.exit_threshold
-        rule = make_rule(name, threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold)
-        key = (name, threshold, min_loops)
-        return self.rules.setdefault(key, rule), n_loops, (n_loops, *key)
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        for token in params.stop_token_ids:
-            check_int("stop_token_ids", token, 0, self.model.cfg.vocab_size - 1)
-        end = None if self.tokenizer is None or params.ignore_eos else self.tokenizer.eos_id
-        return frozenset(params.stop_token_ids) | ({end} if end is not None else set())
 
 
 def cache_bytes(device: torch.device) -> int:

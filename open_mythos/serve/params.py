@@ -1,11 +1,14 @@
 """What a request asks for besides its prompt."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from open_mythos.checks import check_bool, check_int
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.sampling import Sampling
+
+MAX_LOGPROBS = 20
+"""The most of the best tokens whose log-probabilities can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,12 @@ class SamplingParams(Sampling):
     """
 
     n: int = 1
-    """Answers to each prompt; answer i has the seed `seed + i`."""
+    """Answers to each prompt; answer i has the seed `seed + i`, which wraps around at the largest int64."""
     max_tokens: int = 16
-    """New tokens of each answer, the stop token included."""
+    """New tokens of each answer, the stop token included; 0 computes the prompt only."""
     seed: int | None = None
-    """Of the request's own random numbers; None: a fresh one. Equal seeds draw equally, whatever else runs."""
+    """Seed of the request's own random numbers, any int64; None: a fresh one. Equal seeds draw equally, whatever else
+    runs."""
     stop: str | Sequence[str] = ()
     """Strings that end an answer. The text ends before them."""
     stop_token_ids: Sequence[int] = ()
@@ -30,6 +34,9 @@ class SamplingParams(Sampling):
     """Go on after the tokenizer's end token."""
     logprobs: int | None = None
     """Return the log-probability of each token, and those of so many best ones; None: neither."""
+    prompt_logprobs: int | None = None
+    """Return the log-probability of each token of the prompt but the first, and those of so many best ones; None:
+    neither. The whole prompt is then computed, whatever beginning of it could be reused."""
     n_loops: int | None = None
     """The most loops a token may take; None: the model's `max_loop_iters`."""
     min_loops: int | None = None
@@ -42,9 +49,9 @@ class SamplingParams(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("n", self.n, 1, 2**16, "use n=1")
-        check_int("max_tokens", self.max_tokens, 1, 2**31, "use max_tokens=16")
+        check_int("max_tokens", self.max_tokens, 0, 2**31, "use max_tokens=16")
         if self.seed is not None:
-            check_int("seed", self.seed, 0, 2**63 - self.n, "use seed=0")
+            check_int("seed", self.seed, -(2**63), 2**63 - 1, "use seed=0")
         for name, one in (("stop", "'.'"), ("stop_token_ids", "0")):
             given = getattr(self, name)
             if not isinstance(given, Iterable):
@@ -60,8 +67,14 @@ class SamplingParams(Sampling):
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0, 2**31, "use ids of the vocabulary")
         check_bool("ignore_eos", self.ignore_eos)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, 20, "use logprobs=5 or less")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, MAX_LOGPROBS, f"use {name}=5 or less")
+
+    def of_answer(self, place: int) -> "SamplingParams":
+        """The parameters of answer `place` alone; those of the prompt go with the first."""
+        seed = None if self.seed is None else (self.seed + place + 2**63) % 2**64 - 2**63
+        return replace(self, n=1, seed=seed, prompt_logprobs=None if place else self.prompt_logprobs)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

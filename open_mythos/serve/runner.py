@@ -3,7 +3,7 @@
 Shapes: N tokens, D width, V vocabulary. Every token is a row of its own: (N, 1, D).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,6 +55,8 @@ class ReadOut:
     """Of those tokens."""
     is_nan: list[bool]
     """For every row, whether something in its chunk is NaN."""
+    states: dict[Row, Tensor]
+    """(n, 1, D), what the head reads for every token of the chunk, in order, of the rows where that was asked for."""
 
 
 class Runner:
@@ -209,8 +211,17 @@ class Runner:
         """Logits read off states, without the coda."""
         return self.model.head(self.model.norm(h))
 
-    def read_out(self, rows: Sequence[Row], wanted: Sequence[bool]) -> ReadOut:
-        """Coda for chunks that have left the loop, and logits where the next token is `wanted`."""
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, V), from states of a `ReadOut`."""
+        with self._computing():
+            return self.model.head(states)[:, 0]
+
+    def read_out(self, rows: Sequence[Row], wanted: Sequence[bool], every: Collection[Row] = ()) -> ReadOut:
+        """Coda for chunks that have left the loop, and logits where the next token is `wanted`.
+
+        Args:
+            every: rows of which the states of all tokens are returned too.
+        """
         everything = Left.join(self.left)
         mine = np.isin(everything.tokens.row, [row.number for row in rows])
         left = everything if mine.all() else everything.take(np.flatnonzero(mine))
@@ -227,7 +238,9 @@ class Runner:
             is_nan = x[: len(left.tokens), 0].isnan().any(-1).cpu().numpy()
             broken = set(left.tokens.row[is_nan].tolist())
             logits = self.model.head(x[self.kv.index(index)])[:, 0]
-            return ReadOut(logits, left.loops[index].tolist(), [row.number in broken for row in rows])
+            in_order = left.tokens.row[order]
+            states = {row: x[self.kv.index(order[in_order == row.number])] for row in every}
+            return ReadOut(logits, left.loops[index].tolist(), [row.number in broken for row in rows], states)
 
     def _n_rows(self, n: int) -> int:
         """Return the rows of a call on n tokens."""

@@ -251,7 +251,7 @@ class Scheduler:
             room = self._limits.max_prefill_tokens - self._n_prefill
             if room < min(GRID, seq.n_prompt):
                 return
-            if self._limits.prefix_reuse:
+            if self._limits.prefix_reuse and seq.may_reuse:
                 # The last token is computed in any case: what follows it is read from it.
                 seq.blocks = self._pages.match(seq.depth_key, seq.token_ids[: seq.n_prompt - 1])
                 seq.n_computed = seq.n_cached = len(seq.blocks) * self._limits.page_tokens

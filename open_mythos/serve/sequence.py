@@ -54,6 +54,8 @@ class Sequence:
     """Whether every token runs all `n_loops`."""
     pages_per_block: int
     """Layers outside the loop, and the loop's once for each of `n_loops`."""
+    may_reuse: bool = True
+    """False if every token of the prompt has to be computed, because something is read from each."""
 
     phase: Phase = Phase.WAITING
     tag: float = 0.0

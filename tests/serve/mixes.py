@@ -113,8 +113,8 @@ def record(engine: Engine, outcome: Outcome) -> None:
     """Keep every token's logits, and count who loses its pages."""
     read_out, read = engine.runner.read_out, engine.kv.read
 
-    def keep(rows: Any, wanted: Any) -> Any:
-        out = read_out(rows, wanted)
+    def keep(rows: Any, wanted: Any, every: Any = ()) -> Any:
+        out = read_out(rows, wanted, every)
         ids = [engine.rows[row].request.id for row, want in zip(rows, wanted, strict=True) if want]
         for i, row in zip(ids, out.logits, strict=True):
             outcome.logits.setdefault(i, []).append(row.clone())
