@@ -147,7 +147,7 @@ def test_generators_must_fit_the_rows() -> None:
         ("top_k", -1, ValueError),
         ("top_k", 5.0, TypeError),
         ("top_k", False, TypeError),
-        ("top_p", 0, ValueError),
+        ("top_p", -0.1, ValueError),
         ("top_p", 1.01, ValueError),
         ("top_p", math.nan, ValueError),
         ("top_p", True, TypeError),

@@ -71,10 +71,10 @@ def _serve(args: ServeArgs) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         load(module, "serve", "the server")
     from open_mythos.serve.engine import Engine, EngineConfig
+    from open_mythos.serve.fields import HARD_MAX_LOOPS
     from open_mythos.serve.gate import is_local
     from open_mythos.serve.listen import run
     from open_mythos.serve.llm import LLM
-    from open_mythos.serve.protocol import HARD_MAX_LOOPS
     from open_mythos.serve.server import make_app
     from open_mythos.serve.service import ServeConfig, Service
 

@@ -18,6 +18,7 @@ from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.model import OpenMythos
 from open_mythos.serve.engine import Engine, EngineConfig, Request
 from open_mythos.serve.params import SamplingParams
+from open_mythos.serve.token_text import TokenTexts
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -27,7 +28,7 @@ class Logprob:
 
     logprob: float
     decoded_token: str | None
-    """The token alone as text; None without a tokenizer."""
+    """The token as text, with the space that a token inside a text may begin with; None without a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     """Tokens of the prompt that the first answer found computed."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt: itself and so many of the best; None for the first, which nothing precedes. None
+    altogether unless `prompt_logprobs` was asked for."""
 
 
 class LLM:
@@ -100,6 +104,7 @@ class LLM:
             model = OpenMythos.from_pretrained(folder, device=where, dtype=getattr(torch, dtype or "float32"))
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, tokenizer, replace(config or EngineConfig(), max_queue=2**31 - 1))
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._n_prompts = 0
 
     def generate(
@@ -130,10 +135,9 @@ class LLM:
             for prompt, params in zip(wanted, _for_each(sampling_params, len(wanted)), strict=True):
                 answers.append([])
                 for i in range(params.n):
-                    seed = None if params.seed is None else params.seed + i
                     # The prompt is encoded once.
                     ids = answers[-1][0].prompt_ids if i else prompt
-                    request = self.engine.add(ids, replace(params, n=1, seed=seed))
+                    request = self.engine.add(ids, params.of_answer(i))
                     running[request.id] = request
                     answers[-1].append(request)
             self._run(running, progress)
@@ -196,6 +200,7 @@ class LLM:
             outputs=[self._completion(i, request) for i, request in enumerate(answers)],
             finished=True,
             num_cached_tokens=answers[0].n_cached,
+            prompt_logprobs=self._prompt_logprobs(answers[0]),
         )
 
     def _completion(self, index: int, request: Request) -> CompletionOutput:
@@ -212,10 +217,19 @@ class LLM:
         )
 
     def _logprobs(self, request: Request) -> list[dict[int, Logprob]]:
-        decode = (lambda _: None) if self.tokenizer is None else self.tokenizer.decode
+        return self._told(request.token_ids, request.logprobs, request.top_logprobs)
+
+    def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        return [None, *self._told(request.prompt_ids[1:], request.prompt_logprobs, request.prompt_top_logprobs)]
+
+    def _told(self, tokens: list[int], logprobs: list[float], best: list[dict[int, float]]) -> list[dict[int, Logprob]]:
+        """For each token: itself and the best."""
+        texts = self._texts
         return [
-            {i: Logprob(value, decode([i])) for i, value in {token: own, **best}.items()}
-            for token, own, best in zip(request.token_ids, request.logprobs, request.top_logprobs, strict=True)
+            {i: Logprob(value, None if texts is None else texts[i].text) for i, value in {token: own, **top}.items()}
+            for token, own, top in zip(tokens, logprobs, best, strict=True)
         ]
 
 

@@ -72,9 +72,9 @@ class SamplingParams(Sampling):
                 check_int(name, getattr(self, name), 0, MAX_LOGPROBS, f"use {name}=5 or less")
 
     def of_answer(self, place: int) -> "SamplingParams":
-        """The parameters of answer `place` alone; those of the prompt go with the first."""
+        """The parameters of answer `place` alone."""
         seed = None if self.seed is None else (self.seed + place + 2**63) % 2**64 - 2**63
-        return replace(self, n=1, seed=seed, prompt_logprobs=None if place else self.prompt_logprobs)
+        return replace(self, n=1, seed=seed)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

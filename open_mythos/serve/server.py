@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from open_mythos.chat import render
-from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
+from open_mythos.serve.answers import DONE, Answer, Echo, Shape, best_of, sse, usage
 from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.page import playground
 from open_mythos.serve.protocol import Asked, ChatRequest, CompletionRequest, error, refused
 from open_mythos.serve.service import DEAD, Encode, Refusal, Service
-from open_mythos.serve.worker import EngineDead, Job, Worker
+from open_mythos.serve.worker import EngineDead, Job, Wanted, Worker
 
 T = TypeVar("T")
 NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier weights, or float32"
@@ -26,13 +26,15 @@ REASONS = {404: "invalid", 429: "busy", 500: "failed", 503: "not ready"}
 
 GONE = 499
 """The status of an answer that nobody reads."""
+WARNING, MAX_WARNED = "x-mythos-warning", 8
+"""The header that says what of a request was left out, and how many places it names."""
 
 
 class EventStream(Response):
     """Server-sent events as they come; they are closed when the client has gone."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(None, 200, {"cache-control": "no-store"}, "text/event-stream")
+    def __init__(self, events: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(None, 200, {"cache-control": "no-store", **headers}, "text/event-stream")
         del self.headers["content-length"]
         self.events = events
 
@@ -64,43 +66,82 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def answer(service: Service, request: Request, asked: Asked, prompts: list[Any], encode: Encode) -> Response:
-    """Answer a request of either kind, at once or as a stream."""
+async def submit(
+    service: Service, request: Request, asked: Asked, prompts: list[Any], encode: Encode
+) -> tuple[Job, list[Wanted]] | None:
+    """Give a request's answers to the engine; None: its client has gone.
+
+    Raises:
+        Refusal: it cannot be answered, or not now.
+    """
     worker, job = service.worker, None
     # At once, so that of many requests that come together those without a place are refused before they are read.
     n = service.admit(asked, len(prompts))
     try:
         wanted = await unless_gone(request.receive, service.prepare(asked, prompts, encode))
         if wanted is None:
-            return Response(status_code=GONE)
+            return None
         job = worker.submit(wanted)
     finally:
         if job is None:
             worker.give_back(n)
-    if not await unless_gone(request.receive, service.accepted(job, asked.said)):
+    if not await unless_gone(request.receive, service.accepted(job, asked)):
         worker.cancel(job)
+        return None
+    return job, wanted
+
+
+async def answer(
+    service: Service, request: Request, asked: Asked, prompts: list[Any], encode: Encode, warning: str = ""
+) -> Response:
+    """Answer a request of either kind, at once or as a stream; `warning` goes into a header."""
+    submitted = await submit(service, request, asked, prompts, encode)
+    if submitted is None:
         return Response(status_code=GONE)
-    n_prompt = [len(ids) for ids, _ in wanted[:: asked.n]]
-    is_chat = isinstance(asked, ChatRequest)
-    shape = Shape(service.config.model, service.tokenizer, is_chat, asked.n_best, asked.return_loops)
-    if asked.stream:
-        return EventStream(pieces(worker, job, shape, asked, n_prompt))
-    answers = [Answer() for _ in job.wanted]
-
-    async def collect() -> Response:
-        try:
-            async for place, event in worker.events(job):
-                answers[place].add(event)
-        except EngineDead:
-            raise Refusal(503, DEAD) from None
-        if any(each.finish_reason == "error" for each in answers):
-            raise Refusal(500, NAN)
-        return JSONResponse(shape.whole(answers, usage(n_prompt, answers)))
-
+    job, wanted = submitted
+    worker, tokenizer, headers = service.worker, service.tokenizer, {WARNING: warning} if warning else {}
+    ids = [each for each, _ in wanted[:: asked.n_made]]
+    n_prompt = [len(each) for each in ids]
     try:
-        return await unless_gone(request.receive, collect()) or Response(status_code=GONE)
-    finally:
+        echoes: list[Echo] = []
+        if asked.echoes:
+            pairs = list(zip(prompts, ids, strict=True))
+            echoes = await worker.encode(lambda: [Echo.of(prompt, each, tokenizer) for prompt, each in pairs])
+        is_chat = isinstance(asked, ChatRequest)
+        model, texts = service.config.model, service.texts
+        shape = Shape(model, texts, is_chat, asked.n_best, asked.return_loops, echoes, asked.n)
+        if asked.stream:
+            return EventStream(pieces(worker, job, shape, asked, n_prompt), headers)
+
+        async def collect() -> Response:
+            made = await all_of(worker, job)
+            told = usage(n_prompt, made)
+            return JSONResponse(shape.whole(best_of(made, asked.n, asked.n_made), told), headers=headers)
+
+        if (response := await unless_gone(request.receive, collect())) is not None:
+            return response
+    except BaseException:
         worker.cancel(job)
+        raise
+    worker.cancel(job)
+    return Response(status_code=GONE)
+
+
+async def all_of(worker: Worker, job: Job) -> list[Answer]:
+    """A job's answers once all have ended.
+
+    Raises:
+        Refusal: the engine has failed, or the logits are NaN.
+    """
+    answers = [Answer() for _ in job.wanted]
+    try:
+        async for place, event in worker.events(job):
+            answers[place].add(event)
+    except EngineDead:
+        raise Refusal(503, DEAD) from None
+    if any(each.finish_reason == "error" for each in answers):
+        raise Refusal(500, NAN)
+    return answers
 
 
 async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt: list[int]) -> AsyncGenerator[bytes]:
@@ -112,13 +153,16 @@ async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt:
             if opening := shape.opening(place):
                 yield sse(opening)
         async for place, event in worker.events(job):
-            offset = len(answers[place].text)
+            echo = None if answers[place].request is not None else shape.echo(place)
+            n_chars = answers[place].n_chars
             answers[place].add(event)
             if event.finish_reason == "error":
                 yield sse(error(NAN, kind="server_error"))
                 return
+            if echo is not None:
+                yield sse(shape.prompt(place, echo, event.request))
             if event.text or every_token or event.finish_reason is not None:
-                yield sse(shape.piece(place, event, offset))
+                yield sse(shape.piece(place, event, n_chars))
         if asked.stream_options is not None and asked.stream_options.include_usage:
             yield sse(shape.closing(usage(n_prompt, answers)))
         yield DONE
@@ -126,6 +170,13 @@ async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt:
         yield sse(error(DEAD, kind="server_error"))
     finally:
         worker.cancel(job)
+
+
+def not_seen(chat: ChatRequest) -> str:
+    """A warning of what the model does not see of the messages; empty if it sees all."""
+    unseen = chat.unseen
+    more = f" and {len(unseen) - MAX_WARNED} more" if len(unseen) > MAX_WARNED else ""
+    return f"not shown to the model: {', '.join(unseen[:MAX_WARNED])}{more}" if unseen else ""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -181,7 +232,6 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        messages = [message.turn() for message in body.messages]
         tokenizer = service.tokenizer
 
         def encode(messages: list[dict[str, str]]) -> list[int]:
@@ -189,7 +239,7 @@ def make_app(service: Service) -> FastAPI:
                 return tokenizer.encode("\n".join(message["content"] for message in messages))
             return render(messages, tokenizer, reply=True)[0]
 
-        return await answer(service, request, body, [messages], encode)
+        return await answer(service, request, body, [body.turns], encode, not_seen(body))
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
@@ -200,7 +250,7 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, fault: RequestValidationError) -> Response:
         service.meters.refused("invalid")
-        return JSONResponse(refused(list(fault.errors())), 400)
+        return JSONResponse(refused(list(fault.errors()), fault.body), 400)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, fault: HTTPException) -> Response:

@@ -6,14 +6,17 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
+from open_mythos.serve.fields import EFFORTS, HARD_MAX_LOOPS
 from open_mythos.serve.gate import BUSY
 from open_mythos.serve.meters import Meters
-from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, error
+from open_mythos.serve.protocol import Asked, ChatRequest, error
+from open_mythos.serve.token_text import TokenTexts
 from open_mythos.serve.worker import Busy, EngineDead, Job, Wanted, Worker
 from open_mythos.tokenizer import Tokenizer
 
@@ -22,7 +25,7 @@ Encode = Callable[[Any], list[int]]
 DEAD = "the engine has failed; the server ends"
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
-"""`max_tokens` of requests that name none; a chat gets less where the context or the work budget leaves less."""
+"""New tokens of requests that give no bound; fewer where the context or the work budget leaves fewer."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Service:
         assert tokenizer is not None
         return tokenizer
 
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """Texts of single tokens."""
+        return TokenTexts(self.tokenizer)
+
     @property
     def max_loops(self) -> int:
         if self.engine.model.recurrent is None:
@@ -123,7 +131,7 @@ class Service:
                 raise Refusal(400, f"n_loops={asked.n_loops}: this model has no loop; leave n_loops out", "n_loops")
             return None
         if asked.n_loops is None:
-            scale = {"low": 0.5, "medium": 1, "high": 2, None: 1}[asked.reasoning_effort]
+            scale = EFFORTS[asked.reasoning_effort or "medium"]
             return max(1, min(self.max_loops, math.ceil(scale * self.engine.model.cfg.max_loop_iters)))
         if asked.n_loops > self.max_loops:
             raise Refusal(
@@ -133,15 +141,15 @@ class Service:
             )
         return asked.n_loops
 
-    def check_work(self, tokens: int, n_loops: int | None) -> None:
+    def check_work(self, tokens: int, n_loops: int | None, field: str) -> None:
         """Refuse what would take too long."""
         work = tokens * (n_loops or 1)
         if work > self.config.max_work:
             raise Refusal(
                 400,
-                f"the request's work, (prompt + n x max_tokens) x n_loops = {work} loop-tokens, must be at most "
+                f"the request's work, (prompt + n x {field}) x n_loops = {work} loop-tokens, must be at most "
                 f"{self.config.max_work}; ask for fewer tokens, answers or loops",
-                "max_tokens",
+                field,
             )
 
     def check_model(self, name: str) -> None:
@@ -161,8 +169,8 @@ class Service:
             raise Refusal(503, "the server is about to end; ask another one, or later")
         if asked.model:
             self.check_model(asked.model)
-        n = n_prompts * asked.n
-        self.check_work(n * (asked.most_tokens or 1), self.n_loops(asked))
+        n = n_prompts * asked.n_made
+        self.check_work(n * (asked.most_tokens or 1), self.n_loops(asked), asked.limit_name)
         try:
             self.worker.reserve(n)
         except Busy:
@@ -179,16 +187,18 @@ class Service:
         end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
         try:
             ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
-            most = asked.most_tokens or (self._room(len(ids[0]), asked.n, n_loops) if is_chat else COMPLETION_TOKENS)
-            self.check_work(sum(len(each) + asked.n * most for each in ids), n_loops)
+            most = [self._most_tokens(asked, len(each), len(ids), n_loops) for each in ids]
+            work = sum(len(each) + asked.n_made * tokens for each, tokens in zip(ids, most, strict=True))
+            self.check_work(work, n_loops, asked.limit_name)
             stops = [end] if isinstance(end, str) else []
-            params = [asked.params(most, n_loops, stops, place) for place in range(asked.n)]
+            params = [asked.params(tokens, n_loops, stops) for tokens in most]
         except ValueError as fault:
             raise Refusal(400, str(fault), asked.said) from None
-        return [(each, how) for each in ids for how in params]
+        places = range(asked.n_made)
+        return [(each, how.of_answer(place)) for each, how in zip(ids, params, strict=True) for place in places]
 
-    async def accepted(self, job: Job, said: str) -> bool:
-        """Wait until the engine has taken a job on; True. `said`: the field that holds the prompt.
+    async def accepted(self, job: Job, asked: Asked) -> bool:
+        """Wait until the engine has taken a job on; True.
 
         Raises:
             Refusal: it has not.
@@ -198,15 +208,20 @@ class Service:
         except EngineDead:
             raise Refusal(503, DEAD) from None
         except (TypeError, ValueError) as fault:
-            raise Refusal(400, str(fault), field_of(fault) or said) from None
+            # The engine's name of the bound is not the one that every request gives it by.
+            told = re.sub(r"\bmax_tokens\b", asked.limit_name, str(fault))
+            raise Refusal(400, told, field_of(told, type(asked)) or asked.said) from None
         return True
 
-    def _room(self, n_prompt: int, n: int, n_loops: int | None) -> int:
-        """`max_tokens` of a chat that names none."""
+    def _most_tokens(self, asked: Asked, n_prompt: int, n_prompts: int, n_loops: int | None) -> int:
+        """The bound of the new tokens of each answer: the one that was given, or else no more than fits."""
+        if asked.most_tokens is not None:
+            return asked.most_tokens
         cfg, n_loops = self.engine.model.cfg, n_loops or 1
-        budget = (self.config.max_work // n_loops - n_prompt) // n
+        budget = (self.config.max_work // n_loops // n_prompts - n_prompt) // asked.n_made
         room = min(cfg.max_seq_len, self.engine.n_tokens_at(n_loops)) - n_prompt
-        return max(1, min(CHAT_TOKENS, cfg.max_output_tokens, room, budget))
+        usual = CHAT_TOKENS if isinstance(asked, ChatRequest) else COMPLETION_TOKENS
+        return max(1, min(usual, cfg.max_output_tokens, room, budget))
 
     def card(self) -> dict[str, Any]:
         """The model, as the list of models has it."""
@@ -258,7 +273,7 @@ class Service:
         }
 
 
-def field_of(fault: Exception) -> str | None:
+def field_of(message: str, kind: type[Asked]) -> str | None:
     """The field that a message of the engine begins with; those that name none are about what the model reads."""
-    match = re.match(r"(\w+)=", str(fault))
-    return match[1] if match and match[1] in ChatRequest.model_fields else None
+    match = re.match(r"(\w+)(?:\[\w+\])?=", message)
+    return match[1] if match and match[1] in kind.model_fields else None

@@ -34,12 +34,19 @@ def answered(engine: Engine, prompt: list[int], params: SamplingParams) -> Reque
         ({"stop_token_ids": 3}, TypeError, "stop_token_ids=3 must be a list"),
         ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids=-1"),
         ({"ignore_eos": "no"}, TypeError, "ignore_eos='no' must be bool"),
-        ({"seed": 2**63 - 1, "n": 2}, ValueError, "seed=9223372036854775807"),
+        ({"seed": 2**63}, ValueError, "seed=9223372036854775808"),
         ({"logprobs": 21}, ValueError, "logprobs=21"),
         ({"n": 0}, ValueError, "n=0"),
         ({"temperature": 10**400}, ValueError, "temperature=10000.* must be a finite number"),
         ({"repetition_penalty": 10**400}, ValueError, "repetition_penalty=10000"),
-        ({"max_tokens": 0}, ValueError, "max_tokens=0"),
+        ({"max_tokens": -1}, ValueError, "max_tokens=-1"),
+        ({"prompt_logprobs": 21}, ValueError, "prompt_logprobs=21"),
+        ({"presence_penalty": 2.1}, ValueError, "presence_penalty=2.1"),
+        ({"frequency_penalty": True}, TypeError, "frequency_penalty=True"),
+        ({"logit_bias": {1: 101}}, ValueError, r"logit_bias\[1\]=101 must be .* at most 100"),
+        ({"logit_bias": {"1": 1}}, TypeError, "logit_bias='1' must be int"),
+        ({"logit_bias": [50]}, TypeError, r"logit_bias=\[50\] must map ids to numbers; use a mapping"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, ValueError, "logit_bias has 1025 entries, at most 1024"),
     ],
 )
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any], error: type[Exception], told: str) -> None:
@@ -71,6 +78,7 @@ def test_params_stay_what_was_checked() -> None:
         ({"n_loops": 4097}, ValueError, "n_loops=4097"),
         ({"stop": "a"}, ValueError, "needs a tokenizer"),
         ({"stop_token_ids": [53]}, ValueError, "stop_token_ids=53"),
+        ({"logit_bias": {53: 1}}, ValueError, "logit_bias=53 must be between 0 and 52"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(fields: dict[str, Any], error: type[Exception], told: str) -> None:

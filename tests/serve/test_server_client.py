@@ -9,6 +9,7 @@ from open_mythos import SamplingParams
 from open_mythos.chat import render
 from open_mythos.serve.answers import Shape
 from open_mythos.serve.engine import Request, TokenEvent
+from open_mythos.serve.token_text import TokenTexts
 from open_mythos.tokenizer import ByteTokenizer
 from tests.serve.served import MODEL, Served, serving, tokenizer, until
 
@@ -123,18 +124,19 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(**asked, messages=TURNS, logprobs=True, top_logprobs=2).choices[0]
     assert len(chat.logprobs.content) == 6 and all(len(each.top_logprobs) == 2 for each in chat.logprobs.content)
     for each in chat.logprobs.content:
-        assert each.bytes is None or bytes(each.bytes).decode() == each.token
+        assert bytes(each.bytes).decode(errors="replace") == each.token
     streamed = client.chat.completions.create(**asked, messages=TURNS, logprobs=True, top_logprobs=2, stream=True)
     content = [token for chunk in streamed if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
     assert content == chat.logprobs.content
     assert client.chat.completions.create(**asked, messages=TURNS).choices[0].logprobs is None
 
 
-def test_of_tokens_that_share_a_text_the_most_probable_one_is_told() -> None:
-    best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5}  # two parts of characters around a letter
-    event = TokenEvent(Request(0, [1], SamplingParams()), 0xE6, "", loops=1, logprob=-0.5, top_logprobs=best)
-    (choice,) = Shape(MODEL, ByteTokenizer(), False, 3, False).piece(0, event, 0)["choices"]
-    assert list(choice["logprobs"]["top_logprobs"][0].items()) == [("\ufffd", -0.5), ("a", -1.5)]
+def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
+    best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
+    event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
+    (choice,) = Shape(MODEL, TokenTexts(ByteTokenizer()), False, 3, False).piece(0, event, 0)["choices"]
+    told = {"bytes:\\xe6": -0.5, "a": -1.5, "bytes:\\xe7": -2.5, "<eos>": -3.5}
+    assert list(choice["logprobs"]["top_logprobs"][0].items()) == list(told.items())
 
 
 def test_what_ends_an_answer(served: Served, client: openai.OpenAI) -> None:
@@ -151,12 +153,13 @@ def test_what_ends_an_answer(served: Served, client: openai.OpenAI) -> None:
 
 def test_effort_is_depth(client: openai.OpenAI) -> None:
     loops = {}
-    for effort in ("low", "medium", "high", None):
+    for effort in ("none", "minimal", "low", "medium", "high", "xhigh", None):
         given = {} if effort is None else {"reasoning_effort": effort}
         extra = {"exit": "fixed", "return_loops": True}
         done = client.chat.completions.create(model=MODEL, messages=TURNS, max_tokens=3, **given, extra_body=extra)
         loops[effort] = set(done.choices[0].loops)
-    assert loops == {"low": {2}, "medium": {4}, "high": {8}, None: {4}}
+    expected = {"none": 1, "minimal": 1, "low": 2, "medium": 4, "high": 8, "xhigh": 8, None: 4}
+    assert loops == {effort: {n} for effort, n in expected.items()}, "as far as the server's most"
     extra = {"exit": "fixed", "return_loops": True, "n_loops": 7}
     done = client.chat.completions.create(
         model=MODEL, messages=TURNS, max_tokens=3, reasoning_effort="low", extra_body=extra
