@@ -3,7 +3,7 @@
 Shapes: B rows, T prompt tokens, N new tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.static_cache import StaticKVCache
-from open_mythos.sampling import Sampling, sample
+from open_mythos.sampling import Biases, Sampling, sample
 from open_mythos.text import AnswerText
 from open_mythos.tokenizer import Tokenizer
 
@@ -35,6 +35,9 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | Biases = (),
     attention_mask: Tensor | None = None,
     exit: str | HaltingRule | None = None,
     exit_threshold: float | None = None,
@@ -54,12 +57,13 @@ def generate(
             Strings need a `tokenizer`.
         max_new_tokens: tokens to add, at most `max_output_tokens`; prompt and new tokens have to fit `max_seq_len`.
         n_loops: loops per token; None: `max_loop_iters`.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see
+            `Sampling`; temperature 0 is greedy.
         attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
         exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
         stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
-        seed: one per row, or one int s that gives row i the seed s + i; from 0 to 2^63 - 1. A row's draws do not depend
-            on the other rows.
+        seed: one per row, or one int s that gives row i the seed s + i; any int64. A row's draws do not depend on the
+            other rows.
         generator: one generator for all rows, instead of seeds.
         on_token: called with (row, token_id, loops) for every new token.
         return_loops: also return the loops that each new token took, meaning those of the position it was read from.
@@ -76,7 +80,8 @@ def generate(
         TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
         RuntimeError: `compiled` on a CPU without a C++ compiler.
     """
-    params = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    penalties = repetition_penalty, frequency_penalty, presence_penalty
+    params = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias)
     prompts = _read_prompts(input_ids, attention_mask, tokenizer, model)
     limit = min(model.cfg.max_output_tokens, model.cfg.max_seq_len - prompts.ids.shape[1])
     if limit < 1:
@@ -88,6 +93,8 @@ def generate(
         f"max_output_tokens={model.cfg.max_output_tokens}, so use max_new_tokens={limit} or less, or a shorter prompt"
     )
     check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
+    for token, _ in params.biases:
+        check_int("logit_bias", token, 0, model.cfg.vocab_size - 1)
     depth = check_n_loops(n_loops, model.cfg)
     rule = model.exit_rule(exit, exit_threshold)
     stops = _Stops(stop, prompts, tokenizer, model.cfg.vocab_size)
@@ -234,7 +241,7 @@ def _generators(
     if len(seeds) != n_rows:
         raise ValueError(f"seed has {len(seeds)} values for {n_rows} rows; give one per row, or one int")
     for s in seeds:
-        check_int("seed", s, 0, 2**63 - 1)
+        check_int("seed", s, -(2**63), 2**63 - 1)
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
@@ -262,6 +269,7 @@ def _decode(
     seen = None
     if params.repetition_penalty != 1:
         seen = ids if mask is None else ids.where(mask, -1)
+    answered = ids[:, :0] if params.penalizes_answer else None
     rows = list(range(n_rows))
     """The row of the answer that each row of the batch is."""
     new: list[list[int]] = [[] for _ in rows]
@@ -270,7 +278,7 @@ def _decode(
     for _ in range(max_new_tokens):
         view = model.make_view((len(rows), ids.shape[1]), mask, cache)
         logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
-        tokens = sample(logits[:, -1], params, generators, seen)
+        tokens = sample(logits[:, -1], params, generators, seen, answered)
         # The only thing in a token that the host waits for at fixed depth.
         news = torch.stack((tokens, result.loops[:, -1], logits.isnan().any(-1)[:, -1])).T.tolist()
         if any(bad for _, _, bad in news):
@@ -292,12 +300,15 @@ def _decode(
         ids, mask = tokens[:, None], None
         if seen is not None:
             seen = torch.cat((seen, ids), dim=1)
+        if answered is not None:
+            answered = torch.cat((answered, ids), dim=1)
         if len(keep) < len(rows) and not isinstance(cache, StaticKVCache):
             keep = _close_up(keep)
             rows = [rows[i] for i in keep]
             cache.keep_rows(keep)
             index = torch.tensor(keep, device=model.device)
-            ids, seen = ids[index], None if seen is None else seen[index]
+            ids = ids[index]
+            seen, answered = (None if x is None else x[index] for x in (seen, answered))
             if isinstance(generators, list):
                 generators = [generators[i] for i in keep]
         if compiled and not isinstance(cache, StaticKVCache):

@@ -19,14 +19,24 @@ SETTINGS = [
     Sampling(min_p=0.2),
     Sampling(repetition_penalty=1.7),
     Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=0.5),
+    Sampling(frequency_penalty=0.7),
+    Sampling(presence_penalty=-1.1),
+    Sampling(logit_bias={2: -100, 5: 2.5}),
+    Sampling(0.7, 9, 0.95, 0.01, 1.3, frequency_penalty=-0.4, presence_penalty=1.5, logit_bias={3: 1, 12: -2}),
 ]
+ANSWER = [7, 0, 7, 5, 7]
+"""What has been generated; the penalties of frequency and presence look at nothing else."""
 
 
-def reference(logits: list[float], params: Sampling, previous: list[int]) -> list[float]:
-    """The probabilities of the next token of one row, filter by filter."""
+def reference(logits: list[float], params: Sampling, previous: list[int], answer: list[int]) -> list[float]:
+    """The probabilities of the next token of one row, step by step."""
     scores = list(logits)
     for i in {i for i in previous if i >= 0}:
         scores[i] = scores[i] / params.repetition_penalty if scores[i] > 0 else scores[i] * params.repetition_penalty
+    for i in range(len(scores)):
+        n = answer.count(i)
+        scores[i] -= params.frequency_penalty * n + params.presence_penalty * (n > 0)
+        scores[i] += dict(params.biases).get(i, 0)
     if params.temperature == 0:
         return [float(i == scores.index(max(scores))) for i in range(len(scores))]
     weights = [math.exp((s - max(scores)) / params.temperature) for s in scores]
@@ -40,14 +50,15 @@ def reference(logits: list[float], params: Sampling, previous: list[int]) -> lis
     return [weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(len(weights))]
 
 
-@pytest.mark.parametrize("params", SETTINGS, ids=lambda p: " ".join(f"{v:g}" if v else "-" for v in vars(p).values()))
+@pytest.mark.parametrize("params", SETTINGS, ids=lambda p: " ".join(str(v) if v else "-" for v in vars(p).values()))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_draws_follow_the_reference(params: Sampling, dtype: torch.dtype) -> None:
     draws = 40_000
     logits = (torch.randn(13, dtype=torch.float64) * 2).to(dtype)
     previous = [3, 3, 7, 0, -1]
-    expected = torch.tensor(reference(logits.tolist(), params, previous), dtype=torch.float64)
-    tokens = sample(logits.expand(draws, -1), params, previous_ids=torch.tensor(previous).expand(draws, -1))
+    expected = torch.tensor(reference(logits.tolist(), params, previous, ANSWER), dtype=torch.float64)
+    seen, answer = (torch.tensor([*ids, -1]).expand(draws, -1) for ids in (previous, ANSWER))
+    tokens = sample(logits.expand(draws, -1), params, previous_ids=seen, answer_ids=answer)
     share = torch.bincount(tokens, minlength=13) / draws
     assert tokens.dtype == torch.int64
     assert (share[expected == 0] == 0).all()
@@ -62,7 +73,7 @@ def test_draws_follow_the_reference(params: Sampling, dtype: torch.dtype) -> Non
         Sampling,
         temperature=st.sampled_from([0, 1e-320, 1e-4, 1, 1e30]),
         top_k=st.none() | st.integers(0, 70),
-        top_p=st.sampled_from([1e-300, 0.3, 0.999999, 1]),
+        top_p=st.sampled_from([0, 1e-300, 0.3, 0.999999, 1]),
         min_p=st.sampled_from([0, 1e-300, 0.5, 1]),
         repetition_penalty=st.sampled_from([1e-4, 0.7, 1, 1e4]),
     ),
@@ -83,21 +94,25 @@ def test_every_row_gets_a_token_that_the_reference_allows(seed, vocab_size, scal
     better = (scores > chosen).sum(1)
     if params.top_k:
         assert (better < params.top_k).all()
-    if params.temperature in (0, 1e-320) or params.top_p == 1e-300 or params.min_p == 1:
+    if params.temperature in (0, 1e-320) or params.top_p <= 1e-300 or params.min_p == 1:
         # Two scores closer than float32 resolves at this temperature are one.
         assert ((scores.amax(1) - chosen[:, 0]) <= 1e-6 * params.temperature).all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(6, 40) * 2
-    params = Sampling(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    penalties = {"frequency_penalty": 0.3, "presence_penalty": -0.7, "logit_bias": {3: 0.1, 7: -0.3}}
+    params = Sampling(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2, **penalties)
     previous = torch.randint(-1, 40, (6, 9))
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(row) for row in range(6)]
 
-    together = sample(logits, params, generators(), previous)
-    alone = [sample(logits[i : i + 1], params, [g], previous[i : i + 1]) for i, g in enumerate(generators())]
+    together = sample(logits, params, generators(), previous, previous)
+    alone = [
+        sample(logits[i : i + 1], params, [g], previous[i : i + 1], previous[i : i + 1])
+        for i, g in enumerate(generators())
+    ]
     assert together.tolist() == torch.cat(alone).tolist()
     assert len(set(together.tolist())) > 1
 
@@ -128,6 +143,38 @@ def test_large_vocabulary_draws_the_right_tail_token(monkeypatch) -> None:
     logits = torch.zeros(1, 200_001)
     logits[0, 0] = math.log(200_000)
     assert abs(sample(logits, Sampling()).item() - 100_000) <= 1
+
+
+def test_penalties_are_those_of_openais_documentation() -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, before the bias; greedy decoding follows them."""
+    logits = torch.tensor([[1.0, 0.9, 0.0, 0.5]])
+    answer = torch.tensor([[0, 0, 1, -1]])
+    for options, token in (
+        ({}, 0),
+        ({"frequency_penalty": 0.15}, 1),  # 0.7 and 0.75
+        ({"frequency_penalty": 0.5}, 3),  # 0 and 0.4
+        ({"presence_penalty": 0.45}, 0),  # 0.55 and 0.45
+        ({"presence_penalty": 0.6}, 3),
+        ({"logit_bias": {2: 1.1}}, 2),
+        ({"logit_bias": {0: -100, 1: -100}}, 3),
+        ({"presence_penalty": 0.6, "logit_bias": {0: 0.7}}, 0),
+    ):
+        assert sample(logits, Sampling(temperature=0, **options), answer_ids=answer).item() == token, options
+    assert sample(logits, Sampling(temperature=0, presence_penalty=2)).item() == 0, "no answer yet"
+
+
+def test_a_nucleus_of_nothing_is_the_best_token() -> None:
+    logits = torch.randn(200, 50)
+    assert sample(logits, Sampling(top_p=0, temperature=5.0)).tolist() == logits.argmax(-1).tolist()
+    assert sample(torch.zeros(40, 9), Sampling(top_p=0)).unique().numel() == 1, "one of equals, always the same"
+
+
+def test_biases_stay_what_was_checked() -> None:
+    given = {3: 1.5, 1: -2}
+    params = Sampling(logit_bias=given)
+    given[3] = 1000
+    assert params.biases == ((1, -2), (3, 1.5)) and hash(params) == hash(Sampling(logit_bias=((3, 1.5), (1, -2))))
+    assert dataclasses.replace(params, temperature=0).biases == params.biases
 
 
 def test_generators_must_fit_the_rows() -> None:

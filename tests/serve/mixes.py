@@ -48,7 +48,7 @@ def random_load(rng: random.Random, model: OpenMythos, n_requests: int = 7) -> L
     for i in range(n_requests):
         n_shared = rng.choice([0, 0, 0, 3, 20, 33, 90])
         prompt = rng.choice(shared)[:n_shared] + [rng.randrange(cfg.vocab_size) for _ in range(rng.randrange(1, 12))]
-        exit = rng.choice(RULES)
+        exit, more = rng.choice(RULES), random.Random(repr(prompt))
         options: dict[str, Any] = {"exit": exit, "exit_threshold": THRESHOLDS.get(exit or "")}
         n_loops = rng.choice([None, 1, 2, 3, cfg.max_loop_iters + 3])
         if cfg.min_loops > (n_loops or cfg.max_loop_iters):
@@ -59,6 +59,9 @@ def random_load(rng: random.Random, model: OpenMythos, n_requests: int = 7) -> L
             top_k=rng.choice([None, 5]),
             top_p=rng.choice([1.0, 0.8]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+            frequency_penalty=more.choice([0.0, 0.0, 0.6]),
+            presence_penalty=more.choice([0.0, 0.0, -0.8]),
+            logit_bias=more.choice([{}, {}, {1: 3.0, 2: -100.0}]),
             seed=rng.randrange(100),
             stop_token_ids=[rng.randrange(cfg.vocab_size) for _ in range(rng.choice([0, 4]))],
             n_loops=n_loops,
@@ -139,7 +142,8 @@ def empty(engine: Engine) -> None:
 
 def alone(model: OpenMythos, prompt: list[int], params: SamplingParams) -> tuple[list[int], list[int]]:
     """New tokens and their loops from `generate`."""
-    names = ("top_p", "min_p", "repetition_penalty", "exit", "exit_threshold", "seed")
+    names = ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+    names += ("exit", "exit_threshold", "seed")
     with torch.no_grad():
         ids, loops = model.generate(
             prompt,
