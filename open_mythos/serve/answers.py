@@ -212,8 +212,10 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST)
 
 
-def best_of(answers: Sequence[Answer], n: int, n_made: int) -> list[Answer]:
+def best_of(answers: Sequence[Answer], n: int, n_made: int) -> Sequence[Answer]:
     """Of each prompt's `n_made` answers the n with the highest log-probability per token, best first."""
+    if n == n_made:
+        return answers
     best: list[Answer] = []
     for start in range(0, len(answers), n_made):
         best += sorted(answers[start : start + n_made], key=lambda answer: -answer.mean_logprob)[:n]

@@ -36,14 +36,12 @@ def check_length(n_prompt: int, max_tokens: int, cfg: MythosConfig) -> None:
     room = min(cfg.max_output_tokens, cfg.max_seq_len - n_prompt)
     if room < min(1, max_tokens):
         raise ValueError(f"the prompt's {n_prompt} tokens fill max_seq_len={cfg.max_seq_len}; shorten the prompt")
-    check_int(
-        "max_tokens",
-        max_tokens,
-        0,
-        room,
-        f"the prompt has {n_prompt} tokens, max_seq_len={cfg.max_seq_len} and "
-        f"max_output_tokens={cfg.max_output_tokens}, so use max_tokens={room} or less, or a shorter prompt",
-    )
+    if max_tokens > room:
+        raise ValueError(
+            f"max_tokens={max_tokens} must be at most {room}; the prompt has {n_prompt} tokens, "
+            f"max_seq_len={cfg.max_seq_len} and max_output_tokens={cfg.max_output_tokens}, so use max_tokens={room} or "
+            "less, or a shorter prompt"
+        )
 
 
 def check_tokens(params: SamplingParams, cfg: MythosConfig) -> None:
