@@ -200,11 +200,11 @@ class Message(Fields):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
 
 
-def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]]) -> Any:
-    """The fields of a request without those that are not built, if these ask for nothing."""
+def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]], where: str = "") -> Any:
+    """The fields of an object without those that are not built, if these ask for nothing; `where` is its place."""
     if not isinstance(values, dict):
         return values
     for name in neutral.keys() & values.keys():
         if values[name] is not None and values[name] not in neutral[name]:
-            raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": name})
+            raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": where + name})
     return {name: value for name, value in values.items() if name not in neutral}

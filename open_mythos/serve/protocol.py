@@ -7,6 +7,7 @@ is not built is refused unless its value asks for nothing.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -39,17 +40,14 @@ MAX_BODY_BYTES = 2**20
 
 
 class Asked(Fields):
-    """Fields that both kinds of request have."""
+    """Fields that all kinds of request have."""
 
     model: Annotated[str, Field(max_length=256)] = ""
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops = Field([])
     stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_IDS)] = Field([])
     ignore_eos: bool = False
     stream: bool = False
-    stream_options: StreamOptions | None = None
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -65,10 +63,6 @@ class Asked(Fields):
     min_loops: Count | None = None
     exit: Exit | None = None
     exit_threshold: Annotated[float, Field(ge=0)] | None = None
-    reasoning_effort: Effort | None = None
-    """A number of loops, by `EFFORTS`; `n_loops` wins."""
-    return_loops: bool = False
-    """Tell the loops of every token, and its text."""
 
     # For other servers' sake; they change nothing here.
     user: Annotated[str, Field(max_length=256)] = ""
@@ -79,23 +73,30 @@ class Asked(Fields):
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""
 
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = NEUTRAL
+    """Fields that are not built, and the values that ask for nothing."""
+    said: ClassVar[str]
+    """The field that holds what the model reads."""
+
     @model_validator(mode="before")
     @classmethod
     def _neutral(cls, values: Any) -> Any:
-        return without_neutral(values, NEUTRAL)
-
-    said: ClassVar[str]
-    """The field that holds what the model reads."""
+        return without_neutral(values, cls.neutral)
 
     @property
     def n_best(self) -> int | None:
         """How many of the best tokens to tell; None: no log-probabilities at all."""
-        raise NotImplementedError
+        return None
+
+    @property
+    def n_returned(self) -> int:
+        """Answers to return to each prompt."""
+        return 1
 
     @property
     def n_made(self) -> int:
-        """Answers to make to each prompt, of which `n` are returned."""
-        return self.n
+        """Answers to make to each prompt, of which the best are returned."""
+        return self.n_returned
 
     @property
     def echoes(self) -> bool:
@@ -103,18 +104,23 @@ class Asked(Fields):
         return False
 
     @property
+    def effort(self) -> Effort | None:
+        """A number of loops, by `EFFORTS`; `n_loops` wins."""
+        raise NotImplementedError
+
+    @property
     def limit_name(self) -> str:
         """The field that bounds the new tokens, as this request gives it."""
-        return "max_tokens"
+        raise NotImplementedError
 
     @property
     def most_tokens(self) -> int | None:
         """The bound of the new tokens; None: not told."""
-        return self.max_tokens
+        return getattr(self, self.limit_name)
 
     def params(self, max_tokens: int, n_loops: int | None, stops: list[str]) -> SamplingParams:
         """What all answers to a prompt ask of the engine."""
-        ranked = self.n_made > self.n
+        ranked = self.n_made > self.n_returned
         return SamplingParams(
             n=self.n_made,
             temperature=self.temperature,
@@ -139,11 +145,58 @@ class Asked(Fields):
         )
 
 
+class ChoicesRequest(Asked):
+    """Fields of requests that are answered with a list of choices."""
+
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    stream_options: StreamOptions | None = None
+    reasoning_effort: Effort | None = None
+    return_loops: bool = False
+    """Tell the loops of every token, and its text."""
+
+    @property
+    def n_returned(self) -> int:
+        return self.n
+
+    @property
+    def effort(self) -> Effort | None:
+        return self.reasoning_effort
+
+    @property
+    def limit_name(self) -> str:
+        return "max_tokens"
+
+
+class Conversation(Asked):
+    """A request that holds messages, in the field that it is said by."""
+
+    @property
+    def said_messages(self) -> Sequence[Message]:
+        """All of them."""
+        return getattr(self, self.said)
+
+    @property
+    def turns(self) -> list[tuple[str, dict[str, str]]]:
+        """Those that the model sees, each with its place, as the chat template takes them."""
+        messages = enumerate(self.said_messages)
+        return [(f"{self.said}[{place}]", message.turn()) for place, message in messages if message.is_shown]
+
+    @property
+    def unseen(self) -> list[str]:
+        """What the model does not see of the messages, by place and name."""
+        found = []
+        for place, message in enumerate(self.said_messages):
+            where = f"{self.said}[{place}]"
+            found += [f"{where}.{name}" for name in message.unseen] if message.is_shown else [where]
+        return found
+
+
 def _not_false(value: Any) -> Any:
     return None if value is False else value
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(ChoicesRequest):
     """The body of /v1/completions."""
 
     said = "prompt"
@@ -177,7 +230,7 @@ class CompletionRequest(Asked):
         return self.echo
 
 
-class ChatRequest(Asked):
+class ChatRequest(ChoicesRequest, Conversation):
     """The body of /v1/chat/completions."""
 
     said = "messages"
@@ -201,26 +254,8 @@ class ChatRequest(Asked):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
-    def most_tokens(self) -> int | None:
-        return getattr(self, self.limit_name)
-
-    @property
     def n_best(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
-
-    @property
-    def turns(self) -> list[dict[str, str]]:
-        """The messages that the model sees, as the chat template takes them."""
-        return [message.turn() for message in self.messages if message.is_shown]
-
-    @property
-    def unseen(self) -> list[str]:
-        """What the model does not see of the messages, by place and name."""
-        found = []
-        for place, message in enumerate(self.messages):
-            where = f"{self.said}[{place}]"
-            found += [f"{where}.{name}" for name in message.unseen] if message.is_shown else [where]
-        return found
 
 
 Error = dict[str, Any]
@@ -254,7 +289,7 @@ def _path(place: list[int | str], body: object) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
             value = value[part] if isinstance(value, list) and part < len(value) else None
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and (part in value or part == place[-1]):
             path += f".{part}"
             value = value.get(part)
     return path

@@ -1,6 +1,7 @@
 """The server: OpenAI's routes in front of an engine."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -11,11 +12,20 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from open_mythos.chat import render
+from open_mythos.chat import BadMessages, render
 from open_mythos.serve.answers import DONE, Answer, Echo, Shape, best_of, sse, usage
 from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.page import playground
-from open_mythos.serve.protocol import Asked, ChatRequest, CompletionRequest, error, refused
+from open_mythos.serve.protocol import (
+    Asked,
+    ChatRequest,
+    ChoicesRequest,
+    CompletionRequest,
+    Conversation,
+    error,
+    refused,
+)
+from open_mythos.serve.responses import ResponseRequest, ResponseShape, response_events
 from open_mythos.serve.service import DEAD, Encode, Refusal, Service
 from open_mythos.serve.worker import EngineDead, Job, Wanted, Worker
 
@@ -92,14 +102,14 @@ async def submit(
 
 
 async def answer(
-    service: Service, request: Request, asked: Asked, prompts: list[Any], encode: Encode, warning: str = ""
+    service: Service, request: Request, asked: ChoicesRequest, prompts: list[Any], encode: Encode
 ) -> Response:
-    """Answer a request of either kind, at once or as a stream; `warning` goes into a header."""
+    """Answer a request for choices of either kind, at once or as a stream."""
     submitted = await submit(service, request, asked, prompts, encode)
     if submitted is None:
         return Response(status_code=GONE)
     job, wanted = submitted
-    worker, tokenizer, headers = service.worker, service.tokenizer, {WARNING: warning} if warning else {}
+    worker, tokenizer, headers = service.worker, service.tokenizer, not_seen(asked)
     ids = [each for each, _ in wanted[:: asked.n_made]]
     n_prompt = [len(each) for each in ids]
     try:
@@ -144,7 +154,9 @@ async def all_of(worker: Worker, job: Job) -> list[Answer]:
     return answers
 
 
-async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt: list[int]) -> AsyncGenerator[bytes]:
+async def pieces(
+    worker: Worker, job: Job, shape: Shape, asked: ChoicesRequest, n_prompt: list[int]
+) -> AsyncGenerator[bytes]:
     """The events of a stream."""
     answers = [Answer() for _ in job.wanted]
     every_token = asked.return_loops or asked.n_best is not None
@@ -172,11 +184,50 @@ async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt:
         worker.cancel(job)
 
 
-def not_seen(chat: ChatRequest) -> str:
-    """A warning of what the model does not see of the messages; empty if it sees all."""
-    unseen = chat.unseen
+async def respond(service: Service, request: Request, asked: ResponseRequest, encode: Encode) -> Response:
+    """Answer a request of /v1/responses, at once or as a stream."""
+    submitted = await submit(service, request, asked, [asked.turns], encode)
+    if submitted is None:
+        return Response(status_code=GONE)
+    job, ((ids, _),) = submitted
+    worker, headers = service.worker, not_seen(asked)
+    shape = ResponseShape(service.config.model, asked, len(ids))
+    if asked.stream:
+        return EventStream(response_events(worker, job, shape), headers)
+
+    async def collect() -> Response:
+        (made,) = await all_of(worker, job)
+        return JSONResponse(shape.whole(made), headers=headers)
+
+    try:
+        return await unless_gone(request.receive, collect()) or Response(status_code=GONE)
+    finally:
+        worker.cancel(job)
+
+
+def not_seen(asked: Asked) -> dict[str, str]:
+    """The header that says what the model does not see of a conversation; none if it sees all."""
+    unseen = asked.unseen if isinstance(asked, Conversation) else []
     more = f" and {len(unseen) - MAX_WARNED} more" if len(unseen) > MAX_WARNED else ""
-    return f"not shown to the model: {', '.join(unseen[:MAX_WARNED])}{more}" if unseen else ""
+    return {WARNING: f"not shown to the model: {', '.join(unseen[:MAX_WARNED])}{more}"} if unseen else {}
+
+
+def chat_encoder(service: Service) -> Encode:
+    """What makes ids of the turns of a conversation."""
+    tokenizer, plain = service.tokenizer, service.config.plain
+
+    def encode(turns: list[tuple[str, dict[str, str]]]) -> list[int]:
+        places, messages = [place for place, _ in turns], [message for _, message in turns]
+        if plain:
+            return tokenizer.encode("\n".join(message["content"] for message in messages))
+        try:
+            return render(messages, tokenizer, reply=True)[0]
+        except BadMessages as fault:
+            # The template counts the turns that it sees.
+            told = re.sub(r"^messages\[(\d+)\]", lambda found: places[int(found[1])], str(fault))
+            raise BadMessages(fault.reason, told) from None
+
+    return encode
 
 
 def make_app(service: Service) -> FastAPI:
@@ -232,14 +283,11 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        tokenizer = service.tokenizer
+        return await answer(service, request, body, [body.turns], chat_encoder(service))
 
-        def encode(messages: list[dict[str, str]]) -> list[int]:
-            if service.config.plain:
-                return tokenizer.encode("\n".join(message["content"] for message in messages))
-            return render(messages, tokenizer, reply=True)[0]
-
-        return await answer(service, request, body, [body.turns], encode, not_seen(body))
+    @app.post("/v1/responses")
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        return await respond(service, request, body, chat_encoder(service))
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:

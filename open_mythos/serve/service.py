@@ -15,7 +15,7 @@ from open_mythos.serve.engine import Engine
 from open_mythos.serve.fields import EFFORTS, HARD_MAX_LOOPS
 from open_mythos.serve.gate import BUSY
 from open_mythos.serve.meters import Meters
-from open_mythos.serve.protocol import Asked, ChatRequest, error
+from open_mythos.serve.protocol import Asked, Conversation, error
 from open_mythos.serve.token_text import TokenTexts
 from open_mythos.serve.worker import Busy, EngineDead, Job, Wanted, Worker
 from open_mythos.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ class Service:
                 raise Refusal(400, f"n_loops={asked.n_loops}: this model has no loop; leave n_loops out", "n_loops")
             return None
         if asked.n_loops is None:
-            scale = EFFORTS[asked.reasoning_effort or "medium"]
+            scale = EFFORTS[asked.effort or "medium"]
             return max(1, min(self.max_loops, math.ceil(scale * self.engine.model.cfg.max_loop_iters)))
         if asked.n_loops > self.max_loops:
             raise Refusal(
@@ -183,7 +183,7 @@ class Service:
         Raises:
             Refusal: a prompt is unusable, or there is too much to do.
         """
-        is_chat, n_loops = isinstance(asked, ChatRequest), self.n_loops(asked)
+        is_chat, n_loops = isinstance(asked, Conversation), self.n_loops(asked)
         end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
         try:
             ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
@@ -220,7 +220,7 @@ class Service:
         cfg, n_loops = self.engine.model.cfg, n_loops or 1
         budget = (self.config.max_work // n_loops // n_prompts - n_prompt) // asked.n_made
         room = min(cfg.max_seq_len, self.engine.n_tokens_at(n_loops)) - n_prompt
-        usual = CHAT_TOKENS if isinstance(asked, ChatRequest) else COMPLETION_TOKENS
+        usual = CHAT_TOKENS if isinstance(asked, Conversation) else COMPLETION_TOKENS
         return max(1, min(usual, cfg.max_output_tokens, room, budget))
 
     def card(self) -> dict[str, Any]:

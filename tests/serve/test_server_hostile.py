@@ -21,7 +21,12 @@ from hypothesis import strategies as st
 from open_mythos.serve.server import make_app
 from tests.serve.served import MODEL, Served, record, serving
 
-P, C = "/v1/completions", "/v1/chat/completions"
+P, C, R = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+BASES: dict[str, dict[str, Any]] = {
+    P: {"prompt": "a", "max_tokens": 2},
+    C: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    R: {"input": "a", "max_output_tokens": 2},
+}
 KNOWN = {"prompt": "Anne", "max_tokens": 8, "seed": 1, "logprobs": 2, "return_loops": True}
 STATUSES = {200, 400, 404, 405, 413, 429, 431}
 
@@ -114,6 +119,16 @@ def probe() -> Iterator[Probe]:
 FIELDS = ["prompt", "messages", "model", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stop_token_ids"]
 FIELDS += ["ignore_eos", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
 FIELDS += ["n_loops", "min_loops", "exit", "exit_threshold", "reasoning_effort", "return_loops", "logprobs", "tools"]
+FIELDS += [
+    "best_of",
+    "frequency_penalty",
+    "presence_penalty",
+    "input",
+    "instructions",
+    "reasoning",
+    "text",
+    "max_output_tokens",
+]
 FIELDS += ["top_logprobs", "user", "metadata", "response_format", "logit_bias", "echo", "__class__", "", "n_loops "]
 NUMBERS = [-(2**63), -(2**31), -1, 0, 1, 2, 4, 5, 8, 9, 64, 65, 319, 320, 2**31, 2**63, 2**64, 10**30, 1e-300, 1e308]
 VALUES = [*NUMBERS, 1e309, float("nan"), -0.0, 0.5, True, False, None, "7", "", "\x00", "\ud800", "a" * 10**4, [], {}]
@@ -123,8 +138,7 @@ bodies = st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(VALUES), min_s
 
 
 def by_field(probe: Probe, path: str, body: dict[str, Any]) -> None:
-    base: dict[str, Any] = {"prompt": "a"} if path == P else {"messages": [{"role": "user", "content": "a"}]}
-    content = json.dumps({**base, "max_tokens": 2, **body})
+    content = json.dumps({**BASES[path], **body})
     probe.post(path, content=content, headers={"content-type": "application/json"})
 
 
@@ -147,7 +161,7 @@ edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0, 0, 1, 9]), st.sa
 
 def by_byte(probe: Probe, path: str, changes: list[tuple[float, int, bytes]], cut: float | None) -> None:
     """Put parts in, each in place of some bytes, and cut the rest off."""
-    body = b'{"prompt": "a", "max_tokens": 2}' if path == P else b'{"messages": [{"role": "user", "content": "a"}]}'
+    body = json.dumps(BASES[path]).encode()
     data = probe.served.head(path, len(body)).replace(b"host", b"connection: close\r\nhost") + body
     for place, n, part in changes:
         at = int(place * len(data))
@@ -179,12 +193,12 @@ def schema_cases(probe: Probe) -> st.SearchStrategy[schemathesis.Case]:
         warnings.simplefilter("ignore")
         schema = schemathesis.openapi.from_dict(make_app(probe.served.service).openapi())
         modes = [schemathesis.GenerationMode.NEGATIVE] * 3 + [schemathesis.GenerationMode.POSITIVE]
-        return st.one_of(*(schema[path]["POST"].as_strategy(generation_mode=mode) for path in (P, C) for mode in modes))
+        return st.one_of(*(schema[path]["POST"].as_strategy(generation_mode=mode) for path in BASES for mode in modes))
 
 
 QUIET = {"suppress_health_check": list(HealthCheck)}
 SLOW = pytest.mark.slow
-paths = st.sampled_from([P, C])
+paths = st.sampled_from(list(BASES))
 
 
 @pytest.mark.parametrize("n", [40, pytest.param(4000, marks=SLOW)])
