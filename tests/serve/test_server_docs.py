@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 from open_mythos.cli.serve import ServeArgs
-from open_mythos.serve.protocol import NEUTRAL, ChatRequest, CompletionRequest
+from open_mythos.serve.fields import EFFORTS, NEUTRAL, UNSEEN
+from open_mythos.serve.protocol import ChatRequest, CompletionRequest
+from open_mythos.serve.responses import ResponseRequest
 from open_mythos.serve.server import make_app
 from tests.serve.served import MODEL, serving
 from tests.serve.test_server_gate import routes
@@ -16,6 +18,7 @@ from tests.serve.test_server_gate import routes
 TEXT = (Path(__file__).resolve().parents[2] / "docs/server.md").read_text("utf-8")
 ROWS = [[cell.strip() for cell in line[1:-1].split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+IGNORED |= {"prompt_cache_retention"}
 
 
 def test_options() -> None:
@@ -31,7 +34,15 @@ def test_fields() -> None:
     for name, told in table.items():
         field = known[name]
         assert told == "required" if field.is_required() else ast.literal_eval(told) == field.default, name
-    assert all(f"`{name}`" in TEXT for name in IGNORED | NEUTRAL.keys())
+    newer = ResponseRequest.model_fields.keys() | ResponseRequest.neutral.keys()
+    assert all(f"`{name}`" in TEXT for name in IGNORED | NEUTRAL.keys() | newer - {"reasoning"})
+
+
+def test_efforts_and_messages() -> None:
+    table = {cells[0].strip("`"): cells[1] for cells in ROWS if cells[0].strip("`") in EFFORTS}
+    told = {name: "1" if not scale else f"{scale:g} x `max_loop_iters`" for name, scale in EFFORTS.items()}
+    assert {name: cell.removesuffix(", the default") for name, cell in table.items()} == told
+    assert all(f"`{name}`" in TEXT for name in UNSEEN)
 
 
 def test_routes_metrics_and_the_example() -> None:
