@@ -16,7 +16,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.static_cache import StaticKVCache
-from open_mythos.sampling import Biases, Sampling, sample
+from open_mythos.sampling import Biases, Sampling, generator_of, sample
 from open_mythos.text import AnswerText
 from open_mythos.tokenizer import Tokenizer
 
@@ -242,7 +242,7 @@ def _generators(
         raise ValueError(f"seed has {len(seeds)} values for {n_rows} rows; give one per row, or one int")
     for s in seeds:
         check_int("seed", s, -(2**63), 2**63 - 1)
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    return [generator_of(s) for s in seeds]
 
 
 def _decode(

@@ -6,6 +6,7 @@ top-p, min-p. Shape letters: B rows, S tokens so far, V vocabulary, K candidates
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import inf, log
 
 import torch
@@ -76,6 +77,16 @@ def _biases(given: object) -> Biases:
         check_int("logit_bias", token, 0, 2**31, "use ids of the vocabulary")
         check_number(f"logit_bias[{token}]", bias, -100, 100, remedy="use -100 to exclude a token")
     return tuple(sorted(pairs))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A generator on the CPU for any int64.
+
+    PyTorch's uses the lowest 32 bits of a seed only, so one that has more is hashed to so many: -1 and 2^32 - 1 differ.
+    """
+    if not 0 <= seed < 2**32:
+        seed = int.from_bytes(blake2b(seed.to_bytes(8, "little", signed=True), digest_size=4).digest(), "little")
+    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()

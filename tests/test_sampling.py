@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_mythos.sampling import Sampling, sample
+from open_mythos.sampling import Sampling, generator_of, sample
 
 SETTINGS = [
     Sampling(),
@@ -175,6 +175,13 @@ def test_biases_stay_what_was_checked() -> None:
     given[3] = 1000
     assert params.biases == ((1, -2), (3, 1.5)) and hash(params) == hash(Sampling(logit_bias=((3, 1.5), (1, -2))))
     assert dataclasses.replace(params, temperature=0).biases == params.biases
+
+
+def test_every_int64_is_a_seed_of_its_own() -> None:
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**33, -1, -2, -(2**63), 2**63 - 1]
+    drawn = [torch.rand(2, generator=generator_of(seed)).tolist() for seed in seeds * 2]
+    assert drawn[: len(seeds)] == drawn[len(seeds) :] and len({tuple(each) for each in drawn}) == len(seeds)
+    assert drawn[1] == torch.rand(2, generator=torch.Generator().manual_seed(1)).tolist(), "as it was for small ones"
 
 
 def test_generators_must_fit_the_rows() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from open_mythos.nn.numerics import wide
 from open_mythos.sampling import Sampling, sample
+from open_mythos.serve.structured import Matcher
 
 
 @dataclass(eq=False)
@@ -21,6 +22,8 @@ class Draw:
     generator: torch.Generator
     logprobs: int | None
     """How many of the best tokens to tell with their log-probabilities; None: not even the chosen one's."""
+    matcher: Matcher | None = None
+    """The grammar that the answer has to match."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ def choose(
         answer_ids: the answer alone, for the frequency and presence penalties.
     """
     tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
+    scores = _within_grammars(logits, draws)
     for how, group in _alike(draws).items():
         index = torch.tensor(group, device=logits.device)
         seen = _padded([token_ids[i] for i in group], logits.device) if how.repetition_penalty != 1 else None
         answered = _padded([answer_ids[i] for i in group], logits.device) if how.penalizes_answer else None
         whole = len(group) == len(draws)
         generators = [draws[i].generator for i in group]
-        chosen = sample(logits if whole else logits[index], how, generators, seen, answered)
+        chosen = sample(scores if whole else scores[index], how, generators, seen, answered)
         tokens = chosen if whole else tokens.index_copy(0, index, chosen)
     values, bad = tokens.tolist(), logits.isnan().any(-1).tolist()
     answers: list[Chosen | None] = [None if nan else Chosen(token) for token, nan in zip(values, bad, strict=True)]
@@ -57,6 +61,17 @@ def choose(
         if draw.logprobs is not None and not bad[i]:
             answers[i] = log_probabilities(logits[i : i + 1], [values[i]], draw.logprobs)[0]
     return answers
+
+
+def _within_grammars(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The logits without those of tokens that a grammar does not allow."""
+    matched = [(i, draw.matcher) for i, draw in enumerate(draws) if draw.matcher is not None]
+    if not matched:
+        return logits
+    scores = logits.clone()
+    for i, matcher in matched:
+        scores[i].masked_fill_(~matcher.allowed().to(logits.device), -torch.inf)
+    return scores
 
 
 def log_probabilities(logits: Tensor, tokens: Sequence[int], n_best: int) -> list[Chosen]:

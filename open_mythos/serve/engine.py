@@ -13,7 +13,7 @@ from open_mythos.accounting import kv_bytes_per_token, n_layers
 from open_mythos.checks import check_bool, check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule
-from open_mythos.sampling import Sampling
+from open_mythos.sampling import Sampling, generator_of
 from open_mythos.serve.choose import Chosen, Draw, choose, log_probabilities
 from open_mythos.serve.costs import StepCosts
 from open_mythos.serve.paged import PagedKV
@@ -23,6 +23,7 @@ from open_mythos.serve.runner import Chunk, Row, Runner
 from open_mythos.serve.scheduler import Limits, Refill, Scheduler
 from open_mythos.serve.sequence import GRID, Sequence
 from open_mythos.serve.startup import measure_costs, run_once
+from open_mythos.serve.structured import Grammars, Matcher
 from open_mythos.text import AnswerText
 from open_mythos.tokenizer import Tokenizer
 
@@ -78,7 +79,8 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
     finish_reason: str | None = None
-    """"stop": a stop token or string; "length": `max_tokens`; "abort": cancelled; "error": the logits were NaN."""
+    """"stop": a stop token or string, or a schema is met; "length": `max_tokens`; "abort": cancelled, or its schema is
+    too much work; "error": the logits were NaN."""
 
 
 @dataclass(eq=False)
@@ -171,6 +173,7 @@ class Engine:
         self.scheduler = Scheduler(limits, costs, refill)
         self.rules: Rules = WeakValueDictionary()
         """One object for each way to leave the loop, as long as a request asks for it: thresholds are endless."""
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, cfg.vocab_size)
         self.work: dict[Sequence, _Work] = {}
         self.of: dict[Request, _Work] = {}
         self.rows: dict[Row, _Work] = {}
@@ -203,6 +206,7 @@ class Engine:
 
         Raises:
             TypeError, ValueError: prompt or params are unusable with this model; nothing has been queued.
+            ImportError: `json_schema` needs a library that is not installed.
             QueueFull: `max_queue` requests wait already.
         """
         params = params or SamplingParams()
@@ -220,6 +224,7 @@ class Engine:
         answer = AnswerText(self.tokenizer, params.stop_strings, ids) if self.tokenizer is not None else None
         if params.stop_strings and answer is None:
             raise ValueError(f"stop={params.stop_strings[0]!r} is text, which needs a tokenizer; use stop_token_ids")
+        matcher = self._matcher(params)
         sequence = Sequence(
             id=self.n_requests,
             token_ids=list(ids),
@@ -234,9 +239,16 @@ class Engine:
         self.scheduler.add(sequence)
         self.n_requests += 1
         request = Request(sequence.id, ids, params)
-        work = _Work(request, sequence, rule, _draw(params), answer, stop_ids)
+        work = _Work(request, sequence, rule, _draw(params, matcher), answer, stop_ids)
         self.work[sequence] = self.of[request] = work
         return request
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.schema is None:
+            return None
+        if self.grammars is None:
+            raise ValueError("json_schema is about text, which needs a tokenizer; give one to the engine")
+        return self.grammars.matcher(params.schema)
 
     def cancel(self, request: Request) -> None:
         """End a request, wherever it is; its row and pages are free at once. Nothing if it has ended already."""
@@ -319,7 +331,10 @@ class Engine:
 
     def _append(self, work: _Work, chosen: Chosen, loops: int) -> TokenEvent:
         """Add a token to an answer, and end it if that was the last."""
-        request, token = work.request, chosen.token
+        request, token, matcher = work.request, chosen.token, work.draw.matcher
+        if matcher is not None and not matcher.take(token):
+            # The library has a bound of its own on the work for a token.
+            return TokenEvent(request, None, self._end(work, "abort"), 0, finish_reason="abort")
         work.sequence.token_ids.append(token)
         request.token_ids.append(token)
         request.loops.append(loops)
@@ -335,6 +350,8 @@ class Engine:
                 reason, request.stop_reason = "stop", work.answer.stopped
         if reason is None and token in work.stop_ids:
             reason, request.stop_reason = "stop", token if token in request.params.stop_token_ids else None
+        if reason is None and matcher is not None and matcher.done:
+            reason = "stop"
         if reason is None and len(request.token_ids) == request.params.max_tokens:
             reason = "length"
         request.text += piece
@@ -384,7 +401,7 @@ def _row(work: _Work) -> Row:
     return work.row
 
 
-def _draw(params: SamplingParams) -> Draw:
+def _draw(params: SamplingParams, matcher: Matcher | None) -> Draw:
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
     how = Sampling(**{f.name: getattr(params, f.name) for f in fields(Sampling)})
-    return Draw(how, torch.Generator().manual_seed(seed), params.logprobs)
+    return Draw(how, generator_of(seed), params.logprobs, matcher)

@@ -1,6 +1,7 @@
 """Fields of requests over HTTP: their types, their bounds, and what is not built."""
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +26,7 @@ MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP_CHARS, MAX_ALL_STOP_CHARS = 64, 64, 1024
 """Stop strings, characters of each, and of all together: each is looked for behind every token."""
 MAX_STOP_IDS = 64
+MAX_SCHEMA_DEPTH = 64
 MAX_LOGPROBS = 5
 """For completions, as at OpenAI; chats may ask for as many as the engine gives."""
 HARD_MAX_LOOPS = 64
@@ -38,7 +40,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "audio": (),
@@ -198,6 +199,59 @@ class Message(Fields):
     def turn(self) -> dict[str, str]:
         """As the chat template takes it."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema is written out again, which takes a frame for each level."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return schema
+    raise PydanticCustomError("schema", "must be nested at most {most} levels deep", {"most": MAX_SCHEMA_DEPTH})
+
+
+class JsonSchema(Fields):
+    """A schema with a name; `name`, `description` and `strict` change nothing: every answer matches in full."""
+
+    name: Annotated[str, Field(max_length=64)] = ""
+    description: str = ""
+    strict: bool = True
+    schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_shallow)] = Field({})
+
+
+class Format(Fields):
+    """What form the answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The schema of type json_schema."""
+        raise NotImplementedError
+
+    @property
+    def schema_text(self) -> str | None:
+        """What the answer has to match, as JSON; None: nothing."""
+        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self.form}[self.type]
+        return None if wanted is None else json.dumps(wanted)
+
+
+class ResponseFormat(Format):
+    """The form of an answer to a completion or a chat."""
+
+    json_schema: JsonSchema | None = None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return {} if self.json_schema is None else self.json_schema.schema_
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("format", "type json_schema needs json_schema with a schema")
+        return self
 
 
 def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]], where: str = "") -> Any:

@@ -1,7 +1,9 @@
 """What a request asks for besides its prompt."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from open_mythos.checks import check_bool, check_int
 from open_mythos.nn.halting import HaltingRule
@@ -37,6 +39,9 @@ class SamplingParams(Sampling):
     prompt_logprobs: int | None = None
     """Return the log-probability of each token of the prompt but the first, and those of so many best ones; None:
     neither. The whole prompt is then computed, whatever beginning of it could be reused."""
+    json_schema: str | Mapping[str, Any] | None = None
+    """JSON schema that the answer has to match, as JSON or as a mapping; None: any text. Stored as JSON. It needs the
+    extra `structured`."""
     n_loops: int | None = None
     """The most loops a token may take; None: the model's `max_loop_iters`."""
     min_loops: int | None = None
@@ -67,9 +72,17 @@ class SamplingParams(Sampling):
         for token in self.stop_token_ids:
             check_int("stop_token_ids", token, 0, 2**31, "use ids of the vocabulary")
         check_bool("ignore_eos", self.ignore_eos)
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _as_json(self.json_schema))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, MAX_LOGPROBS, f"use {name}=5 or less")
+
+    @property
+    def schema(self) -> str | None:
+        """`json_schema` as JSON."""
+        assert self.json_schema is None or isinstance(self.json_schema, str)
+        return self.json_schema
 
     def of_answer(self, place: int) -> "SamplingParams":
         """The parameters of answer `place` alone."""
@@ -80,3 +93,15 @@ class SamplingParams(Sampling):
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _as_json(schema: object) -> str:
+    if isinstance(schema, str):
+        return schema
+    remedy = 'use a schema such as {"type": "object"}'
+    if not isinstance(schema, Mapping):
+        raise TypeError(f"json_schema={schema!r:.60} must be JSON or a mapping; {remedy}")
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema cannot be written as JSON ({error!s:.100}); {remedy}") from None

@@ -29,6 +29,7 @@ from open_mythos.serve.fields import (
     Message,
     Penalty,
     Prompts,
+    ResponseFormat,
     Stops,
     StreamOptions,
     without_neutral,
@@ -109,6 +110,11 @@ class Asked(Fields):
         raise NotImplementedError
 
     @property
+    def format(self) -> tuple[str, str | None]:
+        """The field that says what form the answer has, and the schema that it has to match, as JSON."""
+        raise NotImplementedError
+
+    @property
     def limit_name(self) -> str:
         """The field that bounds the new tokens, as this request gives it."""
         raise NotImplementedError
@@ -138,6 +144,7 @@ class Asked(Fields):
             ignore_eos=self.ignore_eos,
             logprobs=0 if ranked and self.n_best is None else self.n_best,
             prompt_logprobs=self.n_best if self.echoes else None,
+            json_schema=self.format[1],
             n_loops=n_loops,
             min_loops=self.min_loops,
             exit=self.exit,
@@ -152,6 +159,7 @@ class ChoicesRequest(Asked):
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
+    response_format: ResponseFormat | None = None
     return_loops: bool = False
     """Tell the loops of every token, and its text."""
 
@@ -162,6 +170,10 @@ class ChoicesRequest(Asked):
     @property
     def effort(self) -> Effort | None:
         return self.reasoning_effort
+
+    @property
+    def format(self) -> tuple[str, str | None]:
+        return "response_format", None if self.response_format is None else self.response_format.schema_text
 
     @property
     def limit_name(self) -> str:

@@ -9,7 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from open_mythos.serve.answers import Answer, usage
-from open_mythos.serve.fields import MAX_MESSAGES, Count, Effort, Fields, Message, Text, without_neutral
+from open_mythos.serve.fields import (
+    MAX_MESSAGES,
+    Count,
+    Effort,
+    Fields,
+    Format,
+    JsonSchema,
+    Message,
+    Text,
+    without_neutral,
+)
 from open_mythos.serve.protocol import Conversation
 from open_mythos.serve.worker import EngineDead, Job, Worker
 
@@ -46,13 +56,23 @@ class Reasoning(Fields):
         return without_neutral(values, {"summary": (), "generate_summary": ()}, "reasoning.")
 
 
+class TextFormat(Format, JsonSchema):
+    """The form of an answer, with the schema beside its type."""
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return self.schema_
+
+
 class TextOptions(Fields):
-    """What form the answer has: plain text, and nothing else."""
+    """How the answer is written."""
+
+    format: TextFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _neutral(cls, values: Any) -> Any:
-        return without_neutral(values, {"format": ({"type": "text"},), "verbosity": ("medium",)}, "text.")
+        return without_neutral(values, {"verbosity": ("medium",)}, "text.")
 
 
 class ResponseRequest(Conversation):
@@ -88,8 +108,19 @@ class ResponseRequest(Conversation):
         return None if self.reasoning is None else self.reasoning.effort
 
     @property
+    def format(self) -> tuple[str, str | None]:
+        given = None if self.text is None else self.text.format
+        return "text.format", None if given is None else given.schema_text
+
+    @property
     def limit_name(self) -> str:
         return "max_output_tokens"
+
+    @property
+    def text_format(self) -> dict[str, Any]:
+        """The form of the answer, as it was asked for."""
+        given = None if self.text is None else self.text.format
+        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
 
     @property
     def turns(self) -> list[tuple[str, dict[str, str]]]:
@@ -116,7 +147,7 @@ class ResponseShape:
             "reasoning": {"effort": asked.effort, "summary": None},
             "store": False,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": asked.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_p": asked.top_p,

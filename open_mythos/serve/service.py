@@ -185,6 +185,7 @@ class Service:
         """
         is_chat, n_loops = isinstance(asked, Conversation), self.n_loops(asked)
         end = end_of_turn(self.tokenizer) if is_chat and not self.config.plain else None
+        await self._check_format(asked)
         try:
             ids = await self.worker.encode(lambda: [encode(prompt) for prompt in prompts])
             most = [self._most_tokens(asked, len(each), len(ids), n_loops) for each in ids]
@@ -196,6 +197,17 @@ class Service:
             raise Refusal(400, str(fault), asked.said) from None
         places = range(asked.n_made)
         return [(each, how.of_answer(place)) for each, how in zip(ids, params, strict=True) for place in places]
+
+    async def _check_format(self, asked: Asked) -> None:
+        """Refuse a schema that cannot be used. The engine finds it compiled, and so does not wait for it."""
+        name, schema = asked.format
+        grammars = self.engine.grammars
+        if schema is None or grammars is None:
+            return
+        try:
+            await self.worker.encode(lambda: grammars.matcher(schema))
+        except (ImportError, ValueError) as fault:
+            raise Refusal(400, str(fault).replace("json_schema", name), name) from None
 
     async def accepted(self, job: Job, asked: Asked) -> bool:
         """Wait until the engine has taken a job on; True.
