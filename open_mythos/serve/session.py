@@ -15,7 +15,7 @@ from rich.text import Text
 from open_mythos.accounting import kv_bytes_per_token, n_layers
 from open_mythos.arguments import check_n_loops
 from open_mythos.chat import end_of_turn, render
-from open_mythos.checks import as_typed
+from open_mythos.checks import as_typed, check_int
 from open_mythos.model import OpenMythos
 from open_mythos.serve.engine import MEMORY_SHARE, Engine, EngineConfig, cache_bytes
 from open_mythos.serve.params import SamplingParams
@@ -58,6 +58,7 @@ class Session:
         system: str = "",
         kv_tokens: int | None = None,
     ) -> None:
+        check_int("max_tokens", params.max_tokens, 1)
         self._model, self._tokenizer, self._console = model, tokenizer, console
         self._n_tokens = min(kv_tokens or model.cfg.max_seq_len, model.cfg.max_seq_len)
         self._is_given = kv_tokens is not None
@@ -202,7 +203,9 @@ class Session:
 
     def _max(self, n_tokens: str) -> None:
         """/max N: the most tokens of an answer"""
-        self._params = replace(self._params, max_tokens=_number(int, n_tokens))
+        value = _number(int, n_tokens)
+        check_int("max_tokens", value, 1)
+        self._params = replace(self._params, max_tokens=value)
 
     def _reset(self) -> None:
         """/reset: forget the conversation"""
