@@ -62,7 +62,7 @@ class Sampling:
 
     @property
     def penalizes_answer(self) -> bool:
-        """Whether the choice depends on how often each token stands in the answer."""
+        """True if the choice depends on the tokens of the answer so far."""
         return self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
@@ -150,7 +150,7 @@ def _penalize(scores: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
 
 
 def _counts(ids: Tensor, scores: Tensor) -> Tensor:
-    """How often each token of the vocabulary stands in the ids of each row, (B, V)."""
+    """Count each token of the vocabulary in the ids of each row, (B, V)."""
     batch, vocab_size = scores.shape
     # Padding counts for one column more than the vocabulary, which is then cut off.
     counts = scores.new_zeros(batch, vocab_size + 1)

@@ -20,7 +20,7 @@ class AnswerText:
         self.stopped: str | None = None
         """The stop string that was found."""
         self.added = ""
-        """The text that the last id adds, of which a possible stop string may still be held back."""
+        """Text that the last id adds, including what `push` has not returned yet because it may begin a stop string."""
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stops = tuple(stops)
         self._held = ""

@@ -32,7 +32,7 @@ class Scored:
     best: dict[int, float] | None
     """The log-probabilities of the best tokens in its place."""
     text: str
-    """What the token adds to the text: these texts join to all of it."""
+    """Text that the token adds: these texts join to the whole text."""
     offset: int
     """Characters before it, in the prompt or in the answer."""
 
@@ -44,7 +44,7 @@ class Echo:
     text: str
     ids: list[int]
     pieces: list[str]
-    """What each id adds to the text."""
+    """Text that each id adds."""
 
     @staticmethod
     def of(prompt: str | list[int], ids: list[int], tokenizer: Tokenizer) -> "Echo":
@@ -72,7 +72,7 @@ class Answer:
     finish_reason: str | None = None
     request: Request | None = None
     pieces: list[str] = field(default_factory=list)
-    """What could be shown with each token."""
+    """Text that could be shown with each token."""
     loops: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     n_chars: int = 0
@@ -144,7 +144,7 @@ class Shape:
         return {**self._head, "choices": choices, "usage": usage}
 
     def opening(self, place: int) -> dict[str, Any] | None:
-        """What stands before the first piece of a chat's answer."""
+        """The chunk before the first piece of a chat's answer."""
         if not self._chat:
             return None
         delta = {"role": "assistant", "content": ""}
@@ -189,8 +189,8 @@ class Shape:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        told = self._texts[token]
-        return {"token": told.text, "logprob": _finite(logprob), "bytes": list(told.raw)}
+        alone = self._texts[token]
+        return {"token": alone.text, "logprob": _finite(logprob), "bytes": list(alone.raw)}
 
     def _of_completion(self, scored: Sequence[Scored]) -> dict[str, Any]:
         return {
@@ -202,10 +202,10 @@ class Shape:
 
     def _by_text(self, scored: Scored, best: dict[int, float]) -> dict[str, float | None]:
         """Best first. The token itself goes by the text that it adds, a part of a character by its bytes."""
-        told: dict[str, float | None] = {}
+        by_text: dict[str, float | None] = {}
         for token, value in best.items():
-            told.setdefault(scored.text if token == scored.token else self._texts[token].name, _finite(value))
-        return told
+            by_text.setdefault(scored.text if token == scored.token else self._texts[token].name, _finite(value))
+        return by_text
 
 
 def _finite(logprob: float | None) -> float | None:
@@ -213,7 +213,7 @@ def _finite(logprob: float | None) -> float | None:
 
 
 def best_of(answers: Sequence[Answer], n: int, n_made: int) -> Sequence[Answer]:
-    """Of each prompt's `n_made` answers the n with the highest log-probability per token, best first."""
+    """Choose, for each prompt, the n of its `n_made` answers with the highest log-probability per token, best first."""
     if n == n_made:
         return answers
     best: list[Answer] = []

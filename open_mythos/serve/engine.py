@@ -75,7 +75,7 @@ class TokenEvent:
     """What can be shown now; it may lag behind the tokens while a character or a stop string is incomplete."""
     loops: int
     token_text: str = ""
-    """What the token adds to the text, shown yet or not; empty while a character is incomplete."""
+    """Text that the token adds, shown yet or not; empty while a character is incomplete."""
     logprob: float | None = None
     top_logprobs: dict[int, float] | None = None
     finish_reason: str | None = None
@@ -91,7 +91,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     prompt_logprobs: list[float] = field(default_factory=list)
-    """Of every token of the prompt but the first, if they were asked for."""
+    """Log-probabilities of the prompt's tokens but the first, if they were asked for."""
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     """Of the answer."""
@@ -126,7 +126,7 @@ class _Work:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the chunk in work holds tokens whose successors in the prompt are to be scored."""
+        """True if tokens of the chunk in work are followed by tokens of the prompt that have to be scored."""
         return self.request.params.prompt_logprobs is not None and self.sequence.in_prompt
 
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from open_mythos.sampling import MAX_LOGIT_BIASES
 
 MAX_FIELDS = 64
-"""Of a request and of each object in it."""
+"""Fields of a request and of each object in it, at most."""
 MAX_ANSWERS, MAX_BEST_OF = 8, 20
 """Answers to one prompt: those that are returned, and those that they are chosen from."""
 MAX_PROMPTS = 128
@@ -147,7 +147,7 @@ class Fields(BaseModel):
     def _leave_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # How long `logit_bias` may be is said where it is declared.
+        # `logit_bias` has a bound of its own, on its type.
         inner = [each for name, each in values.items() if name != "logit_bias"]
         if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *inner)):
             raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
@@ -155,7 +155,7 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """What a stream holds besides the answer."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -187,7 +187,7 @@ class Message(Fields):
 
     @property
     def is_shown(self) -> bool:
-        """Whether the model sees it: not a tool's answer, nor a turn that does nothing but call tools."""
+        """True unless it is a tool's answer or a turn that does nothing but call tools."""
         calls = bool(self.tool_calls or self.function_call)
         return self.role not in ("tool", "function") and not (self.content is None and calls)
 
@@ -222,7 +222,7 @@ class JsonSchema(Fields):
 
 
 class Format(Fields):
-    """What form the answer has."""
+    """Form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
 
@@ -233,7 +233,7 @@ class Format(Fields):
 
     @property
     def schema_text(self) -> str | None:
-        """What the answer has to match, as JSON; None: nothing."""
+        """Schema that the answer has to match, as JSON; None: any text."""
         wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self.form}[self.type]
         return None if wanted is None else json.dumps(wanted)
 

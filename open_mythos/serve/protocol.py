@@ -101,7 +101,7 @@ class Asked(Fields):
 
     @property
     def echoes(self) -> bool:
-        """Whether prompts are sent back before their answers."""
+        """True if prompts are sent back before their answers."""
         return False
 
     @property
@@ -121,11 +121,11 @@ class Asked(Fields):
 
     @property
     def most_tokens(self) -> int | None:
-        """The bound of the new tokens; None: not told."""
+        """The bound of the new tokens; None if the request gives none."""
         return getattr(self, self.limit_name)
 
     def params(self, max_tokens: int, n_loops: int | None, stops: list[str]) -> SamplingParams:
-        """What all answers to a prompt ask of the engine."""
+        """Make the engine's parameters of all answers to a prompt."""
         ranked = self.n_made > self.n_returned
         return SamplingParams(
             n=self.n_made,
@@ -181,7 +181,7 @@ class ChoicesRequest(Asked):
 
 
 class Conversation(Asked):
-    """A request that holds messages, in the field that it is said by."""
+    """A request whose model input is a list of messages, in the field `said`."""
 
     @property
     def said_messages(self) -> Sequence[Message]:
@@ -196,7 +196,7 @@ class Conversation(Asked):
 
     @property
     def unseen(self) -> list[str]:
-        """What the model does not see of the messages, by place and name."""
+        """Places and names of the parts that the model does not see."""
         found = []
         for place, message in enumerate(self.said_messages):
             where = f"{self.said}[{place}]"

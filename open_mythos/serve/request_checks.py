@@ -1,4 +1,4 @@
-"""What a request asks for, checked against the model before it waits."""
+"""Checks of a request against the model, before it waits."""
 
 from collections.abc import Hashable, Sequence
 from weakref import WeakValueDictionary

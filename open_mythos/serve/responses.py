@@ -30,7 +30,7 @@ def _as_items(value: Any) -> Any:
 
 
 class Item(Message):
-    """An item of the conversation: a message, as it was sent or as an answer held it, or what is not shown."""
+    """An item of the conversation: a message, sent or copied from an answer, or an item that the model does not see."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     id: str = ""
@@ -46,7 +46,7 @@ class Item(Message):
 
 
 class Reasoning(Fields):
-    """How deep to think."""
+    """Options of the depth."""
 
     effort: Effort | None = None
 
@@ -163,8 +163,8 @@ class ResponseShape:
         """The answer once it has ended."""
         status = {"stop": "completed", "length": "incomplete", "error": "failed"}.get(answer.finish_reason or "")
         output = [] if status == "failed" else [self._item(status or "incomplete", answer.text)]
-        told = {"status": status or "cancelled", **_outcome(answer.finish_reason), "output": output}
-        return {**self._head, **told, "usage": self._usage(answer)}
+        outcome = {"status": status or "cancelled", **_outcome(answer.finish_reason)}
+        return {**self._head, **outcome, "output": output, "usage": self._usage(answer)}
 
     def event(self, kind: str, **fields: Any) -> bytes:
         """An event of the stream; all have a number."""
@@ -207,15 +207,15 @@ class ResponseShape:
         return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _usage(self, answer: Answer) -> dict[str, Any]:
-        told = usage([self._n_prompt], [answer])
-        cached = told["prompt_tokens_details"]["cached_tokens"]
+        counts = usage([self._n_prompt], [answer])
+        cached = counts["prompt_tokens_details"]["cached_tokens"]
         return {
-            "input_tokens": told["prompt_tokens"],
+            "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": told["completion_tokens"],
+            "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": told["total_tokens"],
-            "loops": told["loops"],
+            "total_tokens": counts["total_tokens"],
+            "loops": counts["loops"],
         }
 
 

@@ -125,8 +125,8 @@ async def answer(
 
         async def collect() -> Response:
             made = await all_of(worker, job)
-            told = usage(n_prompt, made)
-            return JSONResponse(shape.whole(best_of(made, asked.n, asked.n_made), told), headers=headers)
+            best = best_of(made, asked.n, asked.n_made)
+            return JSONResponse(shape.whole(best, usage(n_prompt, made)), headers=headers)
 
         if (response := await unless_gone(request.receive, collect())) is not None:
             return response
@@ -224,8 +224,8 @@ def chat_encoder(service: Service) -> Encode:
             return render(messages, tokenizer, reply=True)[0]
         except BadMessages as fault:
             # The template counts the turns that it sees.
-            told = re.sub(r"^messages\[(\d+)\]", lambda found: places[int(found[1])], str(fault))
-            raise BadMessages(fault.reason, told) from None
+            message = re.sub(r"^messages\[(\d+)\]", lambda found: places[int(found[1])], str(fault))
+            raise BadMessages(fault.reason, message) from None
 
     return encode
 

@@ -221,8 +221,8 @@ class Service:
             raise Refusal(503, DEAD) from None
         except (TypeError, ValueError) as fault:
             # The engine's name of the bound is not the one that every request gives it by.
-            told = re.sub(r"\bmax_tokens\b", asked.limit_name, str(fault))
-            raise Refusal(400, told, field_of(told, type(asked)) or asked.said) from None
+            message = re.sub(r"\bmax_tokens\b", asked.limit_name, str(fault))
+            raise Refusal(400, message, field_of(message, type(asked)) or asked.said) from None
         return True
 
     def _most_tokens(self, asked: Asked, n_prompt: int, n_prompts: int, n_loops: int | None) -> int:

@@ -12,9 +12,9 @@ from open_mythos.serve.token_text import TokenTexts
 from open_mythos.tokenizer import Tokenizer
 
 MAX_SCHEMA_CHARS = 2**16
-"""Of a JSON schema. The library bounds the work for it, and for each token."""
+"""Length of a JSON schema, at most. The library bounds the work that compiling it and each token may take."""
 CACHED = 16
-"""Schemas that are held ready."""
+"""Compiled schemas in the cache."""
 _LONGEST = 32
 """Bytes of a token, where a text is cut into tokens without the tokenizer."""
 
@@ -75,8 +75,8 @@ class Grammars:
             raise ValueError(f"json_schema is no object of JSON ({error!s:.100}); {_REMEDY}") from None
         inner = library.LLMatcher(self._vocabulary(), grammar, log_level=0)
         if inner.is_error() or not Matcher(inner.deep_copy(), self._vocab_size).allowed().any():
-            said = inner.get_error().splitlines() or ["nothing can match it"]
-            raise ValueError(f"json_schema cannot be used ({said[0]:.150}); {_REMEDY}")
+            reason = inner.get_error().splitlines() or ["nothing can match it"]
+            raise ValueError(f"json_schema cannot be used ({reason[0]:.150}); {_REMEDY}")
         return inner
 
     def _make_vocabulary(self) -> Any:
