@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -125,8 +126,13 @@ async def answer(
 
         async def collect() -> Response:
             made = await all_of(worker, job)
-            best = best_of(made, asked.n, asked.n_made)
-            return JSONResponse(shape.whole(best, usage(n_prompt, made)), headers=headers)
+            best, counts = best_of(made, asked.n, asked.n_made), usage(n_prompt, made)
+
+            def respond() -> Response:
+                return JSONResponse(shape.whole(best, counts), headers=headers)
+
+            # Log-probabilities can be long, and the event loop has others to answer.
+            return respond() if asked.n_best is None else await worker.encode(respond)
 
         if (response := await unless_gone(request.receive, collect())) is not None:
             return response
@@ -172,7 +178,7 @@ async def pieces(
                 yield sse(error(NAN, kind="server_error"))
                 return
             if echo is not None:
-                yield sse(shape.prompt(place, echo, event.request))
+                yield sse(await worker.encode(partial(shape.prompt, place, echo, event.request)))
             if event.text or every_token or event.finish_reason is not None:
                 yield sse(shape.piece(place, event, n_chars))
         if asked.stream_options is not None and asked.stream_options.include_usage:
