@@ -58,7 +58,7 @@ class Session:
         system: str = "",
         kv_tokens: int | None = None,
     ) -> None:
-        check_int("max_tokens", params.max_tokens, 1)
+        check_int("max_tokens", params.max_tokens, 1, 2**31)
         self._model, self._tokenizer, self._console = model, tokenizer, console
         self._n_tokens = min(kv_tokens or model.cfg.max_seq_len, model.cfg.max_seq_len)
         self._is_given = kv_tokens is not None
@@ -204,7 +204,7 @@ class Session:
     def _max(self, n_tokens: str) -> None:
         """/max N: the most tokens of an answer"""
         value = _number(int, n_tokens)
-        check_int("max_tokens", value, 1)
+        check_int("max_tokens", value, 1, 2**31)
         self._params = replace(self._params, max_tokens=value)
 
     def _reset(self) -> None:

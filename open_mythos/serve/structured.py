@@ -1,6 +1,5 @@
 """Answers that match a JSON schema: which tokens may come next, by the library llguidance."""
 
-import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from open_mythos.extras import load
 from open_mythos.serve.token_text import TokenTexts
 from open_mythos.tokenizer import Tokenizer
 
@@ -130,9 +130,4 @@ class _Vocabulary:
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("llguidance")
-    except ImportError as error:
-        raise ImportError(
-            "answers that match a schema need llguidance; install it with pip install 'open-mythos-rdt[structured]'"
-        ) from error
+    return load("llguidance", "structured", "json_schema")
