@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from open_mythos import LLM, OpenMythos, SamplingParams
-from open_mythos.serve import engine as engine_module
 from open_mythos.serve.engine import Engine, EngineConfig, Request
 from open_mythos.tokenizer import ByteTokenizer
 from tests.models import CASES, PARTS, scaled, tiny
@@ -39,9 +38,8 @@ def check(model: OpenMythos, request: Request, depth: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", range(0, len(CASES), 5))
-def test_scores_are_those_of_the_model(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_model(case: int) -> None:
     """In chunks, beside others, with too few pages for all, behind beginnings that could be reused."""
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     model, rng = model_of(case), random.Random(case)
     shared = [rng.randrange(53) for _ in range(150)]
     config = EngineConfig(max_rows=3, kv_tokens=190, page_tokens=8, max_prefill_tokens=64)
@@ -58,8 +56,7 @@ def test_scores_are_those_of_the_model(case: int, monkeypatch: pytest.MonkeyPatc
         assert len(request.token_ids) == request.params.max_tokens
 
 
-def test_bits_are_those_of_the_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
+def test_bits_are_those_of_the_request_alone() -> None:
     model = model_of(0, torch.float64)
     asked = []
     for i, n in enumerate([90, 7, 33, 64]):

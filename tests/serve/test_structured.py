@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from open_mythos import LLM, SamplingParams
-from open_mythos.serve import engine as engine_module
 from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.structured import MAX_SCHEMA_CHARS, Grammars
 from open_mythos.tokenizer import ByteTokenizer, SymbolTokenizer, Tokenizer
@@ -54,9 +53,8 @@ def test_every_answer_matches_in_any_vocabulary(words: Tokenizer) -> None:
     assert cut.finish_reason == "length" and cut.text.startswith("{")
 
 
-def test_an_answer_is_the_same_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_the_same_beside_others() -> None:
     """And its log-probabilities are those of the model, not of what the schema leaves."""
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     params = [
         SamplingParams(max_tokens=60, seed=i, logprobs=1, json_schema=SCHEMA if i % 2 else None) for i in range(4)
     ]
