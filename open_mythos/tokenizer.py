@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,15 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int | None: ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that mark something instead of being text. What stands for unknown characters is text."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """The text that is cut into tokens: `text`, or what a vocabulary makes of it first, such as lower case."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -55,6 +65,10 @@ class ByteTokenizer:
 
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
+    special_ids = frozenset({256, 257, 258})
+
+    def normalize(self, text: str) -> str:
+        return text
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -101,8 +115,12 @@ class SymbolTokenizer:
                 raise ValueError(f"{role}={symbol!r} must be one of the symbols; add it to them")
         self.vocab_size = len(self.symbols)
         self.bos_id, self.eos_id, self.pad_id = (None if s is None else self._ids[s] for s in self._roles.values())
+        self.special_ids = frozenset(i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None)
         longest_first = sorted(self.symbols, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+
+    def normalize(self, text: str) -> str:
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of the symbols in `text`.
@@ -187,6 +205,35 @@ class BPETokenizer:
         """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
         path = Path(path)
         return BPETokenizer(_backend(path), **_roles(path.with_name(HUB_ROLES)))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the begin, end and padding tokens and of every added token of the library's kind "special".
+
+        The token for unknown characters counts only if it is also one of the three: a text that holds a rare character
+        has not written a special token out.
+        """
+        roles = {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}
+        return frozenset(roles | {i for i in self._added if i != self._unknown_id})
+
+    @cached_property
+    def unknown_token(self) -> str | None:
+        """Name of the special token that stands for unknown characters."""
+        return None if self._unknown_id is None else self._added.get(self._unknown_id)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = self.backend.model
+        if isinstance(model, models.Unigram):  # the one kind whose object does not say
+            return json.loads(self.backend.to_str())["model"]["unk_id"]
+        return None if model.unk_token is None else self.backend.token_to_id(model.unk_token)
+
+    def normalize(self, text: str) -> str:
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
 
     def encode(self, text: str) -> list[int]:
         # `encode` of one text keeps all other threads from running, for a second per megabyte.
