@@ -141,7 +141,7 @@ def make_app(service: Service) -> FastAPI:
     body, headers = playground()
     # Documents made by a program load their looks from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, service.key, service.meters.refused, service.full)
+    app.add_middleware(Gate, service.key, service.meters.refused, service.full, service.bodies)
 
     @app.get("/")
     async def page() -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
-from open_mythos.serve.gate import BUSY
+from open_mythos.serve.gate import BUSY, Bodies
 from open_mythos.serve.meters import Meters
 from open_mythos.serve.protocol import HARD_MAX_LOOPS, Asked, ChatRequest, error
 from open_mythos.serve.worker import Busy, EngineDead, Job, Wanted, Worker
@@ -67,7 +67,7 @@ class Service:
     def __init__(self, make: Callable[[], Engine], max_rows: int, config: ServeConfig, key: str | None = None) -> None:
         self.config, self.key, self.meters = config, key, Meters()
         self.worker = Worker(make, max_rows + config.max_queue, self.meters.event, self._fatal)
-        self.max_rows, self.started_s = max_rows, time.time()
+        self.max_rows, self.started_s, self.bodies = max_rows, time.time(), Bodies()
         self.draining = self.fatal = False
         self.on_fatal: Callable[[], None] = lambda: None
 
