@@ -28,6 +28,7 @@ MAX_CONNECTIONS, BACKLOG = 2048, 2048
 """The most connections that are open, and that wait to be accepted."""
 ACCEPTS, RESERVED_FILES = 4, 32
 """Connections that are accepted before one is looked at; file descriptors for those, and for all but connections."""
+READ_BYTES = 2**14
 FAULT_S = 10.0
 """The least seconds between two lines about faults of the event loop."""
 log = logging.getLogger("open_mythos.serve")
@@ -59,6 +60,8 @@ class Connection(H11Protocol):
         # asyncio sets it on sockets whose protocol number says TCP, and an accepted one has the listener's, which is 0.
         # Without it the second packet of an answer waits for the client's acknowledgement of the first: 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What one look at a socket may read: bodies are counted only when the application has them.
+        transport.max_size = READ_BYTES  # ty: ignore[missing-attribute]
         # So that a client that stops reading is noticed as soon as the system's own buffer is full.
         transport.set_write_buffer_limits(high=0)
         self._watch()
