@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -18,6 +19,8 @@ from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.extras import load
 
 KEY = "MYTHOS_API_KEY"
+MAX_NAME = 256
+"""Characters of `model` in a request."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ def _serve(args: ServeArgs) -> None:
         max_rows=args.max_rows, max_queue=args.max_rows + args.max_queue, kv_tokens=args.kv_tokens
     )
     config = ServeConfig(
-        args.name or args.folder.resolve().name,
+        check_name(args.folder.resolve().name if args.name is None else args.name),
         max_loops=args.max_loops,
         max_queue=args.max_queue,
         max_work=args.max_work,
@@ -102,7 +105,9 @@ def _serve(args: ServeArgs) -> None:
         drain_s=args.drain,
         stuck_s=args.stuck,
     )
-    logging.basicConfig(format="mythos serve: %(message)s", stream=sys.stderr)
+    handler = LogHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("mythos serve: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     log = logging.getLogger("open_mythos.serve")
     log.setLevel(logging.INFO)
 
@@ -126,7 +131,6 @@ def _serve(args: ServeArgs) -> None:
     log.info("http://%s:%d, loading %s", host, listener.getsockname()[1], args.folder)
     service = Service(make, args.max_rows, config, key)
     well = run(make_app(service), service, listener)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
     error = service.worker.error
     if isinstance(error, TypeError | ValueError | OSError) and service.worker.engine is None:
         raise error
@@ -136,6 +140,29 @@ def _serve(args: ServeArgs) -> None:
         # The thread may be in the middle of something that it will not leave.
         logging.shutdown()
         os._exit(1 if service.fatal else 0)
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes a line for each record, whatever a name in it holds, and drops those that would have to wait: a pipe that
+    nobody reads must not stop the server."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().format(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            can_write = bool(select.select([], [self.stream], [], 0)[1])
+        except (OSError, ValueError):  # it is not a file of the system's
+            can_write = True
+        if can_write:
+            super().emit(record)
+
+
+def check_name(name: str) -> str:
+    """The name, or ValueError for one that would break a line of the log, or that no request could send."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(f"name={name!r:.80} must be 1 to {MAX_NAME} printable characters; use --name mythos")
+    return name
 
 
 def read_key(file: Path | None) -> str | None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import time
 import traceback
@@ -236,5 +237,9 @@ def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
     most = connection_limit()
     if most < MAX_CONNECTIONS:
         log.info("at most %d connections, by the limit of open files; ulimit -n allows more", most)
-    Server(configure(app, most), service).run(sockets=[listener])
+    server = Server(configure(app, most), service)
+    # Before and after the event loop too, where a signal would otherwise be an exception somewhere.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    server.run(sockets=[listener])
     return service.worker.stop(2.0) and not service.fatal
