@@ -163,6 +163,13 @@ class Service:
             self.check_model(asked.model)
         n = n_prompts * asked.n
         self.check_work(n * (asked.most_tokens or 1), self.n_loops(asked))
+        if n > self.worker.most:
+            raise Refusal(
+                400,
+                f"{n_prompts} prompts with n={asked.n} are {n} answers, and the server has {self.worker.most} places "
+                "(--max-rows and --max-queue together); ask for fewer at a time",
+                "n" if asked.n > 1 else asked.said,
+            )
         try:
             self.worker.reserve(n)
         except Busy:

@@ -112,6 +112,19 @@ def test_memory_is_looked_through_after_a_burst(monkeypatch: pytest.MonkeyPatch)
     assert len(trims) == 1 and bodies.held == 0
 
 
+def test_a_request_that_can_never_fit_is_not_asked_to_come_again(served: Served) -> None:
+    """24 places: a client that waits for 64 waits for ever."""
+    assert served.service.worker.most == 24
+    with served.http() as http:
+        for body, n, field in (({"prompt": ["a"] * 8, "n": 8}, 64, "n"), ({"prompt": ["a"] * 5, "n": 5}, 25, "n")):
+            for stream in (False, True):
+                answer = http.post(P, json={**body, "max_tokens": 1, "stream": stream})
+                told = answer.json()["error"]
+                assert answer.status_code == 400 and "retry-after" not in answer.headers
+                assert told["param"] == field and f"{n} answers" in told["message"] and "24 places" in told["message"]
+        assert len(http.post(P, json={"prompt": ["a"] * 8, "n": 3, "max_tokens": 1}).json()["choices"]) == 24
+
+
 def rss_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
