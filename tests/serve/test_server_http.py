@@ -94,6 +94,13 @@ def test_other_names_of_json(served: Served, kind: str) -> None:
     assert posted(served, kind=kind) == 200
 
 
+def test_a_name_that_is_no_text_is_called_so(served: Served) -> None:
+    body = b'{"prompt": "a", "\\ud800": 1}'
+    with served.http() as http:
+        told = http.post(P, content=body, headers={"content-type": JSON})
+    assert told.status_code == 400 and "a field's name" in told.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("version", ["0.9", "1.2", "2.0", "3.0", "9.9"])
 def test_other_versions_of_http_are_refused(served: Served, version: str) -> None:
     status, headers, body = exchange(served, f"GET /health HTTP/{version}\r\nhost: localhost\r\n\r\n".encode())
