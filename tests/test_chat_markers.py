@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from open_mythos.chat import ROLES, BadMessages, _overlaps, render
+from open_mythos.chat import ROLES, BadMessages, _overlaps, join, render
 from open_mythos.tokenizer import BPETokenizer, SymbolTokenizer
 
 TEXT = ["What is 2 + 2? They say it is 4; system, user and assistant <|> end, obey. Sure! caf\u00e9 " * 3]
@@ -180,3 +180,10 @@ def test_looking_takes_time_in_proportion_to_the_text(make: Callable[[], BPEToke
     ids = tokenizer.encode("<|" * 2000)
     assert not _overlaps(tokenizer.encode("<|user|>"), Counting(ids), range(len(ids)))
     assert seen[0] <= len(ids)
+
+
+def test_messages_that_are_continued_as_text_are_looked_at_too() -> None:
+    assert join([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], NFKC) == NFKC.encode("a\nb")
+    for tokenizer, text in ((QWEN, "<|im_start|>"), (NFKC, WIDE), (BERT, "< | user | >")):
+        with pytest.raises(BadMessages, match=r"messages\[1\] has "):
+            join([{"role": "user", "content": "a"}, {"role": "user", "content": text}], tokenizer)

@@ -73,6 +73,7 @@ def serve(rest: list[str]) -> None:
 def _serve(args: ServeArgs) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         load(module, "serve", "the server")
+    from open_mythos.chat import turns_unknown
     from open_mythos.serve.engine import Engine, EngineConfig
     from open_mythos.serve.gate import is_local
     from open_mythos.serve.listen import run
@@ -93,6 +94,7 @@ def _serve(args: ServeArgs) -> None:
     key = read_key(args.api_key_file)
     if key is None and not is_local(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere and needs a key; use --api-key-file FILE")
+    warning = turns_unknown(args.folder, "use --plain to have messages continued as text")
     engine_config = EngineConfig(
         max_rows=args.max_rows, max_queue=args.max_rows + args.max_queue, kv_tokens=args.kv_tokens
     )
@@ -102,6 +104,7 @@ def _serve(args: ServeArgs) -> None:
         max_queue=args.max_queue,
         max_work=args.max_work,
         plain=args.plain,
+        knows_turns=warning is None,
         drain_s=args.drain,
         stuck_s=args.stuck,
     )
@@ -129,6 +132,8 @@ def _serve(args: ServeArgs) -> None:
     listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("http://%s:%d, loading %s", host, listener.getsockname()[1], args.folder)
+    if warning and not args.plain:
+        log.warning("%s", warning)
     service = Service(make, args.max_rows, config, key)
     well = run(make_app(service), service, listener)
     error = service.worker.error

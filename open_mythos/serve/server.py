@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from open_mythos.chat import render
+from open_mythos.chat import join, render
 from open_mythos.serve.answers import DONE, Answer, Shape, sse, usage
 from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.page import playground
@@ -24,6 +24,9 @@ NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier 
 REASONS = {404: "invalid", 429: "busy", 500: "failed", 503: "not ready"}
 """Of refusals, by status, for the count."""
 
+WARNING = "x-mythos-warning"
+"""The header of an answer that may not be what was wanted."""
+NO_TURNS = "this model was not trained on conversations, so its answers may make no sense; ask /v1/completions"
 GONE = 499
 """The status of an answer that nobody reads."""
 
@@ -185,11 +188,12 @@ def make_app(service: Service) -> FastAPI:
         tokenizer = service.tokenizer
 
         def encode(messages: list[dict[str, str]]) -> list[int]:
-            if service.config.plain:
-                return tokenizer.encode("\n".join(message["content"] for message in messages))
-            return render(messages, tokenizer, reply=True)[0]
+            return join(messages, tokenizer) if service.config.plain else render(messages, tokenizer, reply=True)[0]
 
-        return await answer(service, request, body, [messages], encode)
+        response = await answer(service, request, body, [messages], encode)
+        if not (service.config.knows_turns or service.config.plain):
+            response.headers.append(WARNING, NO_TURNS)
+        return response
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:

@@ -39,6 +39,8 @@ class ServeConfig:
     """Loop-tokens of a request: (prompt + n x max_tokens) x n_loops."""
     plain: bool = False
     """For a model that knows no turns: messages are put one behind the other, and it continues them."""
+    knows_turns: bool = True
+    """The model was trained on conversations; otherwise answers to chats come with a warning, unless `plain`."""
     drain_s: float = 30.0
     """How long answers in work may take once the server is told to end."""
     stuck_s: float = 60.0

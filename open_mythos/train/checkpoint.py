@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos import weights
+from open_mythos.chat import save_template
 from open_mythos.checks import check_int
 from open_mythos.config import MythosConfig
 from open_mythos.files import sha256, to_disk
@@ -268,10 +269,15 @@ def restore_optimizer(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
+def save_model_folder(
+    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, knows_turns: bool = False
+) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
 
     The folder appears complete or not at all: it is written beside its place and renamed.
+
+    Args:
+        knows_turns: write the chat template too, since the model was trained on conversations.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; use another folder or remove it")
@@ -281,6 +287,8 @@ def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: To
     partial.mkdir(parents=True)
     weights.save(partial, cfg, state)
     tokenizer.save(partial)
+    if knows_turns:
+        save_template(partial)
     for path in (*partial.iterdir(), partial):
         to_disk(path)
     partial.rename(folder)

@@ -46,6 +46,7 @@ from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.sharding import Spread
+from open_mythos.train.tasks import Chat
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
@@ -165,7 +166,7 @@ class Trainer:
                 self.checkpoints.wait()
                 state = self.spread.full_state()
                 if self.world.is_first:
-                    save_model_folder(self.cfg.model, state, self.tokenizer, final)
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final, isinstance(self.cfg.data, Chat))
             self.world.leave()
             return final
 

@@ -178,3 +178,32 @@ def test_a_bad_request_behind_a_good_one_is_answered(served: Served) -> None:
     good = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     status, _, rest = exchange(served, good + b"GET\r\n\r\n")
     assert status == 200 and rest.count(b"HTTP/1.1 400") == 1
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [({}, False), ({"knows_turns": False}, True), ({"knows_turns": False, "plain": True}, False)],
+    ids=["trained", "untrained", "plain"],
+)
+def test_chats_with_a_model_that_knows_no_turns_come_with_a_warning(config: dict[str, bool], warned: bool) -> None:
+    with serving(**config) as served, served.http() as http:
+        for stream in (False, True):
+            chat = http.post(C, json={**CHAT, "stream": stream})
+            assert chat.status_code == 200
+            assert ("not trained on conversations" in chat.headers.get("x-mythos-warning", "")) == warned
+        assert "x-mythos-warning" not in http.post(P, json={"prompt": "a", "max_tokens": 1}).headers
+        served.settle()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_special_tokens_in_messages_are_refused_and_in_prompts_taken(plain: bool) -> None:
+    with serving(plain=plain) as served, served.http() as http:
+        for text in ("a<eos>b", "<bos>", "<|assistant|>"):
+            refused = http.post(C, json={**CHAT, "messages": [*CHAT["messages"], {"role": "user", "content": text}]})
+            told = refused.json()["error"]
+            assert refused.status_code == 400 and told["param"] == "messages" and "messages[1] has" in told["message"]
+            assert http.post(P, json={"prompt": text, "max_tokens": 1}).status_code == 200
+        served.settle()

@@ -220,7 +220,9 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "the variable MYTHOS_API_KEY" in told(str(folder))
 
 
-def test_the_model_is_not_looked_through_for_garbage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_not_looked_through_for_garbage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A full collection, which a nested body brings about, takes half a second otherwise."""
     made: list[object] = []
     monkeypatch.delenv("MYTHOS_API_KEY", raising=False)
@@ -238,6 +240,7 @@ def test_the_model_is_not_looked_through_for_garbage(folder: Path, monkeypatch: 
         logging.root.handlers[:] = handlers
         logging.getLogger("open_mythos.serve").setLevel(level)
     assert made[0] == "frozen" and isinstance(made[1], Engine)
+    assert caplog.text.count("was not trained on conversations") == 1
 
 
 def test_a_key_on_the_command_line_is_no_option(folder: Path) -> None:
