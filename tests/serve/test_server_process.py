@@ -154,6 +154,7 @@ def test_few_files_and_two_signals(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "delay_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.1, pytest.param(0.5, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_two_signals_while_an_answer_is_made(folder: Path, tmp_path: Path, delay_s: float) -> None:
     with process(tmp_path / "audit", str(folder)) as (running, port):
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {KEY}"}) as http:
