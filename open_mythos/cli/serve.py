@@ -67,7 +67,8 @@ def serve(rest: list[str]) -> None:
     try:
         _serve(args)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # the server has ended, and so does the process
+            signal.signal(signal.SIGTERM, before)
 
 
 def _serve(args: ServeArgs) -> None:

@@ -233,7 +233,8 @@ def connection_limit() -> int:
 
 
 def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
-    """Serve until told to end; whether all is well and the engine's thread has ended."""
+    """Serve until told to end; whether all is well and the engine's thread has ended. Signals are ignored from then on:
+    the process is about to end, with a status of its own."""
     most = connection_limit()
     if most < MAX_CONNECTIONS:
         log.info("at most %d connections, by the limit of open files; ulimit -n allows more", most)
@@ -242,4 +243,6 @@ def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     server.run(sockets=[listener])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return service.worker.stop(2.0) and not service.fatal
