@@ -286,6 +286,8 @@ def test_other_methods_and_paths(served: Served) -> None:
         page = http.get("/")
         assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
         assert "server" not in page.headers
+        # Otherwise browsers may call the page's own requests those of another site.
+        assert page.headers["referrer-policy"] == "same-origin"
 
 
 def test_a_full_server_refuses_and_takes_the_rest() -> None:
