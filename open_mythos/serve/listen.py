@@ -85,12 +85,20 @@ class Connection(H11Protocol):
             # The rest of the body that the application waits for will not come.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = json.dumps(error("this is not HTTP/1.1, or its chunks are damaged; send the request again")).encode()
+        body = json.dumps(
+            error("the first line, headers, length or chunks are not those of HTTP/1.1; correct them")
+        ).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         with contextlib.suppress(h11.LocalProtocolError):
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def eof_received(self) -> None:
+        """Answer a request that ends in its middle; the client may still read."""
+        if self.conn.their_state is h11.SEND_BODY or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
+            self.send_400_response("")
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._receiving, self._sending):

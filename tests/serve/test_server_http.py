@@ -1,6 +1,7 @@
 """What HTTP itself allows: pages of other sites, odd versions, HEAD, trailing slashes, chunks, and bodies in memory."""
 
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -166,6 +167,23 @@ def test_bad_chunks_are_answered_and_the_connection_is_closed(served: Served, na
     status, headers, body = exchange(served, CHUNKED + BAD_CHUNKS[name])
     assert (status, headers["connection"]) == (400, "close"), body
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("part", [CHUNKED + b"5\r\n{}", CHUNKED, b"GET / HTTP/1.1\r\nhost: local"])
+def test_what_ends_in_the_middle_is_answered(served: Served, part: bytes) -> None:
+    with served.connect() as connection:
+        connection.sendall(part)
+        connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while more := connection.recv(1000):
+            data += more
+    assert data.startswith(b"HTTP/1.1 400 Bad Request") and b"invalid_request_error" in data
+
+
+def test_nothing_is_not_answered(served: Served) -> None:
+    with served.connect() as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000) == b""
 
 
 @pytest.mark.parametrize("head", [b"GET\r\n\r\n", b"\x16\x03\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"])
