@@ -331,11 +331,14 @@ async def bodies(server: Target, n: int) -> Figures:
 
     async def one() -> None:
         reader, writer = await server.open()
-        with contextlib.suppress(ConnectionError):
+        try:
             writer.write(f"{head}content-length: {len(data) + 2}\r\n\r\n".encode() + data)
             status = int((await reader.readuntil(b"\r\n"))[9:12])
             statuses[status] = statuses.get(status, 0) + 1
-        writer.close()
+        except ConnectionError:
+            pass
+        finally:
+            writer.transport.abort()
 
     sending = asyncio.gather(*(one() for _ in range(n)))
     most = before
