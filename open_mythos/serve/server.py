@@ -131,6 +131,13 @@ async def pieces(worker: Worker, job: Job, shape: Shape, asked: Asked, n_prompt:
         worker.cancel(job)
 
 
+def warned(service: Service, response: Response) -> Response:
+    """The answer to a chat, with a warning if the model knows no turns."""
+    if not (service.config.knows_turns or service.config.plain):
+        response.headers.append(WARNING, NO_TURNS)
+    return response
+
+
 def make_app(service: Service) -> FastAPI:
     """The application; its lifespan starts the engine."""
 
@@ -190,10 +197,7 @@ def make_app(service: Service) -> FastAPI:
         def encode(messages: list[dict[str, str]]) -> list[int]:
             return join(messages, tokenizer) if service.config.plain else render(messages, tokenizer, reply=True)[0]
 
-        response = await answer(service, request, body, [messages], encode)
-        if not (service.config.knows_turns or service.config.plain):
-            response.headers.append(WARNING, NO_TURNS)
-        return response
+        return warned(service, await answer(service, request, body, [messages], encode))
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:
