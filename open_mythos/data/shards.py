@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from open_mythos.data.disk import writing
 from open_mythos.files import sha256, to_disk
 
 FORMAT = 1
@@ -136,8 +137,11 @@ def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: i
     tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.dtype(dtype).newbyteorder("<"))
     shard = Shard(path, len(tokens), len(documents), n_bytes, "")
     for file, values in ((path, tokens), (_ends(shard), ends)):
-        values.tofile(folder / file)
-        to_disk(folder / file)  # before anything says that it is there
+        target, remedy = folder / file, "make room and repeat the command, which goes on from here"
+        with writing(target, remedy, values.nbytes, half=target):
+            # `tofile` of numpy does not say why it has written less.
+            target.write_bytes(values.data)
+            to_disk(target)  # before anything says that it is there
     return replace(shard, sha256=sha256(folder / path, folder / _ends(shard)))
 
 

@@ -114,7 +114,7 @@ def test_files_are_found_in_order(tmp_path: Path) -> None:
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             find_files(inputs)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.ndjson, \.json, \.parquet file"):
         find_files([str(tmp_path / "empty")])
 
 
