@@ -93,28 +93,39 @@ def prepare_data(rest: list[str]) -> None:
     for reason, n in info["skipped"].items():
         print(f"skipped    {n:>12,} records: {reason}")
     print(f"The data is in {args.out}.{_created(new)}")
-    if not info["counts"]["validation"]["tokens"]:
+    if not (held_out := info["counts"]["validation"]["tokens"]):
         print("No document is held out, and training needs some for validation.")
-    elif (tokens := info["counts"]["validation"]["tokens"]) <= WINDOW:
-        print(f"Only {tokens} tokens are held out, so rows are made shorter; a larger --held-out holds out more.")
-    print(f"Next: {shlex.join(_next_command(args, info, rest))}")
+    elif held_out <= WINDOW:
+        print(f"Only {held_out} tokens are held out, so rows are made shorter; a larger --held-out holds out more.")
+    command = _next_command(args, info, rest)
+    print(f"Next: {shlex.join(command)}" if command else "Add documents, for there are too few to hold one out.")
 
 
 def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) -> list[str]:
-    """The command that trains on what was prepared, or prepares it such that some of it is held out."""
+    """The command that trains on what was prepared, or prepares it such that some of it is held out; [] for neither."""
     from open_mythos.data.prepare import least_share
+    from open_mythos.data.text_files import kind_of
 
     tokens = min(counts["tokens"] for counts in info["counts"].values())
-    if not tokens:
-        share = least_share(args.out)
-        enough = info["counts"]["train"]["documents"] > 1 and share <= 0.5
-        change = ["--held-out", f"{share:g}"] if enough else ["--cut", "paragraphs", "--held-out", "0.1"]
-        return ["mythos", "prepare-data", *rest, *change, "--out", _unused(args.out)]
-    command = ["mythos", "train", "small-text", "--data.paths", str(args.out)]
-    command += ["--model.vocab-size", str(info["vocab_size"])]
-    if tokens <= WINDOW:
-        command += ["--data.seq-len", str(tokens - 1)]
-    return [*command, "--out", _unused(Path("runs") / args.out.name)]
+    if tokens:
+        command = ["mythos", "train", "small-text", "--data.paths", str(args.out)]
+        command += ["--model.vocab-size", str(info["vocab_size"])]
+        command += ["--data.seq-len", str(tokens - 1)] if tokens <= WINDOW else []
+        return [*command, "--out", _unused(Path("runs") / args.out.name)]
+    share, has_text = least_share(args.out), any(Path(name).is_dir() or kind_of(name) == "text" for name in args.inputs)
+    if info["counts"]["train"]["documents"] > 1 and share <= 0.5:
+        change = ["--held-out", f"{share:g}"]
+    elif args.cut == "file" and has_text:
+        change = ["--cut", "paragraphs", "--held-out", "0.1"]
+    else:
+        return []
+    replaced = {"--out", *change[::2]}
+    kept = [
+        arg
+        for before, arg in zip(["", *rest], rest, strict=False)
+        if arg.partition("=")[0] not in replaced and before not in replaced
+    ]
+    return ["mythos", "prepare-data", *kept, *change, "--out", _unused(args.out)]
 
 
 def _show(skipped: "SkipLog", listed: Path | None = None) -> None:
@@ -211,7 +222,8 @@ def train_tokenizer(rest: list[str]) -> None:
         shutil.rmtree(args.out, ignore_errors=True)  # it was empty, or not there
         raise
     print(f"{tokenizer.vocab_size} tokens in {args.out}.{_created(new)}")
-    command = ["mythos", "prepare-data", *args.inputs, "--tokenizer", str(args.out)]
+    command = ["mythos", "prepare-data", *args.inputs]
     command += ["--subset", args.subset] if args.subset else []
     command += ["--column", args.column] if args.column != "text" else []
-    print(f"Next: {shlex.join([*command, '--out', _unused(args.out.parent / 'data')])}")
+    command += ["--tokenizer", str(args.out), "--out", _unused(args.out.parent / "data")]
+    print(f"Next: {shlex.join(command)}")

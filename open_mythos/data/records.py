@@ -79,9 +79,11 @@ def read_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def conversion(unit: Unit) -> str:
+    """What to do about a record that is not UTF-8."""
     if unit.kind == "parquet":
         return "write the column anew as UTF-8, or take the row out"
-    return convert_command(unit.path)
+    command = convert_command(unit.path)
+    return command if unit.kind == "text" else f"correct it, or if all of the file is in another encoding: {command}"
 
 
 def too_long(unit: Unit, reading: Reading) -> Skipped:
@@ -140,7 +142,7 @@ def json_records(unit: Unit, max_bytes: int) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line.decode("utf-8"))
             except UnicodeError:
-                yield number, Skipped("not UTF-8", "", convert_command(unit.path))
+                yield number, Skipped("not UTF-8", "", conversion(unit))
             except (ValueError, RecursionError) as error:
                 why = "nested too deeply" if isinstance(error, RecursionError) else f"no JSON: {error}"
                 yield number, Skipped("no text in the record", why, "make each line one JSON object")
@@ -163,8 +165,10 @@ def _text_of(record: Any, column: str, path: str) -> str | Skipped:
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, str):
         return value
-    found = f"it has {', '.join(list(record)[:8]):.100}" if record else "it has no fields"
-    why = f"{column} is {json.dumps(value):.40}; {found}" if value is not None else f"no {column}; {found}"
+    others = f"it has {', '.join(record):.100}" if record else "it has no fields"
+    why = f"{column} is null" if column in record else f"no {column}; {others}"
+    if value is not None:
+        why = f"{column} is no text but {json.dumps(value):.40}"
     return Skipped("no text in the record", why, _suggest(record, path))
 
 
