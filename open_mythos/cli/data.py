@@ -214,7 +214,10 @@ def train_tokenizer(rest: list[str]) -> None:
     finally:
         _show(skipped)
     if args.strict and skipped:
-        raise ValueError(f"{len(skipped):,} files or records give no text; correct them, or leave --strict out")
+        raise ValueError(
+            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here); correct them, or leave "
+            "--strict out"
+        )
     try:
         with writing(args.out, "make room and repeat the command"):
             tokenizer.save(args.out)

@@ -1,11 +1,15 @@
 """Errors of a full disk that say which file did not fit, how much it needs, and what to do."""
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's numbers for no room on the disk, none in the user's quota, and none in the file."""
 
 
 @contextmanager
@@ -18,14 +22,17 @@ def writing(path: Path, remedy: str, n_bytes: int | None = None, half: Path | No
         half: the file that is removed; None: PATH.partial.
 
     Raises:
-        OSError: the block has failed for want of room, permission or the like.
+        OSError: the system has not let the block write.
     """
     try:
         yield
     except Exception as error:
-        if (number := _number(error)) is None:
-            raise
         (path.with_name(path.name + ".partial") if half is None else half).unlink(missing_ok=True)
+        number = _number(error)
+        if number is None or (number not in FULL and isinstance(error, OSError) and error.filename is not None):
+            raise
+        if number not in FULL:
+            raise OSError(number, os.strerror(number), str(path)) from error
         folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         room = f"{shutil.disk_usage(folder).free:,} bytes are free"
         needed = "" if n_bytes is None else f"{n_bytes:,} bytes are needed, "

@@ -125,17 +125,25 @@ def _undamaged(records: Iterator[tuple[int, Any]], unit: Unit) -> Iterator[tuple
     Raises:
         OSError: the file cannot be read.
     """
-    at = ""
+    at = None
     try:
         for number, record in records:
             at = place(unit, number)
             yield at, record
+        if at is None and unit.kind != "text" and _is_whole_file(unit):
+            yield "", Skipped("empty", "it has no records")
     except (Unreadable, *DAMAGE) as error:
         yield f"behind {at}" if at else "", explain(error, unit.path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, unit.path) from error
+
+
+def _is_whole_file(unit: Unit) -> bool:
+    if unit.kind == "parquet":
+        return unit.start == unit.end  # a file without row groups
+    return unit.start == 0 and unit.end == Path(unit.path).stat().st_size
 
 
 def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:

@@ -72,7 +72,7 @@ class _Scanner:
             known = len(self._text) - self._at
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:
+                if end + len("e+1") < len(self._text) or self._ended:  # 1 may be the beginning of 1e+12
                     self._at = end
                     return value
             except RecursionError:

@@ -125,7 +125,7 @@ def prepare(
         )
     if strict and len(skipped):
         raise ValueError(
-            f"{len(skipped):,} files or records give no document, which --strict refuses ({out / SKIPPED} lists them); "
+            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here, listed in {out / SKIPPED}); "
             f"correct them, remove {out} and repeat the command, or go on from here without --strict"
         )
     _write_json(out / INDEX, info)
@@ -163,6 +163,8 @@ def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterat
         for entry, place in zip(listed, places if is_remote(path) else name_lines(path, places), strict=True):
             yield replace(entry, place=place), 1
         rest = sum((Counter(result["skipped"]) for result in parts), Counter[str]())
+        if not rest and not any(result["shards"] for result in parts):
+            yield Skipped("empty", "it has no records", file=path), 1
         rest.subtract(entry.reason for entry in listed)
         for reason, n in rest.items():
             if n:
@@ -273,7 +275,8 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out={out} is not empty and holds no prepared data; use another folder")
         else:
-            _write_json(partial / PLAN, plan)
+            with writing(out, GO_ON):
+                write_text(partial / PLAN, json.dumps(plan, indent=1))
             partial.chmod(0o755)
             partial.rename(out)  # all of it at once, also over an empty folder
         return plan

@@ -149,11 +149,8 @@ def json_records(unit: Unit, max_bytes: int) -> Iterator[tuple[int, Any]]:
 
 
 def _json_records(unit: Unit, reading: Reading) -> Iterator[Record]:
-    number = None
     for number, value in json_records(unit, JSON_ROOM * reading.max_document_bytes + JSON_BYTES):
         yield number, value if isinstance(value, Skipped) else _text_of(value, reading.column, unit.path)
-    if number is None and unit.start == 0:
-        yield WHOLE, Skipped("empty", "it has no records")
 
 
 def _text_of(record: Any, column: str, path: str) -> str | Skipped:
@@ -188,8 +185,6 @@ def _parquet_records(unit: Unit, reading: Reading) -> Iterator[Record]:
     for row, text in read_column(unit.path, range(unit.start, unit.end), reading.column):
         missing = Skipped("no text in the record", f"{reading.column} is {'null' if text is None else 'no text'}")
         yield row, text if isinstance(text, str | bytes) else missing
-    if unit.start == unit.end:
-        yield WHOLE, Skipped("empty", "it has no rows")
 
 
 def _lines(unit: Unit, most: int) -> Iterator[tuple[int, bytes | None]]:
