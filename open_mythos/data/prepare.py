@@ -125,7 +125,7 @@ def prepare(
         )
     if strict and len(skipped):
         raise ValueError(
-            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here, listed in {out / SKIPPED}); "
+            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here; {out / SKIPPED} lists it); "
             f"correct them, remove {out} and repeat the command, or go on from here without --strict"
         )
     _write_json(out / INDEX, info)

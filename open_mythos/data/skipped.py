@@ -74,7 +74,7 @@ class SkipLog:
     def add(self, skipped: Skipped, n: int = 1) -> None:
         """Count `skipped`, which stands for `n` records of its file."""
         self.counts[skipped.reason] += n
-        key = (skipped.reason, skipped.file, skipped.remedy)
+        key = (skipped.reason, skipped.file, skipped.remedy or skipped.why)
         group = self._groups.setdefault(key, _Group(skipped))
         group.n += n
         if skipped.place and len(group.places) < PLACES:

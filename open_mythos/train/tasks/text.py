@@ -111,8 +111,8 @@ def read_text(path: Path) -> str:
             "mythos train small-text --data.paths data/own --out runs/own"
         )
     try:
-        with open_utf8(str(path)) as file:
-            return io.TextIOWrapper(file, encoding="utf-8").read()
+        with io.TextIOWrapper(open_utf8(str(path)), encoding="utf-8") as file:
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data.path={path} is not UTF-8 at byte {error.start}; convert it first: {convert_command(str(path))}"
