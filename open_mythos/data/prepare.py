@@ -142,7 +142,8 @@ def _list_skipped(path: Path, entries: Iterator[tuple[Skipped, int]], log: SkipL
     """Write what was skipped, a line each, and put it into `log`; no file if there is nothing."""
     partial = path.with_name(path.name + ".partial")
     with writing(path, GO_ON):
-        with partial.open("w", encoding="utf-8") as file:
+        # Half of a surrogate pair, as in the name of a field, is written as its escape, which JSON has too.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for entry, n in entries:
                 log.add(entry, n)
                 values = {"file": entry.file, "place": entry.place, "reason": entry.reason, "why": entry.why}
@@ -158,7 +159,7 @@ def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterat
     """The skipped records of all units, with the numbers of their lines, and how many records each entry stands for."""
     for path, group in groupby(zip(units, results, strict=True), lambda pair: pair[0].path):
         parts = [result for _, result in group]
-        listed = [Skipped(**entry) for result in parts for entry in result.get("listed", [])]
+        listed = [Skipped(**entry, file=path) for result in parts for entry in result.get("listed", [])]
         places = [entry.place for entry in listed]
         for entry, place in zip(listed, places if is_remote(path) else name_lines(path, places), strict=True):
             yield replace(entry, place=place), 1
@@ -192,7 +193,7 @@ class _Job:
             if isinstance(ids, Skipped):
                 skipped[ids.reason] += 1
                 if skipped[ids.reason] <= LISTED:
-                    listed.append(asdict(replace(ids, file=unit.path)))
+                    listed.append({"reason": ids.reason, "why": ids.why, "remedy": ids.remedy, "place": ids.place})
             elif isinstance(text, str):
                 place = place_of(text)
                 nearest = min(nearest, place)

@@ -90,8 +90,13 @@ class SkipLog:
             n_files = len({group.first.file for group in groups})
             yield f"Skipped, {reason}: {n:,} in {n_files:,} file{'s' * (n_files > 1)}"
             for group in groups[:SHOWN]:
-                yield f"  {group}"
+                yield _printable(f"  {group}")
                 if group.first.remedy:
-                    yield f"      -> {group.first.remedy}"
+                    yield _printable(f"      -> {group.first.remedy}")
             if len(groups) > SHOWN:
                 yield f"  and {sum(group.n for group in groups[SHOWN:]):,} more"
+
+
+def _printable(text: str) -> str:
+    """The text with escapes for what a terminal would act on: names of files and fields may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,6 +1,7 @@
 """What a command says comes next is a command that runs as it is printed, up to a model that trains."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -122,3 +123,30 @@ def test_a_folder_for_a_task_of_one_file(folder: Path, capsys: pytest.CaptureFix
     commands[2] += [*SMALL, "--data.seq-len", "64"]
     for command in commands:
         assert main(command[1:]) == 0
+
+
+def test_the_configuration_in_the_documents(folder: Path, repo_root: Path, capsys: pytest.CaptureFixture) -> None:
+    """The run.yaml of docs/data.md trains on what the commands above it prepare."""
+    text = (repo_root / "docs" / "data.md").read_text("utf-8")
+    yaml = re.search(r"```yaml\n(# run.yaml.*?)```", text, re.DOTALL)
+    assert yaml is not None
+    Path("run.yaml").write_text(yaml[1].replace("4096", "300"))
+    assert main(["train-tokenizer", "my texts", "--vocab-size", "300", "--out", "data/bpe"]) == 0
+    prepare = ["prepare-data", "my texts", "--tokenizer", "data/bpe", "--cut", "paragraphs", "--held-out", "0.1"]
+    assert main([*prepare, "--out", "data/corpus"]) == 0
+    train = [
+        "train",
+        "--config",
+        "run.yaml",
+        "--out",
+        "runs/corpus",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
+    assert main(train) == 0, capsys.readouterr().err
+    n = sum(parameter.numel() for parameter in OpenMythos.from_pretrained("runs/corpus/final").parameters())
+    assert n + (4096 - 300) * 64 == pytest.approx(400_000, rel=0.1)

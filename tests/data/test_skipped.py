@@ -108,3 +108,19 @@ def test_a_record_of_an_older_list_is_counted(small_units: None, tmp_path: Path)
     unit.write_text(json.dumps({name: found[name] for name in ("shards", "skipped")}))
     prepare([str(path)], tmp_path / "out", settings=settings, progress=False)
     assert [(entry["reason"], entry["records"]) for entry in listed(tmp_path / "out")] == [("empty", 1)]
+
+
+def test_names_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """In the name of a file or a field: line ends, escapes of the terminal, halves of surrogate pairs, no UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/a.txt").write_text("one\n\ntwo\n\nthree\n\nfour\n")
+    Path("mine/\x1b[31mred\n.html").write_text("x")
+    with open(b"mine/caf\xe9.csv", "w") as file:
+        file.write("x")
+    Path("mine/b.jsonl").write_text('{"\\ud800\\u001b": "text"}\n{"a\\nb": "text"}')
+    assert main(["prepare-data", "mine", "--cut", "paragraphs", "--held-out", "0.4", "--out", "out"]) == 0
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\\x1b[31mred\\n.html" in err and "caf\\udce9.csv" in err and "\\ud800" in err
+    assert [entry["file"] for entry in listed(Path("out"))][:2] == ["mine/\x1b[31mred\n.html", "mine/caf\udce9.csv"]
+    assert main(["train-tokenizer", "mine", "--vocab-size", "260", "--out", "bpe"]) == 0

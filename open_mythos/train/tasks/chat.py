@@ -178,6 +178,8 @@ class Chat:
 
 def _records(path: str) -> Iterator[tuple[str, Any]]:
     """The records of a file, each with its place; a `Skipped` for one that is no JSON."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"data.paths: {path} is a folder, a pipe or a device; name a file of JSON lines")
     try:
         size = Path(path).stat().st_size
         unit = Unit(path, "json" if kind_of(path) == "json" else "jsonl", 0, size, size)

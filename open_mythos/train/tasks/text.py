@@ -110,6 +110,8 @@ def read_text(path: Path) -> str:
             f"mythos prepare-data {folder} --tokenizer data/bpe --cut paragraphs --out data/own\n"
             "mythos train small-text --data.paths data/own --out runs/own"
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data.path={path} is a pipe or a device; use the path of a text file")
     try:
         with io.TextIOWrapper(open_utf8(str(path)), encoding="utf-8") as file:
             return file.read()
