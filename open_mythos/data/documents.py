@@ -1,10 +1,11 @@
 """Documents out of files: plain text, JSON and parquet, cut into units that workers read on their own."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,13 @@ def find_files(inputs: list[str], passed_over: list[Skipped] | None = None) -> l
 
 def _search(folder: Path) -> tuple[list[Path], list[Skipped]]:
     """The files of a folder and of the folders in it: those that are read, and the others."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed, which `rglob` passes over
+
+    paths = [Path(top) / name for top, *names in os.walk(folder, onerror=refuse) for name in chain(*names)]
     found, others = [], []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(paths):
         if not path.is_file():
             if path.is_symlink() or not path.is_dir():
                 why = "a link to a folder" if path.is_dir() else "no regular file, or a link to nothing"

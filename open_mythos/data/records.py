@@ -173,6 +173,9 @@ def _suggest(record: dict[str, Any], path: str) -> str:
     """What to type to read a record of which the column has no text."""
     if any(name in record for name in ("messages", "conversations", "instruction")):
         return f"conversations are for: mythos train chat --init-from RUN/final --data.paths {shlex.quote(path)}"
+    for name, inner in record.items():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            return f"jq -c {shlex.quote(f'.[{json.dumps(name)}][]')} {shlex.quote(path)} > records.jsonl"
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
     for name, inner in record.items():
         if isinstance(inner, dict):

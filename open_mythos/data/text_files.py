@@ -5,8 +5,9 @@ import gzip
 import io
 import shlex
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from open_mythos.data.skipped import Skipped
 
@@ -23,6 +24,10 @@ BOMS = (  # the longer ones first: that of UTF-16 begins that of UTF-32
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "zip": b"PK\x03\x04", "PDF": b"%PDF-"}
+"""What files of other formats begin with."""
 
 
 class Unreadable(Exception):
@@ -88,8 +93,11 @@ def explain(error: Exception, path: str) -> Skipped:
     if isinstance(error, Unreadable):
         return error.skipped
     if isinstance(error, UnicodeError):
-        why = f"from there on the file is not the {_encoding(_head(path))} that its byte order mark names"
+        opener = gzip.open if is_packed(path) else open
+        why = f"from there on the file is not the {_encoding(_head(path, opener))} that its byte order mark names"
         return Skipped("not UTF-8", why, "get it again")
+    if isinstance(error, gzip.BadGzipFile) and not _head(path, open).startswith(MAGIC["gzip"]):
+        return Skipped("damaged", "it is not compressed with gzip", "take .gz off its name, or get it again")
     why = "the compressed data ends too early" if isinstance(error, EOFError) else "the compressed data is damaged"
     return Skipped(
         "damaged", f"{why}; what comes before is read", f"get it again; gzip -t {shlex.quote(path)} checks it"
@@ -106,8 +114,8 @@ def convert_command(path: str, encoding: str = "latin1") -> str:
     return f"{source} -f {encoding} -t utf-8{name} > {shlex.quote(str(stem.with_suffix('')) + '-utf8' + ending)}"
 
 
-def _head(path: str) -> bytes:
-    with gzip.open(path) if is_packed(path) else open(path, "rb") as file:
+def _head(path: str, opener: Callable[[str, str], Any]) -> bytes:
+    with opener(path, "rb") as file:
         return file.read(4)
 
 
@@ -116,11 +124,15 @@ def _encoding(head: bytes) -> str:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether a quarter of the bytes are zero, as in UTF-16 without a mark and in most binary formats."""
-    return head.count(0) * 4 > len(head)
+    """Whether a file begins as a format that is no text does, or is a quarter zero bytes, as UTF-16 without a mark."""
+    return head.startswith(tuple(MAGIC.values())) or head.count(0) * 4 > len(head)
 
 
 def _explain_binary(head: bytes, path: str) -> Skipped:
+    for name, magic in MAGIC.items():
+        if head.startswith(magic):
+            remedy = "add .gz to its name" if name == "gzip" else "unpack it, or extract its text into a .txt file"
+            return Skipped("not UTF-8", f"it is a {name} file", remedy)
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) * 8 < max(even, odd):
         encoding = "utf-16be" if even > odd else "utf-16le"

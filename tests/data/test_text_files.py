@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_line_ends_and_zeros(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress("caf\u00e9".encode("latin1")), "byte 233", "gzip -dc a.txt.gz | iconv -f latin1"),
         ("a.jsonl", '{"text": "no mark"}'.encode("utf-16-le"), "UTF-16 without a byte", "utf-16le -t utf-8 a.jsonl"),
         ("a.txt", b"MZ" + bytes(200), "binary", "take it out"),
+        ("a.txt", gzip.compress(b"text"), "it is a gzip file", "add .gz to its name"),
+        ("a.md", b"%PDF-1.7 text", "it is a PDF file", "extract its text"),
         ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", "utf-16-le that its byte order mark names", "get it again"),
     ],
 )
@@ -116,11 +119,16 @@ def test_gzip_that_is_damaged(tmp_path: Path) -> None:
     whole = gzip.compress("\n".join(lines).encode())
     path = tmp_path / "a.jsonl.gz"
     flipped = whole[: len(whole) // 2] + bytes(8) + whole[len(whole) // 2 + 8 :]
-    for data, why in ((whole[:-100], "ends too early"), (flipped, "damaged"), (b"no gzip at all", "damaged")):
+    check = f"gzip -t {path}"
+    for data, why, remedy in (
+        (whole[:-100], "ends too early", check),
+        (flipped, "damaged", check),
+        (b"no gzip at all", "not compressed", "take .gz off its name"),
+    ):
         path.write_bytes(data)
         texts = read(path)
         found = texts.pop()
-        assert found == Skipped("damaged") and why in found.why and f"gzip -t {path}" in found.remedy
+        assert found == Skipped("damaged") and why in found.why and remedy in found.remedy
         assert texts == [json.loads(line)["text"] for line in lines[: len(texts)]]
         assert found.place == (f"behind line {len(texts)}" if texts else "")
     assert read(write_gz(path, whole + gzip.compress(b'\n{"text": "second member"}')))[-1] == "second member"
@@ -206,6 +214,28 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         "sub/README": "rename it to end in .txt if it is text",
         "sub/d.jsonl.zst": "unpack it first",
     }
+
+
+def test_an_array_inside_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"version": "1", "data": [{"text": "a"}]}')
+    assert skipped(path)[0].remedy == f"jq -c '.[\"data\"][]' {path} > records.jsonl"
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is an error, and not passed over without a word."""
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "sub").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="sub"):
+        find_files([str(tmp_path)])
 
 
 def test_files_without_records_are_named(tmp_path: Path) -> None:
