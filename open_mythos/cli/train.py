@@ -1,6 +1,7 @@
 """Commands that train."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -194,7 +195,8 @@ def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
             f"model.vocab_size={ours} is not the {theirs} tokens of the data, and the model could give out tokens that "
             f"the tokenizer lacks, or lack some; use --model.vocab-size {theirs}"
         )
-    print(f"The model gets the data's {theirs:,} tokens instead of {ours:,}: --model.vocab-size {theirs}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
+        print(f"The model gets the data's {theirs:,} tokens instead of {ours:,}: --model.vocab-size {theirs}")
     return replace(cfg, model=replace(cfg.model, vocab_size=theirs))
 
 
