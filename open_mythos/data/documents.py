@@ -230,6 +230,8 @@ def _document(record: bytes | str, unit: Unit, reading: Reading, clip: bool) -> 
         return Skipped("not UTF-8", "" if is_byte else what, conversion(unit) if is_byte else "correct the record")
     if n_bytes > most and not clip:
         return too_long(unit, reading)
+    if unit.kind == "text":
+        text = text.replace("\r\n", "\n")
     return text if text.strip() else Skipped("empty")
 
 

@@ -99,7 +99,7 @@ def _text_records(unit: Unit, reading: Reading) -> Iterator[Record]:
             yield number, too_long(unit, reading) if line is None else line.rstrip(b"\r\n")
     elif reading.cut == "file":
         with open_utf8(unit.path) as file:
-            yield WHOLE, file.read(most + 1).replace(b"\r\n", b"\n")
+            yield WHOLE, file.read(most + 1)
     else:
         yield from _paragraphs(unit, reading)
 
@@ -114,7 +114,7 @@ def _paragraphs(unit: Unit, reading: Reading) -> Iterator[Record]:
                 paragraph.append(line)
         elif first:
             is_whole = size <= reading.max_document_bytes
-            yield first, b"".join(paragraph).replace(b"\r\n", b"\n") if is_whole else too_long(unit, reading)
+            yield first, b"".join(paragraph) if is_whole else too_long(unit, reading)
             paragraph, size, first = [], 0, 0
 
 
@@ -157,9 +157,7 @@ def _text_of(record: Any, column: str, path: str) -> str | Skipped:
     """The text of a JSON record."""
     if not isinstance(record, dict):
         return Skipped("no text in the record", "it is no object", f'make it one: {{"{column}": "..."}}')
-    value: Any = record
-    for name in [column] if column in record else column.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    value = _look_up(record, column)
     if isinstance(value, str):
         return value
     others = f"it has {', '.join(record):.100}" if record else "it has no fields"
@@ -167,6 +165,15 @@ def _text_of(record: Any, column: str, path: str) -> str | Skipped:
     if value is not None:
         why = f"{column} is no text but {json.dumps(value):.40}"
     return Skipped("no text in the record", why, _suggest(record, path))
+
+
+def _look_up(record: Any, column: str) -> Any:
+    """The field of that name, or else the field b of a for a name a.b, where either may have dots in it; or None."""
+    if not isinstance(record, dict) or column in record:
+        return record[column] if isinstance(record, dict) else None
+    dots = [i for i, c in enumerate(column) if c == "."]
+    found = (_look_up(record[column[:i]], column[i + 1 :]) for i in dots if column[:i] in record)
+    return next((value for value in found if value is not None), None)
 
 
 def _suggest(record: dict[str, Any], path: str) -> str:
@@ -191,10 +198,9 @@ def _parquet_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def _lines(unit: Unit, most: int) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that begin inside the unit, each with its number, or the byte where it
-    begins; the last one may end behind it.
+    """The lines that begin inside the unit, each with its number or the byte where it begins.
 
-    A line of more than `most` bytes is not stored: None stands for it.
+    The last one may end behind the unit. A line of more than `most` bytes is not stored: None stands for it.
     """
     with open_utf8(unit.path) as file:
         is_part = has_byte_lines(unit.path)

@@ -62,6 +62,9 @@ def test_line_ends_and_zeros(tmp_path: Path) -> None:
     path.write_bytes(b"one\r\n\r\ntwo\0\r\nthree\r")
     assert read(path) == ["one\n\ntwo\0\nthree\r"]
     assert read(path, Reading(cut="paragraphs")) == ["one\n", "two\0\nthree\r"]
+    for cut in ("file", "paragraphs"):
+        limited = Reading(cut=cut, max_document_bytes=10)
+        assert read(write_gz(tmp_path / "long.txt", b"a\r\n" * 4), limited) == [Skipped("too long")]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a\\r\\nb"}\r\n')
     assert read(path) == ["a\r\nb"]
@@ -214,6 +217,15 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         "sub/README": "rename it to end in .txt if it is text",
         "sub/d.jsonl.zst": "unpack it first",
     }
+
+
+def test_fields_with_dots_in_their_names(tmp_path: Path) -> None:
+    """The column that is proposed is one that works."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a": {"b.c": {"d": "deep"}, "e.f": "the longest text"}, "a.g": "flat"}))
+    assert skipped(path)[0].remedy == "--column a.e.f"
+    for column, text in (("a.e.f", "the longest text"), ("a.b.c.d", "deep"), ("a.g", "flat")):
+        assert read(path, Reading(column)) == [text]
 
 
 def test_an_array_inside_an_object(tmp_path: Path) -> None:
