@@ -116,6 +116,13 @@ def prepare(
     entries = chain(((entry, 1) for entry in passed_over), _skipped_records(units, results))
     _list_skipped(out / SKIPPED, entries, skipped)
     info = _index(results, encoder, job.dtype, plan)
+    _check_complete(info, out, len(skipped) if strict else 0)
+    _write_json(out / INDEX, info)
+    return info
+
+
+def _check_complete(info: dict[str, Any], out: Path, n_refused: int) -> None:
+    """Refuse data without a document to train on, and data of which so many records should not have been skipped."""
     if not info["splits"]["train"]:
         shutil.rmtree(out)  # so that the call can be corrected
         reasons = ", ".join(f"{n:,} records: {reason}" for reason, n in info["skipped"].items())
@@ -123,13 +130,11 @@ def prepare(
             f"the inputs have no document to train on (skipped: {reasons or 'none'}); add text, or name the field that "
             "holds it with --column"
         )
-    if strict and len(skipped):
+    if n_refused:
         raise ValueError(
-            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here; {out / SKIPPED} lists it); "
+            f"--strict refuses inputs of which something is skipped ({n_refused:,} here; {out / SKIPPED} lists it); "
             f"correct them, remove {out} and repeat the command, or go on from here without --strict"
         )
-    _write_json(out / INDEX, info)
-    return info
 
 
 def least_share(out: Path) -> float:
