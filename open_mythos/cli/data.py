@@ -36,9 +36,7 @@ def fetch_corpus(rest: list[str]) -> None:
     new = _new_folders(args.out.parent)
     documents, n_bytes = build_corpus(args.out)
     print(f"{documents:,} documents, {n_bytes:,} bytes in {args.out}.{_created(new)}")
-    print(
-        f"Next: {shlex.join(['mythos', 'train-tokenizer', str(args.out), '--out', _unused(args.out.parent / 'bpe')])}"
-    )
+    _print_next(["train-tokenizer", str(args.out), "--out", _unused(args.out.parent / "bpe")])
 
 
 @dataclass
@@ -97,8 +95,10 @@ def prepare_data(rest: list[str]) -> None:
         print("No document is held out, and training needs some for validation.")
     elif held_out <= WINDOW:
         print(f"Only {held_out} tokens are held out, so rows are made shorter; a larger --held-out holds out more.")
-    command = _next_command(args, info, rest)
-    print(f"Next: {shlex.join(command)}" if command else "Add documents, for there are too few to hold one out.")
+    if command := _next_command(args, info, rest):
+        _print_next(command)
+    else:
+        print("Add documents, for there are too few to hold one out.")
 
 
 def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) -> list[str]:
@@ -108,7 +108,7 @@ def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) 
 
     tokens = min(counts["tokens"] for counts in info["counts"].values())
     if tokens:
-        command = ["mythos", "train", "small-text", "--data.paths", str(args.out)]
+        command = ["train", "small-text", "--data.paths", str(args.out)]
         command += ["--model.vocab-size", str(info["vocab_size"])]
         command += ["--data.seq-len", str(tokens - 1)] if tokens <= WINDOW else []
         return [*command, "--out", _unused(Path("runs") / args.out.name)]
@@ -125,7 +125,14 @@ def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) 
         for before, arg in zip(["", *rest], rest, strict=False)
         if arg.partition("=")[0] not in replaced and before not in replaced
     ]
-    return ["mythos", "prepare-data", *kept, *change, "--out", _unused(args.out)]
+    return ["prepare-data", *kept, *change, "--out", _unused(args.out)]
+
+
+def _print_next(args: list[str]) -> None:
+    """Print the command to call next, as this shell can run it."""
+    from open_mythos.terminal import program
+
+    print(f"Next: {program()} {shlex.join(args)}")
 
 
 def _show(skipped: "SkipLog", listed: Path | None = None) -> None:
@@ -225,8 +232,8 @@ def train_tokenizer(rest: list[str]) -> None:
         shutil.rmtree(args.out, ignore_errors=True)  # it was empty, or not there
         raise
     print(f"{tokenizer.vocab_size} tokens in {args.out}.{_created(new)}")
-    command = ["mythos", "prepare-data", *args.inputs]
+    command = ["prepare-data", *args.inputs]
     command += ["--subset", args.subset] if args.subset else []
     command += ["--column", args.column] if args.column != "text" else []
     command += ["--tokenizer", str(args.out), "--out", _unused(args.out.parent / "data")]
-    print(f"Next: {shlex.join(command)}")
+    _print_next(command)

@@ -94,7 +94,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lambda: cut_into_units([tmp_path / "a.parquet"], WHOLE),
         lambda: list(read_documents(units[0], WHOLE)),
     ):
-        with pytest.raises(ImportError, match=r"parquet files need pyarrow; install it with pip install 'open-mythos"):
+        with pytest.raises(ImportError, match=r"parquet files: the package pyarrow is missing; run: pip install"):
             call()
 
 

@@ -30,7 +30,8 @@ SMALL = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a space in its name."""
+    """A folder with a space in its name. The command is called by its name alone."""
+    monkeypatch.setattr("open_mythos.terminal.program", lambda: "mythos")
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "my texts"
     made.mkdir()
@@ -51,7 +52,7 @@ def test_from_texts_to_a_model(folder: Path, capsys: pytest.CaptureFixture) -> N
     then = run(["mythos", "train-tokenizer", "my texts", "--vocab-size", "300", "--out", "my bpe"], capsys)
     then = run([*then, "--cut", "paragraphs", "--held-out", "0.1"], capsys)
     assert then[:3] == ["mythos", "train", "small-text"] and then[then.index("--model.vocab-size") + 1] == "300"
-    run([*then, *SMALL, "--data.seq-len", "64"], capsys)
+    assert main([*then[1:], *SMALL, "--data.seq-len", "64"]) == 0
     final = Path(then[then.index("--out") + 1]) / "final"
     assert OpenMythos.from_pretrained(final).cfg.vocab_size == load_tokenizer(final).vocab_size == 300
 
@@ -65,6 +66,7 @@ def test_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         corpus, "_plays", lambda path: iter([(novel()[i : i + 9000], "") for i in range(0, 90_000, 9000)])
     )
     monkeypatch.setattr(corpus, "_chapters", lambda path: iter([]))
+    monkeypatch.setattr("open_mythos.terminal.program", lambda: "mythos")
     monkeypatch.setattr(corpus, "novel", lambda: "A short novel. " * 100)
     then = run(["mythos", "fetch-corpus", "--out", "new folder/corpus.jsonl"], capsys)
     then = run([*then, "--vocab-size", "280"], capsys)
