@@ -10,9 +10,10 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -74,26 +75,32 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Return the contents of an ordinary file of at most `limit` bytes. A pipe or a device is refused, not waited for.
+@contextmanager
+def open_ordinary(path: Path) -> Generator[BinaryIO]:
+    """Open an ordinary file for reading. A pipe or a device is refused, not waited for.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file cannot be read.
-        ValueError: it is not an ordinary file, or has more bytes.
+        ValueError: it is not an ordinary file.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is a folder, a pipe or a device; put an ordinary file there")
-            data = file.read(limit + 1)
+                raise ValueError(f"{path} is a pipe or a device; put an ordinary file there")
+            yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; check the path") from None
     except OSError as error:
-        raise type(error)(
-            f"{path!s:.400} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        reason = f"{path!s:.400} cannot be read ({error.strerror})"
+        raise type(error)(f"{reason}; check the path, and that the file may be read") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the contents of an ordinary file of at most `limit` bytes. Raises as `open_ordinary`, and ValueError."""
+    with open_ordinary(path) as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path} has more than {limit} bytes, the most that is read of such a file; check what it is")
     return data
@@ -216,6 +223,15 @@ def _check_values(value: Any, source: str) -> None:
         level = below
     if level:
         raise ValueError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
+
+
+@contextmanager
+def blamed_on(path: Path) -> Generator[None]:
+    """Turn every TypeError and ValueError inside, caused by the values of a file, into a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def sha256(*paths: Path) -> str:

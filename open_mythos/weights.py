@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from open_mythos.checks import shown
 from open_mythos.config import MythosConfig
-from open_mythos.files import inside
+from open_mythos.files import blamed_on, inside, open_ordinary, read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
@@ -85,20 +86,16 @@ def open_slices(folder: str | Path) -> dict[str, Any]:
 def read_config(folder: str | Path) -> MythosConfig:
     """The configuration of a model folder."""
     path = _file(Path(folder), CONFIG_FILE)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which is no configuration")
-    try:
-        values: Any = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); copy or save it again") from error
+    values = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; copy or save it again")
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
-            f"{folder}/{CONFIG_FILE} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
+            f"{path} has model_type={shown(values.get('model_type'))}, not 'open_mythos'; "
             "give a folder written by save_pretrained"
         )
-    return MythosConfig.from_dict({name: value for name, value in values.items() if name not in FOLDER_KEYS})
+    with blamed_on(path):
+        return MythosConfig.from_dict({name: value for name, value in values.items() if name not in FOLDER_KEYS})
 
 
 def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:
@@ -118,7 +115,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) ->
     problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
     problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
     problems += [
-        f"{name} has shape {shapes[name]}, not {expected[name]}"
+        f"{name} has shape {shown(shapes[name])}, not {expected[name]}"
         for name in sorted(names & shapes.keys())
         if shapes[name] != expected[name]
     ]
@@ -133,7 +130,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) ->
 def _weights(folder: Path) -> Path:
     """The file of the tensors, once its header is known to be of a sane size."""
     path = _file(folder, WEIGHTS_FILE)
-    with path.open("rb") as file:
+    with open_ordinary(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"{path} cannot be read (a header of {size} bytes); copy or save it again")
@@ -145,7 +142,7 @@ def _weights(folder: Path) -> Path:
 
 def _file(folder: Path, name: str) -> Path:
     path = inside(folder, name)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "
             "which has it under DIR/final"

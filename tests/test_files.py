@@ -78,8 +78,8 @@ def pipe(path: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda p: None, "does not exist"),
     "a folder": (Path.mkdir, "Is a directory"),
-    "a pipe": (pipe, "a folder, a pipe or a device"),
-    "a device": (lambda p: p.symlink_to("/dev/zero"), "a folder, a pipe or a device"),
+    "a pipe": (pipe, "a pipe or a device"),
+    "a device": (lambda p: p.symlink_to("/dev/zero"), "a pipe or a device"),
     "a loop of links": (lambda p: p.symlink_to(p.name), "Too many levels of symbolic links"),
     "a dangling link": (lambda p: p.symlink_to("nothing"), "does not exist"),
     "UTF-16": (lambda p: p.write_text('{"a": 1}', "utf-16"), "is no UTF-8 text"),

@@ -36,8 +36,8 @@ from open_mythos.data.documents import (
     read_documents,
 )
 from open_mythos.data.hub import HubDataset, fetch, is_remote
-from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, find_problem, write_shard
-from open_mythos.files import sha256, write_text
+from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
+from open_mythos.files import inside, read_json, sha256, write_text
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
@@ -100,7 +100,7 @@ def prepare(
     with _progress(units, progress) as advance:
         for i in chain(done, _work(job, waiting, workers)):
             advance(units[i])
-    results = [json.loads(_unit_file(out, i).read_text("utf-8")) for i in range(len(units))]
+    results = [_read_mark(_unit_file(out, i)) for i in range(len(units))]
     info = _index(results, encoder, job.dtype, plan)
     if not info["splits"]["train"]:
         shutil.rmtree(out)  # so that the call can be corrected
@@ -188,8 +188,8 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
 def _pin(dataset: HubDataset, out: Path) -> HubDataset:
     """The dataset at the commit that the plan in `out` names, if there is one, else at today's."""
     if dataset.revision is None and (out / PLAN).is_file():
-        before = json.loads((out / PLAN).read_text("utf-8")).get("dataset")
-        if before and before["name"] == dataset.name:
+        before = _read_plan(out).get("dataset")
+        if isinstance(before, dict) and before.get("name") == dataset.name and isinstance(before.get("revision"), str):
             return replace(dataset, revision=before["revision"])
     return dataset.pinned()
 
@@ -206,7 +206,7 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
         tokenizer.save(partial)
         plan = json.loads(json.dumps({**plan, "tokenizer": sha256(*sorted(partial.iterdir()))}))
         if (out / PLAN).is_file():
-            old = json.loads((out / PLAN).read_text("utf-8"))
+            old = _read_plan(out)
             if other := [key for key in plan if old.get(key) != plan[key]]:
                 what = {"units": "inputs", "tokenizer": "tokenizers"}.get(other[0], other[0])
                 raise ValueError(f"out={out} holds data made with other {what}; use another folder, or remove this one")
@@ -225,8 +225,31 @@ def _is_done(out: Path, i: int, dtype: str) -> bool:
     """Whether a unit has its mark, and its shards the sizes that the mark says."""
     if not _unit_file(out, i).is_file():
         return False
-    shards = json.loads(_unit_file(out, i).read_text("utf-8"))["shards"].values()
-    return all(find_problem(out, Shard(**shard), dtype) is None for shard in shards)
+    shards = _read_mark(_unit_file(out, i))["shards"].values()
+    return all(find_problem(out, Shard.from_dict(shard), dtype) is None for shard in shards)
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    plan = read_json(inside(out, PLAN), MAX_INDEX_BYTES)
+    if not isinstance(plan, dict):
+        raise ValueError(f"{out / PLAN} is damaged: it holds no object; use another folder, or remove this one")
+    return plan
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """Return what the file of a unit that is done says, once it has the form that `_Job.run` gives it."""
+    mark = read_json(path)
+    remedy = f"remove it and repeat the command: {path}"
+    if not isinstance(mark, dict) or not all(isinstance(mark.get(name), dict) for name in ("shards", "skipped")):
+        raise ValueError(f"the mark of a finished unit is damaged: it has no shards and skipped; {remedy}")
+    try:
+        for shard in mark["shards"].values():
+            Shard.from_dict(shard)
+        for reason, n in mark["skipped"].items():
+            check_int(f"skipped.{reason:.40}", n, 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the mark of a finished unit is damaged ({error}); {remedy}") from error
+    return mark
 
 
 def _unit_file(out: Path, i: int) -> Path:

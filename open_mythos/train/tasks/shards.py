@@ -63,7 +63,7 @@ class Shards:
     def _open(self, split: str) -> list[TokenShards]:
         sources = [TokenShards(path, split) for path in self.paths]
         for source in sources:
-            if source.info["tokenizer"] != sources[0].info["tokenizer"]:
+            if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
                 raise ValueError(
                     f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
                     "one of them again"
@@ -82,7 +82,7 @@ class Shards:
 
     @property
     def vocab_size(self) -> int:
-        return self._train[0].info["vocab_size"]
+        return self._train[0].vocab_size
 
     @property
     def bytes_per_token(self) -> float:
