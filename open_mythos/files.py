@@ -114,16 +114,17 @@ def read_text(path: Path, limit: int) -> str:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON file. Raises as `read_text` and `parse_json`."""
-    return parse_json(read_text(path, limit), str(path))
+    return parse_json(read_text(path, limit), str(path), finite)
 
 
-def parse_json(text: str, source: str) -> Any:
+def parse_json(text: str, source: str, finite: bool = True) -> Any:
     """Return the value of a JSON text whose every number is finite and whose every string can be written.
 
     Args:
         source: what errors call the text, such as its file or its file and line.
+        finite: False allows NaN and infinity, as in measured numbers.
 
     Raises:
         ValueError: it is no JSON, has a key twice, is nested deeper than `MAX_DEPTH`, or holds NaN, a number beyond the
@@ -134,7 +135,7 @@ def parse_json(text: str, source: str) -> Any:
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.200}"
         raise ValueError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
-    _check_values(value, source)
+    _check_values(value, source, finite)
     return value
 
 
@@ -152,10 +153,16 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
     try:
         value = yaml.load(text, _Loader)
+    except _Refused as error:
+        raise ValueError(f"{source}: {error}") from error
     except Exception as error:  # the library's constructors raise whatever a bad value causes
-        raise ValueError(f"{source} cannot be read as YAML ({error!s:.400}); correct it") from error
-    _check_values(value, source)
+        raise ValueError(f"{source}: the text is no YAML; correct this: {error!s:.400}") from error
+    _check_values(value, source, finite=True)
     return value
+
+
+class _Refused(ValueError):
+    """A text that is YAML, and is refused all the same."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -167,9 +174,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
+            raise _Refused(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
         if self.depth == MAX_DEPTH:
-            raise ValueError(f"line {line} is nested deeper than {MAX_DEPTH} levels")
+            raise _Refused(f"line {line} is nested deeper than {MAX_DEPTH} levels; flatten it")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -178,7 +185,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise ValueError(f"a section has the field {_most_frequent(names)!r:.60} twice")
+            raise _Refused(f"a section has the field {_most_frequent(names)!r:.60} twice; leave one out")
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int | float:
@@ -205,7 +212,7 @@ def _most_frequent(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-def _check_values(value: Any, source: str) -> None:
+def _check_values(value: Any, source: str, finite: bool) -> None:
     """Refuse what would fail far from its file: deep nesting, numbers that are not finite, strings that are no text."""
     level = [("", value)]
     for _ in range(MAX_DEPTH):
@@ -216,7 +223,7 @@ def _check_values(value: Any, source: str) -> None:
                 below += [(f"a key of {place or 'the object'}", key) for key in item]
             elif isinstance(item, list | tuple | set):
                 below += [(f"{place}[{i}]", each) for i, each in enumerate(item)]
-            elif isinstance(item, float) and not math.isfinite(item):
+            elif isinstance(item, float) and finite and not math.isfinite(item):
                 raise ValueError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
             elif isinstance(item, str) and not is_text(item):
                 raise ValueError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")

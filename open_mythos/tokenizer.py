@@ -22,6 +22,8 @@ from open_mythos.files import inside
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
 OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
+MAX_ENTRIES = 2**20
+"""Tokens of a vocabulary. The largest published ones have about 262,000."""
 
 
 class Tokenizer(Protocol):

@@ -85,8 +85,9 @@ class TokenShards:
     @property
     def vocab_size(self) -> int:
         """Vocabulary of the tokenizer that made the tokens."""
+        value: Any = self.info.get("vocab_size")
         with blamed_on(self.folder / INDEX):
-            check_int("vocab_size", value := self.info.get("vocab_size"), 1, 2**32, "prepare the data again")
+            check_int("vocab_size", value, 1, 2**32, "prepare the data again")
         return value
 
     @property

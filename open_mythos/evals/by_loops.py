@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from open_mythos.arguments import check_n_loops
+from open_mythos.checks import check_int
 from open_mythos.data.documents import Reading, Skipped, cut_into_units, find_files, read_documents
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
-from open_mythos.files import write_text
+from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.plots import loop_curve, require_matplotlib
 from open_mythos.terminal import ProgressLine
@@ -133,9 +133,13 @@ def trained_context(folder: Path) -> int | None:
     Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
     """
     path = folder.resolve().parent / "config.yaml"
-    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    run = read_yaml(path) if path.exists() else None
     data = run.get("data") if isinstance(run, dict) else None
-    return data.get("seq_len") if isinstance(data, dict) else None
+    seq_len = data.get("seq_len") if isinstance(data, dict) else None
+    if seq_len is not None:
+        with blamed_on(path):
+            check_int("data.seq_len", seq_len, 1)
+    return seq_len
 
 
 def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], dict[str, int]]:

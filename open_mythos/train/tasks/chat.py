@@ -17,7 +17,7 @@ import numpy as np
 from rich import progress
 
 from open_mythos.chat import BadMessages, Message, check_messages, render
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_int, check_number, shown
 from open_mythos.data.packing import Packing
 from open_mythos.data.prepare import open_tokenizer
 from open_mythos.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple):
-            raise TypeError(f"data.paths={self.paths!r} must be a list of files; use data.paths=('chat.jsonl',)")
+            raise TypeError(f"data.paths={shown(self.paths)} must be a list of files; use data.paths=('chat.jsonl',)")
         check_int("data.seq_len", self.seq_len, 1)
         check_number("data.held_out", self.held_out, 0, 0.9)
         check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
@@ -144,6 +144,8 @@ class Chat:
 
 def _records(path: Path) -> Iterator[bytes]:
     """The lines of a file that are not empty."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data.paths: {path} is a folder, a pipe or a device; name a file of JSON lines")
     try:
         with progress.open(path, "rb", description=f"reading {path.name}", transient=True) as file:
             yield from (line for line in file if line.strip())

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_bool, check_int, check_number
+from open_mythos.checks import check_bool, check_int, check_number, shown
 from open_mythos.data.order import in_epochs, mix
 from open_mythos.data.shards import TokenShards
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, n_bytes
@@ -40,13 +40,13 @@ class Shards:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple) or not self.paths:
-            raise ValueError(f"data.paths={self.paths!r} must name folders; use data.paths=('data/text',)")
+            raise ValueError(f"data.paths={shown(self.paths)} must name folders; use data.paths=('data/text',)")
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(
                 f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
             )
         for weight in self.weights:
-            check_number("data.weights", weight, 0, above=True)
+            check_number("data.weights", weight, 0, 1e100, above=True)
         check_bool("data.separate_documents", self.separate_documents)
         # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
         check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)

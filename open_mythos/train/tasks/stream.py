@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_int, check_number, shown
 from open_mythos.data.documents import Reading, Skipped, encode, is_held_out
 from open_mythos.data.groups import RowGroups
 from open_mythos.data.hub import HubDataset
@@ -60,7 +60,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, str) or not self.dataset:
-            raise ValueError(f"data.dataset={self.dataset!r} must name a dataset of the hub or a folder; set it")
+            raise ValueError(f"data.dataset={shown(self.dataset)} must name a dataset of the hub or a folder; set it")
         if self.limit_files is not None:
             check_int("data.limit_files", self.limit_files, 1)
         check_int("data.seq_len", self.seq_len, 1)

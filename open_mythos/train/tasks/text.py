@@ -12,7 +12,8 @@ import numpy as np
 
 from open_mythos.assets import novel
 from open_mythos.checks import check_choice, check_int, check_number
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
+from open_mythos.files import open_ordinary
+from open_mythos.tokenizer import MAX_ENTRIES, BPETokenizer, ByteTokenizer
 from open_mythos.train.data import Batch, to_tensor
 
 Kind = Literal["bytes", "bpe"]
@@ -36,7 +37,7 @@ class Text:
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, get_args(Kind))
-        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size)
+        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES)
         check_int("data.seq_len", self.seq_len, 1)
         check_number("data.held_out", self.held_out, 0, 0.9, above=True)
 
@@ -100,8 +101,9 @@ def read_text(path: Path) -> str:
         ValueError: the file is absent or is not UTF-8; the message says where.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with open_ordinary(path) as file:
+            return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path={path} is not UTF-8 at byte {error.start}; convert it first") from None
     except OSError as error:
-        raise ValueError(f"data.path={path} cannot be read ({error.strerror}); use the path of a text file") from None
+        raise ValueError(f"data.path: {error}; use the path of a text file") from None
