@@ -17,13 +17,13 @@ from typing import Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from open_mythos.files import inside
+from open_mythos.checks import shown
+from open_mythos.files import inside, read_json
+from open_mythos.tokenizer_limits import MAX_ENTRIES, MAX_GROWTH, check_growth, library_errors, read_checked
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
 OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
-MAX_ENTRIES = 2**20
-"""Tokens of a vocabulary. The largest published ones have about 262,000."""
 
 
 class Tokenizer(Protocol):
@@ -139,6 +139,7 @@ class BPETokenizer:
     Args:
         backend: the library's tokenizer.
         bos, eos, pad: names of the special tokens; one that the vocabulary lacks has the id None.
+        growth: the most characters that the normalizer may make of one.
     """
 
     def __init__(
@@ -148,8 +149,10 @@ class BPETokenizer:
         bos: str | None = "<bos>",
         eos: str | None = "<eos>",
         pad: str | None = "<pad>",
+        growth: int = 1,
     ) -> None:
         self.backend = backend
+        self._growth = growth
         self._roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         # Not the number of tokens: published vocabularies have gaps below their special tokens.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -170,8 +173,11 @@ class BPETokenizer:
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """The same from many texts, which are read once."""
-        if type(vocab_size) is not int or vocab_size < ByteTokenizer.vocab_size:
-            raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 259; use vocab_size=4096")
+        if type(vocab_size) is not int or not ByteTokenizer.vocab_size <= vocab_size <= MAX_ENTRIES:
+            raise ValueError(
+                f"vocab_size={shown(vocab_size)} must be an integer of at most {MAX_ENTRIES} and at least 259; "
+                "use vocab_size=4096"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -188,14 +194,24 @@ class BPETokenizer:
     def load(path: str | Path) -> "BPETokenizer":
         """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
         path = Path(path)
-        return BPETokenizer(_backend(path), **_roles(path.with_name(HUB_ROLES)))
+        backend, growth = _backend(path)
+        return BPETokenizer(backend, **_roles(path.with_name(HUB_ROLES)), growth=growth)
 
     def encode(self, text: str) -> list[int]:
-        # `encode` of one text keeps all other threads from running, for a second per megabyte.
-        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        """Ids of a text.
+
+        Raises:
+            ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
+        """
+        with library_errors("the tokenizer cannot encode this text; use another tokenizer or text"):
+            if self._growth > MAX_GROWTH:
+                check_growth(self.backend.normalizer, text, self._growth)
+            # `encode` of one text keeps all other threads from running, for a second per megabyte.
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with library_errors("the tokenizer cannot decode these ids; use another tokenizer"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`; transformers' AutoTokenizer reads them too."""
@@ -221,7 +237,8 @@ class MythosTokenizer(BPETokenizer):
             roles = path.with_name(HUB_ROLES)
         else:
             path, roles = _download(model_id)
-        super().__init__(_backend(path), **_roles(roles))
+        backend, growth = _backend(path)
+        super().__init__(backend, **_roles(roles), growth=growth)
 
 
 class TextStream:
@@ -306,20 +323,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     hub, own = inside(folder, HUB_FILE), inside(folder, OWN_FILE)
-    if hub.is_file():
+    if hub.exists():
         inside(folder, HUB_ROLES)
         return BPETokenizer.load(hub)
-    if not own.is_file():
+    if not own.exists():
         raise FileNotFoundError(
             f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
         )
     try:
-        match json.loads(own.read_text("utf-8")):
+        match read_json(own):
             case {"type": "bytes"}:
                 return ByteTokenizer()
             case {"type": "symbols", "symbols": symbols, **rest}:
                 return SymbolTokenizer(symbols, **rest)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{own} cannot be read ({error!s:.200}); save the tokenizer again") from error
     raise ValueError(f"{own} has no type 'bytes' or 'symbols'; save the tokenizer again")
 
@@ -330,30 +347,29 @@ def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
     (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no {HUB_FILE} of the tokenizers library ({error}); save it again") from error
+def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the library's tokenizer of a file, and the most characters that its normalizer may make of one."""
+    text, growth = read_checked(path)
+    with library_errors(f"{path} is no {HUB_FILE} of the tokenizers library; save it again"):
+        backend = tokenizers.Tokenizer.from_str(text)
     # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, growth
 
 
 def _roles(path: Path) -> dict[str, str | None]:
     """The special tokens' names in a `tokenizer_config.json`, as arguments of BPETokenizer; empty without the file."""
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        roles = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
-    except (ValueError, RecursionError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!s:.200}); save the tokenizer again") from error
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; save the tokenizer again")
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    roles = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
     for role, name in roles.items():
         if name is not None and not isinstance(name, str):
-            raise ValueError(f"{path} has {role}_token={name!r:.60}, which must be a string; save the tokenizer again")
+            raise ValueError(f"{path} has {role}_token={shown(name)}, which must be a string; save the tokenizer again")
     return roles
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from open_mythos.assets import novel
 from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.files import open_ordinary
-from open_mythos.tokenizer import MAX_ENTRIES, BPETokenizer, ByteTokenizer
+from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
+from open_mythos.tokenizer_limits import MAX_ENTRIES
 from open_mythos.train.data import Batch, to_tensor
 
 Kind = Literal["bytes", "bpe"]
