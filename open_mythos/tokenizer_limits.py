@@ -24,10 +24,12 @@ from open_mythos.files import blamed_on, parse_json, read_text
 
 MAX_FILE_BYTES = 2**26
 """The largest published files have about 34 MB."""
-MAX_ENTRIES = 2**20
-"""Tokens of a vocabulary. The largest published ones have about 262,000."""
-MAX_ADDED = 2**17
-MAX_ID = 2**21
+MAX_ENTRIES = 2**19
+"""Tokens of a vocabulary, and half of its merges. The largest published ones have about 262,000 and 515,000."""
+MAX_ADDED = 2**16
+MAX_COLONS, MAX_COMMAS = MAX_ENTRIES + 8 * MAX_ADDED, 5 * MAX_ENTRIES + 8 * MAX_ADDED
+"""In a file with these: an added token has seven fields, a merge is a list of two."""
+MAX_ID = 2**20
 MAX_TOKEN_CHARS = 1024
 MAX_STEPS = 64
 MAX_PATTERN_CHARS = 2**14
@@ -62,6 +64,12 @@ def read_checked(path: Path) -> tuple[str, int]:
         ValueError: it is no JSON object, or goes beyond a limit.
     """
     text = read_text(path, MAX_FILE_BYTES)
+    # Counted before the file is parsed, which takes seconds for millions of entries.
+    if text.count(":") > MAX_COLONS or text.count(",") > MAX_COMMAS:
+        raise ValueError(
+            f"{path} has more than {MAX_ENTRIES} tokens, {2 * MAX_ENTRIES} merges or {MAX_ADDED} added tokens; use a "
+            "smaller vocabulary"
+        )
     try:
         values = parse_json(text, "it")
     except ValueError as error:

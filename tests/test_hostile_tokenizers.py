@@ -151,7 +151,15 @@ def test_entries_are_counted_before_the_library_sees_them(
     write(tmp_path, **MANY[name])
     with pytest.raises(ValueError, match=rf"{name} has \d+ entries, and may have \d+; use"):
         load_tokenizer(tmp_path)
-    assert MAX_ENTRIES >= 4 * 262_144 and MAX_ADDED >= 100_000  # published vocabularies stay far below
+    assert MAX_ENTRIES >= 2 * 262_144 and MAX_ADDED >= 2 * 32_768  # of published vocabularies
+
+
+@pytest.mark.parametrize("entry", ['"a":1,', '["a",1],'])
+def test_millions_of_entries_are_not_even_parsed(entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_mythos.tokenizer_limits.parse_json", lambda text, name: pytest.fail("it was parsed"))
+    (tmp_path / "tokenizer.json").write_text('{"model":{"vocab":' + entry * 2_000_000)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has more than 524288 tokens"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_file_itself_is_bounded(tmp_path: Path) -> None:
