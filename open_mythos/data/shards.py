@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.checks import check_choice, check_int, shown
+from open_mythos.checks import check_choice, check_int, check_text, shown
 from open_mythos.files import blamed_on, inside, read_json, sha256, to_disk
 
 FORMAT = 1
@@ -45,9 +45,11 @@ class Shard:
     """Of the tokens' file and then the ends' file."""
 
     def __post_init__(self) -> None:
-        for name in ("path", "sha256"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}={shown(getattr(self, name))} must be a string")
+        check_text("path", self.path)
+        if not Path(self.path).name:
+            raise ValueError(f"path={shown(self.path)} must name a file, such as train/00000.bin")
+        if not isinstance(self.sha256, str):
+            raise TypeError(f"sha256={shown(self.sha256)} must be a string")
         for name in ("tokens", "documents", "bytes"):
             check_int(name, getattr(self, name), 0, MAX_COUNT)
 

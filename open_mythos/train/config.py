@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -75,6 +76,7 @@ class LossConfig:
     tokens exit early the sum is divided by the loops they were to run."""
 
     def __post_init__(self) -> None:
+        check_bool("losses.per_loop", self.per_loop)
         check_number("losses.ponder", self.ponder, 0)
         check_number("losses.router_z", self.router_z, 0)
 
@@ -326,7 +328,7 @@ class TrainConfig:
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     """An instance of dataclass `cls` from plain values; nested dataclasses from nested mappings."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         check_field(name, names, prefix)
@@ -338,6 +340,9 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing; set it")
     return cls(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
+
+
+_hints = cache(get_type_hints)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -354,6 +359,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             raise TypeError(f"{name}={shown(value)} must be a list, not {type(value).__name__}; use [a, b]")
         return tuple(_convert(item, get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(value))
     types = get_args(hint) or (hint,)
+    if hint is bool:
+        check_bool(name, value)
+    if get_origin(hint) is Literal:
+        check_choice(name, value, types)
     if str in types and not (value is None and type(None) in types):
         check_text(name, value)
     if isinstance(value, str) and float in types:
