@@ -20,6 +20,7 @@ import yaml
 MAX_JSON_BYTES = 16 * 2**20
 MAX_YAML_BYTES = 64 * 2**10
 """YAML is parsed at about a tenth of a megabyte per second."""
+MAX_NAME_CHARS = 512
 MAX_DEPTH = 32
 MAX_DIGITS = 308
 """The digits of the largest float."""
@@ -58,8 +59,8 @@ def inside(folder: Path, name: str) -> Path:
         ValueError: the name is no relative path inside the folder, or it is a link that leads out of the folder or to
             itself. In the cache of the Hugging Face hub, links may lead to the blobs of the same repository.
     """
-    is_name = isinstance(name, str) and is_text(name) and "\0" not in name
-    if not is_name or not name or os.path.isabs(name) or ".." in Path(name).parts:
+    is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and is_text(name) and "\0" not in name
+    if not is_name or os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"{name!r:.200} is no path inside {folder}; name a file of that folder")
     path = folder / name
     try:
