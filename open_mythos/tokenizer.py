@@ -19,7 +19,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from open_mythos.checks import shown
 from open_mythos.files import inside, read_json
-from open_mythos.tokenizer_limits import MAX_ENTRIES, MAX_GROWTH, check_growth, library_errors, read_checked
+from open_mythos.tokenizer_limits import (
+    MAX_ENTRIES,
+    MAX_GROWTH,
+    MAX_SYMBOLS,
+    check_growth,
+    library_errors,
+    read_checked,
+    read_roles,
+)
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
@@ -93,6 +101,11 @@ class SymbolTokenizer:
         if bad or not symbols:
             raise ValueError(
                 f"symbols={(bad or list(symbols))!r:.100} must be different and without white space; rename them"
+            )
+        if len(symbols) > MAX_SYMBOLS or max(map(len, symbols)) > MAX_SYMBOLS or not isinstance(separator, str):
+            raise ValueError(
+                f"symbols: {len(symbols)} with separator={shown(separator)} must be at most {MAX_SYMBOLS} of at most "
+                f"{MAX_SYMBOLS} characters, and a string; use fewer and shorter ones"
             )
         self.symbols = list(symbols)
         self.separator = separator
@@ -195,7 +208,7 @@ class BPETokenizer:
         """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
         path = Path(path)
         backend, growth = _backend(path)
-        return BPETokenizer(backend, **_roles(path.with_name(HUB_ROLES)), growth=growth)
+        return BPETokenizer(backend, **read_roles(path.with_name(HUB_ROLES)), growth=growth)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text.
@@ -232,13 +245,13 @@ class MythosTokenizer(BPETokenizer):
     def __init__(self, model_id: str = "openai/gpt-oss-20b") -> None:
         path = Path(model_id)
         if path.is_dir():
-            path /= HUB_FILE
-        if path.is_file():
+            path = inside(path, HUB_FILE)
+        if path.exists():
             roles = path.with_name(HUB_ROLES)
         else:
             path, roles = _download(model_id)
         backend, growth = _backend(path)
-        super().__init__(backend, **_roles(roles), growth=growth)
+        super().__init__(backend, **read_roles(roles), growth=growth)
 
 
 class TextStream:
@@ -331,7 +344,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
         )
     try:
-        match read_json(own):
+        match read_json(own, 2**20):
             case {"type": "bytes"}:
                 return ByteTokenizer()
             case {"type": "symbols", "symbols": symbols, **rest}:
@@ -356,21 +369,6 @@ def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
     backend.no_truncation()
     backend.no_padding()
     return backend, growth
-
-
-def _roles(path: Path) -> dict[str, str | None]:
-    """The special tokens' names in a `tokenizer_config.json`, as arguments of BPETokenizer; empty without the file."""
-    if not path.exists():
-        return {}
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object; save the tokenizer again")
-    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    roles = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
-    for role, name in roles.items():
-        if name is not None and not isinstance(name, str):
-            raise ValueError(f"{path} has {role}_token={shown(name)}, which must be a string; save the tokenizer again")
-    return roles
 
 
 def _download(model_id: str) -> tuple[Path, Path]:

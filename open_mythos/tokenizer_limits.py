@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.checks import MAX_INT, check_int, shown
-from open_mythos.files import blamed_on, parse_json, read_text
+from open_mythos.files import blamed_on, parse_json, read_json, read_text
 
 MAX_FILE_BYTES = 2**26
 """The largest published files have about 34 MB."""
@@ -30,6 +30,8 @@ MAX_ADDED = 2**16
 MAX_COLONS, MAX_COMMAS = MAX_ENTRIES + 8 * MAX_ADDED, 5 * MAX_ENTRIES + 8 * MAX_ADDED
 """In a file with these: an added token has seven fields, a merge is a list of two."""
 MAX_ID = 2**20
+MAX_SYMBOLS = 1024
+"""Symbols of a task's own vocabulary, and characters of one: at each place of a text all of them are tried."""
 MAX_TOKEN_CHARS = 1024
 MAX_STEPS = 64
 MAX_PATTERN_CHARS = 2**14
@@ -93,6 +95,21 @@ def read_checked(path: Path) -> tuple[str, int]:
         _check_templates(values.get("post_processor"))
         _try_patterns(tuple(dict.fromkeys(_patterns([*normalizer, *pre_tokenizer, *decoder]))))
     return text, growth
+
+
+def read_roles(path: Path) -> dict[str, str | None]:
+    """Return the special tokens of a `tokenizer_config.json` as arguments of BPETokenizer, or {} without the file."""
+    if not path.exists():
+        return {}
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; save the tokenizer again")
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    roles = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
+    for role, name in roles.items():
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{path} has {role}_token={shown(name)}, which must be a string; save the tokenizer again")
+    return roles
 
 
 def check_growth(normalizer: Any, text: str, growth: int) -> None:
