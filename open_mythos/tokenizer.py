@@ -24,7 +24,7 @@ from open_mythos.tokenizer_limits import (
     MAX_GROWTH,
     MAX_SYMBOLS,
     check_growth,
-    library_errors,
+    raise_named,
     read_checked,
     read_roles,
 )
@@ -216,15 +216,19 @@ class BPETokenizer:
         Raises:
             ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
         """
-        with library_errors("the tokenizer cannot encode this text; use another tokenizer or text"):
+        try:
             if self._growth > MAX_GROWTH:
                 check_growth(self.backend.normalizer, text, self._growth)
             # `encode` of one text keeps all other threads from running, for a second per megabyte.
             return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot encode this text; use another tokenizer or text")
 
     def decode(self, ids: Sequence[int]) -> str:
-        with library_errors("the tokenizer cannot decode these ids; use another tokenizer"):
+        try:
             return self.backend.decode(list(ids), skip_special_tokens=True)
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot decode these ids; use another tokenizer")
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`; transformers' AutoTokenizer reads them too."""
@@ -363,8 +367,10 @@ def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
 def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
     """Return the library's tokenizer of a file, and the most characters that its normalizer may make of one."""
     text, growth = read_checked(path)
-    with library_errors(f"{path} is no {HUB_FILE} of the tokenizers library; save it again"):
+    try:
         backend = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        raise_named(error, f"{path} is no {HUB_FILE} of the tokenizers library; save it again")
     # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
     backend.no_truncation()
     backend.no_padding()

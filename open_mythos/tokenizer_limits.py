@@ -13,11 +13,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from open_mythos.checks import MAX_INT, check_int, shown
 from open_mythos.files import blamed_on, parse_json, read_json, read_text
@@ -128,16 +127,12 @@ def check_growth(normalizer: Any, text: str, growth: int) -> None:
             )
 
 
-@contextmanager
-def library_errors(what: str) -> Generator[None]:
-    """Turn what the tokenizers library raises, its panics included, into a ValueError that begins with `what`."""
-    try:
-        yield
-    except BaseException as error:
-        # A panic of the library is a BaseException, and its class cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{what} ({error!s:.200})") from error
+def raise_named(error: BaseException, what: str) -> NoReturn:
+    """Raise what the tokenizers library raised, its panics included, as a ValueError that begins with `what`."""
+    # A panic of the library is a BaseException, and its class cannot be imported.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    raise ValueError(f"{what} ({error!s:.200})") from error
 
 
 def _check_entries(values: dict[str, Any]) -> None:
