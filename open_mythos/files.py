@@ -43,6 +43,10 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+class FileError(ValueError):
+    """A fault in what a file holds. The message names fields as the file has them, not as a command's options."""
+
+
 def is_text(value: str) -> bool:
     """Return whether a string can be written as UTF-8: escapes in JSON and YAML also make halves of surrogate pairs."""
     try:
@@ -135,7 +139,7 @@ def parse_json(text: str, source: str, finite: bool = True) -> Any:
         value = json.loads(text, parse_int=_int, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.200}"
-        raise ValueError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
+        raise FileError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
     _check_values(value, source, finite)
     return value
 
@@ -151,13 +155,13 @@ def parse_yaml(text: str, source: str) -> Any:
     An alias (`*name`) can stand for any number of copies of a value, so a few lines could hold more than memory does.
     """
     if len(text) > MAX_YAML_BYTES:
-        raise ValueError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
+        raise FileError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
     try:
         value = yaml.load(text, _Loader)
     except _Refused as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise FileError(f"{source}: {error}") from error
     except Exception as error:  # the library's constructors raise whatever a bad value causes
-        raise ValueError(f"{source}: the text is no YAML; correct this: {error!s:.400}") from error
+        raise FileError(f"{source}: the text is no YAML; correct this: {error!s:.400}") from error
     _check_values(value, source, finite=True)
     return value
 
@@ -227,12 +231,12 @@ def _check_values(value: Any, source: str, finite: bool) -> None:
             elif isinstance(item, list | tuple | set):
                 below += [(f"{place}[{i}]", each) for i, each in enumerate(item)]
             elif isinstance(item, float) and finite and not math.isfinite(item):
-                raise ValueError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
+                raise FileError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
             elif isinstance(item, str) and not is_text(item):
-                raise ValueError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
+                raise FileError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
         level = below
     if level:
-        raise ValueError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
+        raise FileError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
 
 
 def _is_sound(value: Any, finite: bool) -> bool:
@@ -261,7 +265,7 @@ def blamed_on(path: Path) -> Generator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {error}") from error
 
 
 def sha256(*paths: Path) -> str:
