@@ -4,6 +4,8 @@ Every file of a folder that may come from elsewhere (a model, a checkpoint, shar
 functions: its path stays inside the folder, its size and depth are bounded, and every error names it.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +13,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,9 +30,35 @@ MAX_DIGITS = 308
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, complete or not at all; an older one of the name stays until then."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    to_disk(partial)
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
+        to_disk(partial)
+        os.replace(partial, path)
+        to_disk(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they would survive a power failure."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with naming(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            to_disk(folder.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Let a failure to write say which path it was, and whether the disk is full: the system's own error may not."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # no error of the system: it says already what it is about
+            raise
+        full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(error.errno or 0)
+        reason = f"{full}; make room" if full else f"{error.strerror}; check the disk and the path"
+        named = type(error)(f"{path} cannot be written: {reason}, and run the command again")
+        named.errno = error.errno
+        raise named from error
 
 
 def to_disk(path: Path) -> None:
@@ -80,7 +107,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_ordinary(path: Path) -> Generator[BinaryIO]:
     """Open an ordinary file for reading. A pipe or a device is refused, not waited for.
 
@@ -259,7 +286,7 @@ def _is_sound(value: Any, finite: bool) -> bool:
     return not level
 
 
-@contextmanager
+@contextlib.contextmanager
 def blamed_on(path: Path) -> Generator[None]:
     """Turn every TypeError and ValueError inside, caused by the values of a file, into a ValueError that names it."""
     try:

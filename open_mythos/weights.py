@@ -1,8 +1,14 @@
-"""A model folder: `config.json` beside `model.safetensors`. Nothing here is ever unpickled."""
+"""A model folder: `config.json` beside `model.safetensors`. Nothing here is ever unpickled.
 
+The weights carry the configuration that they were saved with, so that one rename replaces both: see `read_config`.
+"""
+
+import errno
+import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +19,12 @@ from torch import Tensor
 
 from open_mythos.checks import shown
 from open_mythos.config import MythosConfig
-from open_mythos.files import blamed_on, inside, open_ordinary, read_json
+from open_mythos.files import blamed_on, inside, make_folder, naming, open_ordinary, parse_json, read_json, to_disk
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
+SAVED_CONFIG, SAVED_DIGEST = "open_mythos_config", "saved_config_sha256"
+"""Names of the configuration in the weights' metadata, behind its digest, and of this digest in `config.json`."""
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 100_000
 """Of `model.safetensors`. Larger ones take seconds and gigabytes to read before anything is known of them."""
@@ -24,32 +32,62 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> None:
-    """Write both files, each first under another name, so that a reader sees a whole file or none."""
+    """Write both files, so that at any instant a reader finds either the model that was there or this one, whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # The head is the embedding; safetensors refuses to store one memory twice.
     tensors = {name: x.detach().contiguous() for name, x in state.items() if name != "head.weight"}
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written ({error}); make room, and run the command again") from error
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, indent=2) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
+    saved = json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, sort_keys=True)
+    config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
+    partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
+    with naming(folder):
+        partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for path in partial.values():
+            to_disk(path)
+        # From this rename on the folder holds the new model. Its `config.json` is still the old one, and is not used.
+        os.replace(partial[WEIGHTS_FILE], folder / WEIGHTS_FILE)
+        os.replace(partial[CONFIG_FILE], folder / CONFIG_FILE)
+        to_disk(folder)
 
 
-def load(folder_or_repo: str | Path) -> tuple[MythosConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of a model folder, or of a hub repository when there is no such folder."""
-    folder = locate(folder_or_repo)
-    cfg, path = read_config(folder), _weights(folder)
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file of tensors.
+
+    Raises:
+        OSError: it cannot be written; the message names it, and says so when the disk is full.
+    """
+    with naming(path):
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except SafetensorError as error:  # the library gives an error of the system as text
+            code = next((code for code in (errno.ENOSPC, errno.EDQUOT) if f"os error {code})" in str(error)), errno.EIO)
+            raise OSError(code, str(error)) from error
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the same tensors and metadata the same bytes: the library writes metadata in an order that varies."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) != size:
+            raise ValueError(f"the header of {path} would change its length from {size} to {len(ordered)} bytes")
+        file.seek(8)
+        file.write(ordered)
+
+
+def load(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a model folder."""
+    path = _weights(Path(folder))
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
     # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
-    return cfg, {name: x.clone() for name, x in tensors.items()}
+    return {name: x.clone() for name, x in tensors.items()}
 
 
 def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
@@ -84,18 +122,62 @@ def open_slices(folder: str | Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> MythosConfig:
-    """The configuration of a model folder."""
+    """Return the configuration of a model folder.
+
+    That is `config.json`, also when it was edited by hand. A `config.json` that belongs to other weights, as after a
+    save over an older folder that was cut off between the two files, gives way with a warning to the configuration
+    that the weights were saved with.
+    """
     path = _file(Path(folder), CONFIG_FILE)
     values = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; copy or save it again")
+    if (saved := _saved_config(Path(folder))) is not None:
+        digest = values.pop(SAVED_DIGEST, None) or _digest(json.dumps(values, sort_keys=True))
+        if digest != _digest(saved):
+            warnings.warn(
+                f"{path} belongs to other weights than the {WEIGHTS_FILE} beside it, so the configuration in "
+                f"{WEIGHTS_FILE} is used; save the model again, or copy both files together",
+                stacklevel=2,
+            )
+            path = path.with_name(WEIGHTS_FILE)
+            values = parse_json(saved, str(path))
+            if not isinstance(values, dict):
+                raise ValueError(f"{path} holds no configuration in its metadata; copy or save it again")
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
             f"{path} has model_type={shown(values.get('model_type'))}, not 'open_mythos'; "
             "give a folder written by save_pretrained"
         )
+    own = {*FOLDER_KEYS, SAVED_DIGEST}
     with blamed_on(path):
-        return MythosConfig.from_dict({name: value for name, value in values.items() if name not in FOLDER_KEYS})
+        return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
+
+
+def _saved_config(folder: Path) -> str | None:
+    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    path = inside(folder, WEIGHTS_FILE)
+    if not path.is_file():
+        return None
+    with open_ordinary(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= MAX_HEADER_BYTES else b""
+    try:
+        # What is wrong with a damaged header is said by whoever reads the tensors.
+        digest, _, saved = json.loads(header)["__metadata__"][SAVED_CONFIG].partition(" ")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if len(saved) > MAX_CONFIG_BYTES or not saved.isascii() or _digest(saved) != digest:
+        raise ValueError(f"{path} is damaged in its header; copy or save it again")
+    return saved
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:

@@ -10,7 +10,7 @@
 Every document ends with the tokenizer's end token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from open_mythos.checks import check_choice, check_int, check_text, shown
 from open_mythos.files import blamed_on, inside, read_json, sha256, to_disk
+from open_mythos.tokenizer import HUB_FILE, HUB_ROLES, OWN_FILE
 
 FORMAT = 1
 INDEX = "dataset.json"
@@ -149,19 +150,31 @@ class TokenShards:
             path = self.folder / _ends(self.shards[i])
             raise ValueError(f"{path} is damaged: documents end outside their tokens; prepare the data again")
 
-    def verify(self) -> None:
+    def verify(self, rank: int = 0, size: int = 1, on_read: Callable[[int], None] = lambda n_bytes: None) -> None:
         """Read everything and compare it with the SHA-256 it was written with.
 
+        Args:
+            rank, size: of so many processes that read it together, each reads its share of the shards.
+            on_read: called with the size of each shard that is as it was written.
+
         Raises:
-            ValueError: a shard is damaged; the message names it.
+            ValueError: a shard or the tokenizer is damaged; the message names it.
         """
-        for shard in self.shards:
-            if sha256(inside(self.folder, shard.path), inside(self.folder, _ends(shard))) != shard.sha256:
+        names = sorted(name for name in (HUB_FILE, HUB_ROLES, OWN_FILE) if (self.folder / name).is_file())
+        if sha256(*(inside(self.folder, name) for name in names)) != self.tokenizer_sha256:
+            raise ValueError(
+                f"{self.folder} has another tokenizer ({', '.join(names) or 'none'}) than the one its text was made "
+                "tokens with; restore it, or prepare the data again"
+            )
+        for shard in self.shards[rank::size]:
+            files = inside(self.folder, shard.path), inside(self.folder, _ends(shard))
+            if sha256(*files) != shard.sha256:
                 mark = self.folder / "units" / f"{Path(shard.path).stem}.json"
                 raise ValueError(
                     f"{self.folder / shard.path} is damaged; remove {mark} and repeat the mythos prepare-data that made"
                     " it"
                 )
+            on_read(sum(file.stat().st_size for file in files))
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:

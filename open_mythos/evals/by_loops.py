@@ -62,9 +62,6 @@ def evaluate_files(
         n_loops = [2**i for i in range(most.bit_length())]
     for n in n_loops if cfg.recurrent_layers else ():
         check_n_loops(n, cfg)
-    if model.recurrent is not None:
-        # No clock decides what is computed with what, so that the same call gives the same numbers.
-        model.recurrent.compaction = "counts"
     texts, skipped = read_texts(text, column)
     if context is None:
         context = trained_context(folder) or cfg.max_seq_len

@@ -23,6 +23,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.plots import require_matplotlib
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
+from open_mythos.train.final import find_problem
 from open_mythos.train.trainer import Trainer
 
 MAX_RESULT_BYTES = 2**27
@@ -72,7 +73,7 @@ class Lab:
         if config.exists() and not _is_of(config, cfg):
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
-        if not final.exists():
+        if find_problem(final) is not None:
             keeping = Keeping(max(1, cfg.steps // 10), 1)
             began, before = time.process_time(), self._cpu_s(label)
             try:

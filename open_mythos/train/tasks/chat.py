@@ -20,6 +20,7 @@ from open_mythos.chat import BadMessages, Message, check_messages, render
 from open_mythos.checks import check_int, check_number, shown
 from open_mythos.data.packing import Packing
 from open_mythos.data.prepare import open_tokenizer
+from open_mythos.files import sha256
 from open_mythos.tokenizer import Tokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
@@ -109,6 +110,12 @@ class Chat:
         lengths = np.array([len(ids) for ids, _ in self._parts[0]])
         return Packing(lengths, self.seq_len + 1, (self.order_seed,))
 
+    def digests(self) -> dict[str, str]:
+        try:
+            return {f"data.paths[{i}]": sha256(Path(path)) for i, path in enumerate(self.paths)}
+        except OSError as error:
+            raise _unreadable(error.filename, error) from None
+
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.vocab_size
@@ -150,7 +157,11 @@ def _records(path: Path) -> Iterator[bytes]:
         with progress.open(path, "rb", description=f"reading {path.name}", transient=True) as file:
             yield from (line for line in file if line.strip())
     except OSError as error:
-        raise ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | str, error: OSError) -> ValueError:
+    return ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines")
 
 
 def _messages(record: bytes) -> Sequence[Message]:

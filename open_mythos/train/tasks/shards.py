@@ -3,6 +3,10 @@
 Shapes: B rows, T tokens.
 """
 
+import hashlib
+import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +19,9 @@ from open_mythos.data.order import in_epochs, mix
 from open_mythos.data.shards import TokenShards
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, n_bytes
 from open_mythos.train.data import IGNORE, Batch, to_tensor
+
+QUIET_S, REPEAT_S = 2.0, 10.0
+"""Seconds of verifying before the first line about it, and between two lines."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,36 @@ class Shards:
                 "window, or prepare the data with a larger --held-out"
             )
         return sources
+
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for i, source in enumerate(self._train):
+            made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
+            found[f"data.paths[{i}]"] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return found
+
+    def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
+        """Compare this process's share of the shards with the SHA-256s that they were written with.
+
+        Args:
+            tell: gets a line now and then once this takes longer than `QUIET_S`.
+
+        Raises:
+            ValueError: a shard is damaged; the message names it.
+        """
+        sources = [*self._train, *self._validation]
+        total = sum(source.n_tokens * np.dtype(source.info["dtype"]).itemsize for source in sources)
+        done, next_line = 0, time.monotonic() + QUIET_S
+
+        def on_read(n_bytes: int) -> None:
+            nonlocal done, next_line
+            done += n_bytes * size
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + REPEAT_S
+                tell(f"verifying the prepared data: {min(1.0, done / total):.0%} of {total / 1e9:.2f} GB")
+
+        for source in sources:
+            source.verify(rank, size, on_read)
 
     @property
     def vocab_size(self) -> int:

@@ -123,6 +123,14 @@ class Stream:
             )
         return _to_batch(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
 
+    def digests(self) -> dict[str, str]:
+        return {"data.dataset": self._groups.digest() if self._is_local else self._groups.commit}
+
+    def stay_at(self, commit: str) -> None:
+        """Read a dataset of the hub as it was at the commit that the run began with, also for validation."""
+        if not self._is_local and commit != self._groups.commit:
+            self.__dict__["_groups"] = replace(self, revision=commit)._groups  # where cached_property looks
+
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 

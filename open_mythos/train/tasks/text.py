@@ -3,6 +3,7 @@
 The tokenizer is made from the training part alone, so nothing of the held-out part reaches the model.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from open_mythos.assets import novel
 from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.files import open_ordinary
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
+from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from open_mythos.tokenizer_limits import MAX_ENTRIES
 from open_mythos.train.data import Batch, to_tensor
 
@@ -52,6 +53,17 @@ class Text:
         text = novel() if self.path is None else read_text(Path(self.path))
         cut = int(len(text) * (1 - self.held_out))
         return text[:cut], text[cut:]
+
+    def digests(self) -> dict[str, str]:
+        text = "".join(self._parts)
+        return {"data.path": hashlib.sha256(text.encode()).hexdigest()}
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer that was made from this text before, in place of making it again.
+
+        Another version of the `tokenizers` library could make another one, whose ids the weights do not know.
+        """
+        self.__dict__["_tokenizer"] = tokenizer  # where cached_property looks
 
     @cached_property
     def _tokenizer(self) -> BPETokenizer | ByteTokenizer:
