@@ -91,7 +91,9 @@ class Shards:
         found = {}
         for i, source in enumerate(self._train):
             made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
-            found[f"data.paths[{i}]"] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+            found[f"data.paths[{i}]"] = hashlib.sha256(
+                json.dumps(made_of, default=vars, sort_keys=True).encode()
+            ).hexdigest()
         return found
 
     def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
