@@ -63,7 +63,7 @@ class Exits:
 
     def fresh(self) -> Any:
         assert self.model.recurrent is not None
-        self.model.recurrent.compaction = "auto"
+        self.model.recurrent.compaction = "counts"
 
     def compute(self) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -70,7 +70,9 @@ class TrainArgs:
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
     checkpoint_every: int = 0
-    """Steps between checkpoints, in OUT/checkpoints; 0: none."""
+    """Steps between checkpoints, in OUT/checkpoints; 0: only the clock decides."""
+    checkpoint_minutes: float = 5.0
+    """Minutes after which a checkpoint is saved in any case; 0: never. Ctrl-C, SIGTERM and the last step also save."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
@@ -78,7 +80,7 @@ class TrainArgs:
     track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Go on from the newest whole checkpoint; start where there is none."""
+    """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
     workers: int = 0
     """Processes that make batches ahead of time."""
 
@@ -102,7 +104,7 @@ def train(rest: list[str]) -> None:
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
-    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
+    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
         cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))

@@ -35,9 +35,9 @@ from open_mythos.data.documents import (
 )
 from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.records import Reading, Unit, name_lines
-from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, find_problem, write_shard
+from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
 from open_mythos.data.skipped import SkipLog, Skipped
-from open_mythos.files import sha256, write_text
+from open_mythos.files import inside, read_json, sha256, write_text
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
@@ -112,7 +112,7 @@ def prepare(
     with _progress(units, progress) as advance:
         for i in chain(done, _work(job, waiting, workers)):
             advance(units[i])
-    results = [json.loads(_unit_file(out, i).read_text("utf-8")) for i in range(len(units))]
+    results = [_read_mark(_unit_file(out, i)) for i in range(len(units))]
     entries = chain(((entry, 1) for entry in passed_over), _skipped_records(units, results))
     _list_skipped(out / SKIPPED, entries, skipped)
     info = _index(results, encoder, job.dtype, plan)
@@ -139,7 +139,7 @@ def _check_complete(info: dict[str, Any], out: Path, n_refused: int) -> None:
 
 def least_share(out: Path) -> float:
     """The least share of documents, in thousandths, that holds one of a prepared folder's out; 1 if there is none."""
-    places = [json.loads(path.read_text("utf-8")).get("nearest", 1.0) for path in (out / "units").glob("*.json")]
+    places = [_read_mark(path).get("nearest", 1.0) for path in (out / "units").glob("*.json")]
     return (int(1000 * min(places, default=1.0)) + 1) / 1000
 
 
@@ -198,7 +198,9 @@ class _Job:
             if isinstance(ids, Skipped):
                 skipped[ids.reason] += 1
                 if skipped[ids.reason] <= LISTED:
-                    listed.append({"reason": ids.reason, "why": ids.why, "remedy": ids.remedy, "place": ids.place})
+                    entry = {"reason": ids.reason, "why": ids.why, "remedy": ids.remedy, "place": ids.place}
+                    # Half of a surrogate pair, as in the name of a field, would be no text in the file of the unit.
+                    listed.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in entry.items()})
             elif isinstance(text, str):
                 place = place_of(text)
                 nearest = min(nearest, place)
@@ -255,8 +257,8 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
 def _pin(dataset: HubDataset, out: Path) -> HubDataset:
     """The dataset at the commit that the plan in `out` names, if there is one, else at today's."""
     if dataset.revision is None and (out / PLAN).is_file():
-        before = json.loads((out / PLAN).read_text("utf-8")).get("dataset")
-        if before and before["name"] == dataset.name:
+        before = _read_plan(out).get("dataset")
+        if isinstance(before, dict) and before.get("name") == dataset.name and isinstance(before.get("revision"), str):
             return replace(dataset, revision=before["revision"])
     return dataset.pinned()
 
@@ -274,7 +276,7 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
             tokenizer.save(partial)
         plan = json.loads(json.dumps({**plan, "tokenizer": sha256(*sorted(partial.iterdir()))}))
         if (out / PLAN).is_file():
-            old = json.loads((out / PLAN).read_text("utf-8"))
+            old = _read_plan(out)
             if other := [key for key in plan if old.get(key) != plan[key]]:
                 what = {"units": "inputs", "tokenizer": "tokenizers"}.get(other[0], other[0])
                 raise ValueError(f"out={out} holds data made with other {what}; use another folder, or remove this one")
@@ -294,8 +296,34 @@ def _is_done(out: Path, i: int, dtype: str) -> bool:
     """Whether a unit has its mark, and its shards the sizes that the mark says."""
     if not _unit_file(out, i).is_file():
         return False
-    shards = json.loads(_unit_file(out, i).read_text("utf-8"))["shards"].values()
-    return all(find_problem(out, Shard(**shard), dtype) is None for shard in shards)
+    shards = _read_mark(_unit_file(out, i))["shards"].values()
+    return all(find_problem(out, Shard.from_dict(shard), dtype) is None for shard in shards)
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    plan = read_json(inside(out, PLAN), MAX_INDEX_BYTES)
+    if not isinstance(plan, dict):
+        raise ValueError(f"{out / PLAN} is damaged: it holds no object; use another folder, or remove this one")
+    return plan
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """Return what the file of a unit that is done says, once it has the form that `_Job.run` gives it."""
+    mark = read_json(path)
+    remedy = f"remove it and repeat the command: {path}"
+    if not isinstance(mark, dict) or not all(isinstance(mark.get(name), dict) for name in ("shards", "skipped")):
+        raise ValueError(f"the mark of a finished unit is damaged: it has no shards and skipped; {remedy}")
+    try:
+        for shard in mark["shards"].values():
+            Shard.from_dict(shard)
+        for reason, n in mark["skipped"].items():
+            check_int(f"skipped.{reason:.40}", n, 0)
+        for entry in mark.get("listed", []):
+            Skipped(**entry)
+        check_number("nearest", mark.get("nearest", 1.0), 0, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the mark of a finished unit is damaged ({error}); {remedy}") from error
+    return mark
 
 
 def _unit_file(out: Path, i: int) -> Path:

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from open_mythos.arguments import check_n_loops
+from open_mythos.checks import check_int
 from open_mythos.data.documents import cut_into_units, find_files, read_documents
 from open_mythos.data.records import Reading
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
-from open_mythos.files import write_text
+from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.plots import loop_curve, require_matplotlib
 from open_mythos.terminal import ProgressLine
@@ -66,9 +66,6 @@ def evaluate_files(
         n_loops = [2**i for i in range(most.bit_length())]
     for n in n_loops if cfg.recurrent_layers else ():
         check_n_loops(n, cfg)
-    if model.recurrent is not None:
-        # No clock decides what is computed with what, so that the same call gives the same numbers.
-        model.recurrent.compaction = "counts"
     texts, skipped = read_texts(text, column)
     if context is None:
         context = trained_context(folder) or cfg.max_seq_len
@@ -138,9 +135,13 @@ def trained_context(folder: Path) -> int | None:
     Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
     """
     path = folder.resolve().parent / "config.yaml"
-    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    run = read_yaml(path) if path.exists() else None
     data = run.get("data") if isinstance(run, dict) else None
-    return data.get("seq_len") if isinstance(data, dict) else None
+    seq_len = data.get("seq_len") if isinstance(data, dict) else None
+    if seq_len is not None:
+        with blamed_on(path):
+            check_int("data.seq_len", seq_len, 1)
+    return seq_len
 
 
 def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], SkipLog]:

@@ -19,7 +19,7 @@ from open_mythos.evaluating import evaluating
 from open_mythos.experiments.lab import Experiment, Lab, Result
 from open_mythos.experiments.verify_report import verify_report
 from open_mythos.model import OpenMythos
-from open_mythos.nn.compaction import Compaction
+from open_mythos.nn.driver import Compaction
 from open_mythos.nn.init import STD
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.variants import mythos_1b

@@ -259,19 +259,6 @@ class Scratch:
         return Scratch(current=more)
 
 
-@dataclass
-class FixedPast:
-    """A store with the same `n` earlier tokens at every loop, copies of the first: for timing a loop with a context."""
-
-    n: int
-    kept: dict[int, KeyValues] = field(default_factory=dict)
-
-    def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
-        if layer not in self.kept:
-            self.kept[layer] = tuple(torch.cat((x[:, :1].expand(-1, self.n, *x.shape[2:]), x), dim=1) for x in new)
-        return self.kept[layer]
-
-
 def _over(old: Tensor, new: Tensor, view: View) -> Tensor:
     """`old` (B, T, ...) with what the view's active tokens have just made."""
     active, slots = view.active, None if view.selection is None else view.selection.slots

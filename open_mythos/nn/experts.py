@@ -162,7 +162,7 @@ def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, 
     start = 0
     for expert, n in enumerate(counts):
         if n:
-            multiple = GROUP_MULTIPLE if n >= GROUP_MULTIPLE or invariant() else 1
+            multiple = GROUP_MULTIPLE if n >= GROUP_MULTIPLE else 1
             end = start - (-n // multiple) * multiple
             yield expert, n, tokens[start:end], pairs[start:end]
         start += n

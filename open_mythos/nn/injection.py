@@ -51,9 +51,11 @@ class _Bounded(torch.autograd.Function):
         return grad.masked_fill(leads_out, 0)
 
 
-def bounded_decay(exponent: Tensor) -> Tensor:
-    """A = exp(-exp(exponent)) in (1e-7, A_MAX], in at least float32; also for an infinite exponent."""
-    return torch.exp(-torch.exp(_Bounded.apply(wide(exponent))))
+def bounded_decay(a: Tensor, b: Tensor) -> Tensor:
+    """Return A = exp(-exp(a + b)) in (1e-7, A_MAX], in at least float32; opposite infinities add up to 0."""
+    a, b = wide(a), wide(b)
+    exponent = (a + b).masked_fill(a.isinf() & (a == -b), 0)
+    return torch.exp(-torch.exp(_Bounded.apply(exponent)))
 
 
 class LTIInjection(nn.Module):
@@ -73,7 +75,7 @@ class LTIInjection(nn.Module):
 
     def get_A(self) -> Tensor:
         """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
-        return bounded_decay(wide(self.log_A) + wide(self.log_dt))
+        return bounded_decay(self.log_A, self.log_dt)
 
     def prepare(self, e: Tensor) -> Tensor:
         return e
@@ -112,7 +114,7 @@ class DiagonalInjection(nn.Module):
         bias = wide(self.dt_bias)
         # log(softplus(x)) tends to x, where softplus itself underflows to log 0.
         log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())
-        return bounded_decay(log_dt + wide(self.A_log))
+        return bounded_decay(log_dt, self.A_log)
 
     def prepare(self, e: Tensor) -> Tensor:
         return F.softplus(wide(self.dt_bias)) * linear(e, self.B)

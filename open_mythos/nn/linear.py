@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from open_mythos.nn.invariant import invariant
+from open_mythos.nn.invariant import by_rows, invariant
 
 MANY_PRODUCTS = 2**21
 """Multiplications from which oneDNN wins over the ten microseconds that calling it from Python costs."""
@@ -46,6 +46,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if streams(x):
         rows = kept(x.reshape(-1, x.shape[-1]))
         return (weight[:, None] * rows).sum(-1).T.reshape(*x.shape[:-1], -1)
+    if invariant():
+        # The weight alone decides the route, and `by_rows` the number of rows.
+        product = _onednn if _takes_onednn(x, weight) else F.linear
+        rows = x.reshape(-1, x.shape[-1])
+        out = by_rows(product, rows, weight, product is _onednn) if len(rows) else product(rows, weight)
+        return out.view(*x.shape[:-1], weight.shape[0])
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
     if torch.compiler.is_compiling():

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import attend
 from open_mythos.nn.cache import View
-from open_mythos.nn.invariant import invariant, rows_of
+from open_mythos.nn.invariant import by_rows, invariant
 from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
-
-SMALL = 400
-"""Multiplications of one product below which torch's batched one has a way of its own, which depends on the rows."""
 
 
 class MLAttention(nn.Module):
@@ -96,9 +93,11 @@ class MLAttention(nn.Module):
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     """A product for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
-    if invariant() and rows_of(x.dtype) * weight[0].numel() < SMALL:
-        return torch.stack([one @ matrix for one, matrix in zip(x.unbind(1), weight, strict=True)], dim=1)
-    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+    def product(rows: Tensor, by_output: Tensor) -> Tensor:
+        return torch.bmm(rows.transpose(0, 1), by_output.mT).transpose(0, 1)
+
+    return by_rows(product, x, weight.mT) if invariant() else product(x, weight.mT)
 
 
 def _per_head(view: View, n_heads: int) -> View:

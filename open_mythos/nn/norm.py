@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.invariant import invariant
 from open_mythos.nn.linear import captured
 from open_mythos.nn.numerics import wide
 
-SMALL = 2**12
-"""Values up to which torch's six operators take less time than starting ours from Python."""
+IN_CACHE = 2**16
+"""Values normalised at a time in bf16 and fp16, whose float32 copies then stay in the processor's cache."""
 
 
 class RMSNorm(nn.Module):
@@ -32,9 +31,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, self.eps)
-        if x.numel() <= SMALL or invariant():
+        # Torch computes each row alone and rounds it once, so a row has the same bits in a call of any size.
+        if x.element_size() >= 4 or x.numel() <= IN_CACHE:
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        return (x * _inverse_rms(x, self.eps).to(x.dtype)).mul_(weight)
+        rows = x.reshape(-1, x.shape[-1]).split(max(1, IN_CACHE // x.shape[-1]))
+        return torch.cat([F.rms_norm(part, weight.shape, weight, self.eps) for part in rows]).view(x.shape)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -51,7 +52,8 @@ class _RMSNorm(torch.autograd.Function):
         inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.eps = eps
-        return (x * inverse.to(x.dtype)).mul_(weight)
+        # In at least float32 until the end: a rounded inverse would double the error of bf16.
+        return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, D width.
 """
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.cache import FixedPast, KVCache, View, make_view
-from open_mythos.nn.compaction import Compaction, CostCurve, without_hooks
+from open_mythos.nn.cache import KVCache, View
 from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_waves
-from open_mythos.nn.driver import Exit, Probe, RecurrentOutput, Rows, Run
+from open_mythos.nn.driver import Compaction, Exit, Probe, RecurrentOutput, Rows, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.linear import autocasts, captured
@@ -37,14 +35,12 @@ class RecurrentBlock(nn.Module):
         self.norm = RMSNorm(cfg.dim) if cfg.injection == "lti" else None
         self.checkpoint_loops = False
         """Recompute each loop and each outer block in the backward pass instead of keeping their activations."""
-        self.compaction: Compaction = "auto"
+        self.compaction: Compaction = "counts"
         """When tokens that have exited leave the computation. Results differ in rounding only, and in dropout's draws.
 
-        `auto` goes by the cost of a loop, which is measured when first needed, on a CPU in eval mode without gradients;
-        anywhere else it is `counts`. `counts`: as soon as a quarter of the tokens has exited; it reads no clock, so the
-        same call gives the same bits. `always`: at once. `never`: they are computed, and the results dropped.
+        `counts`: as soon as a quarter of the tokens has exited. `always`: at once. `never`: they are computed, and the
+        results dropped. None of them reads a clock, so the same call gives the same bits.
         """
-        self._curves: dict[tuple[object, ...], CostCurve] = {}
 
     @property
     def blocks(self) -> list[TransformerBlock]:
@@ -107,30 +103,6 @@ class RecurrentBlock(nn.Module):
             ffns = zip(self.layers, (block.ffn for block in self.blocks), strict=True)
             experts = {layer: ffn.experts.weights(h) for layer, ffn in ffns if isinstance(ffn, MoEFFN)}
         return LoopConstants(waves, self.injection.get_A(), experts)
-
-    def cost_curve(self, dtype: torch.dtype) -> CostCurve:
-        """What a loop costs on the CPU at the present number of threads; measured once."""
-        key = (dtype, torch.get_num_threads(), torch.is_autocast_enabled("cpu"))
-        if key not in self._curves:
-            self._curves[key] = CostCurve.measure(dtype)
-        return self._curves[key]
-
-    def trial(self, n: int, as_rows: bool, n_past: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """A loop over n random tokens, as one row or a row each, behind `n_past` earlier ones: for the cost curve."""
-        B, T = (n, 1) if as_rows else (1, n)
-        h = torch.randn(B, T, self.cfg.dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-        loop_index = torch.zeros(B, dtype=torch.int64)
-        view = make_view((B, T), self.cfg.rope_dim, self.cfg.rope_theta, dtype, loop_index.device)
-        if n_past:
-            mask = None if as_rows else torch.ones(1, 1, T, n_past + T, dtype=torch.bool)
-            view = dataclasses.replace(view, mask=mask, is_causal=False, store=FixedPast(n_past))
-        view = dataclasses.replace(view.at_loop(loop_index, 0), constants=self.constants(h))
-
-        def run() -> Tensor:
-            with without_hooks(self):
-                return self.loop(h, h, loop_index, view)
-
-        return run
 
     def forward(
         self,

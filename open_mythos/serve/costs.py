@@ -48,3 +48,5 @@ class StepCosts:
     """One loop of so many tokens."""
     outer: Curve
     """So many tokens outside the loop: coda, head, sampling, and embedding and prelude of what follows them."""
+    least_rows: int = 1
+    """Rows that a batch-invariant call is padded to at least, where that made these times shortest."""

@@ -23,7 +23,7 @@ from open_mythos.serve.params import SamplingParams
 from open_mythos.serve.runner import Chunk, Row, Runner
 from open_mythos.serve.scheduler import Limits, Refill, Scheduler
 from open_mythos.serve.sequence import GRID, Sequence
-from open_mythos.serve.startup import computes_alone, measure_costs
+from open_mythos.serve.startup import measure_costs, run_once
 from open_mythos.text import AnswerText
 from open_mythos.tokenizer import Tokenizer
 
@@ -125,7 +125,6 @@ class Engine:
     While it lives the weights have to stay as they are, and so have rules that requests give as objects: keys and
     values are used again.
 
-    `invariant` says whether equal requests get equal bits whatever runs beside them, which is tried out at the start.
     """
 
     def __init__(
@@ -149,7 +148,6 @@ class Engine:
         self.n_pages = -(-self._kv_tokens() // config.page_tokens) * n_layers(cfg, cfg.max_loop_iters)
         self.kv = PagedKV(cfg, self.n_pages, config.page_tokens, config.max_rows, model.dtype, model.device)
         self.runner = Runner(model, self.kv, config.max_rows, config.batch_invariant)
-        self.invariant = config.batch_invariant and computes_alone(self.runner)
         limits = Limits(
             max_rows=config.max_rows,
             max_queue=config.max_queue,
@@ -158,7 +156,10 @@ class Engine:
             max_prefill_tokens=config.max_prefill_tokens,
             prefix_reuse=config.prefix_reuse,
         )
-        self.scheduler = Scheduler(limits, costs or measure_costs(self.runner), refill)
+        run_once(self.runner)
+        costs = costs or measure_costs(self.runner)
+        self.runner.least_rows = costs.least_rows
+        self.scheduler = Scheduler(limits, costs, refill)
         self.rules: WeakValueDictionary[Hashable, HaltingRule] = WeakValueDictionary()
         """One object for each way to leave the loop, as long as a request asks for it: thresholds are endless."""
         self.work: dict[Sequence, _Work] = {}
@@ -177,6 +178,11 @@ class Engine:
             return self.config.kv_tokens
         each = kv_bytes_per_token(cfg, cfg.max_loop_iters, self.model.dtype.itemsize)
         return max(GRID, min(self.config.max_rows * cfg.max_seq_len, cache_bytes(device) // each))
+
+    @property
+    def invariant(self) -> bool:
+        """Whether equal requests get equal bits whatever runs beside them; False on anything but a CPU."""
+        return self.runner.invariance is not None and self.runner.invariance.holds
 
     @property
     def busy(self) -> bool:

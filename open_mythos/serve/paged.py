@@ -23,7 +23,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.block import ATTENTIONS
 from open_mythos.nn.cache import KeyValues, View
 from open_mythos.nn.depth import LoopConstants
-from open_mythos.nn.invariant import invariant, rows_of
+from open_mythos.nn.invariant import cancelling, invariant, row_blocks
 from open_mythos.nn.rope import rotary_table
 from open_mythos.serve.sequence import GRID
 
@@ -199,8 +199,6 @@ class Layout:
         mask = F.pad(kv.tail[kv.index(position % GRID)][:, None], (before, 0))
         if T > 1:
             mask = mask.repeat_interleave(self.n_shared, dim=2)
-            # As many rows as `attend` gives the queries.
-            mask = F.pad(mask, (0, 0, 0, -mask.shape[2] % rows_of(kv.dtype)))
         first = index[:, 0]
         return Group(tokens.row[first], tokens.n_loops[first], first, T, before + GRID, mask)
 
@@ -281,7 +279,35 @@ class Call:
             k, v = (x.unflatten(-1, (G, -1)).transpose(1, 2) for x in past.chunk(2, dim=-1))
         # Heads that read the same keys are so many more queries: nothing is repeated, and there are more rows.
         q = q.transpose(1, 2).reshape(R, G, T * M, K)
-        if T > 1 or invariant():
-            q = F.pad(q, (0, 0, 0, -(T * M) % rows_of(kv.dtype)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)[:, :, : T * M]
+        attend = _attend_by_rows if invariant() else F.scaled_dot_product_attention
+        out = attend(q, k, v, attn_mask=group.mask, scale=scale)
         return out.unflatten(2, (T, M)).transpose(1, 2).reshape(R * T, G, M, -1)
+
+
+def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """Attend with numbers of queries that give every query the same bits: q (R, G, Q, K), attn_mask (R, 1, 1 or Q, S).
+
+    The number of keys S goes by the position of a query, so only the number of queries Q differs between calls.
+    """
+    S, K = k.shape[2:]
+
+    def probe(size: int) -> Tensor:
+        # Scores are rounding errors, large enough to choose between the keys; so are the sums over values.
+        one_q, all_k = 2**18 * cancelling(q.new_empty(1, 1, 1, K), 1), cancelling(q.new_empty(1, 1, S, K), -1, 1)
+        all_v = cancelling(q.new_empty(1, 1, K, S), -1, 2).mT.contiguous()
+        mask = q.new_zeros(1, 1, size, S)
+        outs = [
+            F.scaled_dot_product_attention(rows.expand(1, 1, size, K).contiguous(), all_k, all_v, mask, scale=scale)
+            for rows in (one_q, torch.zeros_like(one_q))
+        ]
+        return torch.cat(outs, dim=-1)[0, 0]
+
+    outs, start = [], 0
+    for n, size in row_blocks(("attention", S, K, q.dtype), q.shape[2], probe):
+        rows, mask = q[:, :, start : start + n], attn_mask
+        if attn_mask.shape[2] > 1:
+            mask = F.pad(attn_mask[:, :, start : start + n], (0, 0, 0, size - n))
+        rows = F.pad(rows, (0, 0, 0, size - n))
+        outs.append(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)[:, :, :n])
+        start += n
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

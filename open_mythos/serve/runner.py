@@ -14,7 +14,7 @@ from torch import Tensor
 
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
-from open_mythos.nn.invariant import batch_invariant, rows_of
+from open_mythos.nn.invariant import Invariance, batch_invariant, size_of
 from open_mythos.nn.state import initial_state
 from open_mythos.serve.batch import Cohort, Left
 from open_mythos.serve.paged import Layout, PagedKV, Tokens, padded
@@ -61,7 +61,11 @@ class Runner:
     """The model, the pages, and the tokens in between."""
 
     def __init__(self, model: OpenMythos, kv: PagedKV, max_rows: int, invariant: bool) -> None:
-        self.model, self.kv, self.invariant = model, kv, invariant
+        self.model, self.kv = model, kv
+        self.invariance = Invariance() if invariant and kv.device.type == "cpu" else None
+        """What products have shown so far; None: kernels are chosen by speed."""
+        self.least_rows = 1
+        """Rows that a batch-invariant call is padded to at least, which changes its time and not its results."""
         self.cohorts: list[Cohort] = []
         self.left: list[Left] = []
         """Tokens that have left the loop and not been through the coda."""
@@ -80,7 +84,7 @@ class Runner:
 
     @contextmanager
     def _computing(self) -> Generator[None]:
-        with torch.no_grad(), batch_invariant(self.invariant):
+        with torch.no_grad(), batch_invariant(self.invariance):
             yield
 
     def admit(self, rule: HaltingRule, n_loops: int) -> Row:
@@ -203,11 +207,7 @@ class Runner:
 
     def _probe(self, h: Tensor) -> Tensor:
         """Logits read off states, without the coda."""
-        return self._head(self.model.norm(h))
-
-    def _head(self, x: Tensor) -> Tensor:
-        n = len(x)
-        return self.model.head(_rows([x], self._n_rows(n)))[:n]
+        return self.model.head(self.model.norm(h))
 
     def read_out(self, rows: Sequence[Row], wanted: Sequence[bool]) -> ReadOut:
         """Coda for chunks that have left the loop, and logits where the next token is `wanted`."""
@@ -226,13 +226,13 @@ class Runner:
             )
             is_nan = x[: len(left.tokens), 0].isnan().any(-1).cpu().numpy()
             broken = set(left.tokens.row[is_nan].tolist())
-            logits = self._head(x[self.kv.index(index)])[:, 0]
+            logits = self.model.head(x[self.kv.index(index)])[:, 0]
             return ReadOut(logits, left.loops[index].tolist(), [row.number in broken for row in rows])
 
     def _n_rows(self, n: int) -> int:
-        """Rows of a call on n tokens."""
-        multiple = rows_of(self.kv.dtype) if self.invariant else 1
-        return -(-n // multiple) * multiple
+        """Return the rows of a call on n tokens."""
+        # Most products then need no padding of their own.
+        return n if self.invariance is None else size_of(max(n, self.least_rows))
 
 
 def _tokens(chunk: Chunk) -> Tokens:

@@ -1,24 +1,20 @@
-"""What an engine finds out before its first request: what its steps cost, and whether requests keep to themselves."""
+"""What an engine finds out before its first request: the cost of its steps, and kernels that are batch-invariant."""
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from open_mythos.accounting import n_layers
-from open_mythos.nn.halting import Fixed, HaltingRule
+from open_mythos.nn.halting import Fixed
+from open_mythos.nn.invariant import REFERENCE, SIZES
 from open_mythos.serve.costs import Curve, StepCosts
 from open_mythos.serve.runner import Chunk, Runner
 from open_mythos.serve.sequence import GRID, Block
 
 LOOPS = 3
-"""Of the sequences that are tried out."""
-N_MORE = 2
-"""Tokens behind their prompts."""
+"""Loops of the tokens that are timed."""
 ROUNDS = 8
 """Over all sizes, at most."""
 ENOUGH_S = 1.5
@@ -30,6 +26,7 @@ def measure_costs(runner: Runner) -> StepCosts:
 
     The least of a few rounds over all sizes, so that what else the machine does strikes none of them alone.
     """
+    runner.least_rows = 1 if runner.invariance is None else _choose_rows(runner)
     sizes = sorted({min(1 << i, len(runner.in_loop)) for i in range(len(runner.in_loop).bit_length() + 1)})
     loop, outer = dict.fromkeys(sizes, math.inf), dict.fromkeys(sizes, math.inf)
     n_rounds, start = 0, time.perf_counter()
@@ -41,7 +38,25 @@ def measure_costs(runner: Runner) -> StepCosts:
     for n, larger in reversed(list(pairwise(sizes))):
         # Fewer cost no more than many.
         loop[n], outer[n] = min(loop[n], loop[larger]), min(outer[n], outer[larger])
-    return StepCosts(Curve(loop), Curve(outer))
+    return StepCosts(Curve(loop), Curve(outer), runner.least_rows)
+
+
+def _choose_rows(runner: Runner) -> int:
+    """Return the least rows of a batch-invariant call by the time of one token.
+
+    Small products run fastest in a call that has the rows which their kernels need. Large ones need fewer rows, and
+    small ones beside them are then padded one by one.
+    """
+    seconds = dict.fromkeys([size for size in SIZES if size <= REFERENCE], math.inf)
+    for _ in range(3):
+        for runner.least_rows in seconds:
+            seconds[runner.least_rows] = min(seconds[runner.least_rows], sum(_measure(runner, 1)))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def run_once(runner: Runner) -> None:
+    """Take one token through every stage, so that each product has shown whether it can be batch-invariant."""
+    _measure(runner, 1)
 
 
 def _measure(runner: Runner, n: int) -> tuple[float, float]:
@@ -68,71 +83,3 @@ def _measure(runner: Runner, n: int) -> tuple[float, float]:
     for row in rows:
         runner.release(row)
     return min(loops), outer
-
-
-def computes_alone(runner: Runner) -> bool:
-    """Whether a sequence gets the same bits alone as beside others of other lengths and depths, and from other chunks.
-
-    No if there are no pages for two of them, and it cannot be tried.
-    """
-    tried = _sequences(runner)
-    if len(tried) < min(2, len(runner.in_loop)):
-        return False
-    alone = _run(runner, tried[:1], cut=False)
-    return all(
-        all(map(torch.equal, alone, _run(runner, tried[:n], cut=n > 1)))
-        for n in sorted({1, 2, 3, 7, len(tried)})
-        if n <= len(tried)
-    )
-
-
-@dataclass(frozen=True)
-class _Tried:
-    """A sequence that is tried out."""
-
-    ids: list[int]
-    n_prompt: int
-    rule: HaltingRule
-    n_loops: int
-    blocks: list[Block]
-
-
-def _sequences(runner: Runner) -> list[_Tried]:
-    """A long prompt and shorter ones, as many as there are rows and pages for."""
-    cfg, block = runner.model.cfg, runner.model.recurrent
-    rules = [Fixed()] if block is None else [block.rule, Fixed()]
-    tried: list[_Tried] = []
-    free = 0
-    for i in range(len(runner.in_loop)):
-        n_prompt = 1 + 5 * i % 17 if i else min(GRID + 9, cfg.max_seq_len - N_MORE)
-        n_loops, n_tokens = LOOPS - i % 3, n_prompt + N_MORE
-        n_pages = n_layers(cfg, n_loops)
-        first, free = free, free + -(-n_tokens // runner.kv.page_tokens) * n_pages
-        if free > runner.kv.null:
-            break
-        ids = torch.randint(cfg.vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(i)).tolist()
-        blocks = [Block(tuple(range(page, page + n_pages))) for page in range(first, free, n_pages)]
-        tried.append(_Tried(ids, n_prompt, rules[i % len(rules)], n_loops, blocks))
-    return tried
-
-
-def _run(runner: Runner, tried: Sequence[_Tried], cut: bool) -> list[Tensor]:
-    """Logits of the first of these behind its prompt, which may be cut in two, and behind two more tokens."""
-    rows = [runner.admit(one.rule, one.n_loops) for one in tried]
-    done, kept = [0] * len(tried), []
-    cuts = [GRID] if cut and tried[0].n_prompt > GRID else []
-    for step, end in enumerate([*cuts, *range(tried[0].n_prompt, len(tried[0].ids) + 1)]):
-        chunks = []
-        for i, one in enumerate(tried):
-            first, done[i] = done[i], min(one.n_prompt + step, len(one.ids)) if i else end
-            if first < done[i]:
-                chunks.append(Chunk(rows[i], first, one.ids[first : done[i]], one.blocks))
-        runner.start(chunks)
-        while runner.running:
-            runner.loop()
-        logits = runner.read_out([chunk.row for chunk in chunks], [True] * len(chunks)).logits
-        if end not in cuts:
-            kept.append(logits[0])
-    for row in rows:
-        runner.release(row)
-    return kept

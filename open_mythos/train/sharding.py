@@ -56,8 +56,6 @@ class Spread:
         else:
             self.model = OpenMythos(cfg.model).to(device, dtype)
         if self.model.recurrent is not None:
-            # Validation too reads no clock, so that a run repeated gives the same metrics bit for bit.
-            self.model.recurrent.compaction = "counts"
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
         self._copies = [(p, self.piece(p).copies) for p in self.model.parameters()]
         self.forward: Callable[..., Any] = self.model

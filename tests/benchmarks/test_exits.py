@@ -13,7 +13,7 @@ from benchmarks.job import Job
 from benchmarks.models import MID
 from benchmarks.sides.exits import TASKS, trained
 from open_mythos import OpenMythos
-from open_mythos.nn.compaction import Compaction
+from open_mythos.nn.driver import Compaction
 from open_mythos.recipes import load_recipe
 
 SMALL = {"dim": 32, "n_heads": 2, "kv_lora_rank": 16, "q_lora_rank": 16, "n_experts": 4, "expert_dim": 16}
@@ -40,7 +40,7 @@ def job(task: str, folder: str, **changes: object) -> Job:
 
 
 @pytest.mark.parametrize("task", ["exits_generate", "exits_prefill"])
-@pytest.mark.parametrize("compaction", ["always", "auto"])
+@pytest.mark.parametrize("compaction", ["always", "counts"])
 def test_the_timed_path_is_its_slow_reference(task: str, compaction: Compaction, folder: str) -> None:
     fast, slow = TASKS[task](job(task, folder)), TASKS[f"{task}_reference"](job(f"{task}_reference", folder))
     for each in (fast, slow):
@@ -54,7 +54,7 @@ def test_the_timed_path_is_its_slow_reference(task: str, compaction: Compaction,
     compare(answer, slow.run(None))
     assert block.compaction == "never"
     fast.fresh()
-    assert block.compaction == "auto"
+    assert block.compaction == "counts"
 
 
 def test_a_missing_model_tells_how_to_make_it(tmp_path: Path) -> None:

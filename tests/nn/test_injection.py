@@ -106,7 +106,7 @@ def check_float32(kind: str, name: str, n: int) -> None:
     print(f"{n_tried} float32 as {name}: largest A {largest:.8f}")
     # Every float32 around the place where A reaches its bound, with nothing added to it.
     edge = torch.tensor(math.log(-math.log(A_MAX))).view(torch.int32) + torch.arange(-50_000, 50_000)
-    assert float(bounded_decay(edge.to(torch.int32).view(torch.float32)).max()) <= BOUND
+    assert float(bounded_decay(edge.to(torch.int32).view(torch.float32), torch.zeros(())).max()) <= BOUND
 
 
 @pytest.mark.parametrize(("kind", "name"), EXPONENTS)
@@ -120,6 +120,20 @@ def test_a_million_float32(kind: str, name: str) -> None:
 @torch.no_grad()
 def test_ten_million_float32(kind: str, name: str) -> None:
     check_float32(kind, name, 10_000_000)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("kind", "name"), EXPONENTS)
+def test_a_decay_is_a_number_for_every_pair_of_parameters(kind: str, name: str, dtype: torch.dtype) -> None:
+    """Infinite ones too, and of opposite signs; what is NaN stays NaN, so that a broken run shows."""
+    numbers = [-math.inf, -60000.0, -1.0, 0.0, 2.0, 60000.0, math.inf]
+    for other in numbers:
+        module = injection(kind, name, torch.tensor(numbers, dtype=dtype), other)
+        check_bound(module)
+        A = module.get_A()
+        A.sum().backward()
+        assert not any(p.grad is not None and p.grad.isnan().any() for p in module.parameters()), other
+    assert injection(kind, name, torch.full((2,), math.nan, dtype=dtype), 0.0).get_A().isnan().all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -32,6 +32,25 @@ def test_statistics_are_wide(dtype: torch.dtype) -> None:
         assert worst(out, exact) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounds_once_and_alike_in_calls_of_any_size(dtype: torch.dtype, grad: bool) -> None:
+    """One rounding at the end: half of eps relative, in every value. A row has the same bits in every call."""
+    norm = RMSNorm(96).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3000, 96).to(dtype)
+    with torch.set_grad_enabled(grad):
+        whole = norm(x)
+        for n in (1, 3, 40, 43, 700):
+            assert torch.equal(norm(x[:n]), whole[:n]) and torch.equal(norm(x[-n:]), whole[-n:]), n
+            assert torch.equal(norm(x[:n, None]), whole[:n, None]), n
+    exact = reference.rms_norm(x.double(), norm.weight.double())
+    roundings = 0.5 if dtype.itemsize == 2 else 4  # of float32 itself there are several
+    smallest = torch.finfo(dtype).tiny
+    relative = (whole.double() - exact).abs() / exact.abs().clamp(min=smallest)
+    assert relative.max() <= 1.001 * roundings * torch.finfo(dtype).eps
+
+
 def test_zero_stays_zero() -> None:
     x = torch.zeros(2, 8, requires_grad=True)
     out = RMSNorm(8)(x)

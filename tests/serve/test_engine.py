@@ -12,7 +12,6 @@ from torch import Tensor
 
 from open_mythos import OpenMythos
 from open_mythos.nn.halting import KL, Decision, HaltingRule, LatentDiff, SecondDifference, State
-from open_mythos.serve import engine as engine_module
 from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.params import SamplingParams
 from tests.models import CASES, PARTS, scaled, tiny, worst
@@ -27,9 +26,8 @@ def model_of(case: int, dtype: torch.dtype) -> OpenMythos:
     return scaled(tiny(max_seq_len=256, attn_type=attn_type, **PARTS[part]), seed=case, dtype=dtype)
 
 
-def check(seeds: range, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, n_requests: int = 7) -> dict[str, int]:
+def check(seeds: range, dtype: torch.dtype, n_requests: int = 7) -> dict[str, int]:
     """Carry out random loads; counts of what happened in them."""
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     seen = dict.fromkeys(("requests", "tokens", "cancelled", "preempted", "reused", "early", "largest"), 0)
     for seed in seeds:
         model = model_of(seed, dtype)
@@ -57,16 +55,16 @@ def compare(model: OpenMythos, load: Load, seen: dict[str, int], seed: int) -> N
     seen["largest"] = max(seen["largest"], outcome.n_most)
 
 
-def test_random_mixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_mixes() -> None:
     # In float64, where no decision is as near to a tie as rounding.
-    seen = check(range(FAST), torch.float64, monkeypatch, n_requests=4)
+    seen = check(range(FAST), torch.float64, n_requests=4)
     assert min(seen.values()) >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_all_random_mixes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = check(range(FAST, FAST + ALL), dtype, monkeypatch)
+def test_all_random_mixes(dtype: torch.dtype) -> None:
+    seen = check(range(FAST, FAST + ALL), dtype)
     assert min(seen.values()) >= 7
 
 
@@ -78,9 +76,8 @@ RARE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("part", RARE, ids=str)
-def test_rare_parts_and_rules_given_as_objects(part: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_parts_and_rules_given_as_objects(part: dict[str, Any]) -> None:
     """Several requests share a rule object, by which beginnings are found again too."""
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     model, seen = scaled(tiny(max_seq_len=256, **part), dtype=torch.float64), Counter[str]()
     rules = [LatentDiff(0.3), LatentDiff(0.3, min_loops=3), SecondDifference(0.5), KL(0.03, 2, model.cfg.vocab_size)]
     for seed, rule in enumerate(rules):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from open_mythos.accounting import kv_bytes_per_token
-from open_mythos.serve import engine as engine_module
 from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.serve.params import SamplingParams
 from open_mythos.serve.scheduler import QueueFull
@@ -15,9 +14,8 @@ from tests.models import scaled, tiny
 from tests.serve.mixes import COSTS, Outcome, empty, record
 
 
-def run(n_requests: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def run(n_requests: int) -> dict[str, int]:
     """Many short requests through few pages; at every step the bytes in use are the formula's."""
-    monkeypatch.setattr(engine_module, "computes_alone", lambda runner: True)
     rng, model = random.Random(0), scaled(tiny(max_seq_len=64, max_loop_iters=3, dim=16, n_heads=2, n_kv_heads=1))
     config = EngineConfig(max_rows=8, max_queue=20, kv_tokens=150, page_tokens=8, prefix_reuse=False)
     engine, outcome = Engine(model, config=config, costs=COSTS), Outcome()
@@ -54,16 +52,16 @@ def run(n_requests: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return seen
 
 
-def test_no_page_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert min(run(1000, monkeypatch).values()) > 0
+def test_no_page_is_left() -> None:
+    assert min(run(1000).values()) > 0
 
 
 @pytest.mark.slow
-def test_no_page_is_left_by_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert min(run(10_000, monkeypatch).values()) > 0
+def test_no_page_is_left_by_many() -> None:
+    assert min(run(10_000).values()) > 0
 
 
-def test_nan_stays_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_stays_with_its_request() -> None:
     """A token whose embedding is NaN ends its request with an error; its pages serve others unharmed."""
     model = scaled(tiny(max_seq_len=64))
     with torch.no_grad():

@@ -17,13 +17,14 @@ from rich import progress
 from rich.console import Console
 
 from open_mythos.chat import BadMessages, Message, check_messages, render
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_int, check_number, shown
 from open_mythos.data.conversations import to_messages
 from open_mythos.data.documents import read_values
 from open_mythos.data.packing import Packing
 from open_mythos.data.records import Unit
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.data.text_files import kind_of
+from open_mythos.files import sha256
 from open_mythos.tokenizer import Tokenizer, open_tokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
@@ -62,7 +63,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple):
-            raise TypeError(f"data.paths={self.paths!r} must be a list of files; use data.paths=('chat.jsonl',)")
+            raise TypeError(f"data.paths={shown(self.paths)} must be a list of files; use data.paths=('chat.jsonl',)")
         check_int("data.seq_len", self.seq_len, 1)
         if self.held_out is not None:
             check_number("data.held_out", self.held_out, 0, 0.9)
@@ -143,6 +144,12 @@ class Chat:
         lengths = np.array([len(ids) for ids, _ in self._parts[0]])
         return Packing(lengths, self.seq_len + 1, (self.order_seed,))
 
+    def digests(self) -> dict[str, str]:
+        try:
+            return {f"data.paths[{i}]": sha256(Path(path)) for i, path in enumerate(self.paths)}
+        except OSError as error:
+            raise _unreadable(error.filename, error) from None
+
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.vocab_size
@@ -189,7 +196,11 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
             disable=not console.is_terminal,
         )  # fmt: skip
     except OSError as error:
-        raise ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | str, error: OSError) -> ValueError:
+    return ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines")
 
 
 def _fields(record: object) -> str:

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_int, check_number, shown
 from open_mythos.data.documents import encode, is_held_out
 from open_mythos.data.groups import RowGroups
 from open_mythos.data.hub import HubDataset
@@ -66,7 +66,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, str) or not self.dataset:
-            raise ValueError(f"data.dataset={self.dataset!r} must name a dataset of the hub or a folder; set it")
+            raise ValueError(f"data.dataset={shown(self.dataset)} must name a dataset of the hub or a folder; set it")
         if self.limit_files is not None:
             check_int("data.limit_files", self.limit_files, 1)
         check_int("data.seq_len", self.seq_len, 1)
@@ -128,6 +128,14 @@ class Stream:
                 f"{self.seq_len} need {n_tokens}; hold out more, or evaluate on fewer rows"
             )
         return _to_batch(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
+
+    def digests(self) -> dict[str, str]:
+        return {"data.dataset": self._groups.digest() if self._is_local else self._groups.commit}
+
+    def stay_at(self, commit: str) -> None:
+        """Read a dataset of the hub as it was at the commit that the run began with, also for validation."""
+        if not self._is_local and commit != self._groups.commit:
+            self.__dict__["_groups"] = replace(self, revision=commit)._groups  # where cached_property looks
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer

@@ -3,6 +3,7 @@
 The tokenizer is made from the training part alone, so nothing of the held-out part reaches the model.
 """
 
+import hashlib
 import io
 import shlex
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import numpy as np
 from open_mythos.assets import novel
 from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.data.text_files import DAMAGE, Unreadable, convert_command, explain, open_utf8
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer
+from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from open_mythos.tokenizer_limits import MAX_ENTRIES
 from open_mythos.train.data import Batch, to_tensor
 
 Kind = Literal["bytes", "bpe"]
@@ -39,7 +41,7 @@ class Text:
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, get_args(Kind))
-        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size)
+        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES)
         check_int("data.seq_len", self.seq_len, 1)
         check_number("data.held_out", self.held_out, 0, 0.9, above=True)
 
@@ -53,6 +55,17 @@ class Text:
         text = novel() if self.path is None else read_text(Path(self.path))
         cut = int(len(text) * (1 - self.held_out))
         return text[:cut], text[cut:]
+
+    def digests(self) -> dict[str, str]:
+        text = "".join(self._parts)
+        return {"data.path": hashlib.sha256(text.encode()).hexdigest()}
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer that was made from this text before, in place of making it again.
+
+        Another version of the `tokenizers` library could make another one, whose ids the weights do not know.
+        """
+        self.__dict__["_tokenizer"] = tokenizer  # where cached_property looks
 
     @cached_property
     def _tokenizer(self) -> BPETokenizer | ByteTokenizer:
@@ -123,4 +136,4 @@ def read_text(path: Path) -> str:
         skipped = explain(error, str(path))
         raise ValueError(f"data.path={path} is {skipped.reason} ({skipped.why}); {skipped.remedy}") from None
     except OSError as error:
-        raise ValueError(f"data.path={path} cannot be read ({error.strerror}); use the path of a text file") from None
+        raise ValueError(f"data.path: {error}; use the path of a text file") from None
