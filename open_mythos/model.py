@@ -358,8 +358,26 @@ class OpenMythos(nn.Module):
         return (tokens_per_expert / mean).max()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, each complete or not at all."""
+        """Write `config.json` and `model.safetensors`.
+
+        Over an older model this is one step: at any instant the folder loads as the one model or as the other.
+        """
         weights.save(folder, self.cfg, self.state_dict())
+
+    @classmethod
+    def without_weights(cls, folder: str | Path) -> "OpenMythos":
+        """Make the model of a folder on the meta device, once the folder's tensors are known to be this model's.
+
+        Raises:
+            As `from_pretrained`.
+        """
+        cfg, shapes = weights.read_config(folder), weights.read_shapes(folder)
+        layers = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
+        weights.check_size(shapes, count_parameters(cfg).total, layers)
+        with torch.device("meta"):
+            model = cls(cfg)
+        weights.check(shapes, model.state_dict())
+        return model
 
     @classmethod
     def from_pretrained(
@@ -373,13 +391,7 @@ class OpenMythos(nn.Module):
                 names them.
         """
         folder = weights.locate(folder_or_repo)
-        cfg, shapes = weights.read_config(folder), weights.read_shapes(folder)
-        layers = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
-        weights.check_size(shapes, count_parameters(cfg).total, layers)
-        with torch.device("meta"):
-            model = cls(cfg)
-        weights.check(shapes, model.state_dict())
-        cfg, state = weights.load(folder)
+        model, state = cls.without_weights(folder), weights.load(folder)
         model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
         model.head.weight = model.embed.weight
         return model.to(device=device, dtype=dtype).eval()

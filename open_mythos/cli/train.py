@@ -1,10 +1,11 @@
 """Commands that train."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
     from open_mythos.train.trainer import Trainer
 
+VOCAB_FLAGS = ("--model.vocab-size", "--model.vocab_size")
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
@@ -68,7 +70,9 @@ class TrainArgs:
     threads: int | None = None
     """CPU threads; left out: torch's choice."""
     checkpoint_every: int = 0
-    """Steps between checkpoints, in OUT/checkpoints; 0: none."""
+    """Steps between checkpoints, in OUT/checkpoints; 0: only the clock decides."""
+    checkpoint_minutes: float = 5.0
+    """Minutes after which a checkpoint is saved in any case; 0: never. Ctrl-C, SIGTERM and the last step also save."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
@@ -76,7 +80,7 @@ class TrainArgs:
     track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Go on from the newest whole checkpoint; start where there is none."""
+    """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
     workers: int = 0
     """Processes that make batches ahead of time."""
 
@@ -100,9 +104,10 @@ def train(rest: list[str]) -> None:
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
-    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every)
+    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
+        cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
         trainer = Trainer(
             cfg,
             args.out,
@@ -178,6 +183,23 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
         limit = f" --max-new-tokens {room}" if room < MAX_NEW_TOKENS else ""
         lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
     return [*lines, f"{mythos} info {folder}"]
+
+
+def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
+    """The run with as many tokens in the model as its prepared data has; refused if another number was given."""
+    if cfg.data.name not in ("shards", "stream") or cfg.init_from is not None:
+        return cfg
+    ours, theirs = cfg.model.vocab_size, cfg.data.vocab_size
+    if ours == theirs:
+        return cfg
+    if is_given:
+        raise ValueError(
+            f"model.vocab_size={ours} is not the {theirs} tokens of the data, and the model could give out tokens that "
+            f"the tokenizer lacks, or lack some; use --model.vocab-size {theirs}"
+        )
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
+        print(f"The model gets the data's {theirs:,} tokens instead of {ours:,}: --model.vocab-size {theirs}")
+    return replace(cfg, model=replace(cfg.model, vocab_size=theirs))
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":

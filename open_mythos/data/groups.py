@@ -1,6 +1,7 @@
 """The row groups of parquet files as one list, each read from where one likes, local or from the hub."""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from open_mythos.data.documents import Reading, Skipped, Unit, find_files, read_documents
+from open_mythos.data.documents import find_files, read_documents
 from open_mythos.data.hub import HubDataset, first_line, is_remote
 from open_mythos.data.parquet import row_group_bytes
+from open_mythos.data.records import Reading, Unit
+from open_mythos.data.skipped import Skipped
+from open_mythos.data.text_files import kind_of
 
 WAITS_S = (1.0, 4.0, 16.0, 64.0)
 """Before each further try to read a row group of the hub."""
@@ -28,7 +32,7 @@ class RowGroups:
             self._files = [str(path) for path in find_files([str(dataset)])]
         else:
             self._files = dataset.files()
-        if other := [file for file in self._files if not file.endswith(".parquet")]:
+        if other := [file for file in self._files if kind_of(file) != "parquet"]:
             raise ValueError(f"{other[0]} is no parquet file, which a stream reads; use mythos prepare-data for others")
         sizes = row_group_bytes(self._files, progress=True)
         if isinstance(dataset, Path):
@@ -42,6 +46,21 @@ class RowGroups:
         self._reading = reading
         if not len(self):
             raise ValueError(f"the parquet files of {dataset} hold no rows; use others")
+
+    def digest(self) -> str:
+        """Return the SHA-256 of local files' sizes and footers, which hold the places and statistics of all columns.
+
+        It is quick, and misses bytes that were changed in the middle of a file.
+        """
+        hasher = hashlib.sha256()
+        for path in map(Path, self._files):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(-8, os.SEEK_END)
+                footer = int.from_bytes(file.read(4), "little") + 8
+                file.seek(-min(footer, size), os.SEEK_END)
+                hasher.update(size.to_bytes(8, "little") + file.read())
+        return hasher.hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints to go on from, and the model folder at the end.
+"""Checkpoints, from which a run goes on.
 
     checkpoints/step-00000200/
       model-00000.safetensors, optimizer0-00000.safetensors, ...   a file per group and process
@@ -9,8 +9,10 @@ A folder appears under its name when all of it is on disk, so a crash at any ins
 """
 
 import json
+import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,12 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from open_mythos import weights
-from open_mythos.chat import save_template
-from open_mythos.checks import check_int
-from open_mythos.config import MythosConfig
-from open_mythos.files import sha256, to_disk
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.checks import check_int, check_number
+from open_mythos.files import make_folder, naming, sha256, to_disk
 from open_mythos.train import pieces
 from open_mythos.train.distributed import World, wait
 from open_mythos.train.pieces import Groups, Piece, Stored
@@ -43,16 +41,19 @@ class Keeping:
     """When to save, and what to keep. None of it changes a run's result."""
 
     every: int = 0
-    """Steps between checkpoints; 0: none."""
+    """Steps between checkpoints; 0: only `minutes` decides."""
     last: int = 2
     """Newest checkpoints to keep."""
     milestones: int = 0
     """Also keep those at multiples of so many steps; 0: none."""
+    minutes: float = 5.0
+    """Minutes after which a checkpoint is saved in any case; 0: never."""
 
     def __post_init__(self) -> None:
         check_int("checkpoint_every", self.every, 0)
         check_int("keep_last", self.last, 1)
         check_int("keep_every", self.milestones, 0)
+        check_number("checkpoint_minutes", self.minutes, 0)
 
 
 class Checkpoints:
@@ -66,6 +67,16 @@ class Checkpoints:
         self._step = 0
         self._failed: Exception | None = None
         self._n_saves = 0
+        self._written_at = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the number of steps asks for a checkpoint after `step`."""
+        return bool(self.keeping.every) and step % self.keeping.every == 0
+
+    def is_late(self) -> bool:
+        """Return whether the clock asks for a checkpoint: `keeping.minutes` have passed since the last was complete."""
+        writing = self._thread is not None and self._thread.is_alive()
+        return 0 < self.keeping.minutes * 60 <= time.monotonic() - self._written_at and not writing
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         """Copy and start to write; `state` is JSON. One save at a time: a second waits for the first.
@@ -85,6 +96,11 @@ class Checkpoints:
         self._n_saves += 1
         self._thread = threading.Thread(target=self._write, args=(step, copies, {"step": step, **state}))
         self._thread.start()
+
+    def join(self) -> None:
+        """Wait until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
 
     def wait(self) -> bool:
         """Wait for the save in progress; whether the last one succeeded."""
@@ -122,7 +138,8 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         """The checkpoints, the oldest first."""
-        return sorted(path for path in self.folder.glob("step-????????") if path.is_dir())
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name)]
+        return sorted((path for path in found if path.is_dir()), key=_step)
 
     def _write(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         self._failed = None
@@ -130,9 +147,10 @@ class Checkpoints:
         partial, old = target.with_suffix(".partial"), target.with_suffix(".old")
         try:
             if self.world.is_first:
-                for left_over in (*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.old")):
-                    shutil.rmtree(left_over, ignore_errors=True)
-                partial.mkdir(parents=True)
+                for left_over in self.folder.glob("step-*.*"):
+                    if re.fullmatch(r"step-[0-9]{8,}\.(partial|old)", left_over.name):
+                        shutil.rmtree(left_over, ignore_errors=True)
+                make_folder(partial)
             self._pass_on(f"{self._n_saves}/begun")
             self._finish(step, self._guarded(lambda: self._write_own(partial, groups)), partial, old, state)
         except Exception as error:
@@ -142,6 +160,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 for key in ("begun", "done"):
                     self._store.compare_set(f"{self._n_saves}/{key}", "", f"{type(error).__name__}: {error}")
+        finally:
+            self._written_at = time.monotonic()
 
     def _write_own(self, partial: Path, groups: Groups) -> dict[str, Any]:
         """This process's files; their sizes and hashes."""
@@ -178,17 +198,19 @@ class Checkpoints:
                 if "error" in part:
                     raise OSError(part["error"] if self.world.size == 1 else f"rank {rank}: {part['error']}")
             files = {name: seal for part in parts for name, seal in part["files"].items()}
-            (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
-            self.describe(partial)
-            files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}
-            (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n", "utf-8")
-            to_disk(partial / MANIFEST)
-            to_disk(partial)
-            target = self.folder / f"step-{step:08d}"
-            if target.exists():  # a damaged one, that a run went back behind
-                target.rename(old)
-            partial.rename(target)
-            to_disk(self.folder)
+            with naming(partial):
+                (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+                self.describe(partial)
+                files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}
+                manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+                (partial / MANIFEST).write_text(manifest + "\n", "utf-8")
+                to_disk(partial / MANIFEST)
+                to_disk(partial)
+                target = self.folder / f"step-{step:08d}"
+                if target.exists():  # a damaged one, that a run went back behind
+                    target.rename(old)
+                partial.rename(target)
+                to_disk(self.folder)
             shutil.rmtree(old, ignore_errors=True)
             self._drop(step)
         self._pass_on(f"{self._n_saves}/done")
@@ -267,29 +289,3 @@ def restore_optimizer(
             x = DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
         state.setdefault(place[name], {})[field] = x
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def save_model_folder(
-    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, knows_turns: bool = False
-) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
-
-    The folder appears complete or not at all: it is written beside its place and renamed.
-
-    Args:
-        knows_turns: write the chat template too, since the model was trained on conversations.
-    """
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; use another folder or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    weights.save(partial, cfg, state)
-    tokenizer.save(partial)
-    if knows_turns:
-        save_template(partial)
-    for path in (*partial.iterdir(), partial):
-        to_disk(path)
-    partial.rename(folder)
-    to_disk(folder.parent)

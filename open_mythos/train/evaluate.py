@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from open_mythos.arguments import check_n_loops
 from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.nn.linear import linear
 from open_mythos.nn.numerics import no_autocast, wide
 from open_mythos.train.cross_entropy import tokens_per_chunk
@@ -66,3 +68,21 @@ def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_
             n_right += (torch.cat(right).view_as(labels).all(-1) & labelled).sum().item()
             n_rows += labelled.sum().item()
     return Score(nats, n_labels, n_right, n_rows)
+
+
+def rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
+    """Return one process's share of some rows. All get equally many, for they have to make the same calls."""
+    n = len(batch.input_ids)
+    index = torch.arange(rank, -(-n // size) * size, size)
+    rows = batch.take(index % n)
+    rows.labels[..., index >= n, :] = IGNORE
+    return rows
+
+
+def spectral_radius(model: OpenMythos) -> float | None:
+    """Return the spectral radius of the state's linear update; None where the injection has none."""
+    injection = None if model.recurrent is None else model.recurrent.injection
+    if not isinstance(injection, LTIInjection | DiagonalInjection):
+        return None
+    decay = injection.get_A()
+    return (decay.full_tensor() if isinstance(decay, DTensor) else decay).max().item()

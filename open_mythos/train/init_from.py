@@ -2,18 +2,16 @@
 
 import copy
 import dataclasses
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from open_mythos import weights
 from open_mythos.config import MythosConfig
-from open_mythos.files import sha256
 from open_mythos.model import OpenMythos
 from open_mythos.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.config import TrainConfig
+from open_mythos.train.identity import tokenizer_digest
 from open_mythos.train.tasks import Chat
 
 FREE = ("max_seq_len", "max_output_tokens", "dropout")
@@ -52,7 +50,7 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             raise ValueError(
                 f"model.{name}={ours[name]!r} is not the {value!r} of init_from={folder!r}; use model.{name}={value!r}"
             )
-    if _digest(tokenizer) != _digest(load_tokenizer(path)):
+    if tokenizer_digest(tokenizer) != tokenizer_digest(load_tokenizer(path)):
         raise ValueError(
             f"the data's tokenizer is not the one of init_from={folder!r}, whose ids mean other text; use data made "
             f"with it: data.tokenizer_from={folder!r} for chat, mythos prepare-data --tokenizer {folder} for shards"
@@ -60,10 +58,3 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
     with torch.device("meta"):
         weights.check({name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict())
     return state
-
-
-def _digest(tokenizer: Tokenizer) -> str:
-    """Of the files that it is saved as."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return sha256(*sorted(Path(folder).iterdir()))

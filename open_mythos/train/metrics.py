@@ -1,12 +1,16 @@
 """Where a run's numbers go: one JSON object per line, and one live line in the terminal."""
 
+import contextlib
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 
-from open_mythos.files import write_text
+from open_mythos.files import naming, to_disk, write_text
 from open_mythos.train.trackers import Tracking
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -26,11 +30,24 @@ class MetricsWriter:
             self._file = None
             return
         if path.exists():
+            # Bytes that a crash or a disk has damaged may be of use to someone; a log without them is needed to go on.
+            if _parse(data := path.read_bytes())[1]:
+                aside = path.with_name(path.name + ".damaged")
+                with naming(aside):
+                    aside.write_bytes(data)
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # Unbuffered: a buffer that cannot be emptied would lose or repeat parts of lines.
-        self._file = path.open("ab", buffering=0)
+        with naming(path):
+            self._file = path.open("ab", buffering=0)
+            to_disk(path.parent)
         self._waiting = b""
+
+    def sync(self) -> None:
+        """Put the lines on disk, so that a checkpoint that is saved now never knows more than they do."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def write(self, steps_done: int, values: dict[str, float]) -> None:
         if self._file is None:
@@ -61,11 +78,33 @@ class MetricsWriter:
 
 
 def last_step(path: Path) -> int:
-    """The largest step in a metrics.jsonl; 0 where there is none yet."""
-    return int(max((line["step"] for line in read_metrics(path)), default=0)) if path.exists() else 0
+    """Return the largest step in a metrics.jsonl; 0 where there is none yet."""
+    return int(max((line["step"] for line in _parse(path.read_bytes())[0]), default=0)) if path.exists() else 0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, in order; one that a crash has cut short is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the lines of a metrics.jsonl, in order, without one that a crash has cut short at the end.
+
+    Damaged lines, such as the NUL bytes that a power failure leaves, are left out with a warning.
+    """
+    lines, damaged = _parse(Path(path).read_bytes())
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        warnings.warn(f"{path} is damaged in {len(damaged)} lines, which are left out: {numbers}", stacklevel=2)
+    return lines
+
+
+def _parse(data: bytes) -> tuple[list[dict[str, float]], list[int]]:
+    """Return the lines that can be read, and the numbers of those that cannot, counted from 1."""
+    lines, damaged = [], []
+    for number, text in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is int or (type(step) is float and math.isfinite(step)):
+            lines.append(line)
+        else:
+            damaged.append(number)
+    return lines, damaged

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from open_mythos.weights import save_tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def write(path: Path, pieces: dict[str, Piece]) -> None:
     """One file, the same for the same tensors in any order. They have to be on the CPU and contiguous."""
     pieces = dict(sorted(pieces.items()))
     places = {name: [p.start, p.rows] for name, p in pieces.items() if p.local.ndim and len(p.local) < p.rows}
-    save_file({name: p.local for name, p in pieces.items()}, path, metadata={"pieces": json.dumps(places)})
+    save_tensors({name: p.local for name, p in pieces.items()}, path, {"pieces": json.dumps(places)})
 
 
 class Stored:

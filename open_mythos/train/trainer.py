@@ -9,42 +9,35 @@ gives the same weights bit for bit. Elsewhere sums may round differently.
 import contextlib
 import dataclasses
 import hashlib
-import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int
 from open_mythos.device import Device, setup_device
-from open_mythos.files import write_text
 from open_mythos.nn.depth import LoopPlan
-from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.terminal import ProgressLine
-from open_mythos.train.checkpoint import (
-    Checkpoints,
-    Keeping,
-    optimizer_pieces,
-    read_state,
-    restore_optimizer,
-    save_model_folder,
-)
+from open_mythos.train.checkpoint import Checkpoints, Keeping, optimizer_pieces, read_state, restore_optimizer
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
-from open_mythos.train.data import IGNORE, Batch
+from open_mythos.train.data import IGNORE
 from open_mythos.train.distributed import World
-from open_mythos.train.evaluate import Score, evaluate
+from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
+from open_mythos.train.final import save_model_folder
 from open_mythos.train.guard import Guard
+from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
+from open_mythos.train.interrupts import Interrupted, signals_into
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream
+from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
 from open_mythos.train.sharding import Spread
 from open_mythos.train.tasks import Chat
 from open_mythos.train.trackers import Run, Tracker, Tracking
@@ -99,12 +92,13 @@ class Trainer:
             # Before the first of the calls in which processes wait for each other.
             options = repr((self.keeping, resume))
             self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
-            self._check_folder(resume)
             check_int("workers", workers, 0)
             self.world.check_fit(cfg.parallel, cfg.batch_size)
             self.progress = progress
-            cfg.check_data()
-            self.tokenizer = cfg.data.tokenizer()
+            self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, self.keeping, self.world, self._describe)
+            self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, self.world, resume)
+            self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
+            self.world.agree({"data": _hash(repr(self.digests).encode())})
             self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
             self.spread = Spread(cfg, self.world, self.device)
             self.model = self.spread.model
@@ -113,16 +107,18 @@ class Trainer:
             self.guard = Guard(cfg.guard, scaled=cfg.dtype == "float16")
             self.steps_done = 0
             """Of this run, before and after a resume."""
-            self.checkpoints = Checkpoints(self.out_dir / "checkpoints", self.keeping, self.world, self._describe)
             self.rows = self.world.rows(cfg.batch_size)
             place = None
-            if resume and (newest := self.checkpoints.newest()) is not None:
-                place = self._restore(newest)
+            if self.folder.newest is not None:
+                place = self._restore(self.folder.newest)
+                self.folder.tell_of_more_steps(self.steps_done)
             elif cfg.init_from is not None:
                 self.spread.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
             self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
+            if self.steps_done < cfg.steps:
+                verify_data(cfg.data, self._tell)
             self._signalled: list[int] = []
-            self._stopping = False
+            self._stopping = self._late = False
             self._hooks: list[tuple[Hook, int]] = []
             if cfg.eval.every:
                 self.add_hook(Trainer.validate, cfg.eval.every)
@@ -135,40 +131,52 @@ class Trainer:
     def run(self) -> Path:
         """Train up to `cfg.steps` steps and return the folder of the final model.
 
-        With checkpoints, SIGTERM and SIGINT (Ctrl-C) end the run after the step in work and a save.
+        SIGTERM and SIGINT (Ctrl-C) end the run after the step in progress and a checkpoint.
 
         Raises:
             FloatingPointError: steps had to be left out again and again, or a weight that is to be saved is not finite.
+            ValueError: another trainer has the folder, or has changed it since this one was made.
             Interrupted: a signal ended the run.
             RankFailed: another process has failed.
         """
-        with self._answering():
-            final = self.out_dir / "final"
-            if self.world.agree({}, int(final.exists())):
+        final = self.folder.final
+        with contextlib.ExitStack() as stack, self._answering():
+            if self.folder.is_done:
                 self.world.leave()
                 return final
+            stack.enter_context(signals_into(self._signalled))
             metrics = tracking = None
             if self.world.is_first:
-                metrics = self.out_dir / "metrics.jsonl"
+                stack.callback(self.folder.lock.release)
+                self.folder.claim()
+                metrics = self.folder.metrics
                 run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics))
                 tracking = Tracking(self.trackers, run)
+                self.folder.begin(self.steps_done)
+            # The other processes of the run know by then if one has failed, so a save in progress has an end.
+            stack.callback(self.checkpoints.join)
             shown = self.progress and self.world.is_first
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            if self.world.is_first and not (self.out_dir / "config.yaml").exists():
-                write_text(self.out_dir / "config.yaml", self.cfg.to_yaml())
-            with _signals(self.keeping.every > 0, self._signalled):
-                with (
-                    MetricsWriter(metrics, self.steps_done, tracking) as writer,
-                    ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
-                ):
-                    self._loop(writer, line)
-                # A signal that comes now changes nothing: there is less left to do than to do again.
-                self.checkpoints.wait()
-                state = self.spread.full_state()
-                if self.world.is_first:
+            with (
+                MetricsWriter(metrics, self.steps_done, tracking) as writer,
+                ProgressLine(self.cfg.steps, self.cfg.data.name, shown, self.steps_done) as line,
+            ):
+                self._loop(writer, line)
+            # A signal that comes now changes nothing: there is less left to do than to do again.
+            self.checkpoints.wait()
+            state = self.spread.full_state()
+            if self.world.is_first:
+                self.folder.lock.check()
+                try:
                     save_model_folder(self.cfg.model, state, self.tokenizer, final, isinstance(self.cfg.data, Chat))
+                except OSError as error:
+                    raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
+            self.folder.is_done = True
             self.world.leave()
             return final
+
+    def _tell(self, line: str) -> None:
+        if self.progress and self.world.is_first:
+            print(f"mythos train: {line}", file=sys.stderr, flush=True)
 
     def _loop(self, writer: MetricsWriter, line: ProgressLine) -> None:
         cfg = self.cfg
@@ -190,13 +198,14 @@ class Trainer:
                 if done % every == 0 and (extra := hook(self, done)):
                     writer.write(done, extra)
             self.steps_done = done
-            if done == cfg.steps:
-                break
             # Several processes stop where the sum over them told all of it; one alone need not wait for the next.
             stopping = self._stopping or (self.world.size == 1 and bool(self._signalled))
-            if self.keeping.every and (stopping or done % self.keeping.every == 0):
+            if stopping or self._late or self.checkpoints.is_due(done) or done == cfg.steps:
+                if self.world.is_first:
+                    self.folder.lock.check()
+                writer.sync()
                 self._save()
-            if stopping:
+            if stopping and done < cfg.steps:
                 saved = self.checkpoints.wait()
                 self.world.leave()
                 raise Interrupted(done, saved)
@@ -219,7 +228,7 @@ class Trainer:
 
     def _describe(self, folder: Path) -> None:
         """What a checkpoint holds besides tensors and numbers, so that it can stand alone."""
-        (folder / "config.yaml").write_text(self.cfg.to_yaml(), "utf-8")
+        (folder / CONFIG_FILE).write_text(self.cfg.to_yaml(), "utf-8")
         self.tokenizer.save(folder)
 
     def _save(self) -> None:
@@ -236,7 +245,7 @@ class Trainer:
             groups[f"optimizer{i}"] = optimizer_pieces(optimizer, held)
         if self.loader.place is not None:
             groups["data"] = {"place": Piece(self.loader.place, self.rows.start, self.cfg.batch_size)}
-        self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state()})
+        self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state(), "data": self.digests})
 
     def _restore(self, folder: Path) -> Tensor | None:
         """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
@@ -248,26 +257,6 @@ class Trainer:
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, held, stored, f"optimizer{i}")
         return stored.read("data", "place", self.rows.start, len(self.rows)) if stored.names("data") else None
-
-    def _check_folder(self, resume: bool) -> None:
-        path = self.out_dir / "config.yaml"
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ValueError(f"{self.out_dir} is a file; name a folder for the run")
-        if not resume:
-            for name in ("config.yaml", "metrics.jsonl", "checkpoints", "final"):
-                if (self.out_dir / name).exists():
-                    raise ValueError(
-                        f"{self.out_dir} already holds a run ({name}); go on with it with --resume, use another "
-                        "folder, or remove this one"
-                    )
-        elif path.exists():
-            ours, theirs = self.cfg.to_dict(), TrainConfig.load(path).to_dict()
-            for name in ours.keys() - {"parallel"}:  # that may change: see ParallelConfig
-                if ours[name] != theirs[name]:
-                    raise ValueError(
-                        f"{path} has {name}={theirs[name]!r}, not {ours[name]!r}: resume with the configuration that "
-                        f"the run began with (--config {path}), or use another folder"
-                    )
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
@@ -325,7 +314,7 @@ class Trainer:
             load = sums["load"]
             metrics["moe/max_load"] = (load / load.mean(dim=-1, keepdim=True)).max().item()
             metrics["moe/idle"] = (load == 0).float().mean().item()
-        if (rho := self._rho()) is not None:
+        if (rho := spectral_radius(self.model)) is not None:
             metrics["lti/rho"] = rho
         return n_tokens, metrics
 
@@ -354,12 +343,13 @@ class Trainer:
         names = [name for name, x in sums.items() if not x.ndim]
         scalars = [sums[name].to(wide) for name in names]
         signalled = squares.new_tensor(float(bool(self._signalled)))
+        late = squares.new_tensor(float(self.world.is_first and self.checkpoints.is_late()))
         load = [sums["load"].to(wide).flatten()] if "load" in sums else []
-        everything = torch.cat((torch.stack((*scalars, signalled, (squares / copies).sum())), *load))
+        everything = torch.cat((torch.stack((*scalars, signalled, late, (squares / copies).sum())), *load))
         everything = self.world.sum(everything)
-        *numbers, n_signalled, square = everything[: len(names) + 2].tolist()
+        *numbers, n_signalled, n_late, square = everything[: len(names) + 3].tolist()
         values = dict(zip(names, numbers, strict=True))
-        self._stopping = n_signalled > 0
+        self._stopping, self._late = n_signalled > 0, n_late > 0
         values["grad_norm"] = square**0.5 / self.guard.scale
         scale = self.guard.scale
         if not self.guard.allows(step, values["loss"], values["grad_norm"]):
@@ -371,14 +361,14 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         if load:
-            sums["load"] = everything[len(names) + 2 :].view_as(sums["load"]).to(sums["load"].dtype)
+            sums["load"] = everything[len(names) + 3 :].view_as(sums["load"]).to(sums["load"].dtype)
             self.model.update_expert_bias(sums["load"], self.expert_bias_rate)
         return values, True
 
     def validate(self, steps_done: int) -> Metrics:
         """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
-        rows = self._validation_rows()
+        rows = rows_of_rank(self.validation, self.world.rank, self.world.size)
         for n_loops in self.cfg.eval.loops or (None,):
             # Eager: a graph for the shapes of validation would take longer to make than it saves.
             eager = torch.compiler.set_stance("force_eager") if self.cfg.compile != "none" else contextlib.nullcontext()
@@ -394,14 +384,6 @@ class Trainer:
                 values[f"val/bpb{at}"] = score.bits_per_byte(self.cfg.data.bytes_per_token)
         return values
 
-    def _validation_rows(self) -> Batch:
-        """This process's share of them. All processes have equally many, for they have to make the same calls."""
-        n, size = len(self.validation.input_ids), self.world.size
-        index = torch.arange(self.world.rank, -(-n // size) * size, size)
-        rows = self.validation.take(index % n)
-        rows.labels[..., index >= n, :] = IGNORE
-        return rows
-
     def _on_device(self, x: Tensor) -> Tensor:
         """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
@@ -410,35 +392,6 @@ class Trainer:
         if self.cfg.dtype not in ("bfloat16", "float16"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.cfg.dtype))
-
-    def _rho(self) -> float | None:
-        """Spectral radius of the state's linear update, where the injection has one."""
-        injection = None if self.model.recurrent is None else self.model.recurrent.injection
-        if not isinstance(injection, LTIInjection | DiagonalInjection):
-            return None
-        decay = injection.get_A()
-        return (decay.full_tensor() if isinstance(decay, DTensor) else decay).max().item()
-
-
-class Interrupted(Exception):
-    """A signal has ended a run."""
-
-    def __init__(self, steps_done: int, saved: bool) -> None:
-        what = "saved" if saved else "which could not be saved"
-        super().__init__(f"stopped after step {steps_done}, {what}; go on with the same command and --resume")
-
-
-@contextlib.contextmanager
-def _signals(caught: bool, seen: list[int]) -> Generator[None]:
-    """Put SIGTERM and SIGINT into `seen`, if `caught`. Only the main thread can be told of signals."""
-    caught = caught and threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if caught else ()
-    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _hash(value: bytes) -> int:

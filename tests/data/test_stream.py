@@ -167,6 +167,19 @@ def test_from_the_hub_as_from_disk(task: Stream, server: FakeHub) -> None:
     assert not torch.equal(windows(new, 10), whole)
 
 
+def test_a_run_that_goes_on_validates_on_what_it_began_with(task: Stream, server: FakeHub) -> None:
+    remote = dataclasses.replace(task, dataset="some/data")
+    before, commit = joined(remote.validation_batch(RNG, 5)), remote.digests()["data.dataset"]
+    server.known[server.commit], server.commit = server.folder, "b" * 40
+    server.folder = server.folder.parent / "new"
+    server.folder.mkdir()
+    parquet.write_table(pyarrow.table({"text": ["other", "texts"] * 999}), server.folder / "a.parquet")
+    moved, stays = dataclasses.replace(remote), dataclasses.replace(remote)
+    stays.stay_at(commit)
+    assert torch.equal(joined(stays.validation_batch(RNG, 5)), before) and stays.digests() == remote.digests()
+    assert moved.digests() == {"data.dataset": "b" * 40}
+
+
 def test_a_row_group_that_does_not_come(task: Stream, server: FakeHub) -> None:
     remote, whole = dataclasses.replace(task, dataset="some/data"), windows(task, 20)
     lanes = remote.lanes(range(B), B)

@@ -185,5 +185,5 @@ def test_two_runs_one_after_another(tmp_path: Path) -> None:
     run_ranks(2, twice, str(tmp_path), cfg)
     for name in ("a", "b"):
         newest = opened(tmp_path / name).newest()
-        assert newest is not None and newest.name == "step-00000004"
+        assert newest is not None and newest.name == "step-00000006"
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")

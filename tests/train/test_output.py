@@ -10,7 +10,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.terminal import ProgressLine, duration
 from open_mythos.tokenizer import ByteTokenizer, load_tokenizer
-from open_mythos.train.checkpoint import save_model_folder
+from open_mythos.train.final import save_model_folder
 from open_mythos.train.metrics import MetricsWriter, read_metrics
 
 

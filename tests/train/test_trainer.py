@@ -45,7 +45,12 @@ def without_timing(folder: Path) -> list[dict[str, float]]:
 def test_run_learns_writes_its_files_and_repeats(tmp_path: Path) -> None:
     first = Trainer(run_config(), tmp_path / "a", device="cpu", progress=False).run()
     assert first == tmp_path / "a" / "final"
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.yaml", "final", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "metrics.jsonl",
+    ]
 
     lines = read_metrics(tmp_path / "a" / "metrics.jsonl")
     train = [line for line in lines if "train/loss" in line]

@@ -3,6 +3,10 @@
 Shapes: B rows, T tokens.
 """
 
+import hashlib
+import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +14,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_bool, check_int, check_number
+from open_mythos.checks import check_bool, check_int, check_number, shown
 from open_mythos.data.order import in_epochs, mix
 from open_mythos.data.shards import TokenShards
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, n_bytes
 from open_mythos.train.data import IGNORE, Batch, to_tensor
+
+QUIET_S, REPEAT_S = 2.0, 10.0
+"""Seconds of verifying before the first line about it, and between two lines."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,13 @@ class Shards:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple) or not self.paths:
-            raise ValueError(f"data.paths={self.paths!r} must name folders; use data.paths=('data/text',)")
+            raise ValueError(f"data.paths={shown(self.paths)} must name folders; use data.paths=('data/text',)")
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(
                 f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
             )
         for weight in self.weights:
-            check_number("data.weights", weight, 0, above=True)
+            check_number("data.weights", weight, 0, 1e100, above=True)
         check_bool("data.separate_documents", self.separate_documents)
         # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
         check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)
@@ -63,7 +70,7 @@ class Shards:
     def _open(self, split: str) -> list[TokenShards]:
         sources = [TokenShards(path, split) for path in self.paths]
         for source in sources:
-            if source.info["tokenizer"] != sources[0].info["tokenizer"]:
+            if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
                 raise ValueError(
                     f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
                     "one of them again"
@@ -80,9 +87,41 @@ class Shards:
             )
         return sources
 
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for i, source in enumerate(self._train):
+            made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
+            found[f"data.paths[{i}]"] = hashlib.sha256(
+                json.dumps(made_of, default=vars, sort_keys=True).encode()
+            ).hexdigest()
+        return found
+
+    def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
+        """Compare this process's share of the shards with the SHA-256s that they were written with.
+
+        Args:
+            tell: gets a line now and then once this takes longer than `QUIET_S`.
+
+        Raises:
+            ValueError: a shard is damaged; the message names it.
+        """
+        sources = [*self._train, *self._validation]
+        total = sum(source.n_tokens * np.dtype(source.info["dtype"]).itemsize for source in sources)
+        done, next_line = 0, time.monotonic() + QUIET_S
+
+        def on_read(n_bytes: int) -> None:
+            nonlocal done, next_line
+            done += n_bytes * size
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + REPEAT_S
+                tell(f"verifying the prepared data: {min(1.0, done / total):.0%} of {total / 1e9:.2f} GB")
+
+        for source in sources:
+            source.verify(rank, size, on_read)
+
     @property
     def vocab_size(self) -> int:
-        return self._train[0].info["vocab_size"]
+        return self._train[0].vocab_size
 
     @property
     def bytes_per_token(self) -> float:

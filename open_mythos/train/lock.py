@@ -1,0 +1,216 @@
+"""The lock of a run's folder: one trainer at a time, on this machine or on any that shares the folder.
+
+`run.lock` names its holder. A holder of this machine is gone when its process is; a holder that cannot be looked up,
+such as one on another machine of a network file system, is gone when it has not touched its file for `STALE_S`. Ages
+are measured by the file system's own clock, so the clocks of the machines need not agree.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import tempfile
+import threading
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from open_mythos.files import make_folder, naming
+
+LOCK_FILE = "run.lock"
+BEAT_S = 5.0
+"""Seconds between two touches of the file."""
+STALE_S = 60.0
+"""Seconds without a touch after which a holder that cannot be looked up counts as gone."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has the lock."""
+
+    token: str
+    """16 random hexadecimal digits, which no other lock has."""
+    host: str
+    pid: int
+    started: str
+    """Start of the process, which tells it from a later one of the same pid."""
+    place: str
+    """Boot of the machine, process namespace and path of the folder: a pid means something only where all are equal."""
+    since: str
+
+
+class RunLock:
+    """The lock of one folder, for one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self._token = secrets.token_hex(8)
+        self._released = threading.Event()
+        self._lost = self._made_folder = False
+
+    def refuse_if_held(self) -> None:
+        """Look whether another process has the lock, and take nothing.
+
+        Raises:
+            ValueError: it has; the message names it and the remedy.
+        """
+        if self.path.exists() and not _is_gone(self.path, holder := _read(self.path)):
+            raise ValueError(_refusal(self.path, holder))
+
+    def acquire(self) -> None:
+        """Take the lock, also one whose holder is gone. Of several processes that try, exactly one succeeds.
+
+        Raises:
+            ValueError: another process has it.
+        """
+        self._made_folder = not self.path.parent.exists()
+        make_folder(self.path.parent)
+        self._take(self.path)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def check(self) -> None:
+        """Make sure that the lock is still this process's.
+
+        Raises:
+            ValueError: it is not, so this process may write nothing more.
+        """
+        with contextlib.suppress(OSError):  # a file system that does not answer says nothing about the lock
+            self._lost = self._lost or not self._is_mine()
+        if self._lost:
+            raise ValueError(
+                f"{self.path} was removed or taken over while this process did not answer, so it stops here; look for "
+                "another mythos train in this folder before going on with --resume"
+            )
+
+    def release(self) -> None:
+        """Give the lock back, if it is still this process's, and remove the folder if it was made for nothing else."""
+        self._released.set()
+        with contextlib.suppress(OSError):  # then it is stale, and the next start takes it over
+            if self._is_mine():
+                self.path.unlink()
+                if self._made_folder and not any(self.path.parent.iterdir()):
+                    self.path.parent.rmdir()
+
+    def _take(self, path: Path) -> None:
+        while not self._create(path):
+            if not path.exists():  # given back just now
+                continue
+            holder = _read(path)
+            if not _is_gone(path, holder):
+                raise ValueError(_refusal(path, holder))
+            # Only who has the claim to this very holder may replace its lock, so that no live one is ever replaced.
+            claim = path.with_name(f"{path.name}.{holder.token if holder else 'unreadable'}")
+            self._take(claim)
+            if path.exists() and _read(path) == holder and _is_gone(path, holder):
+                os.replace(claim, path)
+                return
+            claim.unlink()
+
+    def _create(self, path: Path) -> bool:
+        """Create the file; False if it exists."""
+        now = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
+        started, place = _start_of(os.getpid()) or "", _place(path.parent)
+        holder = Holder(self._token, socket.gethostname(), os.getpid(), started, place, now)
+        with naming(path):
+            try:
+                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return False
+            try:
+                os.write(file, json.dumps(asdict(holder)).encode())
+            except OSError:
+                path.unlink()
+                raise
+            finally:
+                os.close(file)
+        return True
+
+    def _is_mine(self) -> bool:
+        holder = _read(self.path)
+        return holder is not None and holder.token == self._token
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                if not self._is_mine():
+                    self._lost = not self._released.is_set()
+                    return
+                os.utime(self.path)
+            except OSError:  # a file system that does not answer now may do so at the next beat
+                continue
+
+
+def _read(path: Path) -> Holder | None:
+    """Return what a lock says; None if there is none, or it is not readable, as one that is being written."""
+    try:
+        with path.open("rb") as file:
+            holder = Holder(**json.loads(file.read(8192)))
+    except (FileNotFoundError, TypeError, ValueError, RecursionError):
+        return None
+    texts = (holder.token, holder.host, holder.started, holder.place, holder.since)
+    is_sound = all(isinstance(text, str) for text in texts) and re.fullmatch("[0-9a-f]{16}", holder.token)
+    return holder if is_sound and type(holder.pid) is int and 0 < holder.pid < 2**31 else None
+
+
+def _is_gone(path: Path, holder: Holder | None) -> bool:
+    if holder is not None and holder.place == _place(path.parent):
+        started = _start_of(holder.pid)
+        if started is None or (started and holder.started):
+            return started != holder.started
+    try:
+        # A new file gets its time from the same clock as the lock.
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime
+        # A live holder is never far ahead of the clock either, unless that was set back.
+        return abs(now - path.stat().st_mtime) > STALE_S
+    except FileNotFoundError:
+        return True
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process of this machine started; None if it is gone, "" if that cannot be found out."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # it is another user's
+        pass
+    try:
+        # Behind the name in brackets: the state, and as the 20th field the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        pass
+    try:
+        asked = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return asked.stdout.strip()
+    except OSError:
+        return ""
+
+
+def _place(folder: Path) -> str:
+    def read(path: str) -> str:
+        try:
+            return os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip()
+        except OSError:
+            return ""
+
+    parts = (socket.gethostname(), read("/proc/sys/kernel/random/boot_id"), read("/proc/self/ns/pid"))
+    return " ".join((*parts, str(folder.resolve())))
+
+
+def _refusal(path: Path, holder: Holder | None) -> str:
+    who = (
+        "a process that has just begun"
+        if holder is None
+        else f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
+    )
+    is_here = holder is not None and holder.place == _place(path.parent)
+    check = "end it first" if is_here else f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
+    return (
+        f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
+        f"--out. If it should not run, {check}: {path}"
+    )

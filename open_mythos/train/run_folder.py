@@ -1,0 +1,131 @@
+"""A run's folder: which run is in it, which trainer has it, and what is left to do there."""
+
+import warnings
+from pathlib import Path
+
+from open_mythos.files import write_text
+from open_mythos.train.checkpoint import Checkpoints
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.distributed import World
+from open_mythos.train.final import FINAL, find_problem, set_aside
+from open_mythos.train.identity import CONFIG_FILE, check_config
+from open_mythos.train.lock import RunLock
+from open_mythos.train.metrics import METRICS_FILE, last_step
+
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """The folder of the run `cfg`, as the trainer finds it.
+
+    Raises:
+        ValueError: another trainer has it, or it holds a run: without `resume` any, with it one that `cfg` does not
+            continue, or of which nothing is left to go on from.
+    """
+
+    def __init__(self, path: Path, cfg: TrainConfig, checkpoints: Checkpoints, world: World, resume: bool) -> None:
+        self.path, self.cfg, self.world = path, cfg, world
+        self.lock = RunLock(path)
+        self.final, self.metrics = path / FINAL, path / METRICS_FILE
+        self._seen = self._snapshot()
+        if world.is_first:
+            self.lock.refuse_if_held()
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise ValueError(f"{path} is a file, or a link to nothing; name a folder for the run")
+        if not resume:
+            self._refuse_a_run()
+        config = path / CONFIG_FILE
+        run = check_config(cfg, config) if config.exists() else None
+        self.newest = checkpoints.newest() if resume else None
+        """The checkpoint that the run goes on from."""
+        if self.newest is not None:
+            # The folder's own file may be lost or replaced.
+            saved = check_config(cfg, self.newest / CONFIG_FILE)
+            run = run or saved
+        elif run is None:
+            self._refuse_a_nameless_run()
+        self.steps_before = cfg.steps if run is None else run.steps
+        """Steps of the run as it began. There may be more now."""
+        self.is_done = world.agree({}, int(world.is_first and self._is_done())) > 0
+        """The final model is there and whole."""
+
+    def claim(self) -> None:
+        """Take the folder's lock.
+
+        Raises:
+            ValueError: another trainer has the folder, or has been there since this one looked at it.
+        """
+        self.lock.acquire()
+        if self._snapshot() != self._seen:
+            raise ValueError(
+                f"{self.path} has changed since this command looked at it: another trainer was there; run the command "
+                "again"
+            )
+
+    def begin(self, steps_done: int) -> None:
+        """Make the folder, whose lock this process has, that of this run, which goes on behind step `steps_done`."""
+        # First of all, for as soon as config.yaml says more steps, final/ passes for the model after these.
+        if self.final.exists():
+            set_aside(self.final, self.steps_before)
+        config = self.path / CONFIG_FILE
+        if not config.exists() or self.steps_before != self.cfg.steps:
+            write_text(config, self.cfg.to_yaml())
+        every = self.cfg.log_every
+        expected = steps_done // every * every or min(1, steps_done)  # step 1 is logged whatever `log_every` is
+        if (last := last_step(self.metrics)) < expected:
+            warnings.warn(
+                f"{self.metrics} ends at step {last} and the run at step {steps_done}: the lines between are lost",
+                stacklevel=3,
+            )
+
+    def tell_of_more_steps(self, steps_done: int) -> None:
+        """Say what more steps than the run began with do to its learning rate."""
+        cfg, before = self.cfg, self.steps_before
+        if self.world.is_first and before < cfg.steps:
+            old = cfg.schedule.factor(before - 1, before) * cfg.optim.lr
+            new = cfg.schedule.factor(steps_done, cfg.steps) * cfg.optim.lr
+            warnings.warn(
+                f"the run had {before} steps and goes on to {cfg.steps}, over which its schedule is now stretched: "
+                f"step {steps_done + 1} has the learning rate {new:.3g}, where step {before} of {before} had {old:.3g}",
+                stacklevel=3,
+            )
+
+    def _refuse_a_run(self) -> None:
+        for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS, FINAL):
+            if (self.path / name).exists():
+                raise ValueError(
+                    f"{self.path} already holds a run ({name}); go on with it with --resume, use another folder, or "
+                    "remove this one"
+                )
+
+    def _refuse_a_nameless_run(self) -> None:
+        for path in (self.final, self.metrics):
+            if path.exists():
+                raise ValueError(
+                    f"{path} is there and neither {CONFIG_FILE} nor a checkpoint, so it is not known which run it is "
+                    f"of; put the run's {CONFIG_FILE} back, or use another folder"
+                )
+
+    def _is_done(self) -> bool:
+        if not self.final.exists():
+            return False
+        problem = find_problem(self.final)
+        if problem is None and self.steps_before == self.cfg.steps:
+            return True
+        if self.newest is None and problem is not None:
+            raise ValueError(
+                f"{self.final} cannot be used ({problem}), and there is no checkpoint to make it again from; restore "
+                f"it, or remove {self.path} to begin anew"
+            )
+        if self.newest is None:
+            raise ValueError(
+                f"{self.path} has no checkpoint to go on from: {self.final} is the model after {self.steps_before} "
+                f"steps, without the optimizer's state; begin another run with --init-from {self.final}"
+            )
+        return False
+
+    def _snapshot(self) -> tuple[bytes | None, list[str], bool]:
+        """Return what another trainer in the folder would change."""
+        config = self.path / CONFIG_FILE
+        saved = sorted(path.name for path in (self.path / CHECKPOINTS).glob("step-*") if not path.suffix)
+        return config.read_bytes() if config.is_file() else None, saved, self.final.exists()
