@@ -7,6 +7,7 @@ Messages name a field and its value as Python has them, `n_loops=0`; `as_typed` 
 import difflib
 import math
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,39 @@ from typing import Any
 VALUE = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,'"]*[^\s;,'".):]"""
 """A value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
 
+MAX_INT = 2**63 - 1
+"""The largest integer that tensors and arrays hold."""
 
-def check_int(name: str, value: object, low: int, high: int | None = None, remedy: str = "") -> None:
+
+class _Short(reprlib.Repr):
+    """A value as a message shows it, cut to a line, whatever its size: the work does not grow with the value."""
+
+    maxstring = maxlong = maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write an integer of more than 4,300 digits.
+        n_digits = int(x.bit_length() * math.log10(2)) + 1
+        return repr(x) if n_digits <= self.maxlong else f"(an integer of about {n_digits} digits)"
+
+    def repr_float(self, x: float, level: int) -> str:
+        return repr(x)
+
+
+shown = _Short().repr
+
+
+def check_int(name: str, value: object, low: int, high: int = MAX_INT, remedy: str = "") -> None:
     """Refuse anything but an int in [low, high]; the remedy, unless given, is the nearest int that is."""
-    allowed = f"at least {low}" if high is None else f"between {low} and {high}"
     if type(value) is not int:
+        allowed = f"at least {low}" if high == MAX_INT else f"between {low} and {high}"
         raise TypeError(
-            f"{name}={value!r} must be int, not {type(value).__name__}; {remedy or f'use an int that is {allowed}'}"
+            f"{name}={shown(value)} must be int, not {type(value).__name__}; "
+            f"{remedy or f'use an int that is {allowed}'}"
         )
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value} must be {allowed}; {remedy or f'use {name}={low if value < low else high}'}")
+    if value < low or value > high:
+        allowed = f"at least {low}" if high == MAX_INT > value else f"between {low} and {high}"
+        nearest = f"use {name}={low if value < low else high}"
+        raise ValueError(f"{name}={shown(value)} must be {allowed}; {remedy or nearest}")
 
 
 def check_number(
@@ -43,18 +67,26 @@ def check_number(
         allowed += f" and {'below' if below else 'at most'} {high:g}"
     remedy = remedy or "use a number inside that range"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} must be {allowed}, not {type(value).__name__}; {remedy}")
+        raise TypeError(f"{name}={shown(value)} must be {allowed}, not {type(value).__name__}; {remedy}")
     # NaN fails every comparison.
     inside = (low < value if above else low <= value) and (value < high if below else value <= high)
     # An int may lie beyond every float, where arithmetic with it fails much later.
     if not inside or value > sys.float_info.max:
-        raise ValueError(f"{name}={value!s:.40} must be {allowed}; {remedy}")
+        raise ValueError(f"{name}={shown(value)} must be {allowed}; {remedy}")
 
 
 def check_bool(name: str, value: object) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be bool, not {type(value).__name__}; use True or False")
+        raise TypeError(f"{name}={shown(value)} must be bool, not {type(value).__name__}; use True or False")
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse anything but a string that is not empty and holds no NUL, which no path or name may hold."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={shown(value)} must be str, not {type(value).__name__}; give it as text in quotes")
+    if not value or "\0" in value:
+        raise ValueError(f"{name}={shown(value)} must be text that is not empty and without NUL; give a name")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -62,19 +94,21 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     choices = ", ".join(map(repr, allowed))
     if not isinstance(value, str):
         raise TypeError(
-            f"{name}={value!r} must be one of {choices}, not {type(value).__name__}; use {name}={allowed[0]!r}"
+            f"{name}={shown(value)} must be one of {choices}, not {type(value).__name__}; use {name}={allowed[0]!r}"
         )
     if value not in allowed:
-        near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.4) or allowed
-        raise ValueError(f"{name}={value!r} must be one of {choices}; use {name}={near[0]!r}")
+        near = difflib.get_close_matches(value[:80].lower(), allowed, n=1, cutoff=0.4) or allowed
+        raise ValueError(f"{name}={shown(value)} must be one of {choices}; use {name}={near[0]!r}")
 
 
 def check_field(name: object, fields: Sequence[str], section: str = "") -> None:
     """Refuse a name that is none of `fields`; `section` is what stands before them, such as "optim."."""
     if name not in fields:
-        near = difflib.get_close_matches(str(name), fields, n=1)
+        near = difflib.get_close_matches(name[:80], fields, n=1) if isinstance(name, str) else []
         remedy = f"did you mean {section + near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
-        raise ValueError(f"{f'{section}{name}'!r} is no field of the configuration; {remedy}")
+        raise ValueError(
+            f"{shown(f'{section}{name}' if isinstance(name, str) else name)} is no field of the configuration; {remedy}"
+        )
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -12,6 +12,30 @@ from open_mythos.checks import check_bool, check_choice, check_field, check_int,
 MAX_LOOPS = 4096
 """The most loops one call may ask for. A call costs time and cache in proportion, so there has to be an end."""
 
+LARGEST = {
+    "vocab_size": 2**30,
+    "dim": 2**20,
+    "n_heads": 2**12,
+    "n_kv_heads": 2**12,
+    "max_seq_len": 2**30,
+    "max_output_tokens": 2**30,
+    "prelude_layers": 2**12,
+    "recurrent_layers": 2**12,
+    "coda_layers": 2**12,
+    "kv_lora_rank": 2**20,
+    "q_lora_rank": 2**20,
+    "qk_rope_head_dim": 2**16,
+    "qk_nope_head_dim": 2**16,
+    "v_head_dim": 2**16,
+    "n_experts": 2**16,
+    "n_experts_per_tok": 2**16,
+    "n_shared_experts": 2**16,
+    "expert_dim": 2**22,
+    "lora_rank": 2**20,
+}
+"""The largest value of each size: far above every model that there is, and small enough to reckon with."""
+MAY_BE_ZERO = ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank")
+
 ATTN_TYPES = ("mla", "gqa")
 INJECTIONS = ("lti", "diagonal", "concat", "add")
 INITIAL_STATES = ("e", "zero", "normal")
@@ -101,24 +125,8 @@ class MythosConfig:
 
     def validate(self) -> None:
         """Check every field, then the fields that have to fit each other."""
-        for name in (
-            "vocab_size",
-            "dim",
-            "n_heads",
-            "n_kv_heads",
-            "max_seq_len",
-            "kv_lora_rank",
-            "q_lora_rank",
-            "qk_rope_head_dim",
-            "qk_nope_head_dim",
-            "v_head_dim",
-            "n_experts_per_tok",
-            "expert_dim",
-            "max_output_tokens",
-        ):
-            check_int(name, getattr(self, name), 1)
-        for name in ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank"):
-            check_int(name, getattr(self, name), 0)
+        for name, largest in LARGEST.items():
+            check_int(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1, largest)
         check_int("max_loop_iters", self.max_loop_iters, 1, MAX_LOOPS)
         check_int("min_loops", self.min_loops, 1, self.max_loop_iters)
         for name, allowed in (
@@ -183,5 +191,6 @@ class MythosConfig:
 
 
 def _divisor(whole: int, near: int) -> int:
-    """The divisor of `whole` nearest to `near`."""
-    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - near))
+    """Return the divisor of `whole` nearest to `near`, in at most `near` steps: 1 divides everything."""
+    candidates = (near + sign * distance for distance in range(near) for sign in (-1, 1))
+    return next(d for d in candidates if whole % d == 0)

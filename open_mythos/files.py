@@ -14,13 +14,14 @@ import stat
 from collections import Counter
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_YAML_BYTES = 64 * 2**10
 """YAML is parsed at about a tenth of a megabyte per second."""
+MAX_NAME_CHARS = 512
 MAX_DEPTH = 32
 MAX_DIGITS = 308
 """The digits of the largest float."""
@@ -69,6 +70,10 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
+class FileError(ValueError):
+    """A fault in what a file holds. The message names fields as the file has them, not as a command's options."""
+
+
 def is_text(value: str) -> bool:
     """Return whether a string can be written as UTF-8: escapes in JSON and YAML also make halves of surrogate pairs."""
     try:
@@ -85,8 +90,8 @@ def inside(folder: Path, name: str) -> Path:
         ValueError: the name is no relative path inside the folder, or it is a link that leads out of the folder or to
             itself. In the cache of the Hugging Face hub, links may lead to the blobs of the same repository.
     """
-    is_name = isinstance(name, str) and is_text(name) and "\0" not in name
-    if not is_name or not name or os.path.isabs(name) or ".." in Path(name).parts:
+    is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and is_text(name) and "\0" not in name
+    if not is_name or os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"{name!r:.200} is no path inside {folder}; name a file of that folder")
     path = folder / name
     try:
@@ -102,26 +107,32 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Return the contents of an ordinary file of at most `limit` bytes. A pipe or a device is refused, not waited for.
+@contextlib.contextmanager
+def open_ordinary(path: Path) -> Generator[BinaryIO]:
+    """Open an ordinary file for reading. A pipe or a device is refused, not waited for.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file cannot be read.
-        ValueError: it is not an ordinary file, or has more bytes.
+        ValueError: it is not an ordinary file.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is a folder, a pipe or a device; put an ordinary file there")
-            data = file.read(limit + 1)
+                raise ValueError(f"{path} is a pipe or a device; put an ordinary file there")
+            yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; check the path") from None
     except OSError as error:
-        raise type(error)(
-            f"{path!s:.400} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        reason = f"{path!s:.400} cannot be read ({error.strerror})"
+        raise type(error)(f"{reason}; check the path, and that the file may be read") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the contents of an ordinary file of at most `limit` bytes. Raises as `open_ordinary`, and ValueError."""
+    with open_ordinary(path) as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path} has more than {limit} bytes, the most that is read of such a file; check what it is")
     return data
@@ -135,16 +146,17 @@ def read_text(path: Path, limit: int) -> str:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
     """Return the value of a JSON file. Raises as `read_text` and `parse_json`."""
-    return parse_json(read_text(path, limit), str(path))
+    return parse_json(read_text(path, limit), str(path), finite)
 
 
-def parse_json(text: str, source: str) -> Any:
+def parse_json(text: str, source: str, finite: bool = True) -> Any:
     """Return the value of a JSON text whose every number is finite and whose every string can be written.
 
     Args:
         source: what errors call the text, such as its file or its file and line.
+        finite: False allows NaN and infinity, as in measured numbers.
 
     Raises:
         ValueError: it is no JSON, has a key twice, is nested deeper than `MAX_DEPTH`, or holds NaN, a number beyond the
@@ -154,8 +166,8 @@ def parse_json(text: str, source: str) -> Any:
         value = json.loads(text, parse_int=_int, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.200}"
-        raise ValueError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
-    _check_values(value, source)
+        raise FileError(f"{source} cannot be read as JSON ({what}); correct it, or copy or save it again") from error
+    _check_values(value, source, finite)
     return value
 
 
@@ -170,13 +182,19 @@ def parse_yaml(text: str, source: str) -> Any:
     An alias (`*name`) can stand for any number of copies of a value, so a few lines could hold more than memory does.
     """
     if len(text) > MAX_YAML_BYTES:
-        raise ValueError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
+        raise FileError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
     try:
         value = yaml.load(text, _Loader)
+    except _Refused as error:
+        raise FileError(f"{source}: {error}") from error
     except Exception as error:  # the library's constructors raise whatever a bad value causes
-        raise ValueError(f"{source} cannot be read as YAML ({error!s:.400}); correct it") from error
-    _check_values(value, source)
+        raise FileError(f"{source}: the text is no YAML; correct this: {error!s:.400}") from error
+    _check_values(value, source, finite=True)
     return value
+
+
+class _Refused(ValueError):
+    """A text that is YAML, and is refused all the same."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,9 +206,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
+            raise _Refused(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
         if self.depth == MAX_DEPTH:
-            raise ValueError(f"line {line} is nested deeper than {MAX_DEPTH} levels")
+            raise _Refused(f"line {line} is nested deeper than {MAX_DEPTH} levels; flatten it")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -199,7 +217,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise ValueError(f"a section has the field {_most_frequent(names)!r:.60} twice")
+            raise _Refused(f"a section has the field {_most_frequent(names)!r:.60} twice; leave one out")
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int | float:
@@ -226,8 +244,10 @@ def _most_frequent(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-def _check_values(value: Any, source: str) -> None:
+def _check_values(value: Any, source: str, finite: bool) -> None:
     """Refuse what would fail far from its file: deep nesting, numbers that are not finite, strings that are no text."""
+    if _is_sound(value, finite):
+        return
     level = [("", value)]
     for _ in range(MAX_DEPTH):
         below: list[tuple[str, Any]] = []
@@ -237,13 +257,42 @@ def _check_values(value: Any, source: str) -> None:
                 below += [(f"a key of {place or 'the object'}", key) for key in item]
             elif isinstance(item, list | tuple | set):
                 below += [(f"{place}[{i}]", each) for i, each in enumerate(item)]
-            elif isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
+            elif isinstance(item, float) and finite and not math.isfinite(item):
+                raise FileError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
             elif isinstance(item, str) and not is_text(item):
-                raise ValueError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
+                raise FileError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
         level = below
     if level:
-        raise ValueError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
+        raise FileError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
+
+
+def _is_sound(value: Any, finite: bool) -> bool:
+    """Return whether `_check_values` has nothing to refuse, in a fraction of its time."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item)
+                below.extend(item.values())
+            elif isinstance(item, list | tuple | set):
+                below.extend(item)
+            elif isinstance(item, str):
+                if not (item.isascii() or is_text(item)):
+                    return False
+            elif isinstance(item, float) and finite and not math.isfinite(item):
+                return False
+        level = below
+    return not level
+
+
+@contextlib.contextmanager
+def blamed_on(path: Path) -> Generator[None]:
+    """Turn every TypeError and ValueError inside, caused by the values of a file, into a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{path}: {error}") from error
 
 
 def sha256(*paths: Path) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: 
 
 
 def _find(model: str) -> tuple[str, MythosConfig]:
-    if (Path(model) / "config.json").is_file():
+    # A link that leads nowhere is there too, and is refused by name.
+    if os.path.lexists(Path(model) / "config.json"):
         from open_mythos.weights import read_config
 
         return model, read_config(model)

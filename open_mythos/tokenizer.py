@@ -11,13 +11,24 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from open_mythos.files import inside
+from open_mythos.checks import shown
+from open_mythos.files import inside, read_json
+from open_mythos.tokenizer_limits import (
+    MAX_ENTRIES,
+    MAX_GROWTH,
+    MAX_SYMBOLS,
+    check_growth,
+    raise_named,
+    read_checked,
+    read_roles,
+)
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
@@ -41,6 +52,15 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int | None: ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that mark something instead of being text. What stands for unknown characters is text."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """The text that is cut into tokens: `text`, or what a vocabulary makes of it first, such as lower case."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -55,6 +75,10 @@ class ByteTokenizer:
 
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
+    special_ids = frozenset({256, 257, 258})
+
+    def normalize(self, text: str) -> str:
+        return text
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -92,6 +116,11 @@ class SymbolTokenizer:
             raise ValueError(
                 f"symbols={(bad or list(symbols))!r:.100} must be different and without white space; rename them"
             )
+        if len(symbols) > MAX_SYMBOLS or max(map(len, symbols)) > MAX_SYMBOLS or not isinstance(separator, str):
+            raise ValueError(
+                f"symbols: {len(symbols)} with separator={shown(separator)} must be at most {MAX_SYMBOLS} of at most "
+                f"{MAX_SYMBOLS} characters, and a string; use fewer and shorter ones"
+            )
         self.symbols = list(symbols)
         self.separator = separator
         self._roles = {"bos": bos, "eos": eos, "pad": pad}
@@ -101,8 +130,12 @@ class SymbolTokenizer:
                 raise ValueError(f"{role}={symbol!r} must be one of the symbols; add it to them")
         self.vocab_size = len(self.symbols)
         self.bos_id, self.eos_id, self.pad_id = (None if s is None else self._ids[s] for s in self._roles.values())
+        self.special_ids = frozenset(i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None)
         longest_first = sorted(self.symbols, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+
+    def normalize(self, text: str) -> str:
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of the symbols in `text`.
@@ -137,6 +170,7 @@ class BPETokenizer:
     Args:
         backend: the library's tokenizer.
         bos, eos, pad: names of the special tokens; one that the vocabulary lacks has the id None.
+        growth: the most characters that the normalizer may make of one.
     """
 
     def __init__(
@@ -146,8 +180,10 @@ class BPETokenizer:
         bos: str | None = "<bos>",
         eos: str | None = "<eos>",
         pad: str | None = "<pad>",
+        growth: int = 1,
     ) -> None:
         self.backend = backend
+        self._growth = growth
         self._roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         # Not the number of tokens: published vocabularies have gaps below their special tokens.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -168,8 +204,11 @@ class BPETokenizer:
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """The same from many texts, which are read once."""
-        if type(vocab_size) is not int or vocab_size < ByteTokenizer.vocab_size:
-            raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 259; use vocab_size=4096")
+        if type(vocab_size) is not int or not ByteTokenizer.vocab_size <= vocab_size <= MAX_ENTRIES:
+            raise ValueError(
+                f"vocab_size={shown(vocab_size)} must be an integer of at most {MAX_ENTRIES} and at least 259; "
+                "use vocab_size=4096"
+            )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -186,14 +225,57 @@ class BPETokenizer:
     def load(path: str | Path) -> "BPETokenizer":
         """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
         path = Path(path)
-        return BPETokenizer(_backend(path), **_roles(path.with_name(HUB_ROLES)))
+        backend, growth = _backend(path)
+        return BPETokenizer(backend, **read_roles(path.with_name(HUB_ROLES)), growth=growth)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the begin, end and padding tokens and of every added token of the library's kind "special".
+
+        The token for unknown characters counts only if it is also one of the three: a text that holds a rare character
+        has not written a special token out.
+        """
+        roles = {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}
+        return frozenset(roles | {i for i in self._added if i != self._unknown_id})
+
+    @cached_property
+    def unknown_token(self) -> str | None:
+        """Name of the special token that stands for unknown characters."""
+        return None if self._unknown_id is None else self._added.get(self._unknown_id)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = self.backend.model
+        if isinstance(model, models.Unigram):  # the one kind whose object does not say
+            return json.loads(self.backend.to_str())["model"]["unk_id"]
+        return None if model.unk_token is None else self.backend.token_to_id(model.unk_token)
+
+    def normalize(self, text: str) -> str:
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
 
     def encode(self, text: str) -> list[int]:
-        # `encode` of one text keeps all other threads from running, for a second per megabyte.
-        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        """Ids of a text.
+
+        Raises:
+            ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
+        """
+        try:
+            if self._growth > MAX_GROWTH:
+                check_growth(self.backend.normalizer, text, self._growth)
+            # `encode` of one text keeps all other threads from running, for a second per megabyte.
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot encode this text; use another tokenizer or text")
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=True)
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot decode these ids; use another tokenizer")
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`; transformers' AutoTokenizer reads them too."""
@@ -214,12 +296,13 @@ class MythosTokenizer(BPETokenizer):
     def __init__(self, model_id: str = "openai/gpt-oss-20b") -> None:
         path = Path(model_id)
         if path.is_dir():
-            path /= HUB_FILE
-        if path.is_file():
+            path = inside(path, HUB_FILE)
+        if path.exists():
             roles = path.with_name(HUB_ROLES)
         else:
             path, roles = _download(model_id)
-        super().__init__(_backend(path), **_roles(roles))
+        backend, growth = _backend(path)
+        super().__init__(backend, **read_roles(roles), growth=growth)
 
 
 class TextStream:
@@ -304,20 +387,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     hub, own = inside(folder, HUB_FILE), inside(folder, OWN_FILE)
-    if hub.is_file():
+    if hub.exists():
         inside(folder, HUB_ROLES)
         return BPETokenizer.load(hub)
-    if not own.is_file():
+    if not own.exists():
         raise FileNotFoundError(
             f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
         )
     try:
-        match json.loads(own.read_text("utf-8")):
+        match read_json(own, 2**20):
             case {"type": "bytes"}:
                 return ByteTokenizer()
             case {"type": "symbols", "symbols": symbols, **rest}:
                 return SymbolTokenizer(symbols, **rest)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{own} cannot be read ({error!s:.200}); save the tokenizer again") from error
     raise ValueError(f"{own} has no type 'bytes' or 'symbols'; save the tokenizer again")
 
@@ -328,31 +411,17 @@ def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
     (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
+def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the library's tokenizer of a file, and the most characters that its normalizer may make of one."""
+    text, growth = read_checked(path)
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no {HUB_FILE} of the tokenizers library ({error}); save it again") from error
+        backend = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        raise_named(error, f"{path} is no {HUB_FILE} of the tokenizers library; save it again")
     # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
     backend.no_truncation()
     backend.no_padding()
-    return backend
-
-
-def _roles(path: Path) -> dict[str, str | None]:
-    """The special tokens' names in a `tokenizer_config.json`, as arguments of BPETokenizer; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        roles = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
-    except (ValueError, RecursionError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!s:.200}); save the tokenizer again") from error
-    for role, name in roles.items():
-        if name is not None and not isinstance(name, str):
-            raise ValueError(f"{path} has {role}_token={name!r:.60}, which must be a string; save the tokenizer again")
-    return roles
+    return backend, growth
 
 
 def _download(model_id: str) -> tuple[Path, Path]:

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from open_mythos.checks import shown
 from open_mythos.config import MythosConfig
-from open_mythos.files import inside, make_folder, naming, parse_json, read_json, to_disk
+from open_mythos.files import blamed_on, inside, make_folder, naming, open_ordinary, parse_json, read_json, to_disk
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
@@ -145,11 +146,12 @@ def read_config(folder: str | Path) -> MythosConfig:
                 raise ValueError(f"{path} holds no configuration in its metadata; copy or save it again")
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
-            f"{path} has model_type={values.get('model_type')!r}, not 'open_mythos'; "
+            f"{path} has model_type={shown(values.get('model_type'))}, not 'open_mythos'; "
             "give a folder written by save_pretrained"
         )
     own = {*FOLDER_KEYS, SAVED_DIGEST}
-    return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
+    with blamed_on(path):
+        return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
 
 
 def _saved_config(folder: Path) -> str | None:
@@ -161,7 +163,7 @@ def _saved_config(folder: Path) -> str | None:
     path = inside(folder, WEIGHTS_FILE)
     if not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_ordinary(path) as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size) if size <= MAX_HEADER_BYTES else b""
     try:
@@ -195,7 +197,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) ->
     problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
     problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
     problems += [
-        f"{name} has shape {shapes[name]}, not {expected[name]}"
+        f"{name} has shape {shown(shapes[name])}, not {expected[name]}"
         for name in sorted(names & shapes.keys())
         if shapes[name] != expected[name]
     ]
@@ -210,7 +212,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) ->
 def _weights(folder: Path) -> Path:
     """The file of the tensors, once its header is known to be of a sane size."""
     path = _file(folder, WEIGHTS_FILE)
-    with path.open("rb") as file:
+    with open_ordinary(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"{path} cannot be read (a header of {size} bytes); copy or save it again")
@@ -222,7 +224,7 @@ def _weights(folder: Path) -> Path:
 
 def _file(folder: Path, name: str) -> Path:
     path = inside(folder, name)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "
             "which has it under DIR/final"

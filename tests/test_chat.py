@@ -1,9 +1,20 @@
 """The chat template: what the ids say, whose they are, and what it refuses."""
 
+from pathlib import Path
+
+import jinja2
 import pytest
 import tokenizers
 
-from open_mythos.chat import BadMessages, end_of_turn, render
+from open_mythos.chat import (
+    TEMPLATE,
+    TEMPLATE_FILE,
+    BadMessages,
+    end_of_turn,
+    render,
+    save_template,
+    turns_unknown,
+)
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, Tokenizer
 
 MESSAGES = [
@@ -35,7 +46,11 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
     return b"".join(b"{e}" if i == tokenizer.eos_id else bytes([i]) for i in ids).decode()
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe(), bpe(("<|user|>", "<|assistant|>"))], ids=str)
+def kind(tokenizer: Tokenizer) -> str:
+    return type(tokenizer).__name__
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe(), bpe(("<|user|>", "<|assistant|>"))], ids=kind)
 def test_the_template(tokenizer: Tokenizer) -> None:
     ids, answer = render(MESSAGES, tokenizer)
     assert spelled(tokenizer, ids) == TEXT
@@ -58,7 +73,7 @@ def test_a_tokenizer_without_an_end_token_ends_in_text() -> None:
     assert end_of_turn(NoEnd()) == "<|end|>"
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe(), NoEnd()], ids=str)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe(), NoEnd()], ids=kind)
 def test_a_prompt_is_how_the_conversation_begins(tokenizer: Tokenizer) -> None:
     ids, answer = render(MESSAGES, tokenizer)
     for n in (2, 4):
@@ -99,3 +114,25 @@ def test_bytes_have_no_special_token_to_write_out() -> None:
 def test_symbols_are_no_text() -> None:
     with pytest.raises(ValueError, match="starts no symbol"):
         render([{"role": "user", "content": "a"}], SymbolTokenizer(["a"]))
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe(), NoEnd()], ids=kind)
+@pytest.mark.parametrize("reply", [False, True])
+def test_the_template_of_other_programs_says_the_same(tokenizer: Tokenizer, reply: bool) -> None:
+    end = None if tokenizer.eos_id is None else "{e}"
+    values = {"messages": MESSAGES[:4], "add_generation_prompt": reply}
+    told = jinja2.Template(TEMPLATE).render(values if end is None else {**values, "eos_token": end})
+    assert told == spelled(tokenizer, render(MESSAGES[:4], tokenizer, reply)[0])
+
+
+def test_a_folder_shows_whether_its_model_knows_turns(tmp_path: Path) -> None:
+    told = turns_unknown(tmp_path, "do something else")
+    assert told is not None and str(tmp_path) in told and told.endswith("; do something else")
+    save_template(tmp_path)
+    assert turns_unknown(tmp_path, "") is None
+    (tmp_path / TEMPLATE_FILE).write_text("{{ messages }}")
+    assert turns_unknown(tmp_path, "") is not None, "another template is not the one that is used here"
+    (tmp_path / TEMPLATE_FILE).unlink()
+    (tmp_path / TEMPLATE_FILE).symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        turns_unknown(tmp_path, "")

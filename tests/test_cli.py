@@ -155,7 +155,7 @@ def test_info_with_another_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["trian"], "no command"),
         (["info", "3b", "--vocab-size", "9", "--tokenizer", "bytes"], "are both given; give one"),
-        (["info", "3b", "--vocab-size", "0"], "--vocab-size 0 must be at least"),
+        (["info", "3b", "--vocab-size", "0"], "--vocab-size 0 must be between 1 and 1073741824"),
         (["info", "2b"], "is no variant"),
         (["info", "1b", "--gpu-gb", "0"], "--gpu-gb 0.0 must be above 0"),
         (["train", "tiny-txet", "--out", "x"], "did you mean tiny-text?"),

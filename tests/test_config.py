@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from open_mythos import MythosConfig, OpenMythos
+from open_mythos.config import LARGEST
 from tests.models import tiny
 
 REMEDY = re.compile(r"\b(use|leave|make|give|pass|shorten|set|check|did you mean|the fields are|the default is)\b")
@@ -27,6 +28,7 @@ CHOICES = {
     "halting": ["ACT", "never"],
     "block_norm": ["post", "sandwitch"],
 }
+BEYOND = (2**31, 10**12 + 1, 10**4000)
 SWITCHES = "loop_embedding prelude_norm qk_norm".split()
 
 WRONG: list[tuple[dict, type[Exception], list[str]]] = [
@@ -54,6 +56,9 @@ WRONG: list[tuple[dict, type[Exception], list[str]]] = [
     ({"n_heads": 5}, ValueError, ["n_heads=5", "dim=32", "use n_heads=4"]),
     ({"n_heads": 7, "dim": 256}, ValueError, ["n_heads=7 must divide dim=256; use n_heads=8"]),
     ({"n_kv_heads": 3}, ValueError, ["n_kv_heads=3", "n_heads=4"]),
+    *(({name: value}, ValueError, [name, str(LARGEST[name])]) for name in LARGEST for value in BEYOND),
+    ({"n_heads": 10, "dim": 2**20}, ValueError, ["n_heads=10 must divide dim=1048576; use n_heads=8"]),
+    ({"n_heads": 4095, "dim": 2**20 - 3}, ValueError, ["n_heads=4095", "use n_heads=1"]),
     ({"n_kv_heads": 8}, ValueError, ["n_kv_heads=8", "use n_kv_heads=4"]),
     ({"dim": 12, "n_heads": 4}, ValueError, ["dim=12", "odd head width 3"]),
     ({"attn_type": "mla", "qk_rope_head_dim": 7}, ValueError, ["qk_rope_head_dim=7", "use 8"]),
@@ -68,7 +73,7 @@ WRONG: list[tuple[dict, type[Exception], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "named"), WRONG, ids=lambda x: str(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(("changes", "error", "named"), WRONG, ids=lambda x: str(x)[:60] if isinstance(x, dict) else "")
 def test_wrong_values_are_refused(changes: dict, error: type[Exception], named: list[str]) -> None:
     good = tiny()
     with pytest.raises(error) as caught:
@@ -85,6 +90,14 @@ def test_wrong_values_are_refused(changes: dict, error: type[Exception], named: 
 
 def test_there_are_enough_wrong_values() -> None:
     assert len(WRONG) >= 110
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
+def test_a_message_stays_short_whatever_the_value(name: str) -> None:
+    for value in (10**5000, -(10**5000), "9" * 10**6, [[1] * 10**6], {"a" * 10**6: 1}, 10**400):
+        with pytest.raises((TypeError, ValueError), match=f"{name}=") as error:
+            tiny(**{name: value})
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -120,7 +133,7 @@ def test_refusal_comes_before_allocation() -> None:
     with pytest.raises(ValueError, match="n_kv_heads"):
         tiny(dim=2**20, vocab_size=2**30, n_heads=4, n_kv_heads=3)
     late = tiny()
-    late.vocab_size, late.dim, late.n_kv_heads = 2**40, 2**20, 3
+    late.vocab_size, late.dim, late.n_kv_heads = 2**30, 2**20, 3
     with pytest.raises(ValueError, match="n_kv_heads"):
         OpenMythos(late)
 

@@ -30,15 +30,15 @@ YAML_FAULTS = {
     "4,000 digits": ("a: {b: " + "1" * 4000 + "}", "a.b must be a finite number"),
     "4,000 digits to base 16": ("a: 0x" + "1" * 4000, "a must be a finite number"),
     "base 60": ("a: 1" + ":1" * 30_000, "a must be a finite number"),
-    "base 60 with a fraction": ("a: 1" + ":1" * 30_000 + ".5", "cannot be read as YAML"),
+    "base 60 with a fraction": ("a: 1" + ":1" * 30_000 + ".5", "is no YAML"),
     "infinity": ("a: [.inf]", r"a\[0\] must be a finite number"),
     "half a pair": (r'a: "\ud800"', "a has half of a surrogate pair"),
-    "an escape that is no character": (r'"\UFFFFFFFF"', "cannot be read as YAML"),
-    "an empty int": ("!!int ''", "cannot be read as YAML"),
-    "a bool that is none": ("!!bool x", "cannot be read as YAML"),
-    "a date that is none": ("a: 2001-13-45", "cannot be read as YAML"),
-    "code": ("!!python/object/apply:os.system [ls]", "cannot be read as YAML"),
-    "two documents": ("a: 1\n---\nb: 1", "cannot be read as YAML"),
+    "an escape that is no character": (r'"\UFFFFFFFF"', "is no YAML"),
+    "an empty int": ("!!int ''", "is no YAML"),
+    "a bool that is none": ("!!bool x", "is no YAML"),
+    "a date that is none": ("a: 2001-13-45", "is no YAML"),
+    "code": ("!!python/object/apply:os.system [ls]", "is no YAML"),
+    "two documents": ("a: 1\n---\nb: 1", "is no YAML"),
     "long": ("#" * (MAX_YAML_BYTES + 1), f"more than {MAX_YAML_BYTES}"),
 }
 
@@ -78,8 +78,8 @@ def pipe(path: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda p: None, "does not exist"),
     "a folder": (Path.mkdir, "Is a directory"),
-    "a pipe": (pipe, "a folder, a pipe or a device"),
-    "a device": (lambda p: p.symlink_to("/dev/zero"), "a folder, a pipe or a device"),
+    "a pipe": (pipe, "a pipe or a device"),
+    "a device": (lambda p: p.symlink_to("/dev/zero"), "a pipe or a device"),
     "a loop of links": (lambda p: p.symlink_to(p.name), "Too many levels of symbolic links"),
     "a dangling link": (lambda p: p.symlink_to("nothing"), "does not exist"),
     "UTF-16": (lambda p: p.write_text('{"a": 1}', "utf-16"), "is no UTF-8 text"),
@@ -104,7 +104,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(read: Callable[[Path], object], 
     assert read(tmp_path / "file") == {"a": 1}
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "\ud800", None, 3, ["a"]])
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "\ud800", "a/" * 300, None, 3, ["a"]])
 def test_names_that_are_no_path_inside(name: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no path inside"):
         inside(tmp_path, name)  # ty: ignore[invalid-argument-type]

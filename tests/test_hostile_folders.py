@@ -59,6 +59,20 @@ def many_tensors(folder: Path) -> None:
     header(folder, ("{" + ",".join(entry.format(i) for i in range(MAX_TENSORS + 1)) + "}").encode())
 
 
+def entry(start: int, end: int, shape: list[int] | None = None) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape or [(end - start) // 4], "data_offsets": [start, end]}
+
+
+def described(folder: Path, n_bytes: int = 8, **entries: object) -> None:
+    data = json.dumps(entries).encode()
+    header(folder, data + b"\0" * n_bytes, len(data))
+
+
+def index_that_leads_out(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
+    (folder / (WEIGHTS + ".index.json")).write_text(json.dumps({"weight_map": {"norm.weight": f"../{WEIGHTS}"}}))
+
+
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a header longer than the file": (lambda f: header(f, b"{}", 1000), "cannot be read"),
     "a giant header": (lambda f: header(f, b" " * 10, MAX_HEADER_BYTES + 1), "a header of 8388609 bytes"),
@@ -66,6 +80,21 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a header that is no JSON": (lambda f: header(f, b"\x80\x05."), "cannot be read"),
     "a nested header": (lambda f: header(f, b"[" * 10**6), "cannot be read"),
     "many tensors": (many_tensors, "more than 100000"),
+    "tensors that overlap": (lambda f: described(f, a=entry(0, 8), b=entry(4, 8)), "cannot be read"),
+    "tensors with a gap": (lambda f: described(f, a=entry(0, 4), b=entry(8, 12), n_bytes=12), "cannot be read"),
+    "a tensor beyond the file": (lambda f: described(f, a=entry(0, 2**62)), "cannot be read"),
+    "a tensor of no end": (lambda f: described(f, a=entry(0, 8, [2**63, 2**63])), "cannot be read"),
+    "a negative tensor": (lambda f: described(f, a=entry(0, 8, [-2, -1])), "cannot be read"),
+    "a tensor of many dimensions": (
+        lambda f: described(f, n_bytes=4, **{"norm.weight": entry(0, 4, [1] * 10**6)}),
+        "does not fit",
+    ),
+    "a long name": (lambda f: described(f, n_bytes=4, **{"a" * 10**6: entry(0, 4)}), "does not fit"),
+    "an index that leads out": (index_that_leads_out, "does not exist"),
+    "a name twice": (
+        lambda f: header(f, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' * 2, None),
+        "cannot be read",
+    ),
     "no tensors": (lambda f: header(f, b"{}"), "does not fit"),
     "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "cannot be read"),
     "a pickle": (lambda f: (f / WEIGHTS).write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR."), "cannot be read"),
@@ -77,11 +106,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a linked configuration": (lambda f: link(f, CONFIG), "leads out of its folder"),
     "a linked tokenizer": (lambda f: link(f, OWN), "leads out of its folder"),
     "a linked other tokenizer": (lambda f: link(f, "tokenizer.json"), "leads out of its folder"),
-    "a pipe": (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "does not exist"),
-    "a wide model": (lambda f: config(f, dim=10**12, n_heads=4), "does not fit"),
-    "a deep model": (lambda f: config(f, prelude_layers=10**9), "does not fit"),
-    "a large vocabulary": (lambda f: config(f, vocab_size=10**15), "does not fit"),
-    "many experts": (lambda f: config(f, n_experts=10**10), "does not fit"),
+    "a pipe": (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "a pipe or a device"),
+    "a wide model": (lambda f: config(f, dim=2**20, n_heads=4), "does not fit"),
+    "a deep model": (lambda f: config(f, prelude_layers=4096), "does not fit"),
+    "a large vocabulary": (lambda f: config(f, vocab_size=2**30), "does not fit"),
+    "many experts": (lambda f: config(f, n_experts=2**16), "does not fit"),
     "a fraction": (lambda f: config(f, dim=0.5), "dim=0.5 must be int"),
     "an unknown field": (lambda f: config(f, auto_map={"AutoModel": "evil.py"}), "'auto_map' is no field"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "no JSON object"),

@@ -26,6 +26,7 @@ from open_mythos.cli.serve import ServeArgs, serve
 from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
 from open_mythos.cli.use import EvalArgs, GenerateArgs, InfoArgs, evaluate, generate, info
 from open_mythos.extras import DISTRIBUTION
+from open_mythos.files import FileError
 
 EXIT_BROKEN_PIPE = 1
 """Exit status when nobody reads the output any more, which is that of rich."""
@@ -59,7 +60,10 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"mythos {command}: {as_typed(str(error), _flags(COMMANDS[command].options))}", file=sys.stderr)
+        message = str(error)
+        if not isinstance(error, FileError):
+            message = as_typed(message, _flags(COMMANDS[command].options))
+        print(f"mythos {command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

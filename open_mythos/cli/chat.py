@@ -50,7 +50,7 @@ def chat(rest: list[str]) -> None:
     import torch
     from rich.console import Console
 
-    from open_mythos.chat import end_of_turn
+    from open_mythos.chat import end_of_turn, turns_unknown
     from open_mythos.model import OpenMythos
     from open_mythos.serve.params import SamplingParams
     from open_mythos.serve.session import Session
@@ -73,6 +73,8 @@ def chat(rest: list[str]) -> None:
         exit=args.exit,
         exit_threshold=args.exit_threshold,
     )
+    if not args.plain and (warning := turns_unknown(args.folder, "use --plain to have your text continued")):
+        print(f"mythos chat: {warning}", file=sys.stderr)
     console = Console(highlight=False, soft_wrap=True)
     session = Session(model, tokenizer, console, params, args.plain, args.system, args.kv_tokens)
     if sys.stdin.isatty():

@@ -1,6 +1,5 @@
 """The commands that ask what loops are good for."""
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -112,8 +111,14 @@ def _show(console: "Console", name: str) -> None:
 
 def _found(name: str) -> tuple[str, Path | None]:
     """What was found last on this machine, the whole before the quick form, and where that is written."""
+    from open_mythos.experiments.lab import MAX_RESULT_BYTES
+    from open_mythos.files import read_json
+
     # A source tree also has the record.
     for folder in (HOME / name / "report", Path("docs/results") / name, HOME / f"{name}-quick" / "report"):
         if (folder / "report.json").exists():
-            return json.loads((folder / "report.json").read_text(encoding="utf-8"))["finding"], folder
+            report = read_json(folder / "report.json", MAX_RESULT_BYTES)
+            if not isinstance(finding := report.get("finding") if isinstance(report, dict) else None, str):
+                raise ValueError(f"{folder / 'report.json'} has no finding; run mythos exp {name} again, or remove it")
+            return finding, folder
     return "not run yet", None

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -18,6 +19,8 @@ from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.extras import load
 
 KEY = "MYTHOS_API_KEY"
+MAX_NAME = 256
+"""Characters of `model` in a request."""
 
 
 @dataclass
@@ -64,12 +67,14 @@ def serve(rest: list[str]) -> None:
     try:
         _serve(args)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # the server has ended, and so does the process
+            signal.signal(signal.SIGTERM, before)
 
 
 def _serve(args: ServeArgs) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         load(module, "serve", "the server")
+    from open_mythos.chat import turns_unknown
     from open_mythos.serve.engine import Engine, EngineConfig
     from open_mythos.serve.fields import HARD_MAX_LOOPS
     from open_mythos.serve.gate import is_local
@@ -90,19 +95,23 @@ def _serve(args: ServeArgs) -> None:
     key = read_key(args.api_key_file)
     if key is None and not is_local(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere and needs a key; use --api-key-file FILE")
+    warning = turns_unknown(args.folder, "use --plain to have messages continued as text")
     engine_config = EngineConfig(
         max_rows=args.max_rows, max_queue=args.max_rows + args.max_queue, kv_tokens=args.kv_tokens
     )
     config = ServeConfig(
-        args.name or args.folder.resolve().name,
+        check_name(args.folder.resolve().name if args.name is None else args.name),
         max_loops=args.max_loops,
         max_queue=args.max_queue,
         max_work=args.max_work,
         plain=args.plain,
+        knows_turns=warning is None,
         drain_s=args.drain,
         stuck_s=args.stuck,
     )
-    logging.basicConfig(format="mythos serve: %(message)s", stream=sys.stderr)
+    handler = LogHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("mythos serve: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     log = logging.getLogger("open_mythos.serve")
     log.setLevel(logging.INFO)
 
@@ -124,9 +133,10 @@ def _serve(args: ServeArgs) -> None:
     listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info("http://%s:%d, loading %s", host, listener.getsockname()[1], args.folder)
+    if warning and not args.plain:
+        log.warning("%s", warning)
     service = Service(make, args.max_rows, config, key)
     well = run(make_app(service), service, listener)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
     error = service.worker.error
     if isinstance(error, TypeError | ValueError | OSError) and service.worker.engine is None:
         raise error
@@ -136,6 +146,29 @@ def _serve(args: ServeArgs) -> None:
         # The thread may be in the middle of something that it will not leave.
         logging.shutdown()
         os._exit(1 if service.fatal else 0)
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes a line for each record, whatever a name in it holds, and drops those that would have to wait: a pipe that
+    nobody reads must not stop the server."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().format(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            can_write = bool(select.select([], [self.stream], [], 0)[1])
+        except (OSError, ValueError):  # it is not a file of the system's
+            can_write = True
+        if can_write:
+            super().emit(record)
+
+
+def check_name(name: str) -> str:
+    """The name, or ValueError for one that would break a line of the log, or that no request could send."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(f"name={name!r:.80} must be 1 to {MAX_NAME} printable characters; use --name mythos")
+    return name
 
 
 def read_key(file: Path | None) -> str | None:

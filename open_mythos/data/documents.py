@@ -1,67 +1,32 @@
-"""Documents out of files: plain text, JSON lines and parquet, cut into units that workers read on their own."""
+"""Documents out of files: plain text, JSON and parquet, cut into units that workers read on their own."""
 
 import hashlib
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from open_mythos.checks import check_choice, check_int
 from open_mythos.data.hub import is_remote
-from open_mythos.data.parquet import read_column, row_group_bytes
+from open_mythos.data.parquet import row_group_bytes
+from open_mythos.data.records import Reading, Unit, conversion, json_records, place, read_records, too_long
+from open_mythos.data.skipped import SkipLog, Skipped, unknown_kind
+from open_mythos.data.text_files import DAMAGE, ENDINGS, Unreadable, explain, has_byte_lines, kind_of
 from open_mythos.tokenizer import Tokenizer
 
-Cut = Literal["file", "paragraphs", "lines"]
-
-READERS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
-"""The kind of file by the end of its name."""
 UNIT_BYTES = 8 * 2**20
 """About how much of a file one unit covers: seconds of work, which is what an interruption can lose."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A part of one file: bytes [start, end) of text or JSON lines, row groups [start, end) of parquet."""
-
-    path: str
-    """Or the address of a file on the hub."""
-    kind: str
-    start: int
-    end: int
-    n_bytes: int
-    """About how much there is to read, for the progress bar."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How documents are taken out of files."""
-
-    column: str = "text"
-    """The field of a JSON line, or the column of a parquet file, that holds the text."""
-    cut: Cut = "file"
-    """What of a text file is a document: all of it, every paragraph (blank lines between), or every line."""
-    max_document_bytes: int = 50 * 2**20
-    """A longer document is skipped."""
-
-    def __post_init__(self) -> None:
-        check_choice("cut", self.cut, get_args(Cut))
-        check_int("max_document_bytes", self.max_document_bytes, 1)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that gave no document, and why."""
-
-    reason: Literal["empty", "not UTF-8", "too long", "no text in the record", "ids out of range"]
-
-
-def find_files(inputs: list[str]) -> list[Path]:
+def find_files(inputs: list[str], passed_over: list[Skipped] | None = None) -> list[Path]:
     """The files named, and those of known kinds in the folders named, in order of their names.
+
+    Args:
+        passed_over: gets the files in the folders that are of no known kind, and what is no regular file.
 
     Raises:
         FileNotFoundError: an input is absent, or a folder holds no file of a known kind.
@@ -73,14 +38,18 @@ def find_files(inputs: list[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
+            found, others = _search(path)
             if not found:
-                raise FileNotFoundError(f"folder {path} holds no {', '.join(READERS)} file; name another")
+                there = f" ({others[0].file}: {others[0].why or others[0].reason})" if others else ""
+                raise FileNotFoundError(f"folder {path} holds no {', '.join(ENDINGS)} file{there}; name another")
             files += found
+            if passed_over is not None:
+                passed_over += others
         elif not path.is_file():
             raise FileNotFoundError(f"input {path} does not exist; name a file or a folder")
-        elif path.suffix not in READERS:
-            raise ValueError(f"input {path} is of no known kind; use files that end in {', '.join(READERS)}")
+        elif kind_of(path) is None:
+            remedy = f"use files that end in {', '.join(ENDINGS)}, or .gz behind one of them"
+            raise ValueError(f"input {path} is of no known kind; {remedy}: {unknown_kind(name, path.suffix).remedy}")
         else:
             files.append(path)
     if twice := [path for path, n in Counter(files).items() if n > 1]:
@@ -88,41 +57,99 @@ def find_files(inputs: list[str]) -> list[Path]:
     return files
 
 
+def _search(folder: Path) -> tuple[list[Path], list[Skipped]]:
+    """The files of a folder and of the folders in it: those that are read, and the others."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed, which `rglob` passes over
+
+    paths = [Path(top) / name for top, *names in os.walk(folder, onerror=refuse) for name in chain(*names)]
+    found, others = [], []
+    for path in sorted(paths):
+        if not path.is_file():
+            if path.is_symlink() or not path.is_dir():
+                why = "a link to a folder" if path.is_dir() else "no regular file, or a link to nothing"
+                others.append(Skipped("unknown kind of file", why, "name what it leads to", file=str(path)))
+        elif kind_of(path) is None:
+            others.append(unknown_kind(str(path), path.suffix.lower()))
+        else:
+            found.append(path)
+    return found, others
+
+
 def cut_into_units(
     files: Sequence[str | Path], reading: Reading, unit_bytes: int = UNIT_BYTES, *, progress: bool = False
 ) -> list[Unit]:
     """The units of all files. They depend on the files alone, so another run on the same files has the same."""
     names = [str(file) for file in files]
-    parquet = [name for name in names if _kind(name) == "parquet"]
+    parquet = [name for name in names if kind_of(name) == "parquet"]
     sizes = dict(zip(parquet, row_group_bytes(parquet, progress), strict=True))
     return [unit for name in names for unit in _cut(name, reading, unit_bytes, sizes.get(name, []))]
 
 
 def _cut(path: str, reading: Reading, unit_bytes: int, sizes: list[int]) -> list[Unit]:
     """The units of one file; `sizes` are the bytes of its row groups."""
-    kind = _kind(path)
+    kind = kind_of(path)
+    assert kind is not None
     if kind != "parquet":
-        # A file that is one document cannot be cut, nor can paragraphs be told apart from the middle of one.
-        whole = kind == "text" and reading.cut != "lines"
         size = Path(path).stat().st_size
-        edges = [0, size] if whole else [*range(0, size, unit_bytes), size]
+        # A file that is one document cannot be cut, nor can paragraphs be told apart from the middle of one.
+        in_lines = kind == "jsonl" or (kind == "text" and reading.cut == "lines")
+        cuttable = size and in_lines and has_byte_lines(path)
+        edges = [*range(0, size, unit_bytes), size] if cuttable else [0, size]
         return [Unit(path, kind, start, end, end - start) for start, end in pairwise(edges)]
     edges = [0]
     for i in range(len(sizes)):
         if sum(sizes[edges[-1] : i + 1]) >= unit_bytes:
             edges.append(i + 1)
-    edges += [len(sizes)] * (edges[-1] < len(sizes))
+    edges += [len(sizes)] * (edges[-1] < len(sizes) or not sizes)
     return [Unit(path, kind, start, end, sum(sizes[start:end])) for start, end in pairwise(edges)]
 
 
-def _kind(path: str) -> str:
-    return READERS[Path(path).suffix]
+def read_documents(unit: Unit, reading: Reading, *, clip: bool = False) -> Iterator[str | Skipped]:
+    """The documents of a unit, in order, with a `Skipped` in the place of each record that is none.
+
+    Args:
+        clip: cut a document that is too long instead of skipping it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for at, record in _undamaged(read_records(unit, reading), unit):
+        document = record if isinstance(record, Skipped) else _document(record, unit, reading, clip)
+        yield replace(document, place=at, file=unit.path) if isinstance(document, Skipped) else document
 
 
-def read_documents(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
-    """The documents of a unit, in order, with a `Skipped` in the place of each record that is none."""
-    for record in _RECORDS[unit.kind](unit, reading):
-        yield _document(record, reading)
+def read_values(unit: Unit, max_bytes: int) -> Iterator[tuple[str, Any]]:
+    """The JSON values of a unit and their places, with a `Skipped` for each that is no JSON or longer than that."""
+    return _undamaged(json_records(unit, max_bytes), unit)
+
+
+def _undamaged(records: Iterator[tuple[int, Any]], unit: Unit) -> Iterator[tuple[str, Any]]:
+    """The records and their places, and a `Skipped` for the rest of the file where its contents are damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    at = None
+    try:
+        for number, record in records:
+            at = place(unit, number)
+            yield at, record
+        if at is None and unit.kind != "text" and _is_whole_file(unit):
+            yield "", Skipped("empty", "it has no records")
+    except (Unreadable, *DAMAGE) as error:
+        yield f"behind {at}" if at else "", explain(error, unit.path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, unit.path) from error
+
+
+def _is_whole_file(unit: Unit) -> bool:
+    if unit.kind == "parquet":
+        return unit.start == unit.end  # a file without row groups
+    return unit.start == 0 and unit.end == Path(unit.path).stat().st_size
 
 
 def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
@@ -135,30 +162,43 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document is for validation. Its text alone decides, so all copies of it are on the same side."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48 < share
+    return place_of(text) < share
 
 
-def first_text(files: Sequence[str | Path], reading: Reading, n_bytes: int) -> Iterator[str]:
+def place_of(text: str) -> float:
+    """The place of a document in [0, 1), from a hash of its text: it is held out by all larger shares."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+
+
+def first_text(
+    files: Sequence[str | Path], reading: Reading, n_bytes: int, skipped: SkipLog | None = None
+) -> Iterator[str]:
     """The first documents of the files, until they hold `n_bytes`; the last one is cut.
+
+    Args:
+        skipped: gets what is skipped before that.
 
     Raises:
         ValueError: there is no text at all.
     """
-    skipped: Counter[str] = Counter()
+    skipped = SkipLog() if skipped is None else skipped
+    reading = replace(reading, max_document_bytes=min(n_bytes, reading.max_document_bytes))
     left = n_bytes
     # File by file, since the footer of one on the hub is a request.
     units = (unit for file in files for unit in cut_into_units([file], reading))
     for unit in units:
-        for text in read_documents(unit, reading):
+        for text in read_documents(unit, reading, clip=True):
             if isinstance(text, Skipped):
-                skipped[text.reason] += 1
+                skipped.add(text)
                 continue
             yield text[:left]
             left -= len(text.encode("utf-8"))
             if left <= 0:
                 return
     if left == n_bytes:
-        raise ValueError(f"the files hold no text (skipped: {dict(skipped) or 'none'}); name others, or another column")
+        raise ValueError(
+            f"the files hold no text (skipped: {dict(skipped.counts) or 'none'}); name others, or another column"
+        )
 
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
@@ -170,71 +210,35 @@ def fingerprint(unit: Unit) -> dict[str, Any]:
     return {**place, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _document(record: bytes | str | Skipped, reading: Reading) -> str | Skipped:
-    if isinstance(record, Skipped):
-        return record
-    if len(record) > reading.max_document_bytes:
-        return Skipped("too long")
+def _document(record: bytes | str, unit: Unit, reading: Reading, clip: bool) -> str | Skipped:
+    most = reading.max_document_bytes
+    clip = clip and len(record) > most
+    if clip:
+        record = record[:most]
+    elif len(record) > most:
+        return too_long(unit, reading)
     try:
-        text = record.decode("utf-8") if isinstance(record, bytes) else record
+        text = _decode(record, clip) if isinstance(record, bytes) else record
         # A JSON string may hold half of a surrogate pair, which is no text either.
         n_bytes = len(record) if isinstance(record, bytes) else len(text.encode("utf-8"))
-    except UnicodeError:
-        return Skipped("not UTF-8")
-    if n_bytes > reading.max_document_bytes:
-        return Skipped("too long")
+    except UnicodeDecodeError as error:
+        return Skipped("not UTF-8", f"byte {error.object[error.start]} at {error.start}", conversion(unit))
+    except UnicodeEncodeError as error:
+        what = f"half of a surrogate pair at character {error.start}"
+        # Bytes that were not UTF-8 are such halves by now.
+        is_byte = 0xDC80 <= ord(text[error.start]) <= 0xDCFF and unit.kind == "json"
+        return Skipped("not UTF-8", "" if is_byte else what, conversion(unit) if is_byte else "correct the record")
+    if n_bytes > most and not clip:
+        return too_long(unit, reading)
+    if unit.kind == "text":
+        text = text.replace("\r\n", "\n")
     return text if text.strip() else Skipped("empty")
 
 
-def _text_records(unit: Unit, reading: Reading) -> Iterator[bytes]:
-    if reading.cut == "lines":
-        yield from (line.rstrip(b"\r\n") for line in _lines(unit))
-        return
-    if reading.cut == "file":
-        yield Path(unit.path).read_bytes()
-        return
-    paragraph: list[bytes] = []
-    for line in _lines(unit):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield b"".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield b"".join(paragraph)
-
-
-def _json_records(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
-    for line in _lines(unit):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeError:
-            yield Skipped("not UTF-8")
-            continue
-        except (ValueError, RecursionError):
-            yield Skipped("no text in the record")
-            continue
-        text = record.get(reading.column) if isinstance(record, dict) else None
-        yield text if isinstance(text, str) else Skipped("no text in the record")
-
-
-def _parquet_records(unit: Unit, reading: Reading) -> Iterator[str | Skipped]:
-    for text in read_column(unit.path, range(unit.start, unit.end), reading.column):
-        yield text if isinstance(text, str) else Skipped("no text in the record")
-
-
-def _lines(unit: Unit) -> Iterator[bytes]:
-    """The lines that begin inside the unit; the last one may end behind it."""
-    with open(unit.path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark of some editors
-            file.seek(0)
-        if unit.start:
-            file.seek(unit.start - 1)
-            file.readline()  # the rest of a line that begins in the unit before
-        while file.tell() < unit.end and (line := file.readline()):
-            yield line
-
-
-_RECORDS = {"text": _text_records, "jsonl": _json_records, "parquet": _parquet_records}
+def _decode(data: bytes, clip: bool) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if clip and error.reason == "unexpected end of data":
+            return data[: error.start].decode("utf-8")  # the middle of a character
+        raise

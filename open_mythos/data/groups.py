@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from open_mythos.data.documents import Reading, Skipped, Unit, find_files, read_documents
+from open_mythos.data.documents import find_files, read_documents
 from open_mythos.data.hub import HubDataset, first_line, is_remote
 from open_mythos.data.parquet import row_group_bytes
+from open_mythos.data.records import Reading, Unit
+from open_mythos.data.skipped import Skipped
+from open_mythos.data.text_files import kind_of
 
 WAITS_S = (1.0, 4.0, 16.0, 64.0)
 """Before each further try to read a row group of the hub."""
@@ -29,7 +32,7 @@ class RowGroups:
             self._files = [str(path) for path in find_files([str(dataset)])]
         else:
             self._files = dataset.files()
-        if other := [file for file in self._files if not file.endswith(".parquet")]:
+        if other := [file for file in self._files if kind_of(file) != "parquet"]:
             raise ValueError(f"{other[0]} is no parquet file, which a stream reads; use mythos prepare-data for others")
         sizes = row_group_bytes(self._files, progress=True)
         if isinstance(dataset, Path):

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from open_mythos.checks import check_int
 from open_mythos.extras import load
-from open_mythos.files import write_text
+from open_mythos.files import read_json, write_text
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_SUBSET = "sample-10BT"
@@ -113,7 +113,7 @@ def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress
     """`look_up` of each address, many at a time; what was found is kept on disk, since a commit never changes."""
     kept: dict[Path, dict[str, list[int]]] = {}
     for path in {_index(address) for address in addresses}:
-        kept[path] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        kept[path] = read_json(path) if path.exists() else {}
     missing = [address for address in addresses if address not in kept[_index(address)]]
     try:
         with ThreadPoolExecutor(CONNECTIONS) as pool:

@@ -1,16 +1,24 @@
 """Row groups of parquet files, local or on the Hugging Face hub."""
 
 import importlib
+import itertools
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from open_mythos.data.hub import first_line, is_remote, open_remote, remember
 from open_mythos.extras import load
+from open_mythos.files import open_ordinary
 
-ROWS = 256
-"""Rows decoded at a time."""
+ROWS, DECODED_BYTES = 256, 2**29
+"""Rows decoded at a time, and about the most memory that they may take."""
+MAX_DICTIONARY_BYTES = 2**26
+"""Writers end a dictionary at about 1 MB."""
+DICTIONARY_PAGE = 2
+MAX_RATIO = 256
+"""How many times as large as in the file a column's pages may be, once they are larger than `DECODED_BYTES`."""
 
 
 def row_group_bytes(files: list[str], progress: bool = False) -> list[list[int]]:
@@ -19,18 +27,114 @@ def row_group_bytes(files: list[str], progress: bool = False) -> list[list[int]]
     return [next(remote) if is_remote(file) else _sizes(file) for file in files]
 
 
-def read_column(path: str, groups: range, column: str) -> Iterator[Any]:
-    """The values of a column in some row groups.
+def read_column(path: str, groups: range, column: str) -> Iterator[tuple[int, Any]]:
+    """The values of a column in some row groups, each with the number of its row in the file, from 0 on.
+
+    Text comes as its bytes, which need not be UTF-8. `a.b` is the column of that name, or the field b of the column a.
 
     Raises:
         ValueError: the file has no such column.
         OSError: the file cannot be read, or is damaged.
     """
     with _named(path), _open(path) as file:
-        if column not in (names := file.schema_arrow.names):
-            raise ValueError(f"column={column!r} is not in {path}, which has {', '.join(names)}; name one of these")
-        for batch in file.iter_batches(ROWS, groups, [column]):
-            yield from batch.column(0).to_pylist()
+        if (place := _find(file.schema_arrow, column)) is None:
+            names = ", ".join(_names(file.schema_arrow))
+            raise ValueError(f"column={column!r} is not in {path}, which has {names}; name one of these")
+        row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+        for batch in file.iter_batches(_rows_at_a_time(path, file.metadata, groups, column), groups, [column]):
+            for value in _values(batch.column(batch.schema.names.index(place[0])), place[1:]):
+                yield row, value
+                row += 1
+
+
+def _find(fields: Any, column: str) -> list[str] | None:
+    """The names that lead to a column, through structs where it is in one; None if there is none."""
+    names = [field.name for field in fields]
+    if column in names:
+        return [column]
+    for name in names:
+        if column.startswith(f"{name}.") and names.count(name) == 1 and _is_struct(fields.field(name).type):
+            if (rest := _find(fields.field(name).type, column[len(name) + 1 :])) is not None:
+                return [name, *rest]
+    return None
+
+
+def _names(fields: Any, prefix: str = "") -> list[str]:
+    """The columns, with those in structs as `a.b`."""
+    found: list[str] = []
+    for field in fields:
+        name = prefix + field.name
+        found += _names(field.type, f"{name}.") if _is_struct(field.type) else [name]
+    return found
+
+
+def _is_struct(kind: Any) -> bool:
+    return _arrow().types.is_struct(kind)
+
+
+def _values(column: Any, names: list[str]) -> list[Any]:
+    """The values of a column, or of a field in it: bytes for text, None for null."""
+    arrow = _arrow()
+    if names:
+        compute: Any = importlib.import_module("pyarrow.compute")
+        column = compute.struct_field(column, names)
+    if isinstance(column, arrow.ExtensionArray):
+        column = column.storage
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind):
+        # One value that is not UTF-8 would make an error of the whole batch.
+        column = column.cast(arrow.large_binary())
+    return column.to_pylist()
+
+
+def _rows_at_a_time(path: str, metadata: Any, groups: range, column: str) -> int:
+    """Return how many rows to decode at once: fewer than `ROWS` where one value may be very long.
+
+    A few bytes of a file can stand for many of text: pages are compressed, and a dictionary, or the encoding of a value
+    by what it shares with the one before it, repeats a long value in every row.
+
+    Raises:
+        OSError: a dictionary or a column is unpacked to far more than any writer makes.
+    """
+    longest = 1
+    for i, j in itertools.product(groups, range(metadata.num_columns)):
+        chunk = metadata.row_group(i).column(j)
+        if not f"{chunk.path_in_schema}.".startswith(f"{column}."):
+            continue
+        packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+        dictionary = _dictionary_bytes(path, chunk)
+        if dictionary > MAX_DICTIONARY_BYTES or unpacked > max(DECODED_BYTES, MAX_RATIO * packed):
+            raise OSError(
+                f"{path} has in row group {i} a column {column!r} of {packed} bytes that unpacks to {unpacked}, with a "
+                f"dictionary of {dictionary} (at most {MAX_DICTIONARY_BYTES}); write the file again, or leave it out"
+            )
+        shares = "DELTA_BYTE_ARRAY" in chunk.encodings
+        longest = max(longest, unpacked if shares else dictionary)
+    return max(1, min(ROWS, DECODED_BYTES // longest))
+
+
+def _dictionary_bytes(path: str, chunk: Any) -> int:
+    """Return the bytes of a column's dictionary once it is unpacked, from the header of its first page; 0 without one.
+
+    The header is a structure of Thrift's compact protocol: the kind of page, then its size, both as zigzag varints.
+    """
+    start = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)
+    with open_remote(path) if is_remote(path) else open_ordinary(Path(path)) as file:
+        file.seek(start)
+        header = file.read(16)
+    numbers, at = [], 0
+    for _ in range(2):
+        at += 1  # the field's type and number
+        number = shift = 0
+        while at < len(header):
+            number |= (header[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if header[at - 1] < 0x80:
+                break
+        numbers.append(number >> 1)
+    return numbers[1] if numbers[0] == DICTIONARY_PAGE else 0
 
 
 def _sizes(path: str) -> list[int]:
@@ -44,7 +148,7 @@ def _named(path: str) -> Generator[None]:
     """Errors of what is inside become an OSError that names the file."""
     _library()
     # Not when it is needed: generators are closed when the interpreter ends, and then nothing can be imported.
-    damaged = importlib.import_module("pyarrow").ArrowInvalid
+    damaged = _arrow().ArrowInvalid
     try:
         yield
     except damaged as error:
@@ -71,6 +175,10 @@ def _remote_metadata(address: str) -> Any:
     """A footer, which at a commit never changes: of 700 row groups of 10 columns half a megabyte, 6 in memory."""
     with open_remote(address) as file:
         return _library().ParquetFile(file).metadata
+
+
+def _arrow() -> Any:
+    return importlib.import_module("pyarrow")
 
 
 def _library() -> Any:

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,27 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from open_mythos.checks import check_int, check_number
+from open_mythos.data.disk import writing
 from open_mythos.data.documents import (
-    Reading,
-    Skipped,
-    Unit,
     cut_into_units,
     encode,
     find_files,
     fingerprint,
-    is_held_out,
+    place_of,
     read_documents,
 )
 from open_mythos.data.hub import HubDataset, fetch, is_remote
-from open_mythos.data.shards import FORMAT, INDEX, SPLITS, Shard, find_problem, write_shard
-from open_mythos.files import sha256, write_text
+from open_mythos.data.records import Reading, Unit, name_lines
+from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
+from open_mythos.data.skipped import SkipLog, Skipped
+from open_mythos.files import inside, read_json, sha256, write_text
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
+SKIPPED = "skipped.jsonl"
+GO_ON = "make room and repeat the command, which goes on from here"
+LISTED = 10_000
+"""Skipped records of one unit and reason that are listed with their places; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +66,35 @@ def prepare(
     settings: Settings | None = None,
     workers: int = 1,
     progress: bool = True,
+    *,
+    strict: bool = False,
+    skipped: SkipLog | None = None,
 ) -> dict[str, Any]:
     """Tokenize files into the folder `out`, and return what `dataset.json` says.
 
     A call that was interrupted goes on where it stopped when it is repeated; at most the units in work are done again.
+    Files and records that give no document are listed in `skipped.jsonl`.
 
     Args:
         inputs: files and folders (see `find_files`), or a dataset of the hub, whose files are downloaded to the cache
             of huggingface_hub as their turn comes. A repeated call goes on with the commit that the first one found.
         tokenizer: "bytes", a folder or file that holds one, or the name of a model on the Hugging Face hub.
+        strict: refuse inputs of which something is skipped. A call without it goes on from what has been done.
+        skipped: gets what is skipped, also if the call ends with an error.
 
     Raises:
-        ValueError: `out` holds the data of other inputs or settings, or the inputs have no document to train on.
+        ValueError: `out` holds the data of other inputs or settings, the inputs have no document to train on, or
+            something is skipped and `strict` is set.
+        OSError: a file cannot be read, or there is no room for the data.
     """
     check_int("workers", workers, 1)
-    settings, out = settings or Settings(), Path(out).resolve()
-    dataset = None
+    settings, out, skipped = settings or Settings(), Path(out).resolve(), SkipLog() if skipped is None else skipped
+    dataset, passed_over = None, list[Skipped]()
     if isinstance(inputs, HubDataset):
         dataset = _pin(inputs, out)
         files = dataset.files()
     else:
-        files = find_files(inputs)
+        files = find_files(inputs, passed_over)
     units = cut_into_units(files, settings.reading, progress=progress)
     encoder = open_tokenizer(tokenizer)
     if encoder.eos_id is None:
@@ -100,17 +112,69 @@ def prepare(
     with _progress(units, progress) as advance:
         for i in chain(done, _work(job, waiting, workers)):
             advance(units[i])
-    results = [json.loads(_unit_file(out, i).read_text("utf-8")) for i in range(len(units))]
+    results = [_read_mark(_unit_file(out, i)) for i in range(len(units))]
+    entries = chain(((entry, 1) for entry in passed_over), _skipped_records(units, results))
+    _list_skipped(out / SKIPPED, entries, skipped)
     info = _index(results, encoder, job.dtype, plan)
-    if not info["splits"]["train"]:
-        shutil.rmtree(out)  # so that the call can be corrected
-        skipped = ", ".join(f"{n:,} records: {reason}" for reason, n in info["skipped"].items())
-        raise ValueError(
-            f"the inputs have no document to train on (skipped: {skipped or 'none'}); add text, or name the field that "
-            "holds it with --column"
-        )
+    _check_complete(info, out, len(skipped) if strict else 0)
     _write_json(out / INDEX, info)
     return info
+
+
+def _check_complete(info: dict[str, Any], out: Path, n_refused: int) -> None:
+    """Refuse data without a document to train on, and data of which so many records should not have been skipped."""
+    if not info["splits"]["train"]:
+        shutil.rmtree(out)  # so that the call can be corrected
+        reasons = ", ".join(f"{n:,} records: {reason}" for reason, n in info["skipped"].items())
+        raise ValueError(
+            f"the inputs have no document to train on (skipped: {reasons or 'none'}); add text, or name the field that "
+            "holds it with --column"
+        )
+    if n_refused:
+        raise ValueError(
+            f"--strict refuses inputs of which something is skipped ({n_refused:,} here; {out / SKIPPED} lists it); "
+            f"correct them, remove {out} and repeat the command, or go on from here without --strict"
+        )
+
+
+def least_share(out: Path) -> float:
+    """The least share of documents, in thousandths, that holds one of a prepared folder's out; 1 if there is none."""
+    places = [_read_mark(path).get("nearest", 1.0) for path in (out / "units").glob("*.json")]
+    return (int(1000 * min(places, default=1.0)) + 1) / 1000
+
+
+def _list_skipped(path: Path, entries: Iterator[tuple[Skipped, int]], log: SkipLog) -> None:
+    """Write what was skipped, a line each, and put it into `log`; no file if there is nothing."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path, GO_ON):
+        # Half of a surrogate pair, as in the name of a field, is written as its escape, which JSON has too.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for entry, n in entries:
+                log.add(entry, n)
+                values = {"file": entry.file, "place": entry.place, "reason": entry.reason, "why": entry.why}
+                file.write(json.dumps({**values, "remedy": entry.remedy, "records": n}, ensure_ascii=False) + "\n")
+        if log:
+            partial.replace(path)
+    if not log:
+        partial.unlink()
+        path.unlink(missing_ok=True)
+
+
+def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterator[tuple[Skipped, int]]:
+    """The skipped records of all units, with the numbers of their lines, and how many records each entry stands for."""
+    for path, group in groupby(zip(units, results, strict=True), lambda pair: pair[0].path):
+        parts = [result for _, result in group]
+        listed = [Skipped(**entry, file=path) for result in parts for entry in result.get("listed", [])]
+        places = [entry.place for entry in listed]
+        for entry, place in zip(listed, places if is_remote(path) else name_lines(path, places), strict=True):
+            yield replace(entry, place=place), 1
+        rest = sum((Counter(result["skipped"]) for result in parts), Counter[str]())
+        if not rest and not any(result["shards"] for result in parts):
+            yield Skipped("empty", "it has no records", file=path), 1
+        rest.subtract(entry.reason for entry in listed)
+        for reason, n in rest.items():
+            if n:
+                yield Skipped(reason, "only counted", file=path), n
 
 
 @dataclass(frozen=True)
@@ -126,25 +190,30 @@ class _Job:
         documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         n_bytes: Counter[str] = Counter()
         skipped: Counter[str] = Counter()
-        if is_remote(unit.path):
-            unit = replace(unit, path=str(fetch(unit.path)))
-        for text in read_documents(unit, self.settings.reading):
-            if isinstance(text, Skipped):
-                skipped[text.reason] += 1
-                continue
-            ids = encode(text, tokenizer)
+        listed: list[dict[str, str]] = []
+        local = replace(unit, path=str(fetch(unit.path))) if is_remote(unit.path) else unit
+        nearest = 1.0
+        for text in read_documents(local, self.settings.reading):
+            ids = encode(text, tokenizer) if isinstance(text, str) else text
             if isinstance(ids, Skipped):
                 skipped[ids.reason] += 1
-                continue
-            split = SPLITS[is_held_out(text, self.settings.held_out)]
-            documents[split].append(ids.astype(self.dtype))
-            n_bytes[split] += len(text.encode("utf-8"))
+                if skipped[ids.reason] <= LISTED:
+                    entry = {"reason": ids.reason, "why": ids.why, "remedy": ids.remedy, "place": ids.place}
+                    # Half of a surrogate pair, as in the name of a field, would be no text in the file of the unit.
+                    listed.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in entry.items()})
+            elif isinstance(text, str):
+                place = place_of(text)
+                nearest = min(nearest, place)
+                split = SPLITS[place < self.settings.held_out]
+                documents[split].append(ids.astype(self.dtype))
+                n_bytes[split] += len(text.encode("utf-8"))
         shards = {
             split: asdict(write_shard(self.out, f"{split}/{i:05d}.bin", kept, n_bytes[split], self.dtype))
             for split, kept in documents.items()
             if kept
         }
-        _write_json(_unit_file(self.out, i), {"shards": shards, "skipped": dict(skipped)})
+        found = {"shards": shards, "skipped": dict(skipped), "listed": listed, "nearest": nearest}
+        _write_json(_unit_file(self.out, i), found)
         return i
 
 
@@ -188,8 +257,8 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
 def _pin(dataset: HubDataset, out: Path) -> HubDataset:
     """The dataset at the commit that the plan in `out` names, if there is one, else at today's."""
     if dataset.revision is None and (out / PLAN).is_file():
-        before = json.loads((out / PLAN).read_text("utf-8")).get("dataset")
-        if before and before["name"] == dataset.name:
+        before = _read_plan(out).get("dataset")
+        if isinstance(before, dict) and before.get("name") == dataset.name and isinstance(before.get("revision"), str):
             return replace(dataset, revision=before["revision"])
     return dataset.pinned()
 
@@ -203,17 +272,19 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        tokenizer.save(partial)
+        with writing(out, GO_ON):
+            tokenizer.save(partial)
         plan = json.loads(json.dumps({**plan, "tokenizer": sha256(*sorted(partial.iterdir()))}))
         if (out / PLAN).is_file():
-            old = json.loads((out / PLAN).read_text("utf-8"))
+            old = _read_plan(out)
             if other := [key for key in plan if old.get(key) != plan[key]]:
                 what = {"units": "inputs", "tokenizer": "tokenizers"}.get(other[0], other[0])
                 raise ValueError(f"out={out} holds data made with other {what}; use another folder, or remove this one")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out={out} is not empty and holds no prepared data; use another folder")
         else:
-            _write_json(partial / PLAN, plan)
+            with writing(out, GO_ON):
+                write_text(partial / PLAN, json.dumps(plan, indent=1))
             partial.chmod(0o755)
             partial.rename(out)  # all of it at once, also over an empty folder
         return plan
@@ -225,8 +296,34 @@ def _is_done(out: Path, i: int, dtype: str) -> bool:
     """Whether a unit has its mark, and its shards the sizes that the mark says."""
     if not _unit_file(out, i).is_file():
         return False
-    shards = json.loads(_unit_file(out, i).read_text("utf-8"))["shards"].values()
-    return all(find_problem(out, Shard(**shard), dtype) is None for shard in shards)
+    shards = _read_mark(_unit_file(out, i))["shards"].values()
+    return all(find_problem(out, Shard.from_dict(shard), dtype) is None for shard in shards)
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    plan = read_json(inside(out, PLAN), MAX_INDEX_BYTES)
+    if not isinstance(plan, dict):
+        raise ValueError(f"{out / PLAN} is damaged: it holds no object; use another folder, or remove this one")
+    return plan
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """Return what the file of a unit that is done says, once it has the form that `_Job.run` gives it."""
+    mark = read_json(path)
+    remedy = f"remove it and repeat the command: {path}"
+    if not isinstance(mark, dict) or not all(isinstance(mark.get(name), dict) for name in ("shards", "skipped")):
+        raise ValueError(f"the mark of a finished unit is damaged: it has no shards and skipped; {remedy}")
+    try:
+        for shard in mark["shards"].values():
+            Shard.from_dict(shard)
+        for reason, n in mark["skipped"].items():
+            check_int(f"skipped.{reason:.40}", n, 0)
+        for entry in mark.get("listed", []):
+            Skipped(**entry)
+        check_number("nearest", mark.get("nearest", 1.0), 0, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the mark of a finished unit is damaged ({error}); {remedy}") from error
+    return mark
 
 
 def _unit_file(out: Path, i: int) -> Path:
@@ -254,8 +351,9 @@ def _index(results: list[dict[str, Any]], tokenizer: Tokenizer, dtype: str, plan
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1))
+    with writing(path, GO_ON):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(value, indent=1))
 
 
 @contextmanager

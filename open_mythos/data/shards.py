@@ -10,21 +10,27 @@
 Every document ends with the tokenizer's end token.
 """
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from open_mythos.files import sha256, to_disk
+from open_mythos.checks import check_choice, check_int, check_text, shown
+from open_mythos.data.disk import writing
+from open_mythos.files import blamed_on, inside, read_json, sha256, to_disk
 from open_mythos.tokenizer import HUB_FILE, HUB_ROLES, OWN_FILE
 
 FORMAT = 1
 INDEX = "dataset.json"
 SPLITS = ("train", "validation")
+DTYPES = ("uint16", "uint32")
+MAX_INDEX_BYTES = 2**27
+"""Of `dataset.json`: about 600,000 shards."""
+MAX_COUNT = 2**40
+"""The most tokens, documents or bytes of one shard."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,27 @@ class Shard:
     sha256: str
     """Of the tokens' file and then the ends' file."""
 
+    def __post_init__(self) -> None:
+        check_text("path", self.path)
+        if not Path(self.path).name:
+            raise ValueError(f"path={shown(self.path)} must name a file, such as train/00000.bin")
+        if not isinstance(self.sha256, str):
+            raise TypeError(f"sha256={shown(self.sha256)} must be a string")
+        for name in ("tokens", "documents", "bytes"):
+            check_int(name, getattr(self, name), 0, MAX_COUNT)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Shard":
+        """Build from an entry of `dataset.json`.
+
+        Raises:
+            TypeError, ValueError: it is not an object with exactly the fields of a shard.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or values.keys() != names:
+            raise ValueError(f"{shown(values)} must be an object with the fields {', '.join(sorted(names))}")
+        return cls(**values)
+
 
 class TokenShards:
     """One split of a prepared folder, as one long sequence of tokens. Files are mapped, not read.
@@ -52,12 +79,29 @@ class TokenShards:
     def __init__(self, folder: str | Path, split: str) -> None:
         self.folder = Path(folder)
         self.info = load_index(self.folder)
-        self.shards = [Shard(**shard) for shard in self.info["splits"][split]]
+        self.shards: list[Shard] = self.info["splits"][split]
         self._dtype = np.dtype(self.info["dtype"]).newbyteorder("<")
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         for shard in self.shards:
             if (problem := find_problem(self.folder, shard, self.info["dtype"])) is not None:
                 raise ValueError(f"{problem}; repeat the mythos prepare-data that made {self.folder}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary of the tokenizer that made the tokens."""
+        value: Any = self.info.get("vocab_size")
+        with blamed_on(self.folder / INDEX):
+            check_int("vocab_size", value, 1, 2**32, "prepare the data again")
+        return value
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of the files of the tokenizer that made the tokens."""
+        if not isinstance(value := self.info.get("tokenizer"), str):
+            raise ValueError(
+                f"{self.folder / INDEX}: tokenizer={shown(value)} must be a string; prepare the data again"
+            )
+        return value
 
     @property
     def n_tokens(self) -> int:
@@ -82,22 +126,30 @@ class TokenShards:
         begins, at = np.zeros(n, bool), 0
         for i, begin, end in self._spans(start, n):
             ends = self.document_ends(i)
-            inside = slice(*np.searchsorted(ends, (begin, end)))
+            ends = ends[slice(*np.searchsorted(ends, (begin, end)))]
+            self._check_ends(i, ends, begin, end - 1)
             begins[at] = True  # no document goes on in the next shard
-            begins[at + ends[inside] - begin] = True
+            begins[at + ends - begin] = True
             at += end - begin
         return begins.cumsum() - 1
 
     def first_tokens(self) -> np.ndarray:
         """The token that each document begins with, (documents,) int64."""
         ends = [self.document_ends(i) for i in range(len(self.shards))]
+        for i, shard_ends in enumerate(ends):
+            self._check_ends(i, shard_ends[:-1], 0, self.shards[i].tokens - 1)
         firsts = [tokens[np.append(0, e)[:-1]] for tokens, e in zip(self._maps, ends, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *firsts])
 
     def document_ends(self, i: int) -> np.ndarray:
         """Where the documents of shard i end in it, (documents,) int64."""
         # Mapped each time: a map that is kept holds a file open.
-        return _map(self.folder / _ends(self.shards[i]), np.dtype("<i8"))
+        return _map(inside(self.folder, _ends(self.shards[i])), np.dtype("<i8"))
+
+    def _check_ends(self, i: int, ends: np.ndarray, low: int, high: int) -> None:
+        if ends.size and not low <= ends.min() <= ends.max() <= high:
+            path = self.folder / _ends(self.shards[i])
+            raise ValueError(f"{path} is damaged: documents end outside their tokens; prepare the data again")
 
     def verify(self, rank: int = 0, size: int = 1, on_read: Callable[[int], None] = lambda n_bytes: None) -> None:
         """Read everything and compare it with the SHA-256 it was written with.
@@ -110,13 +162,13 @@ class TokenShards:
             ValueError: a shard or the tokenizer is damaged; the message names it.
         """
         names = sorted(name for name in (HUB_FILE, HUB_ROLES, OWN_FILE) if (self.folder / name).is_file())
-        if sha256(*(self.folder / name for name in names)) != self.info["tokenizer"]:
+        if sha256(*(inside(self.folder, name) for name in names)) != self.tokenizer_sha256:
             raise ValueError(
                 f"{self.folder} has another tokenizer ({', '.join(names) or 'none'}) than the one its text was made "
                 "tokens with; restore it, or prepare the data again"
             )
         for shard in self.shards[rank::size]:
-            files = self.folder / shard.path, self.folder / _ends(shard)
+            files = inside(self.folder, shard.path), inside(self.folder, _ends(shard))
             if sha256(*files) != shard.sha256:
                 mark = self.folder / "units" / f"{Path(shard.path).stem}.json"
                 raise ValueError(
@@ -127,7 +179,7 @@ class TokenShards:
 
     @cached_property
     def _maps(self) -> list[np.ndarray]:
-        return [_map(self.folder / shard.path, self._dtype) for shard in self.shards]
+        return [_map(inside(self.folder, shard.path), self._dtype) for shard in self.shards]
 
     def _spans(self, start: int, n: int) -> Iterator[tuple[int, int, int]]:
         """Where the tokens [start, start + n) are: a shard, and a part of its tokens that is not empty."""
@@ -149,32 +201,56 @@ def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: i
     tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.dtype(dtype).newbyteorder("<"))
     shard = Shard(path, len(tokens), len(documents), n_bytes, "")
     for file, values in ((path, tokens), (_ends(shard), ends)):
-        values.tofile(folder / file)
-        to_disk(folder / file)  # before anything says that it is there
+        target, remedy = folder / file, "make room and repeat the command, which goes on from here"
+        with writing(target, remedy, values.nbytes, half=target):
+            # `tofile` of numpy does not say why it has written less.
+            target.write_bytes(values.data)
+            to_disk(target)  # before anything says that it is there
     return replace(shard, sha256=sha256(folder / path, folder / _ends(shard)))
 
 
 def load_index(folder: Path) -> dict[str, Any]:
-    """The contents of `dataset.json`."""
-    path = folder / INDEX
-    if not path.is_file():
+    """Return the contents of `dataset.json`, with a list of `Shard` for each split.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished data.
+        ValueError: a field is missing or unusable, or the format is unknown.
+    """
+    path = inside(folder, INDEX)
+    if not path.exists():
         raise FileNotFoundError(
             f"{folder} holds no finished data ({INDEX} is missing); make it with mythos prepare-data INPUT --out "
             f"{folder}"
         )
-    try:
-        info = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+    info = read_json(path, MAX_INDEX_BYTES)
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{path} is of another format than {FORMAT}; prepare the data again with this version")
-    return info
+    with blamed_on(path):
+        check_choice("dtype", info.get("dtype"), DTYPES)
+        splits = info.get("splits")
+        if not isinstance(splits, dict) or not all(isinstance(splits.get(split), list) for split in SPLITS):
+            raise TypeError(f"splits={shown(splits)} must hold a list for each of {', '.join(SPLITS)}")
+        return {**info, "splits": {split: _read_shards(f"splits.{split}", splits[split]) for split in SPLITS}}
+
+
+def _read_shards(name: str, entries: list[Any]) -> list[Shard]:
+    shards = []
+    for i, entry in enumerate(entries):
+        try:
+            shards.append(Shard.from_dict(entry))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}[{i}]: {error}; prepare the data again") from error
+    return shards
 
 
 def find_problem(folder: Path, shard: Shard, dtype: str) -> str | None:
-    """Which of a shard's files has another size than it should; None if both are as long as they were written."""
+    """Return which of a shard's files has another size than it should, or None if both have theirs.
+
+    Raises:
+        ValueError: one of them lies outside the folder.
+    """
     for file, size in ((shard.path, shard.tokens * np.dtype(dtype).itemsize), (_ends(shard), 8 * shard.documents)):
-        path = folder / file
+        path = inside(folder, file)
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
             return f"{path} should have {size} bytes and there is {found}"

@@ -2,28 +2,32 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from open_mythos.arguments import check_n_loops
-from open_mythos.data.documents import Reading, Skipped, cut_into_units, find_files, read_documents
+from open_mythos.checks import check_int
+from open_mythos.data.documents import cut_into_units, find_files, read_documents
+from open_mythos.data.records import Reading
+from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
-from open_mythos.files import write_text
+from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.plots import loop_curve, require_matplotlib
 from open_mythos.terminal import ProgressLine
 from open_mythos.tokenizer import load_tokenizer
 
 RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
+MAX_DOCUMENT_BYTES = 2**30
+"""Of one document; the texts are in memory as a whole."""
 
 
 def evaluate_files(
@@ -96,7 +100,8 @@ def evaluate_files(
         "model": str(folder),
         "text": list(text),
         "documents": len(texts),
-        "skipped": skipped,
+        "skipped": dict(skipped.counts),
+        "skipped_places": list(skipped.lines()),
         "bytes": scores[0].n_bytes,
         "tokens": scores[0].n_tokens,
         "context": context,
@@ -130,24 +135,31 @@ def trained_context(folder: Path) -> int | None:
     Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
     """
     path = folder.resolve().parent / "config.yaml"
-    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    run = read_yaml(path) if path.exists() else None
     data = run.get("data") if isinstance(run, dict) else None
-    return data.get("seq_len") if isinstance(data, dict) else None
+    seq_len = data.get("seq_len") if isinstance(data, dict) else None
+    if seq_len is not None:
+        with blamed_on(path):
+            check_int("data.seq_len", seq_len, 1)
+    return seq_len
 
 
-def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], dict[str, int]]:
-    """The documents of files of text, JSON lines or parquet, and how many records gave none, by reason."""
-    reading, skipped = Reading(column, max_document_bytes=2**62), Counter[str]()
+def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], SkipLog]:
+    """The documents of files of text, JSON or parquet, and what was skipped."""
+    reading, skipped = Reading(column, max_document_bytes=MAX_DOCUMENT_BYTES), SkipLog()
+    passed_over: list[Skipped] = []
+    units = cut_into_units(find_files(list(inputs), passed_over), reading)
     texts: list[str] = []
-    for unit in cut_into_units(find_files(list(inputs)), reading):
-        for document in read_documents(unit, reading):
-            if isinstance(document, Skipped):
-                skipped[document.reason] += 1
-            else:
-                texts.append(document)
+    for document in chain(passed_over, *(read_documents(unit, reading) for unit in units)):
+        if isinstance(document, Skipped):
+            skipped.add(document)
+        else:
+            texts.append(document)
     if not texts:
-        raise ValueError(f"--text {' '.join(inputs)} holds no text (skipped: {dict(skipped) or 'none'}); name others")
-    return texts, dict(skipped)
+        raise ValueError(
+            f"--text {' '.join(inputs)} holds no text (skipped: {dict(skipped.counts) or 'none'}); name others"
+        )
+    return texts, skipped
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
@@ -164,3 +176,5 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     for reason, n in results["skipped"].items():
         console.print(f"skipped {n:,} records: {reason}")
+    for line in results["skipped_places"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

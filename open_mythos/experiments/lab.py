@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from open_mythos.experiments.record import Report, write_record
-from open_mythos.files import write_text
+from open_mythos.files import read_json, read_text, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.plots import require_matplotlib
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.final import find_problem
 from open_mythos.train.trainer import Trainer
+
+MAX_RESULT_BYTES = 2**27
+"""Of what an experiment measured; the largest recorded one has 2.2 MB."""
 
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
@@ -102,8 +105,8 @@ class Lab:
         self.begun.append(label)
         asked = json.loads(json.dumps(asked))
         if file.exists():
-            result = json.loads(file.read_text(encoding="utf-8"))
-            if result["asked"] == asked:
+            result = read_json(file, MAX_RESULT_BYTES, finite=False)
+            if isinstance(result, dict) and result.get("asked") == asked:
                 return result
         torch.set_num_threads(self.threads)
         of = "" if self.n_parts is None else f" of {self.n_parts}"
@@ -115,7 +118,7 @@ class Lab:
 
     def _cpu_s(self, label: str) -> float:
         file = self.runs / label / "cpu_s"
-        return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+        return float(read_text(file, 100)) if file.exists() else 0.0
 
 
 def _is_of(config: Path, cfg: TrainConfig) -> bool:

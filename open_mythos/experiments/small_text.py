@@ -10,8 +10,9 @@ from torch import Tensor
 
 from open_mythos.accounting import count_parameters, flops_per_token
 from open_mythos.data.corpus import build_corpus
-from open_mythos.data.documents import Reading, first_text
+from open_mythos.data.documents import first_text
 from open_mythos.data.prepare import Settings, prepare
+from open_mythos.data.records import Reading
 from open_mythos.data.shards import INDEX, SPLITS, TokenShards
 from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
 from open_mythos.experiments.settling import by_loop

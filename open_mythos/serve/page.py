@@ -19,7 +19,8 @@ def playground() -> tuple[bytes, dict[str, str]]:
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
+        # With no-referrer a browser may send `Origin: null`, by which the gate would refuse the page's own requests.
+        "Referrer-Policy": "same-origin",
         "Cache-Control": "no-cache",
     }
 

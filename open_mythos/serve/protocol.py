@@ -283,6 +283,8 @@ def refused(errors: list[Any], body: object) -> Error:
     if first["type"] == "fields":
         return error(first["msg"])
     if not place:
+        if first["type"] == "string_unicode":
+            return error("a field's name is half of a surrogate pair, which is no text; check its spelling")
         return error("the body must be a JSON object, with content-type: application/json")
     if first["type"] == "json_invalid":
         return error("the body is no JSON; send an object with the fields of docs/server.md")

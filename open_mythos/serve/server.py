@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from open_mythos.chat import BadMessages, render
+from open_mythos.chat import BadMessages, join, render
 from open_mythos.serve.answers import DONE, Answer, Echo, Shape, best_of, sse, usage
 from open_mythos.serve.gate import RETRY_S, Gate
 from open_mythos.serve.page import playground
@@ -35,10 +35,11 @@ NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier 
 REASONS = {404: "invalid", 429: "busy", 500: "failed", 503: "not ready"}
 """Of refusals, by status, for the count."""
 
+WARNING, MAX_WARNED = "x-mythos-warning", 8
+"""The header of an answer that may not be what was wanted, and how many places of what was left out it names."""
+NO_TURNS = "this model was not trained on conversations, so its answers may make no sense; ask /v1/completions"
 GONE = 499
 """The status of an answer that nobody reads."""
-WARNING, MAX_WARNED = "x-mythos-warning", 8
-"""The header that says what of a request was left out, and how many places it names."""
 
 
 class EventStream(Response):
@@ -224,16 +225,21 @@ def chat_encoder(service: Service) -> Encode:
 
     def encode(turns: list[tuple[str, dict[str, str]]]) -> list[int]:
         places, messages = [place for place, _ in turns], [message for _, message in turns]
-        if plain:
-            return tokenizer.encode("\n".join(message["content"] for message in messages))
         try:
-            return render(messages, tokenizer, reply=True)[0]
+            return join(messages, tokenizer) if plain else render(messages, tokenizer, reply=True)[0]
         except BadMessages as fault:
             # The template counts the turns that it sees.
             message = re.sub(r"^messages\[(\d+)\]", lambda found: places[int(found[1])], str(fault))
             raise BadMessages(fault.reason, message) from None
 
     return encode
+
+
+def warned(service: Service, response: Response) -> Response:
+    """The answer to a chat, with a warning if the model knows no turns."""
+    if not (service.config.knows_turns or service.config.plain):
+        response.headers.append(WARNING, NO_TURNS)
+    return response
 
 
 def make_app(service: Service) -> FastAPI:
@@ -249,7 +255,7 @@ def make_app(service: Service) -> FastAPI:
     body, headers = playground()
     # Documents made by a program load their looks from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, service.key, service.meters.refused, service.full)
+    app.add_middleware(Gate, service.key, service.meters.refused, service.full, service.bodies)
 
     @app.get("/")
     async def page() -> Response:
@@ -289,11 +295,11 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await answer(service, request, body, [body.turns], chat_encoder(service))
+        return warned(service, await answer(service, request, body, [body.turns], chat_encoder(service)))
 
     @app.post("/v1/responses")
     async def responses(body: ResponseRequest, request: Request) -> Response:
-        return await respond(service, request, body, chat_encoder(service))
+        return warned(service, await respond(service, request, body, chat_encoder(service)))
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> Response:

@@ -13,7 +13,7 @@ from open_mythos.chat import end_of_turn
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.serve.engine import Engine
 from open_mythos.serve.fields import EFFORTS, HARD_MAX_LOOPS
-from open_mythos.serve.gate import BUSY
+from open_mythos.serve.gate import BUSY, Bodies
 from open_mythos.serve.meters import Meters
 from open_mythos.serve.protocol import Asked, Conversation, error
 from open_mythos.serve.token_text import TokenTexts
@@ -42,6 +42,8 @@ class ServeConfig:
     """Loop-tokens of a request: (prompt + n x max_tokens) x n_loops."""
     plain: bool = False
     """For a model that knows no turns: messages are put one behind the other, and it continues them."""
+    knows_turns: bool = True
+    """The model was trained on conversations; otherwise answers to chats come with a warning, unless `plain`."""
     drain_s: float = 30.0
     """How long answers in work may take once the server is told to end."""
     stuck_s: float = 60.0
@@ -70,7 +72,7 @@ class Service:
     def __init__(self, make: Callable[[], Engine], max_rows: int, config: ServeConfig, key: str | None = None) -> None:
         self.config, self.key, self.meters = config, key, Meters()
         self.worker = Worker(make, max_rows + config.max_queue, self.meters.event, self._fatal)
-        self.max_rows, self.started_s = max_rows, time.time()
+        self.max_rows, self.started_s, self.bodies = max_rows, time.time(), Bodies()
         self.draining = self.fatal = False
         self.on_fatal: Callable[[], None] = lambda: None
 
@@ -171,6 +173,13 @@ class Service:
             self.check_model(asked.model)
         n = n_prompts * asked.n_made
         self.check_work(n * (asked.most_tokens or 1), self.n_loops(asked), asked.limit_name)
+        if n > self.worker.most:
+            raise Refusal(
+                400,
+                f"{n_prompts} prompts with n={asked.n_made} are {n} answers, and the server has {self.worker.most} "
+                "places (--max-rows and --max-queue together); ask for fewer at a time",
+                "n" if asked.n_made > 1 else asked.said,
+            )
         try:
             self.worker.reserve(n)
         except Busy:

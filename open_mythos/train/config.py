@@ -2,14 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
+from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number, check_text, shown
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
+from open_mythos.files import blamed_on, parse_yaml, read_yaml
 from open_mythos.train.guard import GuardConfig
 from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
@@ -18,6 +20,8 @@ from open_mythos.train.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""
 
+MAX_ROWS = 2**24
+"""The most rows of one step or one evaluation."""
 
 AdjustLR = Literal["match_rms_adamw", "original"]
 
@@ -44,7 +48,7 @@ class OptimConfig:
         check_choice("optim.kind", self.kind, ("adamw", "muon"))
         check_number("optim.lr", self.lr, 0, above=True)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise ValueError(f"optim.betas={self.betas!r} must be two numbers; use optim.betas=(0.9, 0.95)")
+            raise ValueError(f"optim.betas={shown(self.betas)} must be two numbers; use optim.betas=(0.9, 0.95)")
         for i, beta in enumerate(self.betas):
             check_number(f"optim.betas[{i}]", beta, 0, 1, below=True)
         check_number("optim.eps", self.eps, 0, above=True)
@@ -72,6 +76,7 @@ class LossConfig:
     tokens exit early the sum is divided by the loops they were to run."""
 
     def __post_init__(self) -> None:
+        check_bool("losses.per_loop", self.per_loop)
         check_number("losses.ponder", self.ponder, 0)
         check_number("losses.router_z", self.router_z, 0)
 
@@ -99,7 +104,7 @@ class ParallelConfig:
         check_int("parallel.experts", self.experts, 1)
         if self.rows is not None:
             check_int("parallel.rows", self.rows, 1)
-        check_number("parallel.timeout_s", self.timeout_s, 0, above=True)
+        check_number("parallel.timeout_s", self.timeout_s, 0, 1e7, above=True)
         if self.experts > 1 and self.kind != "fsdp":
             raise ValueError(
                 f"parallel.experts={self.experts} needs parallel.kind='fsdp', not {self.kind!r}; use kind='fsdp', or "
@@ -119,9 +124,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_int("eval.every", self.every, 0)
-        check_int("eval.rows", self.rows, 1)
+        check_int("eval.rows", self.rows, 1, MAX_ROWS)
         if not isinstance(self.loops, tuple):
-            raise ValueError(f"eval.loops={self.loops!r} must be a list of loop counts; use eval.loops=(1, 4)")
+            raise ValueError(f"eval.loops={shown(self.loops)} must be a list of loop counts; use eval.loops=(1, 4)")
         for n_loops in self.loops:
             check_int("eval.loops", n_loops, 1, MAX_LOOPS)
 
@@ -159,7 +164,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
-        check_int("batch_size", self.batch_size, 1)
+        check_int("batch_size", self.batch_size, 1, MAX_ROWS)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_choice("dtype", self.dtype, get_args(Dtype))
         if self.expert_bias_rate is not None:
@@ -167,8 +172,8 @@ class TrainConfig:
         check_int("log_every", self.log_every, 1)
         check_bool("checkpoint_loops", self.checkpoint_loops)
         check_choice("compile", self.compile, ("none", "block", "model"))
-        if self.init_from is not None and (not isinstance(self.init_from, str) or not self.init_from):
-            raise ValueError(f"init_from={self.init_from!r} must be a folder; use init_from='runs/text/final'")
+        if self.init_from is not None:
+            check_text("init_from", self.init_from)
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -289,7 +294,10 @@ class TrainConfig:
         data = dict(values["data"])
         check_choice("data.task", data.get("task", ""), tuple(TASKS))
         values["data"] = _build(TASKS[data.pop("task")], data, "data.")
-        values["model"] = MythosConfig.from_dict(values["model"])
+        try:
+            values["model"] = MythosConfig.from_dict(values["model"])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"section model: {error}") from error
         return _build(cls, values, "")
 
     def to_yaml(self) -> str:
@@ -298,10 +306,10 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, text: str) -> "TrainConfig":
         """Read what `to_yaml` wrote, or the same written by hand."""
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the configuration is no YAML; correct this: {error}") from error
+        return cls._from_yaml_value(parse_yaml(text, "the configuration"))
+
+    @classmethod
+    def _from_yaml_value(cls, values: Any) -> "TrainConfig":
         if not isinstance(values, dict):
             raise ValueError("the configuration must be a YAML mapping with the sections `model` and `data`")
         return cls.from_dict(values)
@@ -309,17 +317,18 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
         """Read a run's config.yaml."""
+        path = Path(path)
         try:
-            return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+            values = read_yaml(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist; name a run's config.yaml") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with blamed_on(path):
+            return cls._from_yaml_value(values)
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     """An instance of dataclass `cls` from plain values; nested dataclasses from nested mappings."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         check_field(name, names, prefix)
@@ -333,19 +342,34 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     return cls(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
 
 
+_hints = cache(get_type_hints)
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Undo what YAML does to a value: lists were tuples, and YAML 1.1 reads 3e-4 as text."""
+    """Check a value of YAML against its field's type, and undo what YAML does to it.
+
+    Lists were tuples, and YAML 1.1 reads 3e-4 as text. Ranges are checked by the dataclasses.
+    """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
         if not isinstance(value, dict):
-            raise ValueError(f"{name}={value!r} must be a section with fields; leave it out for the defaults")
+            raise ValueError(f"{name}={shown(value)} must be a section with fields; leave it out for the defaults")
         return _build(hint, value, f"{name}.")
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and float in (hint, *get_args(hint)):
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{name}={shown(value)} must be a list, not {type(value).__name__}; use [a, b]")
+        return tuple(_convert(item, get_args(hint)[0], f"{name}[{i}]") for i, item in enumerate(value))
+    types = get_args(hint) or (hint,)
+    if hint is bool:
+        check_bool(name, value)
+    if get_origin(hint) is Literal:
+        check_choice(name, value, types)
+    if str in types and not (value is None and type(None) in types):
+        check_text(name, value)
+    if isinstance(value, str) and float in types:
         try:
             return float(value)
         except ValueError:
-            raise ValueError(f"{name}={value!r} must be a number") from None
+            raise ValueError(f"{name}={shown(value)} must be a number; write it as 0.0003") from None
     return value
 
 

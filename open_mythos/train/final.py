@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from open_mythos import weights
+from open_mythos.chat import save_template
 from open_mythos.config import MythosConfig
 from open_mythos.files import make_folder, naming, to_disk
 from open_mythos.model import OpenMythos
@@ -16,10 +17,15 @@ from open_mythos.tokenizer import Tokenizer, load_tokenizer
 FINAL = "final"
 
 
-def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
+def save_model_folder(
+    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, knows_turns: bool = False
+) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
 
     The folder appears complete or not at all: it is written beside its place and renamed.
+
+    Args:
+        knows_turns: write the chat template too, since the model was trained on conversations.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; use another folder or remove it")
@@ -30,6 +36,8 @@ def save_model_folder(cfg: MythosConfig, state: dict[str, Tensor], tokenizer: To
     with naming(folder):
         weights.save(partial, cfg, state)
         tokenizer.save(partial)
+        if knows_turns:
+            save_template(partial)
         for path in (*partial.iterdir(), partial):
             to_disk(path)
         partial.rename(folder)

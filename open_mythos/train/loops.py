@@ -50,7 +50,7 @@ class LoopsConfig:
     def __post_init__(self) -> None:
         check_choice("loops.law", self.law, get_args(Law))
         check_number("loops.mean", self.mean, 1, MAX_LOOPS)
-        check_number("loops.sigma", self.sigma, 0)
+        check_number("loops.sigma", self.sigma, 0, 100)
         check_choice("loops.per", self.per, ("sequence", "batch"))
         if self.max_loops is not None:
             check_int("loops.max_loops", self.max_loops, 1, MAX_LOOPS)

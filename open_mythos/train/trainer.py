@@ -39,6 +39,7 @@ from open_mythos.train.pieces import Piece, Stored
 from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
 from open_mythos.train.sharding import Spread
+from open_mythos.train.tasks import Chat
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
@@ -166,7 +167,7 @@ class Trainer:
             if self.world.is_first:
                 self.folder.lock.check()
                 try:
-                    save_model_folder(self.cfg.model, state, self.tokenizer, final)
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final, isinstance(self.cfg.data, Chat))
                 except OSError as error:
                     raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
             self.folder.is_done = True

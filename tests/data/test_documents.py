@@ -94,7 +94,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lambda: cut_into_units([tmp_path / "a.parquet"], WHOLE),
         lambda: list(read_documents(units[0], WHOLE)),
     ):
-        with pytest.raises(ImportError, match=r"parquet files need pyarrow; install it with pip install 'open-mythos"):
+        with pytest.raises(ImportError, match=r"parquet files: the package pyarrow is missing; run: pip install"):
             call()
 
 
@@ -114,7 +114,7 @@ def test_files_are_found_in_order(tmp_path: Path) -> None:
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             find_files(inputs)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.txt, \.md, \.jsonl, \.ndjson, \.json, \.parquet file"):
         find_files([str(tmp_path / "empty")])
 
 

@@ -26,6 +26,8 @@ LAYERS: dict[str, int] = {
     "files": 0,
     "extras": 0,
     "config": 1,
+    "pattern_probe": 1,
+    "tokenizer_limits": 1,
     "nn": 2,
     "model": 4,
     "info": 4,

@@ -1,7 +1,8 @@
 """Many clients at once against `mythos serve` as a process of its own; each function gives its figures.
 
 In full with `make test-slow` (OPEN_MYTHOS_FIGURES names a file for the figures), or one after the other:
-python -m tests.serve.load [FOLDER] NAME SIZE, with crowd 1000, leavers 2000, drips 500 and soak 600 (seconds).
+python -m tests.serve.load [FOLDER] NAME SIZE, with crowd 1000, leavers 2000, drips 500, bodies 2000 and
+soak 600 (seconds).
 """
 
 import asyncio
@@ -321,11 +322,51 @@ async def soak(server: Target, seconds: float) -> Figures:
     }
 
 
+async def bodies(server: Target, n: int) -> Figures:
+    """So many bodies of 1 MiB at once, each without its last byte; what memory they take, and what is left of it."""
+    data = b'{"prompt": "' + b"a" * (2**20 - 15)
+    before, files = server.rss_mib(), server.n_files()
+    head = f"POST {P} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    statuses: dict[int, int] = {}
+
+    async def one() -> None:
+        reader, writer = await server.open()
+        try:
+            writer.write(f"{head}content-length: {len(data) + 2}\r\n\r\n".encode() + data)
+            status = int((await reader.readuntil(b"\r\n"))[9:12])
+            statuses[status] = statuses.get(status, 0) + 1
+        except ConnectionError:
+            pass
+        finally:
+            writer.transport.abort()
+
+    sending = asyncio.gather(*(one() for _ in range(n)))
+    most = before
+    for _ in range(100):
+        await asyncio.sleep(0.05)
+        most = max(most, server.rss_mib())
+    health = (await server.ask(path="/health"))[0]
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    while server.n_files() > files + 1:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
+    return {
+        "bodies": n,
+        "statuses": statuses,
+        "health": health,
+        "rss_before_mib": round(before, 1),
+        "rss_most_mib": round(most, 1),
+        "rss_after_mib": round(server.rss_mib(), 1),
+    }
+
+
 LOADS: dict[str, Callable[[Target, int], Coroutine[Any, Any, Figures]]] = {
     "crowd": crowd,
     "leavers": leavers,
     "drips": drips,
     "soak": soak,
+    "bodies": bodies,
 }
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from open_mythos import OpenMythos, SamplingParams
-from open_mythos.chat import render
+from open_mythos.chat import render, save_template
 from open_mythos.cli import main
 from open_mythos.serve import session as sessions
 from open_mythos.serve.engine import Engine
@@ -72,6 +73,22 @@ def talk(model: OpenMythos, lines: Iterator[str] | list[str], tokenizer: Any = N
     params = SamplingParams(temperature=0, max_tokens=options.pop("max_tokens", 6))
     Session(model, tokenizer, Console(file=out, soft_wrap=True, highlight=False), params, **options).run(lines)
     return out.getvalue()
+
+
+def test_a_model_that_knows_no_turns_comes_with_a_warning(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One line on stderr, unless text is continued or the model was trained on conversations."""
+    trained = tmp_path / "trained"
+    shutil.copytree(folder, trained)
+    save_template(trained)
+    for args, warned in (((folder,), True), ((folder, "--plain"), False), ((trained,), False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+        assert main(["chat", *map(str, args), "--device", "cpu"]) == 0
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == warned
+        if warned:
+            assert f"mythos chat: {folder} was not trained on conversations" in told and "--plain" in told
 
 
 def test_answers_are_those_of_generate_turn_by_turn(chat: Callable, model: OpenMythos) -> None:

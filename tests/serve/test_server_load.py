@@ -39,3 +39,10 @@ def test_a_long_time(tmp_path: Path) -> None:
     figures = loaded(tmp_path, "soak", SOAK_S)
     assert figures["answers"][200] and figures["answers"][400] and set(figures["answers"]) <= {200, 400, 429}
     assert figures["rss_growth_mib"] < 64, figures
+
+
+def test_many_bodies(tmp_path: Path) -> None:
+    figures = loaded(tmp_path, "bodies", 2000)
+    assert figures["health"] == 200 and figures["statuses"].get(429, 0) > 1000, figures
+    assert figures["rss_most_mib"] - figures["rss_before_mib"] < 256, figures
+    assert figures["rss_after_mib"] - figures["rss_before_mib"] < 64, figures

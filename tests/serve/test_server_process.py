@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import httpx2
 import pytest
 
 from open_mythos.cli import main
+from open_mythos.cli.serve import LogHandler
 from open_mythos.serve.engine import Engine
 from open_mythos.serve.service import Service
 from tests.serve.served import model, tokenizer, until
@@ -33,11 +35,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def process(log: Path, *args: str) -> Generator[tuple[subprocess.Popen[str], int]]:
-    """A process, and the port it says that it listens at."""
+def process(log: Path, *args: str, files: int | None = None) -> Generator[tuple[subprocess.Popen[str], int]]:
+    """A process, and the port it says that it listens at.
+
+    Args:
+        files: how many it may have open.
+    """
+
+    def limit() -> None:
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     command = [sys.executable, "-m", "tests.serve.audited", str(log), *args, "--port", "0", "--threads", "1"]
     running = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "MYTHOS_API_KEY": KEY}, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "MYTHOS_API_KEY": KEY},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit,
     )
     try:
         assert running.stderr is not None
@@ -117,6 +133,62 @@ def test_told_to_end_while_the_model_loads(folder: Path, tmp_path: Path, delay_s
     assert status == 0 and "Traceback" not in log, log
 
 
+def test_few_files_and_two_signals(folder: Path, tmp_path: Path) -> None:
+    """200 idle connections where 64 files may be open: some are turned away, others are answered, the log is short."""
+    with process(tmp_path / "audit", str(folder), files=64) as (running, port):
+        idle = [raw(port, b"") for _ in range(200)]
+        with raw(port, b"") as late:
+            assert late.recv(1000).startswith(b"HTTP/1.1 503")
+        for connection in idle:
+            connection.close()
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {KEY}"}) as http:
+            until(lambda: http.get("/ready").status_code == 200, 40)
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.05)  # two at once are one
+        running.send_signal(signal.SIGINT)
+        status, log = ended(running)
+    assert status == 0 and "Traceback" not in log and "at most " in log, log
+    assert len(log.splitlines()) < 10, log
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.5])
+@pytest.mark.slow
+def test_two_signals_while_an_answer_is_made(folder: Path, tmp_path: Path, delay_s: float) -> None:
+    with process(tmp_path / "audit", str(folder)) as (running, port):
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": f"Bearer {KEY}"}) as http:
+            until(lambda: http.get("/ready").status_code == 200, 40)
+            body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 8}
+            with http.stream("POST", "/v1/completions", json=body):
+                for _ in range(3):
+                    running.send_signal(signal.SIGINT)
+                    time.sleep(delay_s)
+                status, log = ended(running)
+    assert status == 0 and "Traceback" not in log, log
+
+
+def test_names_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a\r\nb", "a\nb", "a\x1b[2J", "a\u2028b", "", " ", "x" * 257, "a\udcff", "\x00"):
+        assert main(["serve", str(folder), "--name", name]) == 2
+        told = capsys.readouterr().err
+        assert "must be 1 to 256 printable characters" in told and len(told.splitlines()) == 1, name
+    odd = tmp_path / "a\nb"
+    odd.mkdir()
+    assert main(["serve", str(odd)]) == 2
+    assert "use --name" in capsys.readouterr().err
+
+
+def test_the_log_is_lines_and_never_waits() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as out, os.fdopen(writing, "w") as stream:
+        handler = LogHandler(stream)
+        for _ in range(5000):  # far more than the pipe holds; without a reader each would wait for ever
+            handler.emit(logging.makeLogRecord({"msg": "a folder\nof \x1b[2J two\u2028lines %s", "args": ("x" * 80,)}))
+        stream.flush()
+        got = os.read(out.fileno(), 2**20).decode()
+    assert set(got.splitlines()) == {"a folder\\nof \\x1b[2J two\\u2028lines " + "x" * 80}
+
+
 @pytest.mark.slow
 def test_a_folder_that_is_no_model_ends_it(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -148,7 +220,9 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "the variable MYTHOS_API_KEY" in told(str(folder))
 
 
-def test_the_model_is_not_looked_through_for_garbage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_not_looked_through_for_garbage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A full collection, which a nested body brings about, takes half a second otherwise."""
     made: list[object] = []
     monkeypatch.delenv("MYTHOS_API_KEY", raising=False)
@@ -166,6 +240,7 @@ def test_the_model_is_not_looked_through_for_garbage(folder: Path, monkeypatch: 
         logging.root.handlers[:] = handlers
         logging.getLogger("open_mythos.serve").setLevel(level)
     assert made[0] == "frozen" and isinstance(made[1], Engine)
+    assert caplog.text.count("was not trained on conversations") == 1
 
 
 def test_a_key_on_the_command_line_is_no_option(folder: Path) -> None:

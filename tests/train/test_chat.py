@@ -170,7 +170,10 @@ def test_a_model_learns_to_answer(base: Path, tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     generate = ["generate", str(final), "Who wrote Persuasion?", "--chat", "--temperature", "0", "--device", "cpu"]
     assert main(generate) == 0
-    assert capsys.readouterr().out == "Jane Austen.\n"
+    assert capsys.readouterr() == ("Jane Austen.\n", "")
+    assert main(["generate", str(base), "Who?", "--chat", "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    told = capsys.readouterr().err
+    assert f"mythos generate: {base} was not trained on conversations" in told and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

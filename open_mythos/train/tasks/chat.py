@@ -6,44 +6,55 @@ Shapes: B rows, T tokens.
 import hashlib
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from rich import progress
+from rich.console import Console
 
 from open_mythos.chat import BadMessages, Message, check_messages, render
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_int, check_number, shown
+from open_mythos.data.conversations import to_messages
+from open_mythos.data.documents import read_values
 from open_mythos.data.packing import Packing
-from open_mythos.data.prepare import open_tokenizer
+from open_mythos.data.records import Unit
+from open_mythos.data.skipped import SkipLog, Skipped
+from open_mythos.data.text_files import kind_of
 from open_mythos.files import sha256
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.tokenizer import Tokenizer, open_tokenizer
 from open_mythos.train.data import IGNORE, Batch, to_tensor
 
 Conversation = tuple[np.ndarray, np.ndarray]
 """Ids, and which of them are the assistant's."""
+HELD_OUT = 0.05
+LAYOUTS = "a conversation has the field messages, or conversations, or instruction and output"
+RECORD_BYTES = 16 * 2**20
+"""Of the JSON of one conversation; a longer one is skipped."""
+KINDS = {"no text in the record": "invalid JSON", "not UTF-8": "invalid JSON"}
+"""How a record that is no conversation is counted, by the reason for which it is no record."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Whole conversations of JSON lines {"messages": [{"role": ..., "content": ...}, ...]}, as many in a row as fit.
+    """Whole conversations of JSON files, in the layouts of `open_mythos.data.conversations`, as many in a row as fit.
 
-    No conversation is cut: one that is longer than a row is skipped. What is skipped is counted by reason in a warning.
+    No conversation is cut: one that is longer than a row is skipped. What is skipped is counted by reason in a warning,
+    which names the first of each file.
     Which conversations a row holds depends on `order_seed` and the row's number alone.
     """
 
     paths: tuple[str, ...] = ()
-    """Files of JSON lines."""
+    """Files of JSON lines, or .json files that hold an array; either may be compressed with gzip."""
     tokenizer_from: str = "bytes"
     """"bytes", a folder or file that holds a tokenizer, or a model's name on the Hugging Face hub."""
     seq_len: int = 512
-    held_out: float = 0.05
-    """Share of the conversations that is never trained on, chosen by a hash of their messages; 0: none, and validation
-    reads the training conversations."""
+    held_out: float | None = None
+    """Share of the conversations that is never trained on, chosen by a hash of their messages; None: 0.05, and at least
+    one where two are different; 0: none, and validation reads the training conversations."""
     order_seed: int = 0
 
     name: ClassVar[str] = "chat"
@@ -52,9 +63,10 @@ class Chat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple):
-            raise TypeError(f"data.paths={self.paths!r} must be a list of files; use data.paths=('chat.jsonl',)")
+            raise TypeError(f"data.paths={shown(self.paths)} must be a list of files; use data.paths=('chat.jsonl',)")
         check_int("data.seq_len", self.seq_len, 1)
-        check_number("data.held_out", self.held_out, 0, 0.9)
+        if self.held_out is not None:
+            check_number("data.held_out", self.held_out, 0, 0.9)
         check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
 
     @cached_property
@@ -70,32 +82,54 @@ class Chat:
         """
         if not self.paths:
             raise ValueError("data.paths is empty; name files of JSON lines, as in --data.paths chat.jsonl")
-        parts: tuple[list[Conversation], list[Conversation]] = ([], [])
-        skipped: Counter[str] = Counter()
+        found: list[tuple[float, Conversation]] = []
+        skipped = SkipLog()
         for path in self.paths:
-            for record in _records(Path(path)):
+            for place, record in _records(path):
                 try:
-                    messages = _messages(record)
-                    conversation = self._render(messages)
+                    if isinstance(record, Skipped):
+                        raise BadMessages(KINDS.get(record.reason, record.reason), record.why or record.reason)
+                    if (messages := to_messages(record)) is None:
+                        raise BadMessages("no messages", f"{LAYOUTS}, not {_fields(record)}")
+                    messages = check_messages(messages)
+                    found.append((_place(messages), self._render(messages)))
                 except BadMessages as error:
-                    skipped[error.reason] += 1
-                else:
-                    parts[_place(messages) < self.held_out].append(conversation)
-        told = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
-        n = len(parts[0]) + len(parts[1])
+                    skipped.add(Skipped(error.reason, str(error), place=place, file=path))
+        reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.counts.most_common())
+        table = "".join(f"\n{line}" for line in skipped.lines())
+        n = len(found)
+        share = self._share([place for place, _ in found])
+        parts = [one for place, one in found if place >= share], [one for place, one in found if place < share]
         if not parts[0]:
             raise ValueError(
-                f"data.paths={self.paths} holds no conversation to train on ({n} whole ones, skipped: {told or 'none'}"
-                "); add some, or use a longer data.seq_len or a smaller data.held_out"
-            )
-        if self.held_out and not parts[1]:
-            raise ValueError(
-                f"data.held_out={self.held_out} holds out none of {n} conversations; use a larger share, or "
-                "data.held_out=0 to validate on those that are trained on"
+                f"data.paths={self.paths} holds no conversation to train on ({n} whole ones, skipped: "
+                f"{reasons or 'none'}); add some, or use a longer data.seq_len or a smaller data.held_out{table}"
             )
         if skipped:
-            warnings.warn(f"{skipped.total()} of {n + skipped.total()} conversations skipped: {told}", stacklevel=2)
-        return parts if self.held_out else (parts[0], parts[0])
+            warnings.warn(f"{len(skipped)} of {n + len(skipped)} conversations skipped: {reasons}{table}", stacklevel=2)
+        return parts if parts[1] else (parts[0], parts[0])
+
+    def _share(self, places: list[float]) -> float:
+        """The share to hold out of conversations at these places in [0, 1).
+
+        Raises:
+            ValueError: `held_out` holds out none of them.
+        """
+        share = HELD_OUT if self.held_out is None else self.held_out
+        if not places or not share or min(places) < share:
+            return share
+        first, *others = sorted(set(places))
+        if self.held_out is None and others:
+            warnings.warn(
+                f"{len(places)} conversations are few: {places.count(first)} of them, all alike, are held out for "
+                "validation; --data.held-out 0 trains on all",
+                stacklevel=2,
+            )
+            return others[0]
+        raise ValueError(
+            f"data.held_out={share} holds out none of {len(places)} conversations; use --data.held-out 0 to train on "
+            "all and validate on the same, or a larger share"
+        )
 
     def _render(self, messages: Sequence[Message]) -> Conversation:
         ids, answer = render(messages, self._tokenizer)
@@ -149,11 +183,18 @@ class Chat:
         return self._tokenizer
 
 
-def _records(path: Path) -> Iterator[bytes]:
-    """The lines of a file that are not empty."""
+def _records(path: str) -> Iterator[tuple[str, Any]]:
+    """The records of a file, each with its place; a `Skipped` for one that is no JSON."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"data.paths: {path} is a folder, a pipe or a device; name a file of JSON lines")
     try:
-        with progress.open(path, "rb", description=f"reading {path.name}", transient=True) as file:
-            yield from (line for line in file if line.strip())
+        size = Path(path).stat().st_size
+        unit = Unit(path, "json" if kind_of(path) == "json" else "jsonl", 0, size, size)
+        console = Console(stderr=True)
+        yield from progress.track(
+            read_values(unit, RECORD_BYTES), f"reading {Path(path).name}", console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -162,12 +203,8 @@ def _unreadable(path: Path | str, error: OSError) -> ValueError:
     return ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines")
 
 
-def _messages(record: bytes) -> Sequence[Message]:
-    try:
-        values = json.loads(record)
-    except (ValueError, RecursionError):
-        raise BadMessages("invalid JSON", "a line must be one JSON object") from None
-    return check_messages(values.get("messages") if isinstance(values, dict) else None)
+def _fields(record: object) -> str:
+    return f"{', '.join(record):.100}" if isinstance(record, dict) else type(record).__name__
 
 
 def _place(messages: Sequence[Message]) -> float:

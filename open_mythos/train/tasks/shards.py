@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_bool, check_int, check_number
+from open_mythos.checks import check_bool, check_int, check_number, shown
 from open_mythos.data.order import in_epochs, mix
 from open_mythos.data.shards import TokenShards
 from open_mythos.tokenizer import Tokenizer, load_tokenizer, n_bytes
@@ -47,13 +47,13 @@ class Shards:
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple) or not self.paths:
-            raise ValueError(f"data.paths={self.paths!r} must name folders; use data.paths=('data/text',)")
+            raise ValueError(f"data.paths={shown(self.paths)} must name folders; use data.paths=('data/text',)")
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(
                 f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
             )
         for weight in self.weights:
-            check_number("data.weights", weight, 0, above=True)
+            check_number("data.weights", weight, 0, 1e100, above=True)
         check_bool("data.separate_documents", self.separate_documents)
         # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
         check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)
@@ -70,7 +70,7 @@ class Shards:
     def _open(self, split: str) -> list[TokenShards]:
         sources = [TokenShards(path, split) for path in self.paths]
         for source in sources:
-            if source.info["tokenizer"] != sources[0].info["tokenizer"]:
+            if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
                 raise ValueError(
                     f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
                     "one of them again"
@@ -91,7 +91,9 @@ class Shards:
         found = {}
         for i, source in enumerate(self._train):
             made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
-            found[f"data.paths[{i}]"] = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+            found[f"data.paths[{i}]"] = hashlib.sha256(
+                json.dumps(made_of, default=vars, sort_keys=True).encode()
+            ).hexdigest()
         return found
 
     def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
@@ -119,7 +121,7 @@ class Shards:
 
     @property
     def vocab_size(self) -> int:
-        return self._train[0].info["vocab_size"]
+        return self._train[0].vocab_size
 
     @property
     def bytes_per_token(self) -> float:

@@ -5,6 +5,7 @@ lanes in turn: lane b of B reads the groups b, b + B, b + 2B, ... So what it rea
 own position alone, whichever process reads it. Shapes: B rows, T tokens.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_int, check_number
-from open_mythos.data.documents import Reading, Skipped, encode, is_held_out
+from open_mythos.checks import check_int, check_number, shown
+from open_mythos.data.documents import encode, is_held_out
 from open_mythos.data.groups import RowGroups
 from open_mythos.data.hub import HubDataset
 from open_mythos.data.order import in_epochs, permute
+from open_mythos.data.records import Reading
+from open_mythos.data.skipped import Skipped
 from open_mythos.tokenizer import Tokenizer, open_tokenizer
 from open_mythos.train.data import Batch, to_tensor
 
@@ -27,6 +30,9 @@ READERS = 16
 """Lanes of a process that read or tokenize at the same time."""
 COMMIT_WORDS = 3
 """Integers of a state that hold the commit of the data."""
+NAMED = 10
+"""Rows skipped by a lane before it counts further ones without naming them."""
+log = logging.getLogger("open_mythos.data")
 SAMPLE_TOKENS = 100_000
 """Of the held-out documents, for `bytes_per_token`."""
 
@@ -60,7 +66,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, str) or not self.dataset:
-            raise ValueError(f"data.dataset={self.dataset!r} must name a dataset of the hub or a folder; set it")
+            raise ValueError(f"data.dataset={shown(self.dataset)} must name a dataset of the hub or a folder; set it")
         if self.limit_files is not None:
             check_int("data.limit_files", self.limit_files, 1)
         check_int("data.seq_len", self.seq_len, 1)
@@ -242,6 +248,9 @@ class _Lane:
                 ids = encode(text, self._task.tokenizer()) if isinstance(text, str) else text
                 if isinstance(ids, Skipped):
                     self.skipped[ids.reason] += 1
+                    # Nulls and empty rows are common, and nothing that one could correct.
+                    if ids.reason not in ("empty", "no text in the record") and self.skipped.total() <= NAMED:
+                        log.warning("skipped %s", ids)
                 else:
                     last = turn
                     yield turn, at, ids

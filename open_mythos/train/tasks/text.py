@@ -4,6 +4,8 @@ The tokenizer is made from the training part alone, so nothing of the held-out p
 """
 
 import hashlib
+import io
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,9 @@ import numpy as np
 
 from open_mythos.assets import novel
 from open_mythos.checks import check_choice, check_int, check_number
+from open_mythos.data.text_files import DAMAGE, Unreadable, convert_command, explain, open_utf8
 from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from open_mythos.tokenizer_limits import MAX_ENTRIES
 from open_mythos.train.data import Batch, to_tensor
 
 Kind = Literal["bytes", "bpe"]
@@ -21,7 +25,7 @@ Kind = Literal["bytes", "bpe"]
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of `seq_len` tokens at uniformly random places of a UTF-8 file."""
+    """Windows of `seq_len` tokens at uniformly random places of a text file."""
 
     path: str | None = None
     """File to read; None is the novel that ships with the package."""
@@ -37,7 +41,7 @@ class Text:
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, get_args(Kind))
-        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size)
+        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES)
         check_int("data.seq_len", self.seq_len, 1)
         check_number("data.held_out", self.held_out, 0, 0.9, above=True)
 
@@ -106,14 +110,30 @@ class Text:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a file in UTF-8, or in what its byte order mark says; it may be compressed with gzip.
 
     Raises:
-        ValueError: the file is absent or is not UTF-8; the message says where.
+        ValueError: the file is absent, a folder or no text; the message says what to do.
     """
+    if path.is_dir():
+        folder = shlex.quote(str(path))
+        raise ValueError(
+            f"data.path={path} is a folder, and the task text reads one file; prepare the folder for small-text:\n"
+            f"mythos train-tokenizer {folder} --vocab-size 2048 --out data/bpe\n"
+            f"mythos prepare-data {folder} --tokenizer data/bpe --cut paragraphs --out data/own\n"
+            "mythos train small-text --data.paths data/own --out runs/own"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data.path={path} is a pipe or a device; use the path of a text file")
     try:
-        return path.read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_utf8(str(path)), encoding="utf-8") as file:
+            return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path={path} is not UTF-8 at byte {error.start}; convert it first") from None
+        raise ValueError(
+            f"data.path={path} is not UTF-8 at byte {error.start}; convert it first: {convert_command(str(path))}"
+        ) from None
+    except (Unreadable, *DAMAGE) as error:
+        skipped = explain(error, str(path))
+        raise ValueError(f"data.path={path} is {skipped.reason} ({skipped.why}); {skipped.remedy}") from None
     except OSError as error:
-        raise ValueError(f"data.path={path} cannot be read ({error.strerror}); use the path of a text file") from None
+        raise ValueError(f"data.path: {error}; use the path of a text file") from None
