@@ -34,9 +34,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: $(STAMP)
 	$(VENV)/bin/mythos demo
 
-# One thread: on a shared machine two OpenMP threads are slower than one, and results do not depend on the core count.
+# Two processes of one thread each: two OpenMP threads are slower than one on a shared machine, and the tests' results
+# must not depend on the number of cores. N=0 runs them in one process, which pytest's --pdb and -s need.
+N ?= 2
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(N)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow

@@ -6,6 +6,7 @@ for output in llm.generate(["She was ", "Anne had "], SamplingParams(max_tokens=
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +105,12 @@ class LLM:
             model = OpenMythos.from_pretrained(folder, device=where, dtype=getattr(torch, dtype or "float32"))
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, tokenizer, replace(config or EngineConfig(), max_queue=2**31 - 1))
+        if self.engine.config.batch_invariant and not self.engine.invariant:
+            warnings.warn(
+                f"on this machine ({model.device.type}, {model.dtype}) an answer may depend in its last bits, and so a "
+                "sampled text, on what else runs; see docs/engine.md, or use batch_invariant=False for speed",
+                stacklevel=2,
+            )
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._n_prompts = 0
 

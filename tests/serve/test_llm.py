@@ -8,6 +8,7 @@ import torch
 
 from open_mythos import LLM, OpenMythos, SamplingParams
 from open_mythos.chat import BadMessages, reply
+from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
 
@@ -192,3 +193,11 @@ def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], SamplingParams(max_tokens=40), progress=False)
     assert not llm.engine.work
+
+
+def test_a_machine_without_invariant_products_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "invariant", property(lambda engine: False))
+    config = EngineConfig(max_rows=2, kv_tokens=100)
+    with pytest.warns(UserWarning, match=r"cpu, torch.float32.*depend in its last bits.*on what else runs"):
+        LLM(scaled(tiny()), config=config)
+    LLM(scaled(tiny()), config=EngineConfig(max_rows=2, kv_tokens=100, batch_invariant=False))
