@@ -296,9 +296,10 @@ def blamed_on(path: Path) -> Generator[None]:
 
 
 def sha256(*paths: Path) -> str:
-    """Of the files' contents, one after another."""
+    """Return the digest of the contents of ordinary files, one after another."""
     hasher = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: hasher)
+        with open_ordinary(path) as file:
+            while part := file.read(2**20):
+                hasher.update(part)
     return hasher.hexdigest()

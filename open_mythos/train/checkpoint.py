@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.files import make_folder, naming, sha256, to_disk
+from open_mythos.files import inside, make_folder, naming, read_json, sha256, to_disk
 from open_mythos.train import pieces
 from open_mythos.train.distributed import World, wait
 from open_mythos.train.pieces import Groups, Piece, Stored
@@ -238,14 +238,14 @@ def find_problem(folder: Path, rank: int = 0, size: int = 1) -> str | None:
     Of `size` processes each reads its share of the files.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = read_json(inside(folder, MANIFEST))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"{folder / MANIFEST} has format {manifest['format']!r}, not {FORMAT}"
         if odd := sorted({path.name for path in folder.iterdir()} ^ {*files, MANIFEST}):
             return f"{folder / odd[0]} is {'missing' if odd[0] in files else 'no file of this checkpoint'}"
         for name in sorted(files)[rank::size]:
-            path, expected = folder / name, files[name]
+            path, expected = inside(folder, name), files[name]
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{path} is damaged"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -254,8 +254,18 @@ def find_problem(folder: Path, rank: int = 0, size: int = 1) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The numbers of a checkpoint that `newest` gave."""
-    return json.loads((folder / STATE).read_text("utf-8"))
+    """Return the numbers of a checkpoint that `newest` gave.
+
+    Raises:
+        ValueError: they are not those of a checkpoint.
+    """
+    # The losses of a run that has diverged are NaN.
+    state = read_json(inside(folder, STATE), finite=False)
+    if not isinstance(state, dict) or type(state.get("step")) is not int or not isinstance(state.get("guard"), dict):
+        raise ValueError(
+            f"{folder / STATE} holds no step and guard; remove {folder}, and go on from an older checkpoint"
+        )
+    return state
 
 
 def optimizer_pieces(optimizer: torch.optim.Optimizer, held: dict[Tensor, tuple[str, Piece]]) -> dict[str, Piece]:

@@ -1,6 +1,8 @@
 """Checkpoints of two processes that are damaged, or that a full disk does not take: never used, never missed."""
 
+import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mythos.train.checkpoint import Checkpoints, Keeping
+from open_mythos.train.checkpoint import FORMAT, Checkpoints, Keeping, find_problem, read_state
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import ParallelConfig, World
 from open_mythos.train.metrics import MetricsWriter, read_metrics
@@ -226,3 +228,21 @@ def test_lines_wait_for_room(tmp_path: Path) -> None:
         assert [line["step"] for line in read_metrics(path)] == [1]
         writer.write(4, {"x": 4.0})
     assert [(line["step"], line["x"]) for line in read_metrics(path)] == [(i, float(i)) for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "metrics-pipe"])
+def test_a_pipe_in_a_checkpoint_is_named_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    os.mkfifo(folder / name)
+    if name != "manifest.json":
+        files = {name: {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
+    assert f"{name} is a pipe or a device" in (find_problem(folder) or "")
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"step": 1e400}', '{"step": "1"}', '{"step": 1}', "\0", ""])
+def test_a_state_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json"):
+        read_state(tmp_path)

@@ -148,7 +148,7 @@ class Chat:
         try:
             return {f"data.paths[{i}]": sha256(Path(path)) for i, path in enumerate(self.paths)}
         except OSError as error:
-            raise _unreadable(error.filename, error) from None
+            raise ValueError(f"data.paths: {error}") from None
 
     @property
     def vocab_size(self) -> int:
