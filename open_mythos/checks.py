@@ -81,12 +81,12 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name}={shown(value)} must be bool, not {type(value).__name__}; use True or False")
 
 
-def check_text(name: str, value: object) -> None:
+def check_text(name: str, value: object, remedy: str = "give a name") -> None:
     """Refuse anything but a string that is not empty and holds no NUL, which no path or name may hold."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={shown(value)} must be str, not {type(value).__name__}; give it as text in quotes")
     if not value or "\0" in value:
-        raise ValueError(f"{name}={shown(value)} must be text that is not empty and without NUL; give a name")
+        raise ValueError(f"{name}={shown(value)} must be text that is not empty and without NUL; {remedy}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

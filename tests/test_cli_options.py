@@ -23,7 +23,7 @@ REFUSALS = [
     ("generate . a --exit-threshold 0", "--exit-threshold 0.0 must be a finite number above 0"),
     ("chat . --temperature -1", "--temperature -1.0 must be a finite number of at least 0"),
     ("generate . a --top-k -1", "--top-k -1 must be at least 0; use --top-k 0 to keep all"),
-    ("generate . a --seed -1", "--seed -1 must be between 0 and"),
+    ("generate . a --seed 9223372036854775808", "--seed 9223372036854775808 must be between -9223372036854775808 and"),
     ("chat . --kv-tokens 0", "--kv-tokens 0 must be at least 1"),
     ("eval . --text a --n-loops 1,0", "--n-loops 0 must be between 1 and 4096; use --n-loops 1,2,4,8"),
     ("eval . --text a --n-loops one", "--n-loops one must be numbers with commas between"),

@@ -78,7 +78,7 @@ BAD_SAMPLING: list[tuple[str, Any, type[Exception]]] = [
     ("top_k", -1, ValueError),
     ("top_k", 2.0, TypeError),
     ("top_k", True, TypeError),
-    ("top_p", 0.0, ValueError),
+    ("top_p", -0.1, ValueError),
     ("top_p", 1.1, ValueError),
     ("top_p", math.nan, ValueError),
     ("top_p", "0.9", TypeError),

@@ -52,7 +52,7 @@ class SamplingOptions:
             check_number("exit_threshold", self.exit_threshold, 0, above=True)
         check_sampling(self)
         if self.seed is not None:
-            check_int("seed", self.seed, 0, 2**63 - 1)
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
 
 
 def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:

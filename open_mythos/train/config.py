@@ -173,7 +173,7 @@ class TrainConfig:
         check_bool("checkpoint_loops", self.checkpoint_loops)
         check_choice("compile", self.compile, ("none", "block", "model"))
         if self.init_from is not None:
-            check_text("init_from", self.init_from)
+            check_text("init_from", self.init_from, "give a folder such as RUN/final")
         self._check_fit()
 
     def _check_fit(self) -> None:

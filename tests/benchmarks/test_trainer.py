@@ -26,7 +26,7 @@ def test_a_run_saves_and_reads_its_own_timers(job: Job) -> None:
     task = trainer.WholeRun(job)
     run = task.fresh()
     task.run(run)
-    assert sorted(path.name for path in (run.out_dir / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(path.name for path in (run.out_dir / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     # Saving a model after every step of a few milliseconds costs more than nothing, and less than all.
     assert 0 < task.reading()["overhead 1"] < 1
 

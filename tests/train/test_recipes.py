@@ -44,6 +44,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ON_SHARDS])
 def test_recipe_takes_a_step(name: str, tmp_path: Path) -> None:
     cfg = dataclasses.replace(RECIPES[name](), steps=1, batch_size=2, eval=EvalConfig())
+    if name == "adaptive-text":  # 1,024 tokens of its 26 million parameters take a minute where others work too
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=128))
     if name == "chat":
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, paths=(CONVERSATIONS,), held_out=0))
     Trainer(cfg, tmp_path, device="cpu", progress=False).run()
