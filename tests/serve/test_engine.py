@@ -17,7 +17,7 @@ from open_mythos.serve.params import SamplingParams
 from tests.models import CASES, PARTS, scaled, tiny, worst
 from tests.serve.mixes import COSTS, Load, alone, carry_out, random_load
 
-FAST, ALL = 50, 1000
+FAST, ALL = 70, 1000
 
 
 @cache

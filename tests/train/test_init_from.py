@@ -128,5 +128,5 @@ def test_a_repository_of_the_hub(folder: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_init_from_is_a_name() -> None:
-    with pytest.raises(ValueError, match="init_from='' must be text .*; give a folder such as RUN/final"):
+    with pytest.raises(ValueError, match=r"init_from='' must be text .*; give a folder such as RUN/final"):
         run_config("")
