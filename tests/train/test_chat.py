@@ -182,7 +182,7 @@ def test_a_model_learns_to_answer(base: Path, tmp_path: Path, capsys: pytest.Cap
         ([], "--init-from is missing"),
         (["--init-from", "nowhere"], "nowhere/config.json does not exist"),
         (["--init-from", "{base}"], "data.paths is empty; name files of JSON lines"),
-        (["--init-from", "{base}", "--data.paths", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--init-from", "{base}", "--data.paths", "nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
     ],
 )
 def test_the_recipe_names_what_is_missing(
