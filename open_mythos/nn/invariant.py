@@ -145,7 +145,10 @@ def cancelling(like: Tensor, sign: int, seed: int = 0) -> Tensor:
     out = like.new_zeros(span + offset).as_strided(like.shape, like.stride(), offset)
     half = like.shape[-1] // 2
     places = torch.randperm(like.shape[-1], generator=torch.Generator().manual_seed(half))
-    values = torch.randn(257, half, generator=torch.Generator().manual_seed(seed))
+    # With all the bits of float64, and of many magnitudes: sums of short or like numbers may be exact in any order.
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(257, half, generator=generator, dtype=torch.float64)
+    values *= 2.0 ** torch.randint(-8, 9, values.shape, generator=generator)
     n = out[..., 0].numel()
     values = values.repeat(-(-n // 257), 1)[:n].view(*like.shape[:-1], half).to(like)
     out[..., places[:half]], out[..., places[half : 2 * half]] = values, sign * values

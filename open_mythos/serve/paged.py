@@ -293,7 +293,8 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: f
 
     def probe(size: int) -> Tensor:
         # Scores are rounding errors, large enough to choose between the keys; so are the sums over values.
-        one_q, all_k = 2**18 * cancelling(q.new_empty(1, 1, 1, K), 1), cancelling(q.new_empty(1, 1, S, K), -1, 1)
+        large = 2**-14 / torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+        one_q, all_k = large * cancelling(q.new_empty(1, 1, 1, K), 1), cancelling(q.new_empty(1, 1, S, K), -1, 1)
         all_v = cancelling(q.new_empty(1, 1, K, S), -1, 2).mT.contiguous()
         mask = q.new_zeros(1, 1, size, S)
         outs = [

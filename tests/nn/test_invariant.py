@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos.nn.invariant import REFERENCE, SIZES, Invariance, batch_invariant, by_rows, row_blocks, size_of
+from open_mythos.nn.invariant import (
+    REFERENCE,
+    SIZES,
+    Invariance,
+    batch_invariant,
+    by_rows,
+    cancelling,
+    row_blocks,
+    size_of,
+)
 from open_mythos.nn.linear import linear
 
 OTHER_KERNELS = [
@@ -83,6 +92,20 @@ def check_products() -> None:
             assert state.holds
             error = (whole.double() - x.double() @ weight.double().T).abs().max()
             assert error < (0.5 if dtype.itemsize == 2 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_cancels_shows_the_order_of_addition(dtype: torch.dtype) -> None:
+    """Other orders give other bits in nearly every value, where ordinary operands may give the same."""
+    for K in (16, 64, 512):
+        row, weight = cancelling(torch.empty(K, dtype=dtype), 1), cancelling(torch.empty(64, K, dtype=dtype), -1)
+        wide = torch.promote_types(dtype, torch.float32)  # what products in bf16 are added up in
+        terms = row.to(wide) * weight.to(wide)
+        orders = [torch.arange(K), torch.arange(K).flip(0), torch.arange(K).view(2, -1).T.flatten()]
+        sums = [sum(terms[:, order].unbind(1)).to(dtype) for order in orders]
+        for other in sums[1:]:
+            assert (other != sums[0]).float().mean() > 0.5, (dtype, K)
+        assert sums[0].abs().max() < 1e-3 * terms.abs().sum(1).max()
 
 
 def test_rows_of_products_have_the_same_bits_beside_any_others() -> None:
