@@ -98,7 +98,7 @@ class LoopRoles:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoopRoles":
-        """Of what `to_dict` gave."""
+        """Make the result again from what `to_dict` returned."""
 
         def tensor(x: list[Any]) -> Tensor:
             def known(x: Any) -> Any:

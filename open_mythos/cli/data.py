@@ -49,7 +49,7 @@ class PrepareDataArgs:
     """Files (.txt, .md, .jsonl, .json, also as .gz, and .parquet), folders that hold such, or a dataset of the Hugging
     Face hub (OWNER/NAME); left out: HuggingFaceFW/fineweb-edu."""
     subset: str | None = None
-    """Of a dataset of the hub, as its card names it; left out: its default, and sample-10BT of fineweb-edu."""
+    """Subset of a dataset of the hub, as its card names it; left out: its default, and sample-10BT of fineweb-edu."""
     revision: str | None = None
     """Branch, tag or commit of a dataset of the hub; left out: what is there now."""
     limit_files: int | None = None
@@ -189,7 +189,7 @@ class TrainTokenizerArgs:
     """Folder for the tokenizer."""
     vocab_size: int = 4096
     subset: str | None = None
-    """Of a dataset of the hub, as its card names it."""
+    """Subset of a dataset of the hub, as its card names it."""
     column: str = "text"
     """Field of a JSON record, or column of a parquet file, with the text; a.b is the field b of a."""
     max_mb: float = 100.0

@@ -23,7 +23,7 @@ class PlanArgs:
     mfu: float = 0.4
     """Share of the GPUs' peak that the products reach, recomputed ones included. Measure it; 0.4 is a good run."""
     price_per_hour: float | None = None
-    """Of one GPU, in any currency."""
+    """Price of one GPU-hour, in any currency."""
     json: bool = False
     """Print one JSON object instead of tables."""
 

@@ -28,7 +28,7 @@ INDEX = "dataset.json"
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
 MAX_INDEX_BYTES = 2**27
-"""Of `dataset.json`: about 600,000 shards."""
+"""Bytes of the largest `dataset.json` that is read: about 600,000 shards."""
 MAX_COUNT = 2**40
 """The most tokens, documents or bytes of one shard."""
 

@@ -2,8 +2,8 @@
 
 A library chooses its kernel by the number of rows of a product, and each kernel adds up in an order of its own. Which
 row counts share an order differs by processor, shape and dtype. In float32 with 512 inputs MKL has the classes {1},
-{2 .. 15} and {16 ..} on an Intel Xeon with AMX, and {1}, {2, 3} and {4 ..} on an AMD EPYC. oneDNN's bf16 products are
-one class on both but for a few sizes.
+{2 .. 15} and {16 ..} on an Intel Xeon with AMX, and {1}, {2, 3} and {4 ..} on an AMD EPYC. On the Xeon oneDNN's bf16
+products are one class but for a few sizes.
 
 Nothing of this is assumed here. Inside `batch_invariant` every product runs on one of `SIZES` rows: fewer rows are
 padded, more are cut into blocks. Before a product of some shape first runs at a size, it is computed there on equal
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Row counts that a product may run at: never more than half of the rows are padding, from 32 on a third."""
+"""Row counts that a product may run at. From 4 rows on, at most three eighths of a block are padding."""
 REFERENCE = 16
-"""The row count whose bits every other size has to give. All processors tried put it in the class of large products."""
+"""The row count whose bits every other size has to give. On an Intel Xeon with AMX it is in the class of large
+products, so that those run uncut."""
 PROBED_VALUES = 64
 """Results compared at each size, at least: two orders of addition may agree in a few values by chance."""
 
