@@ -31,15 +31,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from open_mythos.accounting import count_parameters
-from open_mythos.plan.depths import with_gradient
-from open_mythos.plan.flops import step_flops
-from open_mythos.plan.kept import Path
-from open_mythos.plan.memory import micro_batches, peak, rows_at_once
+from open_mythos.costs.depth_distribution import with_gradient
+from open_mythos.costs.flops import step_flops
+from open_mythos.costs.memory import micro_batches, peak, rows_at_once
+from open_mythos.costs.saved_activations import Path
+from open_mythos.tasks import Text
 from open_mythos.train.config import TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.distributed import ParallelConfig
-from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Text
 from open_mythos.train.trainer import Trainer
 from open_mythos.variants import VARIANTS
 
@@ -197,7 +197,7 @@ HEAD = """# The plan against measurement
 What `mythos plan` computes from a configuration beside what two training steps take. Written by
 `python -m benchmarks.plan` on torch {torch}, CPU; rows of 512 tokens, data the novel in bytes.
 
-- Parameters are exact for every recipe: tests/plan/test_plan.py builds each on the meta device.
+- Parameters are exact for every recipe: tests/costs/test_plan.py builds each on the meta device.
 - FLOPs: all products that `torch.utils.flop_counter` sees in the second step. It sees those inside this package's own
   autograd functions; it is told of attention's kernel for CPUs, which it does not know, and which multiplies the whole
   square. It knows no grouped products: on a CPU there are none, experts are products one by one. A GPU's path is not

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from open_mythos.config import MythosConfig as MythosConfig
-    from open_mythos.convert import convert_open_mythos_0_5 as convert_open_mythos_0_5
+    from open_mythos.convert.open_mythos_0_5 import convert_open_mythos_0_5 as convert_open_mythos_0_5
+    from open_mythos.engine.llm import LLM as LLM
+    from open_mythos.engine.sampling_params import SamplingParams as SamplingParams
     from open_mythos.model import OpenMythos as OpenMythos
     from open_mythos.nn.attention import GQAttention as GQAttention
     from open_mythos.nn.block import TransformerBlock as TransformerBlock
@@ -27,10 +29,8 @@ if TYPE_CHECKING:
     from open_mythos.nn.rope import apply_rope as apply_rope
     from open_mythos.outputs import LoopTrace as LoopTrace
     from open_mythos.outputs import TrainOutput as TrainOutput
-    from open_mythos.serve.llm import LLM as LLM
-    from open_mythos.serve.params import SamplingParams as SamplingParams
-    from open_mythos.tokenizer import MythosTokenizer as MythosTokenizer
-    from open_mythos.tokenizer import load_tokenizer as load_tokenizer
+    from open_mythos.tokenization.tokenizer import MythosTokenizer as MythosTokenizer
+    from open_mythos.tokenization.tokenizer import load_tokenizer as load_tokenizer
     from open_mythos.variants import VARIANTS as VARIANTS
     from open_mythos.variants import mythos_1b as mythos_1b
     from open_mythos.variants import mythos_1t as mythos_1t
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": ["MythosConfig"],
-    "convert": ["convert_open_mythos_0_5"],
+    "convert.open_mythos_0_5": ["convert_open_mythos_0_5"],
     "model": ["OpenMythos"],
     "outputs": ["LoopTrace", "TrainOutput"],
     "nn.attention": ["GQAttention"],
@@ -63,9 +63,9 @@ _NAMES = {
     "nn.norm": ["RMSNorm"],
     "nn.recurrent": ["RecurrentBlock"],
     "nn.rope": ["apply_rope"],
-    "serve.llm": ["LLM"],
-    "serve.params": ["SamplingParams"],
-    "tokenizer": ["MythosTokenizer", "load_tokenizer"],
+    "engine.llm": ["LLM"],
+    "engine.sampling_params": ["SamplingParams"],
+    "tokenization.tokenizer": ["MythosTokenizer", "load_tokenizer"],
     "variants": [
         "VARIANTS", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_3m", "mythos_7b", "mythos_8b_fine", "mythos_10b",
         "mythos_30m", "mythos_50b", "mythos_100b", "mythos_120m", "mythos_200k", "mythos_500b",

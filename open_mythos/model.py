@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos import weights
+from open_mythos import model_folder as weights
 from open_mythos.accounting import count_parameters
-from open_mythos.arguments import (
+from open_mythos.checks import check_int, check_number
+from open_mythos.config import MythosConfig
+from open_mythos.nn.block import ATTENTIONS, TransformerBlock
+from open_mythos.nn.cache import KVCache, View, make_view
+from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.halting import HaltingRule, make_rule
+from open_mythos.nn.init import NoDraws, init_weights
+from open_mythos.nn.initial_state import initial_state
+from open_mythos.nn.inputs import (
     check_documents,
     check_generator,
     check_ids,
@@ -26,19 +34,11 @@ from open_mythos.arguments import (
     check_room,
     refuse_unknown,
 )
-from open_mythos.checks import check_int, check_number
-from open_mythos.config import MythosConfig
-from open_mythos.nn.block import ATTENTIONS, TransformerBlock
-from open_mythos.nn.cache import KVCache, View, make_view
-from open_mythos.nn.depth import LoopPlan
-from open_mythos.nn.halting import HaltingRule, make_rule
-from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.linear import Linear, autocasts
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
-from open_mythos.nn.state import initial_state
 from open_mythos.nn.static_cache import StaticKVCache, make_static_view
+from open_mythos.ops.linear import Linear, autocasts
 from open_mythos.outputs import LoopTrace, TrainOutput
 
 
@@ -306,8 +306,8 @@ class OpenMythos(nn.Module):
         top_k: int | None = 50,
         **options: Any,
     ) -> Any:
-        """Continue one prompt, a padded batch or a list of prompts; the options are those of `open_mythos.generate`."""
-        from open_mythos.generate import generate
+        """Continue one prompt, a padded batch or a list of prompts; the options are those of generation/generate.py."""
+        from open_mythos.generation.generate import generate
 
         return generate(self, input_ids, max_new_tokens, n_loops, temperature, top_k, **options)
 

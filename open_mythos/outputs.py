@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from open_mythos.nn.linear import linear
+from open_mythos.ops.linear import linear
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_commands_say_what_to_install(
     capsys: pytest.CaptureFixture,
 ) -> None:
     from open_mythos.model import OpenMythos
-    from open_mythos.tokenizer import ByteTokenizer
+    from open_mythos.tokenization.tokenizer import ByteTokenizer
 
     monkeypatch.chdir(tmp_path)
     OpenMythos(tiny(vocab_size=259)).save_pretrained("model")

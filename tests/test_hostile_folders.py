@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from open_mythos import OpenMythos
-from open_mythos.tokenizer import ByteTokenizer, load_tokenizer
-from open_mythos.weights import MAX_HEADER_BYTES, MAX_TENSORS
+from open_mythos.model_folder import MAX_HEADER_BYTES, MAX_TENSORS
+from open_mythos.tokenization.tokenizer import ByteTokenizer, load_tokenizer
 from tests.models import scaled, tiny
 
 WEIGHTS, CONFIG, OWN = "model.safetensors", "config.json", "mythos_tokenizer.json"
@@ -133,7 +133,7 @@ def test_a_hostile_folder_is_refused_by_name(folder: Path, name: str, monkeypatc
     spoil, message = CASES[name]
     spoil(folder)
     # The tensors are read last, if at all.
-    monkeypatch.setattr("open_mythos.weights.load_file", lambda path: pytest.fail("tensors were read"))
+    monkeypatch.setattr("open_mythos.model_folder.load_file", lambda path: pytest.fail("tensors were read"))
     with pytest.raises((ValueError, TypeError, FileNotFoundError)) as error:
         load(folder)
     assert message in str(error.value) and len(str(error.value)) < 2000

@@ -20,11 +20,11 @@ from open_mythos.config import MythosConfig
 from open_mythos.data.shards import TokenShards, write_shard
 from open_mythos.evals.by_loops import trained_context
 from open_mythos.files import parse_yaml
+from open_mythos.model_folder import read_config
 from open_mythos.recipes import load_recipe
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tasks import TASKS
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.tasks import TASKS
-from open_mythos.weights import read_config
 from tests.models import scaled, tiny
 
 # As they stand in a file: numbers that no type holds, other types, text that is none, and long ones.

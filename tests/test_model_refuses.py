@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LoopPlan, OpenMythos
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny, worst
 
 REMEDY = re.compile(

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from open_mythos import OpenMythos
-from open_mythos.weights import SAVED_CONFIG, SAVED_DIGEST, read_config
+from open_mythos.model_folder import SAVED_CONFIG, SAVED_DIGEST, read_config
 from tests.models import ATTENTIONS, CASES, PARTS, random_ids, scaled, tiny
 from tests.train.ranks import CONTEXT
 

@@ -19,7 +19,7 @@ from benchmarks.cases.start import Building, CacheBytes, LongRope
 from benchmarks.cases.trainer import MuonShare, Overhead
 from benchmarks.job import Job
 from benchmarks.results import Outcome
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 
 
 class Case(Protocol):

@@ -9,10 +9,10 @@ from typing import Any
 from benchmarks.engine.laws import DEEPEST
 from benchmarks.engine.subjects import N_PROMPT
 from open_mythos import OpenMythos
-from open_mythos.serve.costs import StepCosts
-from open_mythos.serve.engine import Engine, EngineConfig, TokenEvent
-from open_mythos.serve.params import SamplingParams
-from open_mythos.serve.scheduler import Refill
+from open_mythos.engine.engine import Engine, EngineConfig, TokenEvent
+from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.engine.scheduler import Refill
+from open_mythos.engine.step_costs import StepCosts
 
 NEW_TOKENS = 64
 """Of a request: contexts are spread evenly over 17 to 81 tokens, whatever the policy."""

@@ -13,10 +13,10 @@ from benchmarks.engine.run import Different, Run
 from benchmarks.engine.subjects import Subject, model_of
 from benchmarks.stats import Spread, ratios
 from open_mythos import OpenMythos
-from open_mythos.serve.costs import Curve, StepCosts
-from open_mythos.serve.engine import Engine
-from open_mythos.serve.params import SamplingParams
-from open_mythos.serve.scheduler import Refill
+from open_mythos.engine.engine import Engine
+from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.engine.scheduler import Refill
+from open_mythos.engine.step_costs import Curve, StepCosts
 
 OURS, AGAIN = "ours", "ours again"
 FIXED, TOGETHER, DROPPED, AT_ONCE = "fixed depth", "until all are done", "done rows dropped", "read out at once"

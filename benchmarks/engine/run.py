@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from benchmarks.engine.load import Load, Window, pool
 from benchmarks.engine.subjects import Subject, model_of
-from open_mythos.serve.costs import Curve, StepCosts
-from open_mythos.serve.engine import Engine
-from open_mythos.serve.startup import measure_costs
+from open_mythos.engine.calibration import measure_costs
+from open_mythos.engine.engine import Engine
+from open_mythos.engine.step_costs import Curve, StepCosts
 
 
 class Different(Exception):

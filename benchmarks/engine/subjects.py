@@ -14,7 +14,7 @@ from benchmarks.sides.exits import RECIPE, trained
 from open_mythos import MythosConfig, OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.recipes import load_recipe
-from open_mythos.train.rng import Purpose, stream
+from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.variants import mythos_30m
 
 N_PROMPT = 17

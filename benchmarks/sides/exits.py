@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.job import Job
 from open_mythos import OpenMythos
-from open_mythos.evaluating import evaluating
 from open_mythos.nn.cache import KVCache
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.recipes import load_recipe
-from open_mythos.train.rng import Purpose, stream
+from open_mythos.tasks.rng import Purpose, stream
 
 RECIPE = "adaptive-text"
 

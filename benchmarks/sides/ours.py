@@ -11,7 +11,7 @@ from benchmarks.job import Job
 from benchmarks.sides.looped import Looped
 from benchmarks.tasks import LoopCounter
 from open_mythos import KVCache, MythosConfig, OpenMythos, convert_open_mythos_0_5
-from open_mythos.compiling import compile_model
+from open_mythos.compile import compile_model
 from open_mythos.device import keep_freed_memory
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.rope import rotary_table

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.job import Job
+from open_mythos.tasks import Text
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.muon import Muon
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Text
 from open_mythos.train.trainer import Trainer
 from open_mythos.variants import VARIANTS
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from open_mythos.analysis.lens import Lens
 from open_mythos.analysis.unroll import log_probs, unroll
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 
 CANDIDATE = 0.1
 """A token of the vocabulary is a candidate where its probability is above this."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from open_mythos.analysis.unroll import after, kl, log_probs, run, step, unroll
 from open_mythos.config import MAX_LOOPS
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from open_mythos.analysis.unroll import step, unroll
 from open_mythos.checks import check_int
 from open_mythos.config import MAX_LOOPS
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 
 
 @dataclass(frozen=True)

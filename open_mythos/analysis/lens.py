@@ -11,8 +11,8 @@ from torch import Tensor
 
 from open_mythos.analysis.unroll import chosen, unroll
 from open_mythos.checks import check_int
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 
 MOVED_RANK = 4
 """A token has something to tell if its answer stands at this rank or below before the first loop."""

@@ -26,13 +26,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from open_mythos.arguments import check_ids, check_n_loops
 from open_mythos.checks import check_int
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import Scratch, View
 from open_mythos.nn.driver import Exit
-from open_mythos.nn.state import initial_state
+from open_mythos.nn.eval_mode import evaluating
+from open_mythos.nn.initial_state import initial_state
+from open_mythos.nn.inputs import check_ids, check_n_loops
 
 Orders = dict[str, list[list[int]]]
 

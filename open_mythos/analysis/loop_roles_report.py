@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from open_mythos.analysis.intervals import Band, mean_band
 from open_mythos.analysis.loop_roles import LoopRoles
-from open_mythos.plots import Series, interval_panels
+from open_mythos.reports.figures import Series, interval_panels
+from open_mythos.reports.stats import Band, mean_band
 
 Runs = Sequence[LoopRoles]
 """One for each seed of a training, all with as many loops."""

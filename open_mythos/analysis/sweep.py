@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.analysis.unroll import kl, log_probs, unroll
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 
 IGNORE = -100
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.arguments import check_ids, check_n_loops, check_room
 from open_mythos.checks import check_int
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import View
-from open_mythos.nn.state import initial_state
+from open_mythos.nn.eval_mode import evaluating
+from open_mythos.nn.initial_state import initial_state
+from open_mythos.nn.inputs import check_ids, check_n_loops, check_room
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype, setup_device
 
 if TYPE_CHECKING:
-    from open_mythos.cli.analyze_report import Section, Subject
+    from open_mythos.analysis.section import Section, Subject
 
 PROMPTS_OF_TASK = 64
 
@@ -48,8 +48,8 @@ def analyze(rest: list[str]) -> None:
     from rich.console import Console
 
     from open_mythos.cli.analyze_parts import PARTS
-    from open_mythos.plots import require_matplotlib
-    from open_mythos.terminal import ProgressLine
+    from open_mythos.reports.figures import require_matplotlib
+    from open_mythos.reports.terminal import ProgressLine
 
     require_matplotlib()
     subject = _subject(args)
@@ -69,12 +69,12 @@ def _subject(args: AnalyzeArgs) -> "Subject":
     import torch
 
     from open_mythos.analysis.fixed_point import FEWEST
+    from open_mythos.analysis.section import Subject
     from open_mythos.analysis.sweep import IGNORE
     from open_mythos.checks import check_int
-    from open_mythos.cli.analyze_report import Subject
     from open_mythos.config import MAX_LOOPS
     from open_mythos.model import OpenMythos
-    from open_mythos.tokenizer import load_tokenizer
+    from open_mythos.tokenization.tokenizer import load_tokenizer
 
     device = setup_device(args.device, args.threads)
     model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
@@ -136,8 +136,8 @@ def _write(args: AnalyzeArgs, command: str, subject: "Subject", sections: "dict[
 
     import torch
 
-    from open_mythos.experiments.lab import commit
-    from open_mythos.experiments.record import Report, write_record
+    from open_mythos.experiments.study import commit
+    from open_mythos.reports.document import Report, write_record
 
     rows, tokens = subject.input_ids.shape
     results = {
@@ -164,7 +164,7 @@ def _print(console: Any, sections: "Iterable[Section]") -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from open_mythos.experiments.record import Table
+    from open_mythos.reports.document import Table
 
     for section in sections:
         console.print(Text(f"\n{section.title}", style="bold"))

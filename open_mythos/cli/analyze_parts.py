@@ -15,9 +15,9 @@ from open_mythos.analysis.lens import JUMP_SHARE, MOVED_RANK, Lens, climb_or_jum
 from open_mythos.analysis.loop_roles import loop_roles
 from open_mythos.analysis.loop_roles_report import draw_effects, draw_split, effect_table, split_table, verdict
 from open_mythos.analysis.routing import routing
+from open_mythos.analysis.section import Section, Subject, figure, numbers, some, text
 from open_mythos.analysis.sweep import depth_sweep
-from open_mythos.cli.analyze_report import Section, Subject, figure, numbers, some, text
-from open_mythos.experiments.record import Figure, Part, Table
+from open_mythos.reports.document import Figure, Part, Table
 
 NEAR = 0.001
 """Nats: a loss this near to the lowest is as good."""

@@ -50,11 +50,11 @@ def chat(rest: list[str]) -> None:
     import torch
     from rich.console import Console
 
-    from open_mythos.chat import end_of_turn, turns_unknown
+    from open_mythos.cli.chat_session import Session
+    from open_mythos.engine.sampling_params import SamplingParams
     from open_mythos.model import OpenMythos
-    from open_mythos.serve.params import SamplingParams
-    from open_mythos.serve.session import Session
-    from open_mythos.tokenizer import load_tokenizer
+    from open_mythos.tokenization.chat_template import end_of_turn, turns_unknown
+    from open_mythos.tokenization.tokenizer import load_tokenizer
 
     device = setup_device(args.device, args.threads)
     tokenizer = load_tokenizer(args.folder)

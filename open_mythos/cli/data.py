@@ -130,7 +130,7 @@ def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) 
 
 def _print_next(args: list[str]) -> None:
     """Print the command to call next, as this shell can run it."""
-    from open_mythos.terminal import program
+    from open_mythos.reports.terminal import program
 
     print(f"Next: {program()} {shlex.join(args)}")
 
@@ -207,7 +207,7 @@ def train_tokenizer(rest: list[str]) -> None:
     from open_mythos.data.documents import find_files, first_text
     from open_mythos.data.records import Reading
     from open_mythos.data.skipped import SkipLog, Skipped
-    from open_mythos.tokenizer import BPETokenizer
+    from open_mythos.tokenization.tokenizer import BPETokenizer
 
     reading = Reading(args.column, max_document_bytes=2**62)
     dataset = _hub_dataset(args.inputs, args.subset, None, None)

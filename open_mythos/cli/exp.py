@@ -59,7 +59,7 @@ def exp(rest: list[str]) -> None:
         console = Console(highlight=False)
         _list(console) if args.name == "list" else _show(console, args.shown)
         return
-    from open_mythos.experiments.lab import Lab, load, perform
+    from open_mythos.experiments.study import Lab, load, perform
     from open_mythos.train.trainer import Interrupted
 
     folder = args.runs or HOME / (args.name + "-quick" * args.quick)
@@ -80,7 +80,7 @@ def exp(rest: list[str]) -> None:
 
 def _list(console: "Console") -> None:
     """One line for each experiment, cut to the terminal's width."""
-    from open_mythos.experiments.lab import load
+    from open_mythos.experiments.study import load
 
     for name in experiments.NAMES:
         experiment = load(name)
@@ -92,7 +92,7 @@ def _list(console: "Console") -> None:
 
 def _show(console: "Console", name: str) -> None:
     """Everything that is known of one experiment."""
-    from open_mythos.experiments.lab import load
+    from open_mythos.experiments.study import load
 
     experiment = load(name)
     finding, place = _found(name)
@@ -111,7 +111,7 @@ def _show(console: "Console", name: str) -> None:
 
 def _found(name: str) -> tuple[str, Path | None]:
     """What was found last on this machine, the whole before the quick form, and where that is written."""
-    from open_mythos.experiments.lab import MAX_RESULT_BYTES
+    from open_mythos.experiments.study import MAX_RESULT_BYTES
     from open_mythos.files import read_json
 
     # A source tree also has the record.

@@ -74,14 +74,14 @@ def serve(rest: list[str]) -> None:
 def _serve(args: ServeArgs) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         load(module, "serve", "the server")
-    from open_mythos.chat import turns_unknown
-    from open_mythos.serve.engine import Engine, EngineConfig
-    from open_mythos.serve.fields import HARD_MAX_LOOPS
-    from open_mythos.serve.gate import is_local
-    from open_mythos.serve.listen import run
-    from open_mythos.serve.llm import LLM
-    from open_mythos.serve.server import make_app
-    from open_mythos.serve.service import ServeConfig, Service
+    from open_mythos.engine.engine import Engine, EngineConfig
+    from open_mythos.engine.llm import LLM
+    from open_mythos.server.app import make_app
+    from open_mythos.server.connection import run
+    from open_mythos.server.fields import HARD_MAX_LOOPS
+    from open_mythos.server.middleware import is_local
+    from open_mythos.server.service import ServeConfig, Service
+    from open_mythos.tokenization.chat_template import turns_unknown
 
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")

@@ -44,7 +44,7 @@ class DemoArgs:
 def demo(rest: list[str]) -> None:
     """train from nothing in minutes, and see more loops answer longer questions"""
     args = read(DemoArgs, "mythos demo", rest)
-    from open_mythos.demo import run_demo
+    from open_mythos.cli.demo import run_demo
 
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
 
@@ -138,7 +138,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
     """What a run is going to take, as far as that is known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
-    from open_mythos.terminal import duration, program
+    from open_mythos.reports.terminal import duration, program
 
     cfg = trainer.cfg
     tokens = cfg.steps * cfg.batch_size * cfg.data.seq_len
@@ -164,8 +164,8 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
 
 def _next(trainer: "Trainer", final: Path) -> list[str]:
     """Commands that work with the model that has just been trained, each on a line of its own."""
-    from open_mythos.terminal import program
-    from open_mythos.train.data import example
+    from open_mythos.reports.terminal import program
+    from open_mythos.tasks.task import example
 
     folder, cfg, tokenizer = shlex.quote(str(final)), trainer.cfg, trainer.tokenizer
     mythos, lines = f"  {program()}", ["Next:"]

@@ -48,10 +48,10 @@ def generate(rest: list[str]) -> None:
     import torch
     from rich.console import Console
 
-    from open_mythos.chat import end_of_turn, render, turns_unknown
     from open_mythos.model import OpenMythos
-    from open_mythos.terminal import loop_style, loop_summary, write
-    from open_mythos.tokenizer import TextStream, load_tokenizer
+    from open_mythos.reports.terminal import loop_style, loop_summary, write
+    from open_mythos.tokenization.chat_template import end_of_turn, render, turns_unknown
+    from open_mythos.tokenization.tokenizer import TextStream, load_tokenizer
 
     device = setup_device(args.device, args.threads)
     model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
@@ -116,12 +116,12 @@ class InfoArgs:
 def info(rest: list[str]) -> None:
     """count a model's parameters, FLOPs per token, cache and memory"""
     args = read(InfoArgs, "mythos info", rest)
-    from open_mythos.info import print_info
+    from open_mythos.costs.info import print_info
 
     if args.tokenizer is not None:
         if args.vocab_size is not None:
             raise ValueError(f"--vocab-size {args.vocab_size} and --tokenizer are both given; give one")
-        from open_mythos.tokenizer import open_tokenizer
+        from open_mythos.tokenization.tokenizer import open_tokenizer
 
         args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
     print_info(args.model, args.gpu_gb, args.vocab_size, args.kv_gb)

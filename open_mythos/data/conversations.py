@@ -13,7 +13,7 @@ def to_messages(record: object) -> object:
     The layouts are {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]} with the roles
     human, gpt and system, and {"instruction", "input", "output"} with earlier turns in `history`, [[asked, answer],
     ...]. The latter two may have a text `system` beside them. Nothing is checked here: what is no message, or calls a
-    tool, is for `open_mythos.chat.check_messages` to refuse.
+    tool, is for `open_mythos.tokenization.chat_template.check_messages` to refuse.
     """
     if not isinstance(record, Mapping):
         return None

@@ -16,7 +16,7 @@ from open_mythos.data.parquet import row_group_bytes
 from open_mythos.data.records import Reading, Unit, conversion, json_records, place, read_records, too_long
 from open_mythos.data.skipped import SkipLog, Skipped, unknown_kind
 from open_mythos.data.text_files import DAMAGE, ENDINGS, Unreadable, explain, has_byte_lines, kind_of
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.tokenization.tokenizer import Tokenizer
 
 UNIT_BYTES = 8 * 2**20
 """About how much of a file one unit covers: seconds of work, which is what an interruption can lose."""

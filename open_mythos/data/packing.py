@@ -4,7 +4,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from open_mythos.data.order import permute
+from open_mythos.data.permutation import permute
 
 
 class Packing:

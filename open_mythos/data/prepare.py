@@ -38,7 +38,7 @@ from open_mythos.data.records import Reading, Unit, name_lines
 from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.files import inside, read_json, sha256, write_text
-from open_mythos.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.arguments import check_n_loops
 from open_mythos.checks import check_int
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
-from open_mythos.nn.numerics import wide
-from open_mythos.tokenizer import Tokenizer
+from open_mythos.nn.inputs import check_n_loops
+from open_mythos.ops.precision import wide
+from open_mythos.tokenization.tokenizer import Tokenizer
 
 LOGITS = 2**24
 """Logits of one call, at most, where a single window does not already have more: 64 MiB in float32."""

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from open_mythos.arguments import check_n_loops
 from open_mythos.checks import check_int
 from open_mythos.data.documents import cut_into_units, find_files, read_documents
 from open_mythos.data.records import Reading
@@ -21,9 +20,10 @@ from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
 from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
-from open_mythos.plots import loop_curve, require_matplotlib
-from open_mythos.terminal import ProgressLine
-from open_mythos.tokenizer import load_tokenizer
+from open_mythos.nn.inputs import check_n_loops
+from open_mythos.reports.figures import loop_curve, require_matplotlib
+from open_mythos.reports.terminal import ProgressLine
+from open_mythos.tokenization.tokenizer import load_tokenizer
 
 RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
 MAX_DOCUMENT_BYTES = 2**30

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from open_mythos.accounting import count_parameters
-from open_mythos.evaluating import evaluating
+from open_mythos.analysis.per_loop import by_loop
 from open_mythos.experiments.adaptive_report import KINDS, SHOWN, adaptive_report
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import by_loop
-from open_mythos.experiments.windows import token_bits
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.windows import token_bits
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import Batch
 from open_mythos.train.metrics import read_metrics
-from open_mythos.train.rng import Purpose, stream
 
 RULES = {"kl": (0.001, 0.003, 0.01, 0.03, 0.1), "latent_diff": (0.05, 0.1, 0.2, 0.3, 0.4)}
 """Thresholds of each rule."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from open_mythos.experiments.lab import Result
-from open_mythos.experiments.record import Figure, Report, Table
-from open_mythos.experiments.windows import between, interval, point, verdict
-from open_mythos.plots import interval_curves
+from open_mythos.experiments.study import Result
+from open_mythos.reports.document import Figure, Report, Table
+from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.windows import between, interval, point, verdict
 
 SHOWN = ("kl", 0.01)
 """The rule that the tables by exit and by kind of byte are about."""

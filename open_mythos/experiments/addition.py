@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.accounting import count_parameters
-from open_mythos.evaluating import evaluating
 from open_mythos.experiments.addition_report import report
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.recipes import load_recipe
+from open_mythos.tasks import Addition
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.data import IGNORE, Batch
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Addition
 
 LOOPS = (1, 2, 4, 8, 16, 32)
 COSINE_ROWS = 200

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
-from open_mythos.plots import Curve, stacked
+from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.figures import Curve, stacked
 
 Result = dict[str, Any]
 

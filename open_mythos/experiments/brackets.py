@@ -5,18 +5,18 @@ import dataclasses
 import numpy as np
 
 from open_mythos.accounting import count_parameters
+from open_mythos.analysis.per_loop import right_by_loop, rows_right, settled
 from open_mythos.config import MythosConfig
 from open_mythos.experiments.brackets_report import report
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import right_by_loop, rows_right, settled
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
+from open_mythos.tasks import Addition, Brackets, Mixed
+from open_mythos.tasks.brackets import KINDS, first_break, nesting
+from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Addition, Brackets, Mixed
-from open_mythos.train.tasks.brackets import KINDS, first_break, nesting
 from open_mythos.variants import RECIPE
 
 LENGTH = 12

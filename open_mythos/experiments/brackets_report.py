@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from open_mythos.experiments.lab import Result
-from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
-from open_mythos.experiments.settling import rank_correlation
-from open_mythos.plots import Curve, stacked
+from open_mythos.analysis.per_loop import rank_correlation
+from open_mythos.experiments.study import Result
+from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.figures import Curve, stacked
 
 READ_AT = (1, 2, 3, 4, 6, 8, 12, 16)
 ARMS = {"sampled": "sampled depth", "fixed": "fixed depth 4"}

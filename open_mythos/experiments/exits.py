@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.evaluating import evaluating
+from open_mythos.analysis.per_loop import rank_correlation, right_by_loop, settled
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.brackets import LENGTH
 from open_mythos.experiments.brackets import arms as bracket_arms
 from open_mythos.experiments.exits_report import END_ONLY, exits_report
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import rank_correlation, right_by_loop, settled
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
+from open_mythos.tasks import Addition, Brackets, KHop
+from open_mythos.tasks.addition import PLUS
+from open_mythos.tasks.brackets import END, first_break, nesting
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import IGNORE, Batch
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Addition, Brackets, KHop
-from open_mythos.train.tasks.addition import PLUS
-from open_mythos.train.tasks.brackets import END, first_break, nesting
 
 Task = KHop | Addition | Brackets
 

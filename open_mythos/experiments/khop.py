@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from open_mythos.accounting import count_parameters
+from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
 from open_mythos.experiments.khop_report import Grid, report
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import named_by_loop, right_by_loop
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
+from open_mythos.tasks import KHop
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import IGNORE, Batch
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import KHop
 
 DISTANCES = tuple(range(1, 17))
 LOOPS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 96)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Report, Table, against, interval, shown
-from open_mythos.plots import Curve, heat_map, stacked
+from open_mythos.reports.document import Figure, Report, Table, against, interval, shown
+from open_mythos.reports.figures import Curve, heat_map, stacked
 
 Grid = list[list[float]]
 """Accuracy by distance (outer) and loops (inner)."""

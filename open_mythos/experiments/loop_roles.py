@@ -19,16 +19,16 @@ from open_mythos.analysis.loop_roles_report import (
     split_table,
     verdict,
 )
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.record import Figure, Part, Report, Table, shown
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.document import Figure, Part, Report, Table, shown
+from open_mythos.tasks import Addition, KHop
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.data import IGNORE, Batch
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.evaluate import evaluate
-from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Addition, KHop
 
 TITLES = {
     "published": "published architecture, addition",

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from open_mythos.accounting import count_parameters
+from open_mythos.analysis.per_loop import right_by_loop
 from open_mythos.config import MythosConfig
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.record import Figure, Part, Report, Table, against, interval, shown
-from open_mythos.experiments.settling import right_by_loop
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
-from open_mythos.plots import Curve, heat_map, stacked
+from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.tasks import Parity
+from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Parity
 from open_mythos.variants import RECIPE
 
 TRAINED = 12

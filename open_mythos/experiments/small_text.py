@@ -9,22 +9,22 @@ import numpy as np
 from torch import Tensor
 
 from open_mythos.accounting import count_parameters, flops_per_token
+from open_mythos.analysis.per_loop import by_loop
 from open_mythos.data.corpus import build_corpus
 from open_mythos.data.documents import first_text
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.records import Reading
 from open_mythos.data.shards import INDEX, SPLITS, TokenShards
-from open_mythos.experiments.lab import Experiment, Lab, Result, seeded
-from open_mythos.experiments.settling import by_loop
 from open_mythos.experiments.small_text_report import best, small_text_report
-from open_mythos.experiments.windows import token_bits
+from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.tokenizer import BPETokenizer
+from open_mythos.reports.windows import token_bits
+from open_mythos.tasks import Shards
+from open_mythos.tasks.task import Batch, to_tensor
+from open_mythos.tokenization.tokenizer import BPETokenizer
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.data import Batch, to_tensor
-from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.tasks import Shards
+from open_mythos.train.depth_sampling import LoopsConfig
 
 LOOPS = (1, 2, 4, 6, 8, 12, 16)
 RATES = (0.5, 1.0, 2.0)

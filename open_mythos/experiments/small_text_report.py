@@ -4,10 +4,10 @@ from functools import partial
 
 import numpy as np
 
-from open_mythos.experiments.lab import Result
-from open_mythos.experiments.record import Figure, Part, Report, Table
-from open_mythos.experiments.windows import between, point, verdict
-from open_mythos.plots import interval_curves
+from open_mythos.experiments.study import Result
+from open_mythos.reports.document import Figure, Part, Report, Table
+from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.windows import between, point, verdict
 
 
 def best(sweep: Result) -> float:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.evaluating import evaluating
-from open_mythos.experiments.lab import Experiment, Lab, Result
+from open_mythos.experiments.study import Experiment, Lab, Result
 from open_mythos.experiments.verify_report import verify_report
 from open_mythos.model import OpenMythos
 from open_mythos.nn.driver import Compaction
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.init import STD
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.variants import mythos_1b

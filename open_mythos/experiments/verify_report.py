@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.experiments.record import Figure, Part, Report, Table, interval, shown
-from open_mythos.plots import interval_curves
+from open_mythos.reports.document import Figure, Part, Report, Table, interval, shown
+from open_mythos.reports.figures import interval_curves
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 AGREEMENT = (0.352, 0.656, 0.727, 0.805, 0.883, 0.906, 0.961, 1.0)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import View
-from open_mythos.nn.causal import CausalAttention, takes_blocks
-from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.ops.causal_attention import CausalAttention, takes_blocks
+from open_mythos.ops.linear import Linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:

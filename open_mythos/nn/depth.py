@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from open_mythos.checks import check_int
 from open_mythos.config import MAX_LOOPS
 from open_mythos.nn.experts import Weights
-from open_mythos.nn.linear import Linear, linear
+from open_mythos.ops.linear import Linear, linear
 
 
 @dataclass(frozen=True)

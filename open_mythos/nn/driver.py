@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos.nn.cache import KeyValues, KVCache, KVStore, Scratch, Selection, View
 from open_mythos.nn.halting import Fixed, HaltingRule, State
-from open_mythos.nn.linear import captured
-from open_mythos.nn.numerics import wide
 from open_mythos.nn.static_cache import StaticKVCache
+from open_mythos.ops.linear import captured
+from open_mythos.ops.precision import wide
 
 if TYPE_CHECKING:
     from open_mythos.nn.recurrent import RecurrentBlock

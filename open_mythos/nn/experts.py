@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from open_mythos.nn.exchange import through_owners
-from open_mythos.nn.grouped import grouped_linear
-from open_mythos.nn.invariant import invariant
-from open_mythos.nn.linear import autocasts, captured, kept, linear, outer, streams
 from open_mythos.nn.mlp import silu_product, swiglu_backward
+from open_mythos.nn.token_dispatch import through_owners
+from open_mythos.ops.batch_invariant import invariant
+from open_mythos.ops.grouped_linear import grouped_linear
+from open_mythos.ops.linear import autocasts, captured, kept, linear, outer, streams
 
 Weights = tuple[Tensor, Tensor]
 """gate_up (E, 2 F, D), down (E, D, F)"""

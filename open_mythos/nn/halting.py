@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_choice, check_number
-from open_mythos.nn.invariant import invariant
-from open_mythos.nn.numerics import wide, wide_linear
+from open_mythos.ops.batch_invariant import invariant
+from open_mythos.ops.precision import wide, wide_linear
 
 State = dict[str, Tensor]
 Decision = tuple[State, Tensor, Tensor | None]

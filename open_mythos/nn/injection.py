@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear, linear
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.nn.numerics import wide
+from open_mythos.ops.linear import Linear, linear
+from open_mythos.ops.precision import wide
 
 A_MAX = 1 - 2**-8
 """No decay exceeds this. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import attend
 from open_mythos.nn.cache import View
-from open_mythos.nn.invariant import by_rows, invariant
-from open_mythos.nn.linear import Linear
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.ops.batch_invariant import by_rows, invariant
+from open_mythos.ops.linear import Linear
 
 
 class MLAttention(nn.Module):

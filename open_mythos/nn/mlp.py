@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear, autocasts, captured, linear, outer
+from open_mythos.ops.linear import Linear, autocasts, captured, linear, outer
 
 
 class Expert(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import View
 from open_mythos.nn.experts import StackedExperts
-from open_mythos.nn.linear import Linear
 from open_mythos.nn.mlp import Expert
-from open_mythos.nn.numerics import wide_linear
+from open_mythos.ops.linear import Linear
+from open_mythos.ops.precision import wide_linear
 
 
 class MoEFFN(nn.Module):

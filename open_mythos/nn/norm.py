@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import captured
-from open_mythos.nn.numerics import wide
+from open_mythos.ops.linear import captured
+from open_mythos.ops.precision import wide
 
 IN_CACHE = 2**16
 """Values normalised at a time in bf16 and fp16, whose float32 copies then stay in the processor's cache."""

@@ -16,9 +16,9 @@ from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_wave
 from open_mythos.nn.driver import Compaction, Exit, Probe, RecurrentOutput, Rows, Run
 from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
-from open_mythos.nn.linear import autocasts, captured
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.ops.linear import autocasts, captured
 
 
 class RecurrentBlock(nn.Module):

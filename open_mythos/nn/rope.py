@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, H heads, K head width.
 import torch
 from torch import Tensor
 
-from open_mythos.nn.linear import captured
+from open_mythos.ops.linear import captured
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """A recipe for text whose easy tokens may leave the loop early."""
 
 from open_mythos.config import MythosConfig
+from open_mythos.tasks import Text
 from open_mythos.train.config import OptimConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Text
 
 
 def adaptive_text() -> TrainConfig:

@@ -1,10 +1,10 @@
 """A recipe for conversations."""
 
 from open_mythos.recipes.text import tiny_text
+from open_mythos.tasks import Chat
 from open_mythos.train.config import EvalConfig, OptimConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Chat
 
 
 def chat() -> TrainConfig:

@@ -1,10 +1,10 @@
 """Recipes for pointer chasing."""
 
 from open_mythos.config import MythosConfig
+from open_mythos.tasks import KHop
 from open_mythos.train.config import LossConfig, OptimConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import KHop
 from open_mythos.variants import RECIPE
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from open_mythos.accounting import count_parameters
 from open_mythos.config import MythosConfig
+from open_mythos.tasks import Shards
 from open_mythos.train.config import OptimConfig, ParallelConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Shards
 from open_mythos.variants import RECIPE, VARIANTS
 
 FINEWEB_EDU = "data/fineweb-edu"

@@ -1,10 +1,10 @@
 """Recipes for language modelling."""
 
 from open_mythos.config import MythosConfig
+from open_mythos.tasks import Shards, Text
 from open_mythos.train.config import EvalConfig, OptimConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Shards, Text
 from open_mythos.variants import RECIPE
 
 

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int, check_number
 from open_mythos.files import inside, make_folder, naming, read_json, sha256, to_disk
-from open_mythos.train import pieces
+from open_mythos.train import tensor_shards as pieces
 from open_mythos.train.distributed import World, wait
-from open_mythos.train.pieces import Groups, Piece, Stored
+from open_mythos.train.tensor_shards import Groups, Piece, Stored
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"

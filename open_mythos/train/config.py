@@ -12,10 +12,10 @@ from open_mythos.checks import check_bool, check_choice, check_field, check_int,
 from open_mythos.config import MAX_LOOPS, MythosConfig
 from open_mythos.device import Dtype
 from open_mythos.files import blamed_on, parse_yaml, read_yaml
-from open_mythos.train.guard import GuardConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed, Parity, Shards, Stream, Text
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed, Parity, Shards, Stream, Text
+from open_mythos.train.step_guard import GuardConfig
 
 EXPERT_BIAS_RATE = 1e-3
 """Source: Wang et al. 2024, arXiv 2408.15664."""

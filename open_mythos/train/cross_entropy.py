@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.nn.linear import captured, linear, outer
-from open_mythos.nn.numerics import no_autocast, wide
-from open_mythos.train.data import IGNORE
+from open_mythos.ops.linear import captured, linear, outer
+from open_mythos.ops.precision import no_autocast, wide
+from open_mythos.tasks.task import IGNORE
 
 CHUNK_BYTES = 2**24
 """Room for the float32 logits of a chunk."""

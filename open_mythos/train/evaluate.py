@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from open_mythos.arguments import check_n_loops
-from open_mythos.evaluating import evaluating
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
-from open_mythos.nn.linear import linear
-from open_mythos.nn.numerics import no_autocast, wide
+from open_mythos.nn.inputs import check_n_loops
+from open_mythos.ops.linear import linear
+from open_mythos.ops.precision import no_autocast, wide
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.cross_entropy import tokens_per_chunk
-from open_mythos.train.data import IGNORE, Batch
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from open_mythos import weights
-from open_mythos.chat import save_template
+from open_mythos import model_folder as weights
 from open_mythos.config import MythosConfig
 from open_mythos.files import make_folder, naming, to_disk
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tokenization.chat_template import save_template
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 FINAL = "final"
 

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 from open_mythos.files import sha256
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tasks import Stream, Text
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.checkpoint import read_state
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.tasks import Stream, Text
 
 CONFIG_FILE = "config.yaml"
 MAX_NAMED = 5

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from open_mythos import weights
+from open_mythos import model_folder as weights
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import Tokenizer, load_tokenizer
+from open_mythos.tasks import Chat
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.identity import tokenizer_digest
-from open_mythos.train.tasks import Chat
 
 FREE = ("max_seq_len", "max_output_tokens", "dropout")
 """What may differ from the folder: it changes neither a tensor nor what one is for."""

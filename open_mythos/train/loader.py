@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from open_mythos.tasks import Stream
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import Batch
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Stream
 
 MAX_DEATHS, DEATH_WINDOW = 3, 100
 """Workers that may die within so many steps before the run gives up."""

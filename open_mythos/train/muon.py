@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
-from open_mythos.nn.linear import MANY_PRODUCTS, fast, linear
+from open_mythos.ops.linear import MANY_PRODUCTS, fast, linear
 from open_mythos.train.config import AdjustLR
 from open_mythos.train.owners import Owners
 

@@ -12,7 +12,7 @@ towards exp(-1), a norm's gain towards 0 (Parcae decays none of these; OLMo 2 dr
 import torch
 from torch import Tensor, nn
 
-from open_mythos.nn.linear import Linear
+from open_mythos.ops.linear import Linear
 from open_mythos.train.config import OptimConfig
 from open_mythos.train.muon import Muon
 

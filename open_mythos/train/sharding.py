@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from open_mythos.compiling import compile_model
+from open_mythos.compile import compile_model
 from open_mythos.model import OpenMythos
 from open_mythos.nn.init import init_weights
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.pieces import Piece, Stored
+from open_mythos.train.tensor_shards import Piece, Stored
 
 DRAWN_AT_ONCE = 2**22
 """Values of a parameter that exist in full, beyond the piece that is kept, while it is drawn."""

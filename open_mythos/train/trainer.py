@@ -20,14 +20,15 @@ from torch import Tensor
 from open_mythos.checks import check_int
 from open_mythos.device import Device, setup_device
 from open_mythos.nn.depth import LoopPlan
-from open_mythos.terminal import ProgressLine
+from open_mythos.reports.terminal import ProgressLine
+from open_mythos.tasks import Chat
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE
 from open_mythos.train.checkpoint import Checkpoints, Keeping, optimizer_pieces, read_state, restore_optimizer
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
-from open_mythos.train.data import IGNORE
 from open_mythos.train.distributed import World
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
 from open_mythos.train.final import save_model_folder
-from open_mythos.train.guard import Guard
 from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
 from open_mythos.train.interrupts import Interrupted, signals_into
@@ -35,11 +36,10 @@ from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
-from open_mythos.train.pieces import Piece, Stored
-from open_mythos.train.rng import Purpose, stream
 from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
 from open_mythos.train.sharding import Spread
-from open_mythos.train.tasks import Chat
+from open_mythos.train.step_guard import Guard
+from open_mythos.train.tensor_shards import Piece, Stored
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]

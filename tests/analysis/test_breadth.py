@@ -6,7 +6,7 @@ import torch
 
 from open_mythos.analysis.breadth import breadth, path_mass, way
 from open_mythos.analysis.lens import Lens
-from open_mythos.train.tasks import KHop
+from open_mythos.tasks import KHop
 from tests.models import scaled, tiny
 
 

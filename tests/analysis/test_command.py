@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from open_mythos import OpenMythos
-from open_mythos.cli import analyze_report, main
+from open_mythos.analysis import section as analyze_report
+from open_mythos.cli import main
 from open_mythos.cli.analyze_parts import PARTS
 from open_mythos.recipes import load_recipe
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
 
 CPU = ["--device", "cpu", "--threads", "1"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.intervals import mean_band
 from open_mythos.analysis.loop_roles import SPLIT, LoopRoles, interventions, loop_roles, run_loops, split, update
+from open_mythos.reports.stats import mean_band
 from tests.models import random_ids, scaled, tiny
 
 BARE = {"loop_embedding": False, "lora_rank": 0}

@@ -17,9 +17,9 @@ from benchmarks.engine.reach import REACH
 from benchmarks.engine.report import BEGIN, END, render, write_report
 from benchmarks.engine.subjects import N_PROMPT, N_PROMPTS
 from open_mythos import OpenMythos
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.step_costs import Curve, StepCosts
 from open_mythos.nn.halting import LatentDiff
-from open_mythos.serve.costs import Curve, StepCosts
-from open_mythos.serve.engine import Engine, EngineConfig
 from open_mythos.variants import mythos_200k
 
 COSTS = StepCosts(Curve({1: 1.0, 64: 2.0}), Curve({1: 1.0, 64: 2.0}))

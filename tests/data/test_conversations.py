@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.chat import render
 from open_mythos.data.conversations import to_messages
-from open_mythos.tokenizer import ByteTokenizer
-from open_mythos.train.tasks import Chat
+from open_mythos.tasks import Chat
+from open_mythos.tokenization.chat_template import render
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 ASKED = [
@@ -125,7 +125,7 @@ def test_few_conversations(tmp_path: Path) -> None:
 
 
 def places(path: str) -> list[float]:
-    from open_mythos.train.tasks.chat import _place
+    from open_mythos.tasks.chat import _place
 
     return [_place(json.loads(line)["messages"]) for line in Path(path).read_text().splitlines()]
 

@@ -10,7 +10,7 @@ import pytest
 from open_mythos.assets import novel
 from open_mythos.cli import main
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import load_tokenizer
+from open_mythos.tokenization.tokenizer import load_tokenizer
 
 SMALL = [
     "--steps",
@@ -31,7 +31,7 @@ SMALL = [
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a space in its name. The command is called by its name alone."""
-    monkeypatch.setattr("open_mythos.terminal.program", lambda: "mythos")
+    monkeypatch.setattr("open_mythos.reports.terminal.program", lambda: "mythos")
     monkeypatch.chdir(tmp_path)
     made = tmp_path / "my texts"
     made.mkdir()
@@ -66,7 +66,7 @@ def test_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         corpus, "_plays", lambda path: iter([(novel()[i : i + 9000], "") for i in range(0, 90_000, 9000)])
     )
     monkeypatch.setattr(corpus, "_chapters", lambda path: iter([]))
-    monkeypatch.setattr("open_mythos.terminal.program", lambda: "mythos")
+    monkeypatch.setattr("open_mythos.reports.terminal.program", lambda: "mythos")
     monkeypatch.setattr(corpus, "novel", lambda: "A short novel. " * 100)
     then = run(["mythos", "fetch-corpus", "--out", "new folder/corpus.jsonl"], capsys)
     then = run([*then, "--vocab-size", "280"], capsys)

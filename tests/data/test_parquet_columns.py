@@ -15,8 +15,8 @@ from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.records import Reading
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.evals.by_loops import read_texts
-from open_mythos.tokenizer import ByteTokenizer
-from open_mythos.train.tasks import Stream
+from open_mythos.tasks import Stream
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 
 GOOD = [f"row {i} caf\u00e9 \u20ac" for i in range(30)]
 BAD = 17

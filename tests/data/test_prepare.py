@@ -17,7 +17,7 @@ from open_mythos.data import prepare as module
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import TokenShards, write_shard
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, load_tokenizer
+from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, load_tokenizer
 
 LINES = Settings(Reading(cut="lines"), held_out=0.2)
 TEXTS = [f"Document {i}: {'what it says ' * (i % 7)}\u20ac" for i in range(400)]

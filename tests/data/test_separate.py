@@ -16,11 +16,11 @@ from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import TokenShards
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
-from open_mythos.tokenizer import BPETokenizer, load_tokenizer, n_bytes
+from open_mythos.tasks import Shards
+from open_mythos.tasks.task import IGNORE
+from open_mythos.tokenization.tokenizer import BPETokenizer, load_tokenizer, n_bytes
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import IGNORE
 from open_mythos.train.evaluate import evaluate
-from open_mythos.train.tasks import Shards
 from open_mythos.train.trainer import Trainer
 
 OPENINGS = ("a", "\u201cYes", "\u00e9", "\u65e5\u672c", "the ", "\u2014")

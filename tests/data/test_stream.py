@@ -15,14 +15,14 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from open_mythos.data import groups
+from open_mythos.data import row_groups as groups
 from open_mythos.data.documents import is_held_out
-from open_mythos.data.order import in_epochs
 from open_mythos.data.parquet import _remote_metadata
+from open_mythos.data.permutation import in_epochs
 from open_mythos.recipes import load_recipe
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer
+from open_mythos.tasks import Stream
+from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.tasks import Stream
 from tests.data.fake_hub import FakeHub, serve, use
 
 RNG = np.random.default_rng(0)
@@ -277,6 +277,6 @@ def test_in_a_configuration(task: Stream, tmp_path: Path) -> None:
 
 
 def test_ends_quietly_in_the_middle_of_a_row_group(task: Stream) -> None:
-    code = f"from open_mythos.train.tasks import Stream; lanes = {task!r}.lanes(range(4), 4); lanes.next()"
+    code = f"from open_mythos.tasks import Stream; lanes = {task!r}.lanes(range(4), 4); lanes.next()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,7 @@ from open_mythos.cli import main
 from open_mythos.evals.bits_per_byte import bits_per_byte, cut
 from open_mythos.evals.by_loops import evaluate_files, trained_context
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, Tokenizer
+from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, SymbolTokenizer, Tokenizer
 from tests.models import scaled, tiny
 
 TEXTS = ["It was a dark night. " * 5, "x", "Caf\u00e9, na\u00efve, \u4f60\u597d: bytes are not characters. "]

@@ -10,11 +10,11 @@ import torch
 
 from open_mythos import OpenMythos
 from open_mythos.experiments import adaptive
-from open_mythos.experiments.lab import Lab, perform
-from open_mythos.experiments.record import Table
+from open_mythos.experiments.study import Lab, perform
 from open_mythos.recipes import load_recipe
-from open_mythos.train.data import Batch
-from open_mythos.train.rng import Purpose, stream
+from open_mythos.reports.document import Table
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import Batch
 
 
 @pytest.fixture(scope="module")

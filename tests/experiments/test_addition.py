@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from open_mythos.experiments import addition_report
 from open_mythos.experiments.addition import EXPERIMENT, arms, by_loops, cosines, published
-from open_mythos.experiments.record import Table, write_record
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.document import Table, write_record
+from open_mythos.tasks import Addition
+from open_mythos.tasks.addition import EQUALS
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import IGNORE, Batch
-from open_mythos.train.tasks import Addition
-from open_mythos.train.tasks.addition import EQUALS
 from tests.models import scaled, tiny
 
 SIZE = {"vocab_size": 16, "max_loop_iters": 3}

@@ -10,9 +10,9 @@ import torch
 from open_mythos import LoopPlan, OpenMythos
 from open_mythos.experiments.brackets import LENGTH, LOOPS, arms, by_row, by_task
 from open_mythos.experiments.brackets_report import correlations, direction, report, settling_loop
-from open_mythos.train.data import IGNORE
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Brackets, Mixed
+from open_mythos.tasks import Brackets, Mixed
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE
 
 
 def made_up(slope: float, task_loops: tuple[int, int, int], seeds: int = 3) -> dict[str, Any]:

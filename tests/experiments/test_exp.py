@@ -10,8 +10,8 @@ import pytest
 from open_mythos import experiments
 from open_mythos.cli import main
 from open_mythos.experiments import NAMES
-from open_mythos.experiments.lab import Experiment, Lab, load
-from open_mythos.experiments.record import Report
+from open_mythos.experiments.study import Experiment, Lab, load
+from open_mythos.reports.document import Report
 from open_mythos.train.trainer import Interrupted
 
 Calls = list[tuple[int, bool, int]]

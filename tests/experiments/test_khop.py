@@ -34,10 +34,10 @@ from open_mythos.experiments.khop_report import (
     report,
     worst_reachable,
 )
-from open_mythos.experiments.lab import Lab
-from open_mythos.experiments.record import Report, write_record
+from open_mythos.experiments.study import Lab
 from open_mythos.recipes import load_recipe
-from open_mythos.train.rng import Purpose, stream
+from open_mythos.reports.document import Report, write_record
+from open_mythos.tasks.rng import Purpose, stream
 
 
 def random_model(cfg: MythosConfig) -> OpenMythos:

@@ -11,9 +11,9 @@ from open_mythos import OpenMythos
 from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
 from open_mythos.analysis.loop_roles_report import verdict
 from open_mythos.experiments import loop_roles as experiment
-from open_mythos.experiments.lab import Lab
-from open_mythos.experiments.record import Figure, write_record
-from open_mythos.train.data import IGNORE
+from open_mythos.experiments.study import Lab
+from open_mythos.reports.document import Figure, write_record
+from open_mythos.tasks.task import IGNORE
 
 
 def small(quick: bool) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 
 from open_mythos import LoopPlan, OpenMythos
 from open_mythos.experiments.parity import FARTHEST, READINGS, TRAINED, accuracy, arms, reach, report
-from open_mythos.train.data import IGNORE
-from open_mythos.train.rng import Purpose, stream
-from open_mythos.train.tasks import Parity
+from open_mythos.tasks import Parity
+from open_mythos.tasks.rng import Purpose, stream
+from open_mythos.tasks.task import IGNORE
 
 
 def made_up(solves: dict[str, int], seeds: int = 3) -> dict[str, Any]:

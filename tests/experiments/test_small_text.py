@@ -18,12 +18,12 @@ from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import TokenShards, load_index
 from open_mythos.experiments import small_text, small_text_report
-from open_mythos.experiments.lab import Lab, perform
+from open_mythos.experiments.study import Lab, perform
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.recipes.text import SMALL_TEXT_DATA
+from open_mythos.tasks.task import Batch
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import Batch
 
 
 @pytest.fixture(scope="module")

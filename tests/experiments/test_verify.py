@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_mythos.experiments import verify, verify_report
-from open_mythos.experiments.lab import Lab
+from open_mythos.experiments.study import Lab
 from open_mythos.variants import mythos_1b
 
 TINY = dataclasses.replace(

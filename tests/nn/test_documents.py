@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from open_mythos import LoopPlan, OpenMythos
-from open_mythos.nn import causal
 from open_mythos.nn.cache import Selection
-from open_mythos.nn.causal import CausalAttention
+from open_mythos.ops import causal_attention as causal
+from open_mythos.ops.causal_attention import CausalAttention
 from tests.models import ATTENTIONS, random_ids, scaled, tiny, worst, worst_of
 
 LENGTHS = ((5, 1, 9, 6), (21,), (2, 19), (13, 7, 1))

@@ -40,7 +40,7 @@ SAFE_FROM = {
     "pydantic": "2.4",  # CVE-2024-3772: input that stops it
 }
 """First releases without known faults, of what reads other people's files and requests."""
-USED_BY = {"serve": ["serve", "cli/serve.py"], "data": ["data/hub.py", "data/parquet.py"]}
+USED_BY = {"serve": ["server", "cli/serve.py"], "data": ["data/hub.py", "data/parquet.py"]}
 NAMES = {"yaml": "pyyaml", "markdown_it": "markdown-it-py", "prometheus_client": "prometheus-client"}
 
 

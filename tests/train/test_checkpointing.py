@@ -10,11 +10,11 @@ import torch
 
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.moe import MoEFFN
+from open_mythos.tasks import Addition
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Addition
 from open_mythos.train.trainer import Metrics, Trainer
 from tests.models import random_ids, scaled, tiny
 

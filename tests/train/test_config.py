@@ -8,11 +8,11 @@ import tyro
 
 from open_mythos.config import MythosConfig
 from open_mythos.recipes import RECIPES
+from open_mythos.tasks import Addition, KHop, Text
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Addition, KHop, Text
 
 
 def model(**changes) -> MythosConfig:

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
+from open_mythos.tasks.task import IGNORE
 from open_mythos.train.cross_entropy import CHUNK_BYTES, linear_cross_entropy, tokens_per_chunk
-from open_mythos.train.data import IGNORE
 from open_mythos.train.losses import LossConfig, total_loss
 from tests.models import random_ids, scaled, tiny, worst
 

@@ -9,14 +9,14 @@ import torch
 
 from open_mythos.accounting import count_parameters
 from open_mythos.model import OpenMythos
+from open_mythos.tasks import Addition
 from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.distributed import ParallelConfig, World
-from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.sharding import Spread
-from open_mythos.train.tasks import Addition
 from open_mythos.train.trainer import Trainer
 from tests.models import tiny
 from tests.train.ranks import run_ranks

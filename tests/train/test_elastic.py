@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
+from open_mythos.tasks import Addition, Shards, Stream
+from open_mythos.tasks.task import Batch
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.data import Batch
 from open_mythos.train.distributed import ParallelConfig
-from open_mythos.train.pieces import Stored
-from open_mythos.train.tasks import Addition, Shards, Stream
+from open_mythos.train.tensor_shards import Stored
 from open_mythos.train.trainer import Interrupted, Trainer
 from tests.data.test_stream import make
 from tests.train.ranks import run_ranks

@@ -5,8 +5,8 @@ import pytest
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
+from open_mythos.tasks import Addition
 from open_mythos.train.evaluate import Score, evaluate
-from open_mythos.train.tasks import Addition
 
 ROWS = 20
 

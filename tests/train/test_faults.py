@@ -13,8 +13,8 @@ import torch
 
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.distributed import ParallelConfig, Watch
-from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.trainer import Trainer
 from tests.train.ranks import Ranks, run_ranks

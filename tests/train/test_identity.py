@@ -14,13 +14,13 @@ import pytest
 from open_mythos.cli import main
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
-from open_mythos.tokenizer import BPETokenizer, load_tokenizer
+from open_mythos.tasks import Addition, Chat, Shards, Stream, Text
+from open_mythos.tasks import shards as shards_task
+from open_mythos.tokenization.tokenizer import BPETokenizer, load_tokenizer
 from open_mythos.train import identity
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Addition, Chat, Shards, Stream, Text
-from open_mythos.train.tasks import shards as shards_task
 from open_mythos.train.trainer import Trainer
 from tests.train.test_resume import Crash, config, crash_after, trainer
 

@@ -7,15 +7,15 @@ import huggingface_hub
 import pytest
 import torch
 
-from open_mythos import weights
+from open_mythos import model_folder as weights
 from open_mythos.cli import main
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import ByteTokenizer
+from open_mythos.tasks import Addition, Text
+from open_mythos.tokenization.tokenizer import ByteTokenizer
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.init_from import FREE, adopt, open_initial
-from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.tasks import Addition, Text
 from open_mythos.train.trainer import Trainer
 from tests.models import scaled, tiny
 

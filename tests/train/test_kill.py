@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from open_mythos.tasks.task import Batch
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.data import Batch
 from open_mythos.train.distributed import ParallelConfig, Watch
 from open_mythos.train.metrics import last_step
 from open_mythos.train.trainer import Interrupted, Trainer

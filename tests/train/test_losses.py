@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.outputs import TrainOutput
-from open_mythos.train.data import IGNORE
+from open_mythos.tasks.task import IGNORE
 from open_mythos.train.losses import LossConfig, total_loss
 
 

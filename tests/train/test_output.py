@@ -8,8 +8,8 @@ import pytest
 
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.terminal import ProgressLine, duration
-from open_mythos.tokenizer import ByteTokenizer, load_tokenizer
+from open_mythos.reports.terminal import ProgressLine, duration
+from open_mythos.tokenization.tokenizer import ByteTokenizer, load_tokenizer
 from open_mythos.train.final import save_model_folder
 from open_mythos.train.metrics import MetricsWriter, read_metrics
 

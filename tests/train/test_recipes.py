@@ -15,11 +15,11 @@ from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import DATA, RECIPES, load_recipe
+from open_mythos.tasks import Shards
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Shards
 from open_mythos.train.trainer import Trainer
 from open_mythos.variants import VARIANTS
 

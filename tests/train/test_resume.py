@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from open_mythos.cli import main
+from open_mythos.tasks import Addition
 from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
 from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.distributed import ParallelConfig, World
-from open_mythos.train.loops import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.tasks import Addition
 from open_mythos.train.trainer import Trainer
 from tests.models import tiny
 

@@ -15,7 +15,7 @@ import torch
 
 from open_mythos.cli import main
 from open_mythos.model import OpenMythos
-from open_mythos.tokenizer import load_tokenizer
+from open_mythos.tokenization.tokenizer import load_tokenizer
 from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
@@ -312,7 +312,8 @@ def test_a_full_disk_is_named(tmp_path: Path, name: str) -> None:
             patch.setattr(Path, "write_text", lambda *args, **options: (_ for _ in ()).throw(full))
         else:
             run.add_hook(
-                lambda *_: patch.setattr("open_mythos.weights.to_disk", lambda path: (_ for _ in ()).throw(full)), 3
+                lambda *_: patch.setattr("open_mythos.model_folder.to_disk", lambda path: (_ for _ in ()).throw(full)),
+                3,
             )
         with pytest.raises(OSError, match="the disk is full; make room, and run the command again") as error:
             run.run()

@@ -14,10 +14,10 @@ import pytest
 
 from open_mythos.cli import main
 from open_mythos.recipes import load_recipe
+from open_mythos.tasks import Text
 from open_mythos.train.checkpoint import Keeping
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.metrics import read_metrics
-from open_mythos.train.tasks import Text
 from open_mythos.train.trackers import Run, TensorBoard, Tracker, Trackio, Wandb, make_trackers
 from open_mythos.train.trainer import Trainer
 

@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
-from open_mythos.tokenizer import load_tokenizer
+from open_mythos.tasks import Addition, KHop, Text
+from open_mythos.tasks.task import Batch
+from open_mythos.tokenization.tokenizer import load_tokenizer
 from open_mythos.train.config import EvalConfig, TrainConfig
-from open_mythos.train.data import Batch
-from open_mythos.train.loops import LoopsConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.train.tasks import Addition, KHop, Text
 from open_mythos.train.trainer import Trainer
 
 

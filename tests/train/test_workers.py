@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import _utils
 
+from open_mythos.tasks import Addition, Stream
 from open_mythos.train.config import EvalConfig, TrainConfig
+from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.loader import Loader
-from open_mythos.train.loops import LoopsConfig
-from open_mythos.train.tasks import Addition, Stream
 from tests.data.test_stream import make
 from tests.models import tiny
 

@@ -1,0 +1,213 @@
+"""What a run costs on given GPUs, from its configuration alone: nothing is built and nothing is allocated."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from open_mythos.accounting import Parameters, count_parameters
+from open_mythos.checks import check_choice, check_int, check_number
+from open_mythos.costs.depth_distribution import mean_loops
+from open_mythos.costs.flops import StepFlops, step_flops
+from open_mythos.costs.gpus import CARDS, RESERVED_SHARE, Card, link_gb_s
+from open_mythos.costs.memory import Memory, micro_batches, peak, rows_at_once
+from open_mythos.costs.saved_activations import Path
+from open_mythos.costs.traffic import sent_bytes
+from open_mythos.train.config import TrainConfig
+
+MOST_GPUS = 2**16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a run. Units are in the names; `per_step` figures are of all GPUs together unless they say so."""
+
+    gpus: int
+    gpu: str
+    mfu: float
+    steps: int
+    tokens_per_step: int
+    rows_at_once: int
+    micro_batches: int
+    parameters: Parameters
+    mean_loops: float
+    """Of a row; ACT may end them earlier, which is not counted."""
+    mean_grad_loops: float
+    flops_per_step: StepFlops
+    memory: Memory
+    """Of one GPU at the highest moment of the deepest step."""
+    room_bytes: float
+    """Of one GPU, less what is reserved."""
+    sent_bytes: dict[str, float]
+    """By one GPU in a step."""
+    send_s: float
+    """What sending takes in a step if nothing else goes on meanwhile."""
+    slowest: float
+    """Loops of the rank with the most, over the mean, on average over steps: the others wait for it."""
+    step_s: float
+    """At `mfu`, sending and waiting left out."""
+    price_per_hour: float | None
+    remedy: str | None
+    """What to change so that it fits."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.room_bytes
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops_per_step.total / self.tokens_per_step
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.step_s
+
+    @property
+    def days(self) -> float:
+        return self.steps * self.step_s / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.steps * self.step_s / 3600 * self.gpus
+
+    @property
+    def price(self) -> float | None:
+        return None if self.price_per_hour is None else self.gpu_hours * self.price_per_hour
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for machines."""
+        values = asdict(self)
+        values["parameters"]["total"] = self.parameters.total
+        values["memory"]["total"] = self.memory.total
+        for name in ("fits", "flops_per_token", "tokens_per_s", "days", "gpu_hours", "price"):
+            values[name] = getattr(self, name)
+        return values
+
+
+def make_plan(
+    cfg: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.4, price_per_hour: float | None = None
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        mfu: share of the card's peak that the executed products reach, those that are recomputed included.
+        price_per_hour: of one GPU.
+
+    Raises:
+        ValueError: the rows or experts cannot be spread over so many GPUs, or an argument is out of range.
+    """
+    check_int("gpus", gpus, 1, MOST_GPUS)
+    check_choice("gpu", gpu, tuple(CARDS))
+    check_number("mfu", mfu, 0, 1, above=True)
+    if price_per_hour is not None:
+        check_number("price_per_hour", price_per_hour, 0)
+    _check_spread(cfg, gpus)
+    card, path = CARDS[gpu], Path.of(cfg)
+    loops, grad_loops = (mean_loops(cfg.loops, window) * cfg.batch_size for window in (False, True))
+    if not cfg.model.recurrent_layers:
+        loops = grad_loops = 0.0
+    flops = step_flops(cfg, path, loops, grad_loops)
+    # With ddp each rank makes every update itself.
+    alone = flops.optimizer if cfg.parallel.kind == "ddp" else flops.optimizer / gpus
+    per_gpu = (flops.total - flops.optimizer) / gpus + alone
+    sent = sent_bytes(cfg, path, gpus, loops, grad_loops)
+    room = card.memory_gb * 1e9 * (1 - RESERVED_SHARE)
+    memory = peak(cfg, path, gpus)
+    return Plan(
+        gpus=gpus,
+        gpu=gpu,
+        mfu=mfu,
+        steps=cfg.steps,
+        tokens_per_step=cfg.batch_size * cfg.data.seq_len,
+        rows_at_once=rows_at_once(cfg, gpus),
+        micro_batches=micro_batches(cfg, gpus),
+        parameters=count_parameters(cfg.model),
+        mean_loops=loops / cfg.batch_size,
+        mean_grad_loops=grad_loops / cfg.batch_size,
+        flops_per_step=flops,
+        memory=memory,
+        room_bytes=room,
+        sent_bytes=sent,
+        send_s=sum(sent.values()) / (link_gb_s(card, gpus) * 1e9),
+        slowest=_slowest(cfg, gpus),
+        step_s=per_gpu / (mfu * _peak_flops(cfg, card)),
+        price_per_hour=price_per_hour,
+        remedy=None if memory.total <= room else _remedy(cfg, gpus, room),
+    )
+
+
+def _peak_flops(cfg: TrainConfig, card: Card) -> float:
+    if cfg.dtype == "float64":
+        raise ValueError("dtype='float64' is for checks, and no rate for it is known; use --dtype bfloat16")
+    return 1e12 * (card.bf16_tflops if cfg.dtype == "bfloat16" else card.float32_tflops)
+
+
+def _check_spread(cfg: TrainConfig, gpus: int) -> None:
+    ranks = cfg.parallel.experts
+    if cfg.batch_size % gpus:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} rows cannot be shared out evenly over --gpus {gpus}; use a divisor of it"
+        )
+    if gpus % ranks:
+        raise ValueError(f"--gpus {gpus} must be a multiple of parallel.experts={ranks}; use --gpus {ranks}")
+
+
+def _slowest(cfg: TrainConfig, gpus: int, steps: int = 64) -> float:
+    """From the depths that the run's first steps draw."""
+    shares = [cfg.loops.depths(cfg.seed, step + cfg.loops.ramp_steps, cfg.batch_size) for step in range(steps)]
+    work = np.stack(shares).reshape(steps, gpus, -1).sum(-1)
+    return float((work.max(1) / work.mean(1)).mean())
+
+
+def _remedy(cfg: TrainConfig, gpus: int, room: float) -> str:
+    """The fewest changes that fit; those that keep more rows first."""
+    for changes, changed in _changes(cfg, gpus):
+        if peak(changed, Path.of(changed), gpus).total <= room:
+            return f"use {' '.join(changes)}"
+    more = gpus * 2
+    while more <= MOST_GPUS and cfg.batch_size % more == 0:
+        for changes, changed in _changes(cfg, more):
+            if peak(changed, Path.of(changed), more).total <= room:
+                return f"use {' '.join((f'--gpus {more}', *changes))}"
+        more *= 2
+    counts = count_parameters(cfg.model)
+    core = Path.of(cfg).state_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
+    return (
+        f"no number of these GPUs holds it: the recurrent block without its routed experts is {core:.1f} GB, which "
+        "every GPU needs whole, and its gradient twice; use larger GPUs"
+    )
+
+
+def _changes(cfg: TrainConfig, gpus: int) -> Iterator[tuple[tuple[str, ...], TrainConfig]]:
+    """Configurations that take less, with the options that make them, fewest first."""
+    now, model = cfg.parallel, cfg.model
+    rows, fewer = rows_at_once(cfg, gpus), []
+    while rows > 1:
+        rows //= 2
+        fewer.append(rows)
+    spread = [
+        n
+        for n in (2, 4, 8, 16, 32, 64, 128, 256, 512)
+        if n > now.experts and gpus % n == 0 and model.n_experts % n == 0
+    ]
+    options = itertools.product(
+        [None, *fewer],
+        [None] if cfg.checkpoint_loops or cfg.compile == "model" or not model.recurrent_layers else [None, True],
+        [None] if now.kind == "fsdp" or gpus == 1 else [None, "fsdp"],
+        [None, *(spread if model.n_experts else [])],
+    )
+    found = []
+    for n_rows, recompute, kind, experts in options:
+        if experts and (kind or now.kind) != "fsdp":
+            continue
+        changes = []
+        changes += [f"--parallel.rows {n_rows}"] if n_rows else []
+        changes += ["--checkpoint-loops"] if recompute else []
+        changes += [f"--parallel.kind {kind}"] if kind else []
+        changes += [f"--parallel.experts {experts}"] if experts else []
+        parallel = replace(now, rows=n_rows or now.rows, kind=kind or now.kind, experts=experts or now.experts)
+        changed = replace(cfg, parallel=parallel, checkpoint_loops=recompute or cfg.checkpoint_loops)
+        found.append((tuple(changes), changed))
+    return iter(sorted(found, key=lambda pair: len(pair[0])))

@@ -1,0 +1,1 @@
+"""Generation of text: the sampling of tokens and the loop that draws them."""

@@ -1,0 +1,180 @@
+"""From logits to the next token.
+
+The steps run in this order: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k,
+top-p, min-p. Shape letters: B rows, S tokens so far, V vocabulary, K candidates (V, or top_k of it).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import inf, log
+
+import torch
+from torch import Tensor
+
+from open_mythos.checks import check_int, check_number, check_sampling
+from open_mythos.ops.precision import wide
+
+MAX_LOGIT_BIASES = 1024
+"""Tokens that one request may raise or lower."""
+Biases = tuple[tuple[int, float], ...]
+"""(token id, what is added to its logit)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults draw from the model's own distribution.
+
+    Raises:
+        TypeError: a field is no number (a bool is none), or `logit_bias` is no mapping.
+        ValueError: a field is out of range.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: the best token, whatever the other filters say."""
+    top_k: int | None = None
+    """Keep the k best tokens; None, 0 and anything from the vocabulary's size on keep all."""
+    top_p: float = 1.0
+    """Keep the fewest best tokens whose probabilities sum to top_p at least; 0 keeps the best one."""
+    min_p: float = 0.0
+    """Keep the tokens at least min_p times as probable as the best."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of earlier tokens and multiplies the negative ones (CTRL, section 4.1)."""
+    frequency_penalty: float = 0.0
+    """Lowers a logit by this much for each time that its token stands in the answer so far, from -2 to 2."""
+    presence_penalty: float = 0.0
+    """Lowers the logits of the tokens that stand in the answer so far, once, from -2 to 2."""
+    logit_bias: Mapping[int, float] | Biases = ()
+    """Added to the logits of these tokens, from -100 to 100 each; stored as `biases`."""
+
+    def __post_init__(self) -> None:
+        check_sampling(self)
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -2, 2, remedy="use 0.0 for none")
+        # A mapping cannot be hashed, and may change after it was checked.
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+    @property
+    def biases(self) -> Biases:
+        """`logit_bias` as pairs in the order of the ids."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
+    def penalizes_answer(self) -> bool:
+        """True if the choice depends on the tokens of the answer so far."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def _biases(given: object) -> Biases:
+    remedy = "use a mapping such as {50: -100}"
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"logit_bias={given!r:.60} must map ids to numbers; {remedy}")
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise ValueError(f"logit_bias has {len(pairs)} entries, at most {MAX_LOGIT_BIASES} are allowed; send fewer")
+    for token, bias in pairs:
+        check_int("logit_bias", token, 0, 2**31, "use ids of the vocabulary")
+        check_number(f"logit_bias[{token}]", bias, -100, 100, remedy="use -100 to exclude a token")
+    return tuple(sorted(pairs))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A generator on the CPU for any int64.
+
+    PyTorch's uses the lowest 32 bits of a seed only, so one that has more is hashed to so many: -1 and 2^32 - 1 differ.
+    """
+    if not 0 <= seed < 2**32:
+        seed = int.from_bytes(blake2b(seed.to_bytes(8, "little", signed=True), digest_size=4).digest(), "little")
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor,
+    params: Sampling,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    previous_ids: Tensor | None = None,
+    answer_ids: Tensor | None = None,
+) -> Tensor:
+    """Choose one token per row.
+
+    A row takes one random number, drawn on its generator's device: with a CPU generator, the default, a seed gives the
+    same draws on every device. With a generator per row, a row's token does not depend on the other rows.
+
+    Args:
+        logits: (B, V), any float dtype, finite or -inf; worked on in at least float32. NaN gives some token, no error.
+        params: the same for all rows.
+        generator: one for the batch, one per row, or None for torch's global CPU generator; unused when greedy.
+        previous_ids: (B, S) ids that `repetition_penalty` applies to, padded with -1; prompt and answer, in any order.
+        answer_ids: (B, S) ids that the frequency and presence penalties apply to, padded with -1; the answer alone.
+
+    Returns:
+        (B,) int64.
+    """
+    scores = wide(logits)
+    if params.repetition_penalty != 1 and previous_ids is not None:
+        scores = _penalize(scores, previous_ids, params.repetition_penalty)
+    if params.penalizes_answer and answer_ids is not None:
+        counts = _counts(answer_ids, scores)
+        scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.biases:
+        tokens, biases = zip(*params.biases, strict=True)
+        columns = torch.tensor(tokens, device=scores.device)
+        scores = scores.index_add(1, columns, scores.new_tensor(biases).expand(len(scores), -1))
+    if params.temperature == 0:
+        return scores.argmax(-1)
+    tiny = torch.finfo(scores.dtype).tiny  # parameters below it would become 0
+    # The best score becomes 0, so no temperature overflows.
+    scores = (scores - scores.amax(-1, keepdim=True)) / max(params.temperature, tiny)
+
+    vocab_size = scores.shape[-1]
+    candidates = None  # (B, K) ids in the order of the scores; None while that order is the vocabulary's
+    if params.top_k and params.top_k < vocab_size:
+        scores, candidates = scores.topk(params.top_k, dim=-1)
+    elif params.top_p < 1:
+        scores, candidates = scores.sort(dim=-1, descending=True)
+
+    mass = scores.softmax(-1)
+    keep = scores >= (log(params.min_p) if params.min_p else -inf)
+    if params.top_p < 1:
+        # Compares what comes before a token, so the best one always stays.
+        keep &= mass.cumsum(-1) - mass < max(params.top_p, tiny)
+    choice = _draw(mass * keep, generator)
+    return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
+
+
+def _penalize(scores: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
+    seen = _counts(previous_ids, scores) > 0
+    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _counts(ids: Tensor, scores: Tensor) -> Tensor:
+    """Count each token of the vocabulary in the ids of each row, (B, V)."""
+    batch, vocab_size = scores.shape
+    # Padding counts for one column more than the vocabulary, which is then cut off.
+    counts = scores.new_zeros(batch, vocab_size + 1)
+    counts.scatter_add_(1, ids.where(ids >= 0, vocab_size), torch.ones_like(ids, dtype=scores.dtype))
+    return counts[:, :vocab_size]
+
+
+def _draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """(B,) columns drawn with probability in proportion to `mass` (B, K), by inverting the cumulative sum."""
+    rows = len(mass)
+    if generator is None or isinstance(generator, torch.Generator):
+        uniform = _uniform(rows, generator)
+    elif len(generator) == rows:
+        uniform = torch.cat([_uniform(1, one) for one in generator])
+    else:
+        raise ValueError(f"{len(generator)} generators do not fit logits of {rows} rows; pass one, or one per row")
+    cumulative = mass.cumsum(-1)
+    # The first column whose sum exceeds the target has mass. A uniform number below 1 times the total rounds below the
+    # total, so there is such a column.
+    target = uniform.to(mass)[:, None] * cumulative[:, -1:]
+    # NaN exceeds nothing: the caller finds a token in the vocabulary, and NaN in its logits.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
+
+
+def _uniform(rows: int, generator: torch.Generator | None) -> Tensor:
+    # Always float32, so that a seed draws the same in every dtype of the model.
+    return torch.rand(rows, dtype=torch.float32, generator=generator, device=generator.device if generator else "cpu")

@@ -1,0 +1,247 @@
+"""A model folder: `config.json` beside `model.safetensors`. Nothing here is ever unpickled.
+
+The weights carry the configuration that they were saved with, so that one rename replaces both: see `read_config`.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from open_mythos.checks import shown
+from open_mythos.config import MythosConfig
+from open_mythos.files import blamed_on, inside, make_folder, naming, open_ordinary, parse_json, read_json, to_disk
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
+SAVED_CONFIG, SAVED_DIGEST = "open_mythos_config", "saved_config_sha256"
+"""Names of the configuration in the weights' metadata, behind its digest, and of this digest in `config.json`."""
+MAX_CONFIG_BYTES = 2**20
+MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 100_000
+"""Of `model.safetensors`. Larger ones take seconds and gigabytes to read before anything is known of them."""
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> None:
+    """Write both files, so that at any instant a reader finds either the model that was there or this one, whole."""
+    folder = Path(folder)
+    make_folder(folder)
+    # The head is the embedding; safetensors refuses to store one memory twice.
+    tensors = {name: x.detach().contiguous() for name, x in state.items() if name != "head.weight"}
+    saved = json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, sort_keys=True)
+    config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
+    partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
+    with naming(folder):
+        partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for path in partial.values():
+            to_disk(path)
+        # From this rename on the folder holds the new model. Its `config.json` is still the old one, and is not used.
+        os.replace(partial[WEIGHTS_FILE], folder / WEIGHTS_FILE)
+        os.replace(partial[CONFIG_FILE], folder / CONFIG_FILE)
+        to_disk(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file of tensors.
+
+    Raises:
+        OSError: it cannot be written; the message names it, and says so when the disk is full.
+    """
+    with naming(path):
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except SafetensorError as error:  # the library gives an error of the system as text
+            code = next((code for code in (errno.ENOSPC, errno.EDQUOT) if f"os error {code})" in str(error)), errno.EIO)
+            raise OSError(code, str(error)) from error
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the same tensors and metadata the same bytes: the library writes metadata in an order that varies."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) != size:
+            raise ValueError(f"the header of {path} would change its length from {size} to {len(ordered)} bytes")
+        file.seek(8)
+        file.write(ordered)
+
+
+def load(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a model folder."""
+    path = _weights(Path(folder))
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
+    # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
+    return {name: x.clone() for name, x in tensors.items()}
+
+
+def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model folder's tensors, which are not read.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not of floating point.
+    """
+    slices = open_slices(folder)
+    for name, rows in slices.items():
+        if rows.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(DTYPES)}; save it again"
+            )
+    return {name: tuple(rows.get_shape()) for name, rows in slices.items()}
+
+
+def locate(folder_or_repo: str | Path) -> Path:
+    """The folder, or the local copy of a hub repository when there is no such folder."""
+    folder = Path(folder_or_repo)
+    return _download(str(folder_or_repo)) if not folder.exists() and str(folder_or_repo).count("/") == 1 else folder
+
+
+def open_slices(folder: str | Path) -> dict[str, Any]:
+    """The tensors of a model folder as safetensors' slices: mapped, with `get_shape()` and rows by index."""
+    path = _weights(Path(folder))
+    try:
+        file = safe_open(path, "pt")
+        return {name: file.get_slice(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
+
+
+def read_config(folder: str | Path) -> MythosConfig:
+    """Return the configuration of a model folder.
+
+    That is `config.json`, also when it was edited by hand. A `config.json` that belongs to other weights, as after a
+    save over an older folder that was cut off between the two files, gives way with a warning to the configuration
+    that the weights were saved with.
+    """
+    path = _file(Path(folder), CONFIG_FILE)
+    values = read_json(path, MAX_CONFIG_BYTES)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or save it again")
+    if (saved := _saved_config(Path(folder))) is not None:
+        digest = values.pop(SAVED_DIGEST, None) or _digest(json.dumps(values, sort_keys=True))
+        if digest != _digest(saved):
+            warnings.warn(
+                f"{path} belongs to other weights than the {WEIGHTS_FILE} beside it, so the configuration in "
+                f"{WEIGHTS_FILE} is used; save the model again, or copy both files together",
+                stacklevel=2,
+            )
+            path = path.with_name(WEIGHTS_FILE)
+            values = parse_json(saved, str(path))
+            if not isinstance(values, dict):
+                raise ValueError(f"{path} holds no configuration in its metadata; copy or save it again")
+    if values.get("model_type") != FOLDER_KEYS["model_type"]:
+        raise ValueError(
+            f"{path} has model_type={shown(values.get('model_type'))}, not 'open_mythos'; "
+            "give a folder written by save_pretrained"
+        )
+    own = {*FOLDER_KEYS, SAVED_DIGEST}
+    with blamed_on(path):
+        return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
+
+
+def _saved_config(folder: Path) -> str | None:
+    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    path = inside(folder, WEIGHTS_FILE)
+    if not path.is_file():
+        return None
+    with open_ordinary(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= MAX_HEADER_BYTES else b""
+    try:
+        # What is wrong with a damaged header is said by whoever reads the tensors.
+        digest, _, saved = json.loads(header)["__metadata__"][SAVED_CONFIG].partition(" ")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if len(saved) > MAX_CONFIG_BYTES or not saved.isascii() or _digest(saved) != digest:
+        raise ValueError(f"{path} is damaged in its header; copy or save it again")
+    return saved
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:
+    """Refuse a configuration far beyond what the file holds, of which not even an empty model should be made."""
+    held = sum(map(math.prod, shapes.values()))
+    if n_layers > len(shapes) or n_parameters > 64 * (held + 1):
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: it holds {len(shapes)} tensors with {held} numbers, for "
+            f"{n_layers} layers with {n_parameters} parameters; copy or save both again"
+        )
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> None:
+    """Refuse shapes of tensors that are missing, unknown or of another shape than those of a model's state."""
+    expected = {name: tuple(x.shape) for name, x in model.items()}
+    names = expected.keys() - {"head.weight"}
+    problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
+    problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
+    problems += [
+        f"{name} has shape {shown(shapes[name])}, not {expected[name]}"
+        for name in sorted(names & shapes.keys())
+        if shapes[name] != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(problems[:5])}{more}. For weights of open-mythos "
+            "0.5.0 use open_mythos.convert.open_mythos_0_5"
+        )
+
+
+def _weights(folder: Path) -> Path:
+    """The file of the tensors, once its header is known to be of a sane size."""
+    path = _file(folder, WEIGHTS_FILE)
+    with open_ordinary(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} cannot be read (a header of {size} bytes); copy or save it again")
+        n = file.read(size).count(b'"data_offsets"')
+    if n > MAX_TENSORS:
+        raise ValueError(f"{path} has {n} tensors, more than {MAX_TENSORS}; copy or save it again")
+    return path
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = inside(folder, name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "
+            "which has it under DIR/final"
+        )
+    return path
+
+
+def _download(repo: str) -> Path:
+    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # Configuration and tokenizer are JSON.
+        return Path(snapshot_download(repo, allow_patterns=["*.json", WEIGHTS_FILE]))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{repo!r} is no folder here and the Hugging Face hub does not give it; check the path, or the name of the "
+            "repository and the connection"
+        ) from error

@@ -1,0 +1,1 @@
+"""Operations with a fast form, each beside its plain one."""

@@ -1,0 +1,28 @@
+"""Arithmetic that has to run in at least float32, whatever the model's dtype and whether or not autocast is on."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.ops.linear import autocasts, linear
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in promote(x.dtype, float32): bf16 and fp16 become float32, float64 stays."""
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Products run in the dtype of what they are given; `x` tells the device."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
+    x, weight = wide(x), wide(weight)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    with no_autocast(x):
+        return linear(x, weight) if bias is None else F.linear(x, weight, bias.to(dtype))

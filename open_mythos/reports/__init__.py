@@ -1,0 +1,1 @@
+"""Documents, figures, statistics and terminal output that analyses, experiments, evaluations and cost tables share."""

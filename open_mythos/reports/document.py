@@ -1,0 +1,143 @@
+"""An experiment's report: report.json, report.md, its figures, and report.html, which holds all of it in one file."""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markdown_it import MarkdownIt
+
+from open_mythos.files import write_text
+from open_mythos.reports.stats import T95
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are to be read."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture; `draw` writes it as the kind of file that the path's ending names: .png and .svg."""
+
+    name: str
+    caption: str
+    draw: Callable[[Path], None]
+
+
+Part = str | Table | Figure
+"""Text is Markdown."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an experiment says; the first figure and the finding are what a front page shows."""
+
+    finding: str
+    """One or two sentences with the figures that matter."""
+    parts: Sequence[Part]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95 % interval (Student's t over independent values, such as seeds); NaN bounds for one."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = T95[min(len(values), 10) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def shown(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean with its 95 % interval, as in '0.512 [0.470, 0.554]'."""
+    mean, low, high = interval(values)
+    return f"{mean:{form}}" if math.isnan(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def against(values: Sequence[float] | np.ndarray, level: float) -> str:
+    """Which side of a level the interval of the mean over seeds lies on."""
+    _, low, high = interval([float(x) for x in values])
+    if math.isnan(low):
+        return "one seed, so not told apart from"
+    return "above" if low > level else "below" if high < level else "not told apart from"
+
+
+def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
+    """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "\n")
+    figures = [part for part in report.parts if isinstance(part, Figure)]
+    for figure in figures:
+        for ending in ("png", "svg"):
+            figure.draw(out / f"{figure.name}.{ending}")
+    text = _markdown(results, report)
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", _html(results["title"], text, out, figures))
+
+
+def _strict(value: Any) -> Any:
+    """Infinity and NaN, as of a run that diverged, are no JSON: null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _markdown(results: dict[str, Any], report: Report) -> str:
+    quick = " This is the quick form: its numbers show that everything works, and claim nothing." * results["quick"]
+    made = (
+        f"Command: `{results['command']}`; commit {', '.join(results['commits'])}; {results['machine']}; "
+        f"seeds {', '.join(map(str, results['seeds']))}.{quick}"
+    )
+    parts = [
+        f"# {results['title']}",
+        f"**Question.** {results['question']}",
+        f"**Finding.** {report.finding}",
+        made,
+        "## Protocol",
+        results["protocol"],
+        *map(_part, report.parts),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Figure):
+        return f"![{part.caption}]({part.name}.png)\n\n*{part.caption}*"
+    if isinstance(part, Table):
+        # A cell's own bar would begin another cell.
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (part.head, *part.rows)]
+        lines.insert(1, ["---"] * len(part.head))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return part
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .85rem; margin: 1rem 0; }
+th, td { border: 1px solid #8886; padding: .25rem .5rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; background: white; border-radius: 4px; }
+code { font-size: .9em; overflow-wrap: anywhere; }
+"""
+
+
+def _html(title: str, text: str, out: Path, figures: Sequence[Figure]) -> str:
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for figure in figures:
+        data = base64.b64encode((out / f"{figure.name}.svg").read_bytes()).decode()
+        body = body.replace(f'src="{figure.name}.png"', f'src="data:image/svg+xml;base64,{data}"')
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+        f"<body>{body}</body></html>\n"
+    )

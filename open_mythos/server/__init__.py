@@ -1,0 +1,1 @@
+"""The HTTP server: the protocol, its checks and the playground."""

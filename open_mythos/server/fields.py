@@ -1,0 +1,264 @@
+"""Fields of requests over HTTP: their types, their bounds, and what is not built."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from open_mythos.generation.sampling import MAX_LOGIT_BIASES
+
+MAX_FIELDS = 64
+"""Fields of a request and of each object in it, at most."""
+MAX_ANSWERS, MAX_BEST_OF = 8, 20
+"""Answers to one prompt: those that are returned, and those that they are chosen from."""
+MAX_PROMPTS = 128
+MAX_MESSAGES = 1024
+MAX_STOPS, MAX_STOP_CHARS, MAX_ALL_STOP_CHARS = 64, 64, 1024
+"""Stop strings, characters of each, and of all together: each is looked for behind every token."""
+MAX_STOP_IDS = 64
+MAX_SCHEMA_DEPTH = 64
+MAX_LOGPROBS = 5
+"""For completions, as at OpenAI; chats may ask for as many as the engine gives."""
+HARD_MAX_LOOPS = 64
+"""The most loops that a server may allow, whatever its own bound."""
+EFFORTS: dict[str, float] = {"none": 0, "minimal": 0.25, "low": 0.5, "medium": 1, "high": 2, "xhigh": 4}
+"""Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always one at least."""
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's that are not built, and the values that ask for nothing; null always does."""
+UNSEEN = (
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "annotations",
+    "audio",
+    "refusal",
+    "reasoning_content",
+    "reasoning",
+)
+"""Fields of a message that the model does not see."""
+
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's part that is text, in chats and in /v1/responses."""
+_PART = '{"type": "text", "text": "..."}'
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: Any) -> Any:
+    """One prompt is a list of one."""
+    if not isinstance(value, str | list):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of ids, or a list of such lists"
+        )
+    is_ids = isinstance(value, list) and bool(value) and not any(isinstance(item, str | list) for item in value)
+    return [value] if isinstance(value, str) or is_ids else value
+
+
+def _as_prompt(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("prompt", "must be a string or a list of ids")
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    """The text of a content given in parts."""
+    if not isinstance(value, list):
+        return value
+    for place, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise PydanticCustomError(
+                "content", "part {place} is no text; send parts like {example}", {"place": place, "example": _PART}
+            )
+    return "".join(part["text"] for part in value)
+
+
+def _whole(text: str) -> str:
+    """A JSON string may hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "half of a surrogate pair is no text") from None
+    return text
+
+
+def _few_in_all(stops: list[str]) -> list[str]:
+    if (n := sum(map(len, stops))) > MAX_ALL_STOP_CHARS:
+        most = {"n": n, "most": MAX_ALL_STOP_CHARS}
+        raise PydanticCustomError("stop", "the strings have {n} characters, at most {most} are allowed", most)
+    return stops
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Content = Annotated[Text, BeforeValidator(_as_text)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+Prompts = Annotated[
+    list[Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_as_prompt)]],
+    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    BeforeValidator(_as_prompts),
+]
+Stops = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    BeforeValidator(_as_list),
+    AfterValidator(_few_in_all),
+]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIASES),
+]
+
+
+class Fields(BaseModel):
+    """Nothing but the fields; null is the same as leaving one out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # `logit_bias` has a bound of its own, on its type.
+        inner = [each for name, each in values.items() if name != "logit_bias"]
+        if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *inner)):
+            raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
+        return {k: v for k, v in values.items() if v is not None}
+
+
+class StreamOptions(Fields):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Never done."""
+
+
+class Message(Fields):
+    """A turn of a conversation; of its fields the model sees role and content."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content | None = Field(None, validate_default=True)
+    """Null where an assistant has called tools."""
+    name: Annotated[str, Field(max_length=64)] = ""
+    tool_calls: list[Any] = []
+    function_call: Any = None
+    tool_call_id: str = ""
+    annotations: list[Any] = []
+    audio: Any = None
+    refusal: str = ""
+    reasoning_content: str = ""
+    reasoning: Any = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _said(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role") not in ("assistant", None):
+            raise PydanticCustomError("content", "must be a string, or a list of text parts")
+        return value
+
+    @property
+    def is_shown(self) -> bool:
+        """True unless it is a tool's answer or a turn that does nothing but call tools."""
+        calls = bool(self.tool_calls or self.function_call)
+        return self.role not in ("tool", "function") and not (self.content is None and calls)
+
+    @property
+    def unseen(self) -> list[str]:
+        """The fields that say something which the model does not see."""
+        return [name for name in UNSEEN if getattr(self, name)]
+
+    def turn(self) -> dict[str, str]:
+        """As the chat template takes it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema is written out again, which takes a frame for each level."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return schema
+    raise PydanticCustomError("schema", "must be nested at most {most} levels deep", {"most": MAX_SCHEMA_DEPTH})
+
+
+class JsonSchema(Fields):
+    """A schema with a name; `name`, `description` and `strict` change nothing: every answer matches in full."""
+
+    name: Annotated[str, Field(max_length=64)] = ""
+    description: str = ""
+    strict: bool = True
+    schema_: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_shallow)] = Field({})
+
+
+class Format(Fields):
+    """Form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The schema of type json_schema."""
+        raise NotImplementedError
+
+    @property
+    def schema_text(self) -> str | None:
+        """Schema that the answer has to match, as JSON; None: any text."""
+        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self.form}[self.type]
+        return None if wanted is None else json.dumps(wanted)
+
+
+class ResponseFormat(Format):
+    """The form of an answer to a completion or a chat."""
+
+    json_schema: JsonSchema | None = None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return {} if self.json_schema is None else self.json_schema.schema_
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("format", "type json_schema needs json_schema with a schema")
+        return self
+
+
+def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]], where: str = "") -> Any:
+    """The fields of an object without those that are not built, if these ask for nothing; `where` is its place."""
+    if not isinstance(values, dict):
+        return values
+    for name in neutral.keys() & values.keys():
+        if values[name] is not None and values[name] not in neutral[name]:
+            raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": where + name})
+    return {name: value for name, value in values.items() if name not in neutral}

@@ -1,0 +1,165 @@
+"""Prepared token shards: windows in an order that a row's number decides, each once before any comes again.
+
+Shapes: B rows, T tokens.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from open_mythos.checks import check_bool, check_int, check_number, shown
+from open_mythos.data.permutation import in_epochs, mix
+from open_mythos.data.shards import TokenShards
+from open_mythos.tasks.task import IGNORE, Batch, to_tensor
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, n_bytes
+
+QUIET_S, REPEAT_S = 2.0, 10.0
+"""Seconds of verifying before the first line about it, and between two lines."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Windows of `seq_len` tokens of one or several folders that `mythos prepare-data` made.
+
+    Documents stand one behind the other, each with its end token, so a window may hold several. Which window a row of
+    the run reads depends on `order_seed` and the row's number alone.
+    """
+
+    paths: tuple[str, ...]
+    """Folders, all made with the same tokenizer."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows that each folder gives, of any sum; none: in proportion to their tokens."""
+    seq_len: int = 1024
+    order_seed: int = 0
+    separate_documents: bool = False
+    """Whether attention stops at the ends of documents. The first token of a document, which then follows from nothing,
+    is not to be predicted."""
+
+    name: ClassVar[str] = "shards"
+    on_disk: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, tuple) or not self.paths:
+            raise ValueError(f"data.paths={shown(self.paths)} must name folders; use data.paths=('data/text',)")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
+            )
+        for weight in self.weights:
+            check_number("data.weights", weight, 0, 1e100, above=True)
+        check_bool("data.separate_documents", self.separate_documents)
+        # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
+        check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)
+        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
+
+    @cached_property
+    def _train(self) -> list[TokenShards]:
+        return self._open("train")
+
+    @cached_property
+    def _validation(self) -> list[TokenShards]:
+        return self._open("validation")
+
+    def _open(self, split: str) -> list[TokenShards]:
+        sources = [TokenShards(path, split) for path in self.paths]
+        for source in sources:
+            if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
+                raise ValueError(
+                    f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
+                    "one of them again"
+                )
+            if split == "train" and source.n_tokens <= self.seq_len:
+                raise ValueError(
+                    f"data.seq_len={self.seq_len} must be below the {source.n_tokens} tokens of {source.folder}; use a "
+                    "shorter window or more text"
+                )
+        if split == "validation" and max(source.n_tokens for source in sources) <= self.seq_len:
+            raise ValueError(
+                f"no folder of data.paths holds out more than data.seq_len={self.seq_len} tokens; use a shorter "
+                "window, or prepare the data with a larger --held-out"
+            )
+        return sources
+
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for i, source in enumerate(self._train):
+            made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
+            found[f"data.paths[{i}]"] = hashlib.sha256(
+                json.dumps(made_of, default=vars, sort_keys=True).encode()
+            ).hexdigest()
+        return found
+
+    def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
+        """Compare this process's share of the shards with the SHA-256s that they were written with.
+
+        Args:
+            tell: gets a line now and then once this takes longer than `QUIET_S`.
+
+        Raises:
+            ValueError: a shard is damaged; the message names it.
+        """
+        sources = [*self._train, *self._validation]
+        total = sum(source.n_tokens * np.dtype(source.info["dtype"]).itemsize for source in sources)
+        done, next_line = 0, time.monotonic() + QUIET_S
+
+        def on_read(n_bytes: int) -> None:
+            nonlocal done, next_line
+            done += n_bytes * size
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + REPEAT_S
+                tell(f"verifying the prepared data: {min(1.0, done / total):.0%} of {total / 1e9:.2f} GB")
+
+        for source in sources:
+            source.verify(rank, size, on_read)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._train[0].vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out documents, whose end tokens count as tokens; of what is to be predicted in them."""
+        n_tokens, bytes_ = sum(s.n_tokens for s in self._validation), sum(s.n_bytes for s in self._validation)
+        if self.separate_documents:
+            tokenizer = self.tokenizer()
+            firsts, counts = np.unique(np.concatenate([s.first_tokens() for s in self._validation]), return_counts=True)
+            n_tokens -= counts.sum()
+            bytes_ -= sum(n_bytes(tokenizer, token) * n for token, n in zip(firsts.tolist(), counts, strict=True))
+        return float(bytes_ / n_tokens)
+
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
+        weights = self.weights or tuple(float(source.n_tokens) for source in self._train)
+        sources, numbers = mix(first_row + np.arange(rows), weights, (self.order_seed, 0))
+        starts = np.empty(rows, np.int64)
+        for i, source in enumerate(self._train):
+            here = sources == i
+            windows = in_epochs(numbers[here], (source.n_tokens - 1) // self.seq_len, (self.order_seed, 1, i))
+            starts[here] = windows * self.seq_len
+        return self._rows(self._train, sources, starts)
+
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        room = np.array([max(0, source.n_tokens - self.seq_len) for source in self._validation])
+        places = rng.integers(room.sum(), size=rows)
+        sources = np.searchsorted(room.cumsum(), places, side="right")
+        starts = places - (room.cumsum() - room)[sources]
+        return self._rows(self._validation, sources, starts)
+
+    def _rows(self, shards: list[TokenShards], sources: np.ndarray, starts: np.ndarray) -> Batch:
+        """The windows that begin at `starts` (B,) of `sources` (B,)."""
+        places, n = [(shards[i], int(start)) for i, start in zip(sources, starts, strict=True)], self.seq_len + 1
+        ids = np.stack([source.read(start, n) for source, start in places])
+        if not self.separate_documents:
+            return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
+        documents = np.stack([source.documents(start, n) for source, start in places])
+        labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], IGNORE)
+        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels), to_tensor(documents[:, :-1]))
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(Path(self.paths[0]))

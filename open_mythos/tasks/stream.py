@@ -1,0 +1,274 @@
+"""Parquet files read row group by row group while a run goes on, from the hub or a folder: nothing is stored.
+
+A lane is one row of the global batch. The row groups of the dataset, in another order every epoch, are dealt to the
+lanes in turn: lane b of B reads the groups b, b + B, b + 2B, ... So what it reads depends on `order_seed`, B and its
+own position alone, whichever process reads it. Shapes: B rows, T tokens.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from open_mythos.checks import check_int, check_number, shown
+from open_mythos.data.documents import encode, is_held_out
+from open_mythos.data.hub import HubDataset
+from open_mythos.data.permutation import in_epochs, permute
+from open_mythos.data.records import Reading
+from open_mythos.data.row_groups import RowGroups
+from open_mythos.data.skipped import Skipped
+from open_mythos.tasks.task import Batch, to_tensor
+from open_mythos.tokenization.tokenizer import Tokenizer, open_tokenizer
+
+READERS = 16
+"""Lanes of a process that read or tokenize at the same time."""
+COMMIT_WORDS = 3
+"""Integers of a state that hold the commit of the data."""
+NAMED = 10
+"""Rows skipped by a lane before it counts further ones without naming them."""
+log = logging.getLogger("open_mythos.data")
+SAMPLE_TOKENS = 100_000
+"""Of the held-out documents, for `bytes_per_token`."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Windows of `seq_len` tokens of a dataset of the hub, or of a folder of parquet files, tokenized as they are read.
+
+    Documents stand one behind the other, each with its end token. A document is held out by a hash of its text, as
+    `mythos prepare-data` does it.
+    """
+
+    dataset: str
+    """OWNER/NAME on the hub, or a folder."""
+    subset: str | None = None
+    """As the dataset's card names it; None: its default."""
+    revision: str | None = None
+    """Branch, tag or commit; None: what the hub has when the run begins."""
+    limit_files: int | None = None
+    """Read only the first files of a dataset of the hub."""
+    vocabulary: str = "openai/gpt-oss-20b"
+    """"bytes", a folder that holds a tokenizer, a tokenizer.json, or a model's name on the hub."""
+    column: str = "text"
+    seq_len: int = 2048
+    held_out: float = 0.01
+    """Share of the documents that is never trained on."""
+    order_seed: int = 0
+
+    name: ClassVar[str] = "stream"
+    on_disk: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise ValueError(f"data.dataset={shown(self.dataset)} must name a dataset of the hub or a folder; set it")
+        if self.limit_files is not None:
+            check_int("data.limit_files", self.limit_files, 1)
+        check_int("data.seq_len", self.seq_len, 1)
+        check_number("data.held_out", self.held_out, 0, 0.5)
+        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer().vocab_size
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Of the first held-out documents, whose end tokens count as tokens."""
+        n_bytes, ids = zip(*self._held_out(SAMPLE_TOKENS), strict=True)
+        return sum(n_bytes) / sum(len(part) for part in ids)
+
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
+        raise ValueError(
+            "data 'stream' has a position in every lane and gives no batch by its number; read it through lanes()"
+        )
+
+    def lanes(self, rows: range, batch_size: int, state: np.ndarray | None = None) -> "Lanes":
+        """The lanes that are the rows `rows` of a global batch of `batch_size`, from the start or from a `Lanes.state`.
+
+        Raises:
+            ValueError: `state` is of other rows or of other data, or the data has no documents.
+            OSError: the data cannot be read.
+        """
+        check_int("batch_size", batch_size, 1)
+        if not rows or rows.step != 1 or rows.start < 0 or rows.stop > batch_size:
+            raise ValueError(f"rows={rows} must be some of the {batch_size} rows of the batch; use range({batch_size})")
+        groups = self._groups
+        if state is None:
+            state = np.zeros((len(rows), 3 + COMMIT_WORDS), np.int64)
+            state[:, 3:] = _to_words(groups.commit)
+        if state.shape != (len(rows), 3 + COMMIT_WORDS):
+            raise ValueError(
+                f"state has the shape {state.shape}, not {(len(rows), 3 + COMMIT_WORDS)}: it is of other rows; resume "
+                "with the batch size that the run began with"
+            )
+        commit = _from_words(state[0, 3:])
+        if commit != groups.commit and not self._is_local:
+            # The dataset has moved on since the run began; the run stays where it was.
+            groups = replace(self, revision=commit)._groups
+        if commit != groups.commit:
+            raise ValueError(
+                f"the files of data.dataset={self.dataset!r} are not those that the run began with; restore them, or "
+                "begin another run"
+            )
+        return Lanes([_Lane(self, groups, row, batch_size, at) for row, at in zip(rows, state, strict=True)], state)
+
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Windows of the first held-out documents, in an order of the row groups that no setting changes."""
+        n_tokens = rows * self.seq_len + 1
+        tokens = np.concatenate([ids for _, ids in self._held_out(n_tokens)])
+        if len(tokens) < n_tokens:
+            raise ValueError(
+                f"data.held_out={self.held_out} keeps {len(tokens)} tokens for validation, and {rows} rows of "
+                f"{self.seq_len} need {n_tokens}; hold out more, or evaluate on fewer rows"
+            )
+        return _to_batch(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
+
+    def digests(self) -> dict[str, str]:
+        return {"data.dataset": self._groups.digest() if self._is_local else self._groups.commit}
+
+    def stay_at(self, commit: str) -> None:
+        """Read a dataset of the hub as it was at the commit that the run began with, also for validation."""
+        if not self._is_local and commit != self._groups.commit:
+            self.__dict__["_groups"] = replace(self, revision=commit)._groups  # where cached_property looks
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = open_tokenizer(self.vocabulary)
+        if tokenizer.eos_id is None:
+            raise ValueError(
+                f"data.vocabulary={self.vocabulary!r} has no end token, which documents are told apart by; use another"
+            )
+        return tokenizer
+
+    @property
+    def _is_local(self) -> bool:
+        return Path(self.dataset).is_dir()
+
+    @cached_property
+    def _groups(self) -> RowGroups:
+        if not self._is_local:
+            dataset = HubDataset(self.dataset, self.subset, self.revision, self.limit_files)
+            return RowGroups(dataset, Reading(self.column))
+        for name in ("subset", "revision", "limit_files"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"data.{name}={value!r} is for a dataset of the hub, not for a folder; leave it out")
+        return RowGroups(Path(self.dataset), Reading(self.column))
+
+    def _held_out(self, n_tokens: int) -> list[tuple[int, np.ndarray]]:
+        """Bytes and ids of the first held-out documents that have so many tokens, or of all there are.
+
+        Raises:
+            ValueError: nothing is held out.
+        """
+        groups, found, left = self._groups, [], n_tokens
+        for i in permute(np.arange(len(groups)), len(groups), (0,)):
+            for text in groups.read(int(i)):
+                if isinstance(text, str) and is_held_out(text, self.held_out):
+                    ids = encode(text, self._tokenizer)
+                    if isinstance(ids, np.ndarray):
+                        found.append((len(text.encode("utf-8")), ids))
+                        left -= len(ids)
+                if left <= 0:
+                    return found
+        if not found:
+            raise ValueError(f"data.held_out={self.held_out} keeps no document for validation; hold out more")
+        return found
+
+
+class Lanes:
+    """Some rows of the global batch, window after window. Not for several threads."""
+
+    def __init__(self, lanes: list["_Lane"], state: np.ndarray) -> None:
+        self._lanes = lanes
+        self._pool = ThreadPoolExecutor(min(READERS, len(lanes)))
+        self.state = state.copy()
+        """(B, 6) int64: how many row groups a lane has behind it, row and token in the next, and the data's commit."""
+
+    def next(self) -> Batch:
+        """The next `seq_len` tokens of every lane and what to predict there, (B, T).
+
+        Raises:
+            OSError: a row group cannot be read; `state` is as it was.
+        """
+        windows, places = zip(*self._pool.map(_Lane.next, self._lanes), strict=True)
+        self.state[:, :3] = places
+        return _to_batch(np.stack(windows))
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many rows of the files gave no document since the lanes were opened, by reason."""
+        return sum((lane.skipped for lane in self._lanes), Counter())
+
+
+class _Lane:
+    """One row of the global batch."""
+
+    def __init__(self, task: Stream, groups: RowGroups, number: int, batch_size: int, state: np.ndarray) -> None:
+        turn, row, self._used = (int(value) for value in state[:3])
+        self._task, self._groups, self._number, self._batch_size = task, groups, number, batch_size
+        self._documents = self._read(turn, row)
+        self._waiting: deque[tuple[int, int, np.ndarray]] = deque()
+        """Documents with their places; of the first, `_used` tokens have been given."""
+        self.skipped: Counter[str] = Counter()
+
+    def next(self) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """A window, (seq_len + 1,), and the place where the next begins: on this one's last token."""
+        n_tokens = self._task.seq_len
+        there = sum(len(ids) for _, _, ids in self._waiting) - self._used
+        while there <= n_tokens:
+            self._waiting.append(next(self._documents))
+            there += len(self._waiting[-1][2])
+        parts, start, left = [], self._used, n_tokens + 1
+        for _, _, ids in self._waiting:
+            parts.append(ids[start : start + left])
+            start, left = 0, left - len(parts[-1])
+        self._used += n_tokens
+        while self._used >= len(self._waiting[0][2]):
+            self._used -= len(self._waiting.popleft()[2])
+        return np.concatenate(parts), (*self._waiting[0][:2], self._used)
+
+    def _read(self, turn: int, row: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Documents to train on, without end: turn, row in its row group, and ids."""
+        n, last = len(self._groups), turn
+        while turn - last <= n:
+            place = np.array([self._number + turn * self._batch_size])
+            group = int(in_epochs(place, n, (self._task.order_seed,))[0])
+            for at, text in enumerate(self._groups.read(group, row), row):
+                if isinstance(text, str) and is_held_out(text, self._task.held_out):
+                    continue
+                ids = encode(text, self._task.tokenizer()) if isinstance(text, str) else text
+                if isinstance(ids, Skipped):
+                    self.skipped[ids.reason] += 1
+                    # Nulls and empty rows are common, and nothing that one could correct.
+                    if ids.reason not in ("empty", "no text in the record") and self.skipped.total() <= NAMED:
+                        log.warning("skipped %s", ids)
+                else:
+                    last = turn
+                    yield turn, at, ids
+            turn, row = turn + 1, 0
+        raise ValueError(
+            f"data.dataset={self._task.dataset!r} has no document to train on (skipped: {dict(self.skipped)}); use "
+            "another, or another column"
+        )
+
+
+def _to_words(commit: str) -> np.ndarray:
+    """The 40 hexadecimal digits of a commit as integers, (3,) int64."""
+    return np.frombuffer(bytes.fromhex(commit).ljust(8 * COMMIT_WORDS, b"\0"), "<i8")
+
+
+def _from_words(words: np.ndarray) -> str:
+    return words.astype("<i8").tobytes()[:20].hex()
+
+
+def _to_batch(ids: np.ndarray) -> Batch:
+    return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))

@@ -1,0 +1,139 @@
+"""Text as bytes or as tokens of its own BPE. The last part of the file is held out, by construction.
+
+The tokenizer is made from the training part alone, so nothing of the held-out part reaches the model.
+"""
+
+import hashlib
+import io
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from open_mythos.assets import novel
+from open_mythos.checks import check_choice, check_int, check_number
+from open_mythos.data.text_files import DAMAGE, Unreadable, convert_command, explain, open_utf8
+from open_mythos.tasks.task import Batch, to_tensor
+from open_mythos.tokenization.limits import MAX_ENTRIES
+from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+
+Kind = Literal["bytes", "bpe"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of `seq_len` tokens at uniformly random places of a text file."""
+
+    path: str | None = None
+    """File to read; None is the novel that ships with the package."""
+    kind: Kind = "bytes"
+    bpe_vocab_size: int = 1024
+    """Tokens of the BPE; kind="bpe" only."""
+    seq_len: int = 128
+    held_out: float = 0.1
+    """Share of the characters, from the end, that is never trained on."""
+
+    name: ClassVar[str] = "text"
+    on_disk: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice("data.kind", self.kind, get_args(Kind))
+        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES)
+        check_int("data.seq_len", self.seq_len, 1)
+        check_number("data.held_out", self.held_out, 0, 0.9, above=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.bpe_vocab_size if self.kind == "bpe" else ByteTokenizer.vocab_size
+
+    @cached_property
+    def _parts(self) -> tuple[str, str]:
+        """Training text and held-out text."""
+        text = novel() if self.path is None else read_text(Path(self.path))
+        cut = int(len(text) * (1 - self.held_out))
+        return text[:cut], text[cut:]
+
+    def digests(self) -> dict[str, str]:
+        text = "".join(self._parts)
+        return {"data.path": hashlib.sha256(text.encode()).hexdigest()}
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer that was made from this text before, in place of making it again.
+
+        Another version of the `tokenizers` library could make another one, whose ids the weights do not know.
+        """
+        self.__dict__["_tokenizer"] = tokenizer  # where cached_property looks
+
+    @cached_property
+    def _tokenizer(self) -> BPETokenizer | ByteTokenizer:
+        if self.kind == "bytes":
+            return ByteTokenizer()
+        return BPETokenizer.train_from_text(self._parts[0], self.bpe_vocab_size)
+
+    @cached_property
+    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the two parts, each long enough for one window.
+
+        Raises:
+            ValueError: a part is shorter than a window.
+        """
+        train, held_out = (np.array(self._tokenizer.encode(part), dtype=np.int32) for part in self._parts)
+        shortest = min(len(train), len(held_out))
+        if shortest <= self.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} must be below the {shortest} tokens of the shorter part of the text; "
+                "use a shorter window, a longer text or a larger data.held_out"
+            )
+        return train, held_out
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out part."""
+        return len(self._parts[1].encode()) / len(self._tokens[1])
+
+    def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
+        return self._windows(self._tokens[0], rng, rows)
+
+    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        return self._windows(self._tokens[1], rng, rows)
+
+    def _windows(self, tokens: np.ndarray, rng: np.random.Generator, rows: int) -> Batch:
+        starts = rng.integers(0, len(tokens) - self.seq_len, size=rows)
+        ids = tokens[starts[:, None] + np.arange(self.seq_len + 1)]
+        return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
+
+    def tokenizer(self) -> BPETokenizer | ByteTokenizer:
+        return self._tokenizer
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in what its byte order mark says; it may be compressed with gzip.
+
+    Raises:
+        ValueError: the file is absent, a folder or no text; the message says what to do.
+    """
+    if path.is_dir():
+        folder = shlex.quote(str(path))
+        raise ValueError(
+            f"data.path={path} is a folder, and the task text reads one file; prepare the folder for small-text:\n"
+            f"mythos train-tokenizer {folder} --vocab-size 2048 --out data/bpe\n"
+            f"mythos prepare-data {folder} --tokenizer data/bpe --cut paragraphs --out data/own\n"
+            "mythos train small-text --data.paths data/own --out runs/own"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"data.path={path} is a pipe or a device; use the path of a text file")
+    try:
+        with io.TextIOWrapper(open_utf8(str(path)), encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data.path={path} is not UTF-8 at byte {error.start}; convert it first: {convert_command(str(path))}"
+        ) from None
+    except (Unreadable, *DAMAGE) as error:
+        skipped = explain(error, str(path))
+        raise ValueError(f"data.path={path} is {skipped.reason} ({skipped.why}); {skipped.remedy}") from None
+    except OSError as error:
+        raise ValueError(f"data.path: {error}; use the path of a text file") from None

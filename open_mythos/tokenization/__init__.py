@@ -1,0 +1,1 @@
+"""Text to token ids and back: tokenizers, their limits, chat templates and text that arrives in pieces."""

@@ -1,0 +1,446 @@
+"""Text to ids and back: raw bytes, a BPE trained on a file, the symbols of a synthetic task, or a published vocabulary.
+
+    tokenizer = BPETokenizer.train_from_text(novel(), vocab_size=2048)
+    tokenizer.save(folder)
+    tokenizer = load_tokenizer(folder)
+
+`encode` adds no begin or end token; `decode` leaves special tokens out and ignores ids that no token has.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from open_mythos.checks import shown
+from open_mythos.files import inside, read_json
+from open_mythos.tokenization.limits import (
+    MAX_ENTRIES,
+    MAX_GROWTH,
+    MAX_SYMBOLS,
+    check_growth,
+    raise_named,
+    read_checked,
+    read_roles,
+)
+
+HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
+HUB_ROLES = "tokenizer_config.json"
+OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer; an id that has no such token is None."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model needs at least this many rows in its embedding."""
+        ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that mark something instead of being text. What stands for unknown characters is text."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """The text that is cut into tokens: `text`, or what a vocabulary makes of it first, such as lower case."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file that `load_tokenizer(folder)` reads; the folder is made if it is absent."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then <bos>, <eos> and <pad>. Bytes that are not UTF-8 decode to U+FFFD."""
+
+    vocab_size = 259
+    bos_id, eos_id, pad_id = 256, 257, 258
+    special_ids = frozenset({256, 257, 258})
+
+    def normalize(self, text: str) -> str:
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        _write(folder, OWN_FILE, {"type": "bytes"})
+
+
+class SymbolTokenizer:
+    """A fixed list of symbols; a symbol's id is its place in the list.
+
+    Text is read from the left, the longest symbol first; white space between symbols means nothing.
+
+    Args:
+        symbols: different, non-empty strings without white space.
+        bos, eos, pad: which of the symbols are the special tokens.
+        separator: put between symbols when ids become text; " " where symbols have several characters.
+    """
+
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        separator: str = "",
+    ) -> None:
+        counts = Counter(symbols)
+        bad = [s for s in symbols if not s or re.search(r"\s", s) or counts[s] > 1]
+        if bad or not symbols:
+            raise ValueError(
+                f"symbols={(bad or list(symbols))!r:.100} must be different and without white space; rename them"
+            )
+        if len(symbols) > MAX_SYMBOLS or max(map(len, symbols)) > MAX_SYMBOLS or not isinstance(separator, str):
+            raise ValueError(
+                f"symbols: {len(symbols)} with separator={shown(separator)} must be at most {MAX_SYMBOLS} of at most "
+                f"{MAX_SYMBOLS} characters, and a string; use fewer and shorter ones"
+            )
+        self.symbols = list(symbols)
+        self.separator = separator
+        self._roles = {"bos": bos, "eos": eos, "pad": pad}
+        self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        for role, symbol in self._roles.items():
+            if symbol is not None and symbol not in self._ids:
+                raise ValueError(f"{role}={symbol!r} must be one of the symbols; add it to them")
+        self.vocab_size = len(self.symbols)
+        self.bos_id, self.eos_id, self.pad_id = (None if s is None else self._ids[s] for s in self._roles.values())
+        self.special_ids = frozenset(i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None)
+        longest_first = sorted(self.symbols, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+
+    def normalize(self, text: str) -> str:
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the symbols in `text`.
+
+        Raises:
+            ValueError: part of the text is no symbol.
+        """
+        ids, at = [], 0
+        while at < len(text):
+            match = self._pattern.match(text, at)
+            if match is None:
+                raise ValueError(
+                    f"{text[at]!r} at position {at} of {text!r:.60} starts no symbol; use {' '.join(self.symbols):.200}"
+                )
+            if match[0] in self._ids:
+                ids.append(self._ids[match[0]])
+            at = match.end()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = (self.bos_id, self.eos_id, self.pad_id)
+        return self.separator.join(self.symbols[i] for i in ids if 0 <= i < self.vocab_size and i not in special)
+
+    def save(self, folder: str | Path) -> None:
+        fields = {"symbols": self.symbols, "separator": self.separator, **self._roles}
+        _write(folder, OWN_FILE, {"type": "symbols", **fields})
+
+
+class BPETokenizer:
+    """A vocabulary of the `tokenizers` library. Special tokens written out in a text become their ids.
+
+    Args:
+        backend: the library's tokenizer.
+        bos, eos, pad: names of the special tokens; one that the vocabulary lacks has the id None.
+        growth: the most characters that the normalizer may make of one.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = "<bos>",
+        eos: str | None = "<eos>",
+        pad: str | None = "<pad>",
+        growth: int = 1,
+    ) -> None:
+        self.backend = backend
+        self._growth = growth
+        self._roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        # Not the number of tokens: published vocabularies have gaps below their special tokens.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if name is None else backend.token_to_id(name) for name in self._roles.values()
+        )
+
+    @staticmethod
+    def train_from_text(text: str, vocab_size: int) -> "BPETokenizer":
+        """Train a byte-level BPE with <bos>, <eos> and <pad> as ids 0 to 2; other text comes back exactly.
+
+        Args:
+            text: what to train on; short or repetitive text gives fewer tokens than asked for.
+            vocab_size: at least 259 (256 bytes and three special tokens).
+        """
+        return BPETokenizer.train([text], vocab_size)
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """The same from many texts, which are read once."""
+        if type(vocab_size) is not int or not ByteTokenizer.vocab_size <= vocab_size <= MAX_ENTRIES:
+            raise ValueError(
+                f"vocab_size={shown(vocab_size)} must be an integer of at most {MAX_ENTRIES} and at least 259; "
+                "use vocab_size=4096"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<bos>", "<eos>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(iter(texts), trainer)
+        return BPETokenizer(backend)
+
+    @staticmethod
+    def load(path: str | Path) -> "BPETokenizer":
+        """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
+        path = Path(path)
+        backend, growth = _backend(path)
+        return BPETokenizer(backend, **read_roles(path.with_name(HUB_ROLES)), growth=growth)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the begin, end and padding tokens and of every added token of the library's kind "special".
+
+        The token for unknown characters counts only if it is also one of the three: a text that holds a rare character
+        has not written a special token out.
+        """
+        roles = {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}
+        return frozenset(roles | {i for i in self._added if i != self._unknown_id})
+
+    @cached_property
+    def unknown_token(self) -> str | None:
+        """Name of the special token that stands for unknown characters."""
+        return None if self._unknown_id is None else self._added.get(self._unknown_id)
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = self.backend.model
+        if isinstance(model, models.Unigram):  # the one kind whose object does not say
+            return json.loads(self.backend.to_str())["model"]["unk_id"]
+        return None if model.unk_token is None else self.backend.token_to_id(model.unk_token)
+
+    def normalize(self, text: str) -> str:
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text.
+
+        Raises:
+            ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
+        """
+        try:
+            if self._growth > MAX_GROWTH:
+                check_growth(self.backend.normalizer, text, self._growth)
+            # `encode` of one text keeps all other threads from running, for a second per megabyte.
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot encode this text; use another tokenizer or text")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=True)
+        except BaseException as error:
+            raise_named(error, "the tokenizer cannot decode these ids; use another tokenizer")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`; transformers' AutoTokenizer reads them too."""
+        _write(folder, HUB_ROLES, {"tokenizer_class": "PreTrainedTokenizerFast", **self._roles})
+        self.backend.save(str(Path(folder) / HUB_FILE))
+
+
+class MythosTokenizer(BPETokenizer):
+    """A published vocabulary, by default the one of the 0.5.0 training script.
+
+    Args:
+        model_id: a folder with `tokenizer.json`, such a file, or the name of a model on the Hugging Face hub.
+
+    Raises:
+        OSError: the name is no local path and the hub does not give the file.
+    """
+
+    def __init__(self, model_id: str = "openai/gpt-oss-20b") -> None:
+        path = Path(model_id)
+        if path.is_dir():
+            path = inside(path, HUB_FILE)
+        if path.exists():
+            roles = path.with_name(HUB_ROLES)
+        else:
+            path, roles = _download(model_id)
+        backend, growth = _backend(path)
+        super().__init__(backend, **read_roles(roles), growth=growth)
+
+
+class TextStream:
+    """Turns ids that arrive one at a time into text, never showing half a character.
+
+    The pieces that `push` and the final `flush` return join to the `decode` of prompt and ids, less the `decode` of the
+    prompt. The work for an id does not grow with the number of ids before it.
+
+    Args:
+        prompt_ids: what stands before the ids: some vocabularies decode a token by what precedes it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = _context(tokenizer, prompt_ids)
+        self._n_whole = len(self._ids)  # the first of them: those of the last piece that ended in a whole character
+        self._n_shown = len(tokenizer.decode(self._ids))  # characters of their text that were given out
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is incomplete."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        n_open = len(self._ids) - self._n_whole
+        # Of a run of U+FFFD only the last can still become a character: the ones before it are invalid bytes. But
+        # vocabularies with a token for each byte write one for each, until up to four of them make a character.
+        ready = len(text.rstrip("\ufffd") if n_open < 4 else text.removesuffix("\ufffd"))
+        piece = text[self._n_shown : ready]
+        self._n_shown = max(self._n_shown, ready)
+        if piece and ready == len(text):
+            self._ids = self._ids[self._n_whole :]
+            self._n_whole = len(self._ids)
+            self._n_shown = len(self._tokenizer.decode(self._ids))
+        elif ready == len(text) > 0 and self._tokenizer.decode(self._ids[:-1]) == text:
+            self._ids.pop()  # a special token, or an id that no token has
+        elif n_open >= 16:
+            self._forget(text)
+        return piece
+
+    def flush(self) -> str:
+        """The text still held back, once no id follows."""
+        return self._tokenizer.decode(self._ids)[self._n_shown :]
+
+    def _forget(self, text: str) -> None:
+        """Drop the older half of the ids, invalid bytes by now, unless it means something to the other half."""
+        half = len(self._ids) // 2
+        before = self._tokenizer.decode(self._ids[:half])
+        if before + self._tokenizer.decode(self._ids[half:]) == text and len(before) <= self._n_shown:
+            self._ids, self._n_whole, self._n_shown = self._ids[half:], 0, self._n_shown - len(before)
+
+
+def _context(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last few ids: enough to show text, and only whole characters where the ids hold such."""
+    n = 16
+    while n < len(ids) and ("\ufffd" in (text := tokenizer.decode(ids[-n:])) or not text):
+        n *= 2
+    return list(ids[-n:])
+
+
+def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
+    """Bytes of UTF-8 that a token gives a text which begins with it; none if it is special."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" not in text:
+        return len(text.encode())
+    # Part of a character. Byte-level vocabularies write each byte as a character, others one byte as <0x..>.
+    name = tokenizer.backend.id_to_token(token_id) if isinstance(tokenizer, BPETokenizer) else None
+    return 1 if name is None or name.startswith("<0x") else len(name)
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that was saved in a folder, such as a model folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: the file is none that this version writes.
+    """
+    folder = Path(folder)
+    hub, own = inside(folder, HUB_FILE), inside(folder, OWN_FILE)
+    if hub.exists():
+        inside(folder, HUB_ROLES)
+        return BPETokenizer.load(hub)
+    if not own.exists():
+        raise FileNotFoundError(
+            f"{folder} holds neither {HUB_FILE} nor {OWN_FILE}; save one there with tokenizer.save({str(folder)!r})"
+        )
+    try:
+        match read_json(own, 2**20):
+            case {"type": "bytes"}:
+                return ByteTokenizer()
+            case {"type": "symbols", "symbols": symbols, **rest}:
+                return SymbolTokenizer(symbols, **rest)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{own} cannot be read ({error!s:.200}); save the tokenizer again") from error
+    raise ValueError(f"{own} has no type 'bytes' or 'symbols'; save the tokenizer again")
+
+
+def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the library's tokenizer of a file, and the most characters that its normalizer may make of one."""
+    text, growth = read_checked(path)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except BaseException as error:
+        raise_named(error, f"{path} is no {HUB_FILE} of the tokenizers library; save it again")
+    # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, growth
+
+
+def _download(model_id: str) -> tuple[Path, Path]:
+    """Local copies of a hub model's tokenizer and of its special tokens' names (that one may be missing)."""
+    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        # Asked once: a download tries for half a minute to reach a hub that cannot be reached.
+        if not isinstance(try_to_load_from_cache(model_id, HUB_FILE), str):
+            get_hf_file_metadata(hf_hub_url(model_id, HUB_FILE))
+        path = Path(hf_hub_download(model_id, HUB_FILE))
+        try:
+            return path, Path(hf_hub_download(model_id, HUB_ROLES))
+        except RemoteEntryNotFoundError:
+            return path, path.with_name(HUB_ROLES)
+    except Exception as error:  # of the hub, or of whatever library carries its requests
+        raise OSError(
+            f"tokenizer {model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "
+            "name and the connection, or pass a folder that holds the file"
+        ) from error

@@ -1,0 +1,38 @@
+"""Which operands a matrix product hands to the library that computes it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from open_mythos.ops.linear import _WIDE_CPU, linear
+
+
+class _Weights(TorchDispatchMode):
+    """Collects the weights that oneDNN is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not _WIDE_CPU, reason="no oneDNN with AVX-512")
+def test_onednn_gets_no_weight_with_gaps() -> None:
+    # A slice of a wider tensor, as the latent of mla is: the gradient of the weight takes it for a weight itself.
+    torch.manual_seed(0)
+    x, weight = torch.randn(160, 160, requires_grad=True), torch.randn(160, 256, requires_grad=True)
+    sliced, gaps = x[:, :128], weight[:, :128]
+    with _Weights() as weights:
+        y = linear(sliced, gaps)
+        y.backward(y.detach())
+    assert len(weights.seen) == 3
+    assert all(w.is_contiguous() or w.T.is_contiguous() for w in weights.seen)
+    assert x.grad is not None
+    torch.testing.assert_close(y, sliced @ gaps.T)
+    torch.testing.assert_close(x.grad[:, :128], y.detach() @ gaps.detach())
