@@ -6,12 +6,12 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 
 def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, T) cross-entropy in bits of labels (B, T) under logits (B, T, V)."""
-    return F.cross_entropy(wide(logits).mT, labels, reduction="none") / math.log(2)
+    return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)
 
 
 def interval(windows: np.ndarray) -> tuple[float, float]:
