@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 2 to 10 values; more values get the last, which makes their interval too wide."""
@@ -128,7 +128,7 @@ class TextEstimate(Estimate):
 
 def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy in bits, (B, T), of labels (B, T) under logits (B, T, V)."""
-    return F.cross_entropy(wide(logits).mT, labels, reduction="none") / math.log(2)
+    return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
