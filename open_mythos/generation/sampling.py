@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.generation.sampling_params import Sampling
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -48,7 +48,7 @@ def sample(
     Returns:
         (B,) int64.
     """
-    scores = wide(logits)
+    scores = at_least_float32(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
     if params.penalizes_answer and answer_ids is not None:
