@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import check_int, check_number, check_sampling
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 MAX_LOGIT_BIASES = 1024
 """Tokens that one request may raise or lower."""
@@ -112,7 +112,7 @@ def sample(
     Returns:
         (B,) int64.
     """
-    scores = wide(logits)
+    scores = at_least_float32(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
     if params.penalizes_answer and answer_ids is not None:
