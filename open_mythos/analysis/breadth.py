@@ -122,14 +122,11 @@ def section(subject: Subject) -> Section:
         f"{found.rose_and_fell:.0%} rise and fall."
     )
     loops = range(subject.n_loops + 1)
-    columns = (
-        ("entropy", found.entropy, ".3f"),
-        ("candidates", found.candidates, ".3f"),
-        ("positions with several", found.several, ".3f"),
-    )
+    columns = {"entropy": found.entropy, "candidates": found.candidates, "positions with several": found.several}
     curves = {"candidates": found.candidates, "exp(entropy)": found.entropy.exp()}
     caption = "Number of tokens considered at once in the read-out."
-    parts: list[Part] = [table("loops", loops, *columns), figure("candidates", caption, curves, "tokens")]
+    counts = table("loops", loops, *((name, x, ".3f") for name, x in columns.items()))
+    parts: list[Part] = [counts, figure("candidates", caption, curves, "tokens")]
     record = numbers(found)
     if subject.pointers:
         path = path_mass(subject.model, subject.input_ids, subject.n_loops)
@@ -146,8 +143,8 @@ def section(subject: Subject) -> Section:
             "on several": path.several,
             "in step": path.in_step,
         }
-        columns = [(name, x, ".3f") for name, x in hops.items()] + [(name, x, ".2f") for name, x in shares.items()]
+        both = [(name, x, ".3f") for name, x in hops.items()] + [(name, x, ".2f") for name, x in shares.items()]
         drawn = figure("path", "Where on the path the read-out is.", hops, "mean probability")
-        parts += ["Probability on the nodes of the path:", table("loops", loops, *columns), drawn]
+        parts += ["Probability on the nodes of the path:", table("loops", loops, *both), drawn]
         record |= {"path": numbers(path)}
     return Section("Several next steps at once?", finding, record, parts)

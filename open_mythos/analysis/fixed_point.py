@@ -85,10 +85,10 @@ def motion(hidden: Tensor) -> Motion:
 def section(subject: Subject) -> Section:
     """Describe where the states end."""
     found = follow(subject.model, subject.input_ids, subject.n_beyond, subject.where)
-    shares = {kind: share for kind, share in found.shares.items() if share}
+    kinds = ", ".join(f"{share:.0%} of the tokens are {kind!r}" for kind, share in found.shares.items() if share)
     finding = (
-        f"After {subject.n_beyond} loops {', '.join(f'{x:.0%} of the tokens are {kind!r}' for kind, x in shares.items())}"
-        f"; the median step of the last loop is {found.step[-1].median():.1e} of the state."
+        f"After {subject.n_beyond} loops {kinds}; the median step of the last loop is {found.step[-1].median():.1e} of "
+        "the state."
     )
     periods = sorted(set(found.period[found.period > 0].tolist()))
     if periods:

@@ -1,6 +1,6 @@
 """How the next loop stretches small changes of the state: the largest eigenvalues of its Jacobian.
 
-The products are those of the transpose with a vector (reverse mode): the transpose has the same eigenvalues. Attention is
+The products are those of the transpose with a vector (reverse mode), which has the same eigenvalues. Attention is
 causal, so the Jacobian over a whole prompt is block-triangular: its eigenvalues are those of every token's own block.
 
 Shapes: T tokens, D width, n = D for one token and T * D for all.
@@ -79,8 +79,8 @@ def arnoldi(
 ) -> Spectrum:
     """Find the outermost eigenvalues of a linear map of (n,) to (n,), in the space of a random vector and its images.
 
-    Unlike plain power iteration this finds complex pairs. Source: Saad, Numerical Methods for Large Eigenvalue Problems,
-    chapter 6.
+    Unlike plain power iteration this finds complex pairs. Source: Saad, Numerical Methods for Large Eigenvalue
+    Problems, chapter 6.
     """
     m = min(n, n_products)
     dtype = torch.float64 if n <= 2**16 else torch.float32

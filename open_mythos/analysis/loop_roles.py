@@ -28,14 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.analysis.section import Section, Subject
-from open_mythos.analysis.unroll import begin, kl
+from open_mythos.analysis import unroll
+from open_mythos.analysis.section import Section, Subject, numbers
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import Scratch, View
-from open_mythos.nn.driver import Exit
 from open_mythos.nn.eval_mode import evaluating
+from open_mythos.nn.halting import Exit
 from open_mythos.nn.inputs import check_n_loops
+from open_mythos.ops.precision import at_least_float32
 from open_mythos.reports.document import Figure, Part, Table
 from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Interval, bootstrap, over_seeds
@@ -84,15 +85,7 @@ class LoopRoles:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON with 4 digits; None for NaN."""
-
-        def plain(x: Any) -> Any:
-            if isinstance(x, dict):
-                return {name: plain(value) for name, value in x.items()}
-            if isinstance(x, list):
-                return [plain(value) for value in x]
-            return plain(x.tolist()) if isinstance(x, Tensor) else None if x != x else float(f"{x:.4g}")
-
-        return plain(vars(self))
+        return numbers(self, digits=4)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoopRoles":
@@ -117,19 +110,18 @@ class Pass(NamedTuple):
 
 def run_loops(model: OpenMythos, input_ids: Tensor, order: Sequence[int]) -> Pass:
     """Run len(order) loops, the k-th with loop_index order[k]; the model's own halting counts loops, not indices."""
-    h, e, whole = begin(model, input_ids)
+    h, e, whole = unroll.begin(model, input_ids)
     assert model.recurrent is not None
     rule = model.recurrent.rule
-    state = rule.init(h, torch.full_like(input_ids[:, 0], len(order)))
-    zeros = torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    none = torch.zeros_like(input_ids)
-    rows = {"h": h, "active": none == 0, "loops": none, "out": zeros, "ponder_cost": zeros[..., 0]}
-    exit, states, views, left = Exit(rule, None, False), [h], [], {}
+    n_loops = torch.full_like(input_ids[:, 0], len(order))
+    state, active = rule.init(h, n_loops), torch.ones_like(input_ids, dtype=torch.bool) if rule.weighted else None
+    rows = {"h": h, "n_loops": n_loops, "out": torch.zeros_like(at_least_float32(h))}
+    exit, states, views, left = Exit(rule, None), [h], [], {}
     for k, index in enumerate(order):
-        active = rows["active"] if rule.weighted else None
         views.append(dataclasses.replace(whole, active=active, store=Scratch(left)))
         new, left = _loop(model, rows["h"], e, index, views[-1])
-        rows, state, _weight = exit.apply(rows, state, new, torch.full_like(input_ids[:, 0], k), active)
+        rows, state, exit_mask, _ = exit.apply(rows, state, new, torch.full_like(n_loops, k), active)
+        active = None if active is None else active & ~exit_mask
         states.append(rows["h"])
     out = rows["out"].to(h.dtype) if rule.weighted else rows["h"]
     return Pass(model.readout(out, whole), e, states, views)
@@ -192,6 +184,8 @@ def loop_roles(
     Raises:
         TypeError, ValueError: an argument is unusable; nothing has been computed.
     """
+    with evaluating(model):
+        unroll.begin(model, input_ids)  # refuses unusable ids, and a model without a loop
     L = check_n_loops(n_loops, model.cfg)
     check_int("n_loops", L, 2, remedy="use n_loops=4: with fewer than 2 there is nothing to compare")
     check_int("shuffles", shuffles, 1)
@@ -201,16 +195,14 @@ def loop_roles(
             f"where has shape {tuple(where.shape)}; it must be {tuple(input_ids.shape)} like input_ids and true "
             "somewhere in each row; use where=None for all positions"
         )
-    effects: dict[str, tuple[Tensor, Tensor]] = {}
+    kl, changed = {}, {}
     with evaluating(model):
         run = run_loops(model, input_ids, range(L))
         parts = _compare(model, run, where)
         for name, orders in interventions(L, shuffles, seed).items():
-            found = [_effect(run.logits, run_loops(model, input_ids, order).logits, where) for order in orders]
-            effects[name] = tuple(torch.stack(x, dim=1).cpu() for x in zip(*found, strict=True))
-    return LoopRoles(
-        **parts, kl={k: x for k, (x, _) in effects.items()}, changed={k: x for k, (_, x) in effects.items()}
-    )
+            effects = [_effect(run.logits, run_loops(model, input_ids, order).logits, where) for order in orders]
+            kl[name], changed[name] = (torch.stack(x, dim=1).cpu() for x in zip(*effects, strict=True))
+    return LoopRoles(**parts, kl=kl, changed=changed)
 
 
 def _compare(model: OpenMythos, run: Pass, where: Tensor) -> dict[str, Tensor]:
@@ -266,7 +258,7 @@ def _norm(x: Tensor, where: Tensor) -> Tensor:
 
 def _effect(logits: Tensor, changed: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """Compute KL(untouched || changed), and the share of positions with another most likely token: (N,) each."""
-    divergence = kl(logits.double().log_softmax(-1), changed.double().log_softmax(-1))
+    divergence = unroll.kl(logits.double().log_softmax(-1), changed.double().log_softmax(-1))
     other, counts = logits.argmax(-1) != changed.argmax(-1), where.sum(1)
     return (divergence * where).sum(1) / counts, (other & where).sum(1).double() / counts
 
@@ -300,8 +292,8 @@ def last_loop(effect: str) -> Pick:
     return lambda run: getattr(run, effect)["skip"][:, -1:]
 
 
-def split_table(runs: Runs, short: bool = False) -> Table:
-    """Make a table of what changes from each loop to the next, and why; `short` leaves out five columns."""
+def split_table(runs: Runs) -> Table:
+    """Make a table of what changes from each loop to the next, and why."""
     columns: dict[str, Pick] = {
         "change": lambda r: r.delta,
         "from the function": lambda r: r.function,
@@ -312,10 +304,6 @@ def split_table(runs: Runs, short: bool = False) -> Table:
         "function's share": lambda r: r.share,
         "later update, of the state": lambda r: r.step[:, 1:],
     }
-    if short:
-        columns = {
-            name: columns[name] for name in ("change", "from the function", "from the state", "function's share")
-        }
     filled = zip(*(cells(across(runs, pick)) for pick in columns.values()), strict=True)
     return Table(["loops", *columns], [[f"{t} to {t + 1}", *row] for t, row in enumerate(filled)])
 
@@ -323,24 +311,18 @@ def split_table(runs: Runs, short: bool = False) -> Table:
 def effect_table(runs: Runs) -> Table:
     """Make a table of what each intervention does to the output, in nats and in answers changed."""
     titles = {
-        "skip": "loop {} left out",
-        "repeat": "loop {} twice",
-        "swap": "loops {} and {} swapped",
-        "more": "one loop more",
+        "loop {} left out": lambda effect: effect["skip"],
+        "loop {} twice": lambda effect: effect["repeat"],
+        "loops {} and {} swapped": lambda effect: effect["swap"],
+        "one loop more": lambda effect: effect["more"],
+        "all loops shuffled": lambda effect: effect["shuffle"].mean(1, keepdim=True),
     }
-    rows = [
-        [title.format(t, t + 1), *row]
-        for name, title in titles.items()
-        for t, row in enumerate(
-            zip(
-                cells(across(runs, lambda r, name=name: r.kl[name]), ".3g"),
-                cells(across(runs, lambda r, name=name: r.changed[name])),
-                strict=True,
-            )
-        )
-    ]
-    total = [cells(across(runs, shuffle("kl")), ".3g")[0], cells(across(runs, shuffle("changed")))[0]]
-    return Table(["intervention", "KL in nats", "answers changed"], [*rows, ["all loops shuffled", *total]])
+    rows = []
+    for title, pick in titles.items():
+        nats = cells(across(runs, lambda r, pick=pick: pick(r.kl)), ".3g")
+        changed = cells(across(runs, lambda r, pick=pick: pick(r.changed)))
+        rows += [[title.format(t, t + 1), *row] for t, row in enumerate(zip(nats, changed, strict=True))]
+    return Table(["intervention", "KL in nats", "answers changed"], rows)
 
 
 def interchangeable(runs: Runs) -> bool | None:
@@ -388,8 +370,8 @@ def verdict(runs: Runs) -> str:
     else:
         more = "Neither the number of loops nor their order clearly matters more"
     return (
-        f"The update changes {'; '.join(parts)}. {order}: shuffling them changes {shuffled} of the answers, one loop fewer "
-        f"{needed}; swapping two neighbours changes more than {SMALL:.0%} for {pairs}. {more}: one fewer costs "
+        f"The update changes {'; '.join(parts)}. {order}: shuffling them changes {shuffled} of the answers, one loop "
+        f"fewer {needed}; swapping two neighbours changes more than {SMALL:.0%} for {pairs}. {more}: one fewer costs "
         f"{cells(fewer, '.3g')[0]} nats at the output, a shuffle {cells(other, '.3g')[0]}."
     )
 
@@ -427,11 +409,11 @@ def section(subject: Subject) -> Section:
     if subject.n_loops < 2:
         return Section(title, "One loop has no next loop to compare with.", {})
     runs = [loop_roles(subject.model, subject.input_ids, subject.n_loops, subject.where)]
-    shown, kl_caption = {"this model": runs}, "Effect on the answer when the loops are disturbed."
+    shown = {"this model": runs}
     parts: list[Part] = [
-        split_table(runs, short=True),
+        split_table(runs),
         Figure("split", "How much of a change is due to the loop index.", lambda path: draw_split(shown, path)),
         effect_table(runs),
-        Figure("effects", kl_caption, lambda path: draw_effects(shown, path)),
+        Figure("effects", "Effect of disturbed loops on the answer.", lambda path: draw_effects(shown, path)),
     ]
     return Section(title, verdict(runs), runs[0].to_dict(), parts)

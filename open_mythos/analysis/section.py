@@ -1,6 +1,7 @@
 """A section of the report of `mythos analyze`: its input, its result, and how numbers become tables and figures."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,18 +45,24 @@ class Section:
     parts: Sequence[Part] = ()
 
 
-def numbers(value: Any) -> Any:
-    """Turn tensors, and dataclasses and containers of them, into plain values for JSON."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: numbers(getattr(value, field.name)) for field in dataclasses.fields(value)}
+def numbers(value: Any, digits: int = 17) -> Any:
+    """Turn tensors, and dataclasses and containers of them, into plain values for JSON; NaN becomes None."""
     if isinstance(value, Tensor):
-        return (torch.view_as_real(value) if value.is_complex() else value).tolist()
+        value = (torch.view_as_real(value) if value.is_complex() else value).tolist()
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: numbers(item) for name, item in value.items()}
-    return list(map(numbers, value)) if isinstance(value, list | tuple) else value
+        return {name: numbers(item, digits) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
 
 
-def table(label: str, places: Iterable[int], *columns: tuple[str, Sequence[Any], str], first: int = 0) -> Table:
+def table(
+    label: str, places: Iterable[int], *columns: tuple[str, Sequence[Any] | Tensor, str], first: int = 0
+) -> Table:
     """Make a table with a row for each of `places`.
 
     Args:
