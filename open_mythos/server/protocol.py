@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
-from open_mythos.engine.sampling_params import MAX_LOGPROBS as MAX_CHAT_LOGPROBS
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import MAX_LOGPROBS as MAX_CHAT_LOGPROBS
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.server.fields import (
     MAX_ANSWERS,
     MAX_BEST_OF,
@@ -104,7 +104,7 @@ class BaseRequest(Fields):
     n_loops: Count | None = None
     min_loops: Count | None = None
     exit: Exit | None = None
-    exit_threshold: Annotated[float, Field(ge=0)] | None = None
+    exit_threshold: Annotated[float, Field(gt=0)] | None = None
 
     # For compatibility with other servers; these have no effect here.
     user: Annotated[str, Field(max_length=256)] = ""
