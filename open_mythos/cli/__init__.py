@@ -11,7 +11,7 @@ from typing import NamedTuple
 from open_mythos.checks import as_typed, did_you_mean
 from open_mythos.cli.analyze import AnalyzeArgs, analyze
 from open_mythos.cli.chat import ChatArgs, chat
-from open_mythos.cli.costs import PlanArgs, plan
+from open_mythos.cli.costs import InfoArgs, PlanArgs, info, plan
 from open_mythos.cli.data import (
     FetchCorpusArgs,
     PrepareDataArgs,
@@ -20,11 +20,12 @@ from open_mythos.cli.data import (
     prepare_data,
     train_tokenizer,
 )
+from open_mythos.cli.evaluate import EvalArgs, evaluate
 from open_mythos.cli.exp import ExpArgs, exp
+from open_mythos.cli.generate import GenerateArgs, generate
 from open_mythos.cli.options import flags
 from open_mythos.cli.serve import ServeArgs, serve
 from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
-from open_mythos.cli.use import EvalArgs, GenerateArgs, InfoArgs, evaluate, generate, info
 from open_mythos.extras import DISTRIBUTION
 from open_mythos.files import FileError
 

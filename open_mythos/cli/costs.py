@@ -1,10 +1,13 @@
-"""The command that tells what a run would cost."""
+"""Commands that count what a model, or a run, costs."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from open_mythos.cli.options import read
 from open_mythos.cli.train import read_run
 
 
@@ -39,3 +42,35 @@ def plan(rest: list[str]) -> None:
         print(json.dumps(made.to_dict(), indent=2))
     else:
         print_plan(recipe or str(args.config), made)
+
+
+@dataclass
+class InfoArgs:
+    """What a model costs: parameters, compute and memory, from its configuration alone."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
+    gpu_gb: float = 80.0
+    """Memory of one GPU in GB, for the count of GPUs."""
+    kv_gb: float | None = None
+    """GB for keys and values: how many tokens and requests the engine holds in them. Left out: room for 32 whole
+    contexts, at most 10 GB."""
+    tokenizer: str | None = None
+    """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
+    Hugging Face hub."""
+    vocab_size: int | None = None
+    """Count with so many tokens in the vocabulary."""
+
+
+def info(rest: list[str]) -> None:
+    """count a model's parameters, FLOPs per token, cache and memory"""
+    args = read(InfoArgs, "mythos info", rest)
+    from open_mythos.costs.info import print_info
+
+    if args.tokenizer is not None:
+        if args.vocab_size is not None:
+            raise ValueError(f"--vocab-size {args.vocab_size} and --tokenizer are both given; give one")
+        from open_mythos.tokenization.tokenizer import open_tokenizer
+
+        args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
+    print_info(args.model, args.gpu_gb, args.vocab_size, args.kv_gb)
