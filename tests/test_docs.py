@@ -16,16 +16,17 @@ from typing import Any
 import pytest
 
 import open_mythos
-from open_mythos import VARIANTS, MythosConfig, OpenMythos, experiments
+import open_mythos.tasks
+from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.accounting import count_parameters, kv_bytes_per_token, n_layers
 from open_mythos.cli import main
 from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.experiments import EXPERIMENTS
 from open_mythos.generation.generate import generate
 from open_mythos.generation.sampling import sample
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
 from open_mythos.reports.terminal import duration
@@ -76,10 +77,12 @@ def defaults(path: Path, columns: int) -> dict[str, str]:
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # What a document adds to the table of experiments is gone after the test.
-    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(EXPERIMENTS))
     namespace: dict[str, Any] = {"__name__": "docs"}
     found = blocks(path, "python")
+    # What a document adds to a table goes when its test ends.
+    monkeypatch.setattr("open_mythos.tasks.TASKS", {**TASKS})
+    monkeypatch.setattr("open_mythos.experiments.EXPERIMENTS", {**EXPERIMENTS})
+    monkeypatch.setattr("open_mythos.train.config.TASKS", open_mythos.tasks.TASKS)
     assert found or path.name not in ("README.md", "open_mythos.md", "training.md")
     for line, source in found:
         # The line numbers of a traceback are then those of the document.
