@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -146,17 +145,3 @@ def shown(values: Sequence[float] | np.ndarray, form: str = ".3f") -> str:
 def against(values: Sequence[float] | np.ndarray, level: float) -> str:
     """Name the side of a level that the interval over seeds lies on; `Estimate(values).side(level)`."""
     return Estimate(values).side(level)
-
-
-class Band(NamedTuple):
-    """Means with the 95 % interval around each, three tensors of one shape."""
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def mean_band(values: Sequence[Tensor]) -> Band:
-    """Compute the interval over the sequences of a single model (N, K), or over the means of several models."""
-    found = bootstrap(values[0]) if len(values) == 1 else over_seeds([np.nanmean(np.asarray(x), 0) for x in values])
-    return Band(*map(torch.from_numpy, found))
