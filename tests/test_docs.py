@@ -23,7 +23,7 @@ from open_mythos.cli import main
 from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
-from open_mythos.experiments import NAMES
+from open_mythos.experiments import EXPERIMENTS
 from open_mythos.generation.generate import generate
 from open_mythos.generation.sampling import sample
 from open_mythos.generation.sampling_params import SamplingParams
@@ -81,6 +81,7 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     found = blocks(path, "python")
     # What a document adds to a table goes when its test ends.
     monkeypatch.setattr("open_mythos.tasks.TASKS", {**TASKS})
+    monkeypatch.setattr("open_mythos.experiments.EXPERIMENTS", {**EXPERIMENTS})
     monkeypatch.setattr("open_mythos.train.config.TASKS", open_mythos.tasks.TASKS)
     assert found or path.name not in ("README.md", "open_mythos.md", "training.md")
     for line, source in found:
@@ -364,8 +365,8 @@ def test_sampling_is_told_as_it_runs() -> None:
 
 def test_every_experiment_is_in_the_table() -> None:
     assert [
-        cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in NAMES
-    ] == [*NAMES]
+        cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in EXPERIMENTS
+    ] == [*EXPERIMENTS]
 
 
 def test_front_page_leads_to_every_record() -> None:

@@ -91,12 +91,14 @@ class Estimate:
     def __str__(self) -> str:
         return format(self)
 
-    def side(self, level: float) -> str:
-        """Name the side of a level that the interval lies on: above, below, or not told apart from."""
+    def side(
+        self, level: float, above: str = "above", below: str = "below", unclear: str = "not told apart from"
+    ) -> str:
+        """Return the word for the side of a level that the whole interval lies on."""
         _, low, high = self.interval
-        if math.isnan(low):
+        if math.isnan(low) and unclear == "not told apart from":
             return ONE_SEED
-        return "above" if low > level else "below" if high < level else "not told apart from"
+        return above if low > level else below if high < level else unclear
 
 
 class TextEstimate(Estimate):
