@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
@@ -133,11 +133,8 @@ def bits_per_byte(
 
 
 def _padded(batch: Windows) -> tuple[Tensor, Tensor]:
-    """Return ids (B, T + 1), padded on the right, which no earlier token sees; and which of (B, T) predictions count."""
-    width = len(batch[0][0])
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    scored = torch.zeros(len(batch), width - 1, dtype=torch.bool)
-    for row, (window, n) in enumerate(batch):
-        ids[row, : len(window)] = window
-        scored[row, len(window) - 1 - n : len(window) - 1] = True
-    return ids, scored
+    """Return ids (B, T + 1), padded on the right, and the predictions (B, T) that count; none of them sees padding."""
+    ids = nn.utils.rnn.pad_sequence([window for window, _ in batch], batch_first=True)
+    ends, counts = torch.tensor([(len(window) - 1, n) for window, n in batch])[..., None].unbind(1)
+    at = torch.arange(ids.shape[1] - 1)
+    return ids, (at < ends) & (at >= ends - counts)

@@ -66,7 +66,7 @@ def evaluate_files(
         check_n_loops(n, cfg)
     texts, skipped = read_texts(text, column)
     context = (trained_context(folder) or cfg.max_seq_len) if context is None else context
-    how = {"exit": exit, "exit_threshold": exit_threshold, "context": context}
+    how = {"context": context, "exit": exit, "exit_threshold": exit_threshold}
     scores = _score(model, tokenizer, texts, n_loops, progress, **how)
     best = min(score.bits_per_byte for score in scores)
     results = {
