@@ -72,7 +72,7 @@ class PrescribedDepths(HaltingRule):
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         done = (loop_index + 1)[:, None] >= state["depth"]
-        return state, self._exit(done, loop_index, state["n_loops"]), None
+        return state, self.exit_mask(done, loop_index, state["n_loops"]), None
 
 
 class UntilAllAreDone(HaltingRule):

@@ -60,7 +60,7 @@ class DealtACT(ACT):
     ) -> Decision:
         before = state["sum"]
         after = (before + self.act(h)).clamp(max=1)
-        exit_mask = self._exit((loop_index + 1)[:, None] >= state["depth"], loop_index, state["n_loops"])
+        exit_mask = self.exit_mask((loop_index + 1)[:, None] >= state["depth"], loop_index, state["n_loops"])
         return {**state, "sum": after}, exit_mask, torch.where(exit_mask, 1 - before, after - before)
 
 

@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_choice, check_number
+from open_mythos.checks import check_number
+from open_mythos.config import HALTING_RULES, MythosConfig, check_part
 from open_mythos.ops.batch_invariant import invariant
 from open_mythos.ops.precision import wide, wide_linear
 
@@ -28,12 +29,22 @@ class HaltingRule(ABC):
     """
 
     needs_probe = False
-    """Whether `update` wants head(norm(h)) logits."""
+    """True if `update` needs head(norm(h)) logits."""
     weighted = False
-    """Whether the output is the sum of states by halt_weight; otherwise it is the last state."""
+    """True if the output is the sum of states by halt_weight; otherwise it is the last state."""
+    default_threshold: float = 0.0
+    """Threshold of a call that names the rule alone; 0 for a rule without one."""
+    max_threshold = math.inf
 
     def __init__(self, threshold: float, min_loops: int = 1) -> None:
         self.threshold, self.min_loops = threshold, min_loops
+
+    @classmethod
+    def make(
+        cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None"
+    ) -> "HaltingRule":
+        """Make the rule for a call that names it; `act` is the model's learned halting, None if it has none."""
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops)
 
     @abstractmethod
     def init(self, h: Tensor, n_loops: Tensor) -> State:
@@ -45,7 +56,8 @@ class HaltingRule(ABC):
     ) -> Decision:
         """Decide after a loop that took h_prev to h, both (B, T, D). loop_index (B,) is 0-based; probe (B, T, V)."""
 
-    def _exit(self, done: Tensor, loop_index: Tensor, n_loops: Tensor) -> Tensor:
+    def exit_mask(self, done: Tensor, loop_index: Tensor, n_loops: Tensor) -> Tensor:
+        """Return who exits (B, T): tokens that are `done`, not before `min_loops`, and all at their row's last loop."""
         n_done = (loop_index + 1)[:, None]
         return (done & (n_done >= self.min_loops)) | (n_done >= n_loops[:, None])
 
@@ -56,6 +68,10 @@ class Fixed(HaltingRule):
     def __init__(self, min_loops: int = 1) -> None:
         super().__init__(0.0, min_loops)
 
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None") -> "Fixed":
+        return cls(min_loops)
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"n_loops": n_loops}
 
@@ -63,7 +79,7 @@ class Fixed(HaltingRule):
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         never = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
-        return state, self._exit(never, loop_index, state["n_loops"]), None
+        return state, self.exit_mask(never, loop_index, state["n_loops"]), None
 
 
 class ACTHalting(nn.Module):
@@ -99,10 +115,18 @@ class ACT(HaltingRule):
     """
 
     weighted = True
+    default_threshold = 0.99
+    max_threshold = 1.0
 
     def __init__(self, act: ACTHalting, threshold: float, min_loops: int = 1) -> None:
         super().__init__(threshold, min_loops)
         self.act = act
+
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "ACT":
+        if act is None:
+            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
+        return cls(act, cfg.act_threshold if threshold is None else threshold, min_loops)
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"n_loops": n_loops, "sum": wide(h).new_zeros(h.shape[:2])}
@@ -112,7 +136,7 @@ class ACT(HaltingRule):
     ) -> Decision:
         before = state["sum"]
         after = (before + self.act(h)).clamp(max=1)
-        exit_mask = self._exit(after >= self.threshold, loop_index, state["n_loops"])
+        exit_mask = self.exit_mask(after >= self.threshold, loop_index, state["n_loops"])
         # The difference of two sums, not p itself: then the rounding of each addition is given back by the next.
         weight = torch.where(exit_mask, 1 - before, after - before)
         return {**state, "sum": after}, exit_mask, weight
@@ -121,6 +145,8 @@ class ACT(HaltingRule):
 class LatentDiff(HaltingRule):
     """Exit when the loop's step is small against the state: |h - h_prev| / |h| < threshold."""
 
+    default_threshold = 0.03
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"n_loops": n_loops}
 
@@ -128,7 +154,7 @@ class LatentDiff(HaltingRule):
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         done = _norm(h - h_prev) < self.threshold * _norm(h)
-        return state, self._exit(done, loop_index, state["n_loops"]), None
+        return state, self.exit_mask(done, loop_index, state["n_loops"]), None
 
 
 class SecondDifference(HaltingRule):
@@ -136,6 +162,8 @@ class SecondDifference(HaltingRule):
 
     Source: after Pappone et al. 2025, arXiv 2509.23314; the division by |h| makes the threshold independent of width.
     """
+
+    default_threshold = 0.03
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         # No step before the first: an infinite one is never near the next.
@@ -150,7 +178,7 @@ class SecondDifference(HaltingRule):
     ) -> Decision:
         step = h - h_prev
         near = _norm(step - state["step"]) < self.threshold * _norm(h)
-        exit_mask = self._exit(near & state["near"], loop_index, state["n_loops"])
+        exit_mask = self.exit_mask(near & state["near"], loop_index, state["n_loops"])
         return {**state, "step": step, "near": near}, exit_mask, None
 
 
@@ -161,10 +189,15 @@ class KL(HaltingRule):
     """
 
     needs_probe = True
+    default_threshold = 5e-4
 
     def __init__(self, threshold: float, min_loops: int, vocab_size: int) -> None:
         super().__init__(threshold, min_loops)
         self.vocab_size = vocab_size
+
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "KL":
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops, cfg.vocab_size)
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"n_loops": n_loops, "log_p": wide(h).new_zeros(*h.shape[:2], self.vocab_size)}
@@ -178,44 +211,34 @@ class KL(HaltingRule):
         divergence = (log_p.exp() * (log_p - state["log_p"])).sum(-1)
         # The first loop has no prediction to compare with.
         done = (divergence < self.threshold) & (loop_index > 0)[:, None]
-        return {**state, "log_p": log_p}, self._exit(done, loop_index, state["n_loops"]), None
+        return {**state, "log_p": log_p}, self.exit_mask(done, loop_index, state["n_loops"]), None
 
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(wide(x), dim=-1)
 
 
-EXIT_THRESHOLDS = {"latent_diff": 0.03, "second_difference": 0.03, "kl": 5e-4}
-"""Default threshold of each rule that needs no training."""
+HALTING_RULES.update(fixed=Fixed, act=ACT, latent_diff=LatentDiff, second_difference=SecondDifference, kl=KL)
 
 
 def make_rule(
-    name: str, threshold: float | None, min_loops: int, vocab_size: int, act: ACTHalting | None, act_threshold: float
+    name: str, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None
 ) -> HaltingRule:
-    """The rule called `name`: fixed, act, latent_diff, second_difference or kl. `threshold` None takes its default.
+    """Return the rule called `name`, one of HALTING_RULES. A `threshold` of None takes the rule's default.
 
     Raises:
-        TypeError, ValueError: the name or threshold is not usable, or the model has no learned halting to use.
+        TypeError, ValueError: the name or the threshold is unusable, or the model has no learned halting to use.
     """
-    names = ("fixed", "act", *EXIT_THRESHOLDS)
-    check_choice("exit", name, names)
+    check_part("exit", name, HALTING_RULES, "HALTING_RULES")
     if threshold is not None:
         check_threshold(name, threshold)
-    if name == "fixed":
-        return Fixed(min_loops)
-    if name == "act":
-        if act is None:
-            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
-        return ACT(act, act_threshold if threshold is None else threshold, min_loops)
-    value = EXIT_THRESHOLDS[name] if threshold is None else threshold
-    if name == "kl":
-        return KL(value, min_loops, vocab_size)
-    return (LatentDiff if name == "latent_diff" else SecondDifference)(value, min_loops)
+    return HALTING_RULES[name].make(threshold, min_loops, cfg, act)
 
 
 def check_threshold(name: str, threshold: object) -> None:
-    """Refuse an `exit_threshold` that is no positive finite number, or that `name` cannot use."""
-    if name == "fixed":
-        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit='fixed'; leave it out")
-    remedy = f"use exit_threshold={EXIT_THRESHOLDS.get(name, 0.99)}"
-    check_number("exit_threshold", threshold, 0, 1 if name == "act" else math.inf, above=True, remedy=remedy)
+    """Refuse an `exit_threshold` that is no positive finite number, or that the rule called `name` does not use."""
+    rule = HALTING_RULES[name]
+    if not rule.default_threshold:
+        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit={name!r}; leave it out")
+    remedy = f"use exit_threshold={rule.default_threshold}"
+    check_number("exit_threshold", threshold, 0, rule.max_threshold, above=True, remedy=remedy)

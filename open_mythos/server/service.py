@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from open_mythos.engine.engine import Engine
-from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.server.async_engine import Busy, EngineDead, Job, Wanted, Worker
 from open_mythos.server.fields import EFFORTS, HARD_MAX_LOOPS
 from open_mythos.server.metrics import Meters
@@ -289,7 +289,9 @@ class Service:
             "mean_loops": rates[1],
             "max_loops": self.max_loops,
             "default_loops": self.default_loops,
-            "rules": [] if block is None else ["fixed", *(["act"] if block.act is not None else []), *EXIT_THRESHOLDS],
+            "rules": []
+            if block is None
+            else [name for name in HALTING_RULES if name != "act" or block.act is not None],
             "invariant": engine.invariant,
         }
 
