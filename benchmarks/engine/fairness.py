@@ -21,7 +21,7 @@ from benchmarks.engine.run import Run
 from benchmarks.engine.subjects import SUBJECTS, model_of
 from benchmarks.stats import Spread, ratios
 from open_mythos.engine.engine import Engine, TokenEvent
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 
 ROWS = 32
 NEW_TOKENS = 16

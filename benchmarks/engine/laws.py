@@ -66,13 +66,12 @@ class PrescribedDepths(HaltingRule):
         h = h.double()
         place = (h * self.signs).sum(-1) / torch.linalg.vector_norm(h, dim=-1) * self.SCALE
         depth = torch.bucketize(place - place.floor(), self.bounds, right=True) + 1
-        return {"n_loops": n_loops, "depth": depth}
+        return {"depth": depth}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        done = (loop_index + 1)[:, None] >= state["depth"]
-        return state, self.exit_mask(done, loop_index, state["n_loops"]), None
+        return state, (loop_index + 1)[:, None] >= state["depth"]
 
 
 class UntilAllAreDone(HaltingRule):
@@ -89,6 +88,6 @@ class UntilAllAreDone(HaltingRule):
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         inner: dict[str, Any] = {name: x for name, x in state.items() if name != "done"}
-        inner, exit_mask, _ = self.rule.update(inner, h_prev, h, loop_index, probe)
-        done = state["done"] | exit_mask
-        return {**inner, "done": done}, done.all().expand_as(done), None
+        inner, done = self.rule.update(inner, h_prev, h, loop_index, probe)
+        done = state["done"] | (done & (loop_index + 1 >= self.min_loops)[:, None])
+        return {**inner, "done": done}, done.all().expand_as(done)

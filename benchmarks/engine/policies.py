@@ -14,9 +14,9 @@ from benchmarks.engine.subjects import Subject, model_of
 from benchmarks.stats import Spread, ratios
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.engine.scheduler import Refill
 from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.generation.sampling_params import SamplingParams
 
 OURS, AGAIN = "ours", "ours again"
 FIXED, TOGETHER, DROPPED, AT_ONCE = "fixed depth", "until all are done", "done rows dropped", "read out at once"

@@ -29,10 +29,11 @@ from torch import Tensor
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import Scratch, View
-from open_mythos.nn.driver import Exit
 from open_mythos.nn.eval_mode import evaluating
+from open_mythos.nn.halting import Exit
 from open_mythos.nn.initial_state import initial_state
 from open_mythos.nn.inputs import check_ids, check_n_loops
+from open_mythos.ops.precision import at_least_float32
 
 Orders = dict[str, list[list[int]]]
 
@@ -130,16 +131,15 @@ def run_loops(model: OpenMythos, input_ids: Tensor, order: Sequence[int]) -> Pas
     whole = model.make_view((input_ids.shape[0], input_ids.shape[1]))
     e = model.encode(input_ids, whole)
     h = initial_state(model.cfg.initial_state, e, whole)
-    state = rule.init(h, torch.full_like(input_ids[:, 0], len(order)))
-    zeros = torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    none = torch.zeros_like(input_ids)
-    rows = {"h": h, "active": none == 0, "loops": none, "out": zeros, "ponder_cost": zeros[..., 0]}
-    exit, states, views, left = Exit(rule, None, False), [h], [], {}
+    n_loops = torch.full_like(input_ids[:, 0], len(order))
+    state, active = rule.init(h, n_loops), torch.ones_like(input_ids, dtype=torch.bool) if rule.weighted else None
+    rows = {"h": h, "n_loops": n_loops, "out": torch.zeros_like(at_least_float32(h))}
+    exit, states, views, left = Exit(rule, None), [h], [], {}
     for k, index in enumerate(order):
-        active = rows["active"] if rule.weighted else None
         views.append(dataclasses.replace(whole, active=active, store=Scratch(left)))
         new, left = _loop(model, rows["h"], e, index, views[-1])
-        rows, state, _weight = exit.apply(rows, state, new, torch.full_like(input_ids[:, 0], k), active)
+        rows, state, exit_mask, _ = exit.apply(rows, state, new, torch.full_like(n_loops, k), active)
+        active = None if active is None else active & ~exit_mask
         states.append(rows["h"])
     out = rows["out"].to(h.dtype) if rule.weighted else rows["h"]
     return Pass(model.readout(out, whole), e, states, views)

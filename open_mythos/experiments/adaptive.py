@@ -14,7 +14,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.windows import token_bits
+from open_mythos.reports.stats import token_bits
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import Batch
 from open_mythos.train.config import TrainConfig
@@ -37,13 +37,12 @@ class Dealt(HaltingRule):
         self.depths = depths
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "depth": self.depths.to(h.device)}
+        return {"depth": self.depths.to(h.device)}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        done = (loop_index + 1)[:, None] >= state["depth"]
-        return state, self.exit_mask(done, loop_index, state["n_loops"]), None
+        return state, (loop_index + 1)[:, None] >= state["depth"]
 
 
 def shuffled(depths: Tensor, seed: int) -> Tensor:

@@ -58,10 +58,8 @@ class DealtACT(ACT):
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        before = state["sum"]
-        after = (before + self.act(h)).clamp(max=1)
-        exit_mask = self.exit_mask((loop_index + 1)[:, None] >= state["depth"], loop_index, state["n_loops"])
-        return {**state, "sum": after}, exit_mask, torch.where(exit_mask, 1 - before, after - before)
+        after, _ = super().update(state, h_prev, h, loop_index)
+        return {**state, **after}, (loop_index + 1)[:, None] >= state["depth"]
 
 
 def arms(quick: bool) -> dict[str, TrainConfig]:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from open_mythos.checks import check_choice
 from open_mythos.config import HALTING_RULES
-from open_mythos.generation.sampling import MAX_LOGIT_BIASES
+from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES
 
 MAX_FIELDS = 64
 """Fields of a request and of each object in it, at most."""
