@@ -158,7 +158,7 @@ class OpenMythos(GenerationMixin):
     ) -> View:
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
         check_documents(documents, shape, cache)
-        dim, theta = self.cfg.rope_dim, self.cfg.rope_theta
+        dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
         if isinstance(cache, StaticKVCache):
             return make_static_view(shape, dim, theta, cache, attention_mask)
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
@@ -309,7 +309,7 @@ class OpenMythos(GenerationMixin):
             raise TypeError(
                 f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
             )
-        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg.vocab_size, act, self.cfg.act_threshold)
+        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg, act)
 
     @torch.no_grad()
     def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> Tensor:
