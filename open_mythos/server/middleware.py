@@ -182,10 +182,11 @@ class AccessControl:
         return body
 
     async def _has_key(self, scope: Scope, headers: Headers) -> bool:
-        given = await bearer(HTTPConnection(scope))
-        if given is None or len(headers.getlist("authorization")) != 1:
+        sent = await bearer(HTTPConnection(scope))
+        if sent is None or self._key is None or len(headers.getlist("authorization")) != 1:
             return False
-        return hmac.compare_digest(given.credentials.encode("latin-1"), self._key or b"")
+        given = sent.credentials.encode("latin-1")
+        return hmac.compare_digest(given, self._key)
 
 
 async def _until_gone(receive: Receive, app: ASGIApp, scope: Scope, body: bytearray, send: Send) -> None:
