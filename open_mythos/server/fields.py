@@ -30,8 +30,6 @@ MAX_STOP_IDS = 64
 MAX_SCHEMA_DEPTH = 64
 MAX_LOGPROBS = 5
 """For completions, as at OpenAI; chats may ask for as many as the engine gives."""
-HARD_MAX_LOOPS = 64
-"""The most loops that a server may allow, whatever its own bound."""
 EFFORTS: dict[str, float] = {"none": 0, "minimal": 0.25, "low": 0.5, "medium": 1, "high": 2, "xhigh": 4}
 """Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always one at least."""
 
