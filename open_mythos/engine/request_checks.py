@@ -75,6 +75,6 @@ def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[H
         raise ValueError(f"exit_threshold={params.exit_threshold} needs a rule to belong to; pass exit='kl' too")
     own = "fixed" if block.act is None else "act"
     name, threshold = own if exit is None else exit, params.exit_threshold
-    rule = make_rule(name, threshold, min_loops, cfg.vocab_size, block.act, cfg.act_threshold)
+    rule = make_rule(name, threshold, min_loops, cfg, block.act)
     key = (name, threshold, min_loops)
     return rules.setdefault(key, rule), n_loops, (n_loops, *key)
