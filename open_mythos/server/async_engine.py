@@ -9,13 +9,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from open_mythos.engine.engine import Engine, Request, TokenEvent
+from open_mythos.engine.engine import Engine, TokenEvent
+from open_mythos.engine.sequence import Sequence
 from open_mythos.generation.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -38,13 +39,13 @@ class EngineDead(RuntimeError):
 class Job:
     """Answers that one caller waits for."""
 
-    wanted: Sequence[Wanted]
+    wanted: list[Wanted]
     accepted: asyncio.Future[None]
     """Done when the engine has checked and queued all of them."""
     n_open: int
     """Answers that have not ended."""
     inbox: asyncio.Queue[tuple[int, TokenEvent] | EngineDead] = field(default_factory=asyncio.Queue)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Sequence] = field(default_factory=list)
     """The engine's, in the order of `wanted`."""
 
 
@@ -81,7 +82,7 @@ class Worker:
         self._make, self.most, self._on_event, self._on_fatal = make, most, on_event, on_fatal
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(1, "encode")
-        self._of: dict[Request, tuple[Job, int]] = {}  # the thread's
+        self._of: dict[Sequence, tuple[Job, int]] = {}  # the thread's
         self._failed = False
         self._stepping_since: float | None = None
         self._encoding_since: float | None = None
@@ -143,7 +144,7 @@ class Worker:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._encoders, timed)
 
-    def submit(self, wanted: Sequence[Wanted]) -> Job:
+    def submit(self, wanted: list[Wanted]) -> Job:
         """Ask for answers, for which places have been reserved; they are given back when the answers have ended.
 
         `accepted` of the job raises what the engine says if it refuses one of them, and so all: TypeError or
@@ -253,7 +254,7 @@ class Worker:
             self._tell(self._deliver, told)
 
     def _take_snapshot(self, engine: Engine) -> None:
-        scheduler = engine.scheduler
+        scheduler, blocks = engine.scheduler, engine.scheduler.block_manager
         counts: dict[int, int] = {}
         for sequence in scheduler.looping:
             counts[sequence.loop] = counts.get(sequence.loop, 0) + 1
@@ -262,9 +263,9 @@ class Worker:
             rows_by_loop=sorted(counts.items()),
             waiting=scheduler.n_waiting,
             admitted=scheduler.n_admitted,
-            pages_used=scheduler.n_pages_used,
-            pages_free=scheduler.n_pages_free,
-            pages_reusable=scheduler.n_pages_reusable,
+            pages_used=blocks.n_used,
+            pages_free=blocks.n_free,
+            pages_reusable=blocks.n_reusable,
         )
 
     def _add(self, job: Job) -> None:

@@ -5,7 +5,8 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -40,7 +41,7 @@ class Meters:
         self.rows = gauge("rows", "Answers that have a row.")
         self.tasks = gauge("tasks", "Tasks of the event loop.")
         self.pages = gauge("pages", "Pages of keys and values.", "state")
-        self._last: dict[Request, float] = {}
+        self._last: dict[Sequence, float] = {}
         self._recent: deque[tuple[float, int]] = deque()  # (when, loops)
 
     def refused(self, reason: str) -> None:

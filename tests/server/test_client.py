@@ -6,7 +6,8 @@ import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.responses import Shape
 from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.token_text import TokenTexts
@@ -133,7 +134,9 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
-    event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
+    event = TokenEvent(
+        Sequence(0, [1], SamplingParams(), 1, None, True, 1), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best
+    )
     (choice,) = Shape(MODEL, TokenTexts(ByteTokenizer()), False, 3, False).piece(0, event, 0)["choices"]
     told = {"bytes:\\xe6": -0.5, "a": -1.5, "bytes:\\xe7": -2.5, "<eos>": -3.5}
     assert list(choice["logprobs"]["top_logprobs"][0].items()) == list(told.items())

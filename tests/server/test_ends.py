@@ -58,7 +58,7 @@ def test_a_client_that_goes_frees_all_it_had(
         leave(connection)
     until(lambda: not served.service.worker.jobs)
     served.settle()
-    assert all(request.finish_reason != "length" for request in served.engine.of)
+    assert all(request.finish_reason != "length" for request in served.engine.sequences.values())
 
 
 def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monke
         cancelled.update(job.requests)
 
     def checked() -> Any:
-        assert not cancelled & set(served.engine.of)
+        assert not cancelled & set(served.engine.sequences.values())
         return step()
 
     monkeypatch.setattr(worker, "_cancel", cancelling)
