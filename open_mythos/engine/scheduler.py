@@ -66,6 +66,13 @@ class Scheduler:
     def looping(self) -> list[Sequence]:
         return list(self._in[Phase.LOOPING])
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sequences that wait and that are admitted, and pages by their use, for a live view."""
+        blocks = self.block_manager
+        pages = {"pages_used": blocks.n_used, "pages_free": blocks.n_free, "pages_reusable": blocks.n_reusable}
+        return {"waiting": self.n_waiting, "admitted": self.n_admitted, **pages}
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence.
 
