@@ -89,7 +89,9 @@ class PagedKVCache:
         end = int(positions.max()) + 1
         if self.rope is None or end > len(self.rope[0]):
             every = torch.arange(max(2 * end, 4 * GRID), device=self.device)
-            self.rope = rotary_table(every, self.cfg.rope_dim, self.cfg.rope_theta, self.dtype)
+            self.rope = rotary_table(
+                every, ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta, self.dtype
+            )
         index = self.index(padded(positions, n_rows))
         cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
         return cos, sin

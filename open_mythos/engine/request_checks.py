@@ -76,5 +76,5 @@ def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[H
         raise ValueError(f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' too")
     own = "fixed" if block.act is None else "act"
     key = (own if exit is None else exit, threshold, cfg.min_loops if min_loops is None else min_loops)
-    rule = make_rule(*key, cfg.vocab_size, block.act, cfg.act_threshold)
+    rule = make_rule(*key, cfg, block.act)
     return rules.setdefault(key, rule), n_loops, (n_loops, *key)
