@@ -6,7 +6,8 @@ import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.fields import EFFORTS, Effort
 from open_mythos.tokenization.chat_template import render
 from tests.server.served import MODEL, Served, model, tokenizer
@@ -15,7 +16,7 @@ P, C = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 
 
-def alone(prompt: str, *params: SamplingParams) -> list[Request]:
+def alone(prompt: str, *params: SamplingParams) -> list[Sequence]:
     """Answers of an engine without a server."""
     engine = Engine(model(), tokenizer(), EngineConfig(max_rows=8))
     requests = [engine.add(prompt, each) for each in params]
