@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from open_mythos.engine.step_costs import StepCosts
+from open_mythos.engine.readout_policy import StepCosts
 
 LOOPS = 4000
 """Of a simulation."""

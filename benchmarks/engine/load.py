@@ -10,8 +10,8 @@ from benchmarks.engine.laws import DEEPEST
 from benchmarks.engine.subjects import N_PROMPT
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine, EngineConfig, TokenEvent
+from open_mythos.engine.readout_policy import StepCosts
 from open_mythos.engine.scheduler import Refill
-from open_mythos.engine.step_costs import StepCosts
 from open_mythos.generation.sampling_params import SamplingParams
 
 NEW_TOKENS = 64

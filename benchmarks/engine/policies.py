@@ -14,8 +14,8 @@ from benchmarks.engine.subjects import Subject, model_of
 from benchmarks.stats import Spread, ratios
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine
+from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.engine.scheduler import Refill
-from open_mythos.engine.step_costs import Curve, StepCosts
 from open_mythos.generation.sampling_params import SamplingParams
 
 OURS, AGAIN = "ours", "ours again"

@@ -7,7 +7,7 @@ from benchmarks.engine.load import Load, Window, pool
 from benchmarks.engine.subjects import Subject, model_of
 from open_mythos.engine.calibration import measure_costs
 from open_mythos.engine.engine import Engine
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.readout_policy import Curve, StepCosts
 
 
 class Different(Exception):

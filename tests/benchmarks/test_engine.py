@@ -18,7 +18,7 @@ from benchmarks.engine.report import BEGIN, END, render, write_report
 from benchmarks.engine.subjects import N_PROMPT, N_PROMPTS
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine, EngineConfig
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.nn.halting import LatentDiff
 from open_mythos.variants import mythos_200k
 
@@ -115,7 +115,7 @@ def test_a_window_ends_with_a_read_out_and_holds_no_prompt(model: OpenMythos) ->
     assert window.tokens == window.depths.total() == 3 * len(window.reading)
     assert sum(window.plain) + sum(window.reading) == pytest.approx(window.cpu)
     assert 1 <= mean(window.depths) <= DEEPEST
-    requests = [work.request for work in busy.engine.work.values() if work.row is not None]
+    requests = [seq for seq in busy.engine.sequences.values() if seq.row >= 0]
     assert [request.n_cached for request in requests] == [N_PROMPT - 1] * 3
     assert {request.params.max_tokens for request in requests} <= set(range(1, NEW_TOKENS + 1))
 
