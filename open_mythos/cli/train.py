@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 import tyro
 
-from open_mythos.checks import check_int
+from open_mythos.checks import NonNegativeInt, PositiveInt
 from open_mythos.cli.options import MAX_NEW_TOKENS, read
 from open_mythos.device import Device, Dtype
 
@@ -32,13 +32,9 @@ class DemoArgs:
     """Folder for the figures, the table and both models; an earlier demo in it is replaced."""
     device: Device = "cpu"
     dtype: Dtype = "float32"
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads. On a busy machine one is fastest."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("threads", self.threads, 1)
-        check_int("seed", self.seed, 0, 2**63 - 1)
+    seed: NonNegativeInt = 0
 
 
 def demo(rest: list[str]) -> None:
@@ -67,28 +63,22 @@ class TrainArgs:
     """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
     recipe's."""
     device: Device = "auto"
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads; left out: torch's choice."""
-    checkpoint_every: int = 0
+    checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints, in OUT/checkpoints; 0: only the clock decides."""
     checkpoint_minutes: float = 5.0
     """Minutes after which a checkpoint is saved in any case; 0: never. Ctrl-C, SIGTERM and the last step also save."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Also keep those at multiples of so many steps."""
     track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("checkpoint_every", 0), ("keep_last", 1), ("keep_every", 0), ("workers", 0)):
-            check_int(name, getattr(self, name), low)
-        if self.threads is not None:
-            check_int("threads", self.threads, 1)
 
 
 def train(rest: list[str]) -> None:
