@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VOCAB_FLAGS = ("--model.vocab-size", "--model.vocab_size")
 EXIT_INTERRUPTED = 75
-"""Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
+"""Exit status of a training run that a signal has stopped and that can continue: "temporary failure" of sysexits.h."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class TrainArgs:
     track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
+    """Continue from the newest complete checkpoint; start where there is none. With more --steps, also beyond the end."""
     workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
 
@@ -125,7 +125,7 @@ def train(rest: list[str]) -> None:
 
 
 def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str]:
-    """What a run is going to take, as far as that is known before its first step."""
+    """Describe the size and time of a run, as far as they are known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
     from open_mythos.reports.terminal import duration, program
@@ -153,7 +153,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
 
 
 def _next(trainer: "Trainer", final: Path) -> list[str]:
-    """Commands that work with the model that has just been trained, each on a line of its own."""
+    """Return commands for the model that has just been trained, each on a line of its own."""
     from open_mythos.reports.terminal import program
     from open_mythos.tasks.task import example
 
@@ -166,7 +166,7 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
         lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
         lines.append(f"  (The right answer is {answer}; docs/tasks.md says how each task is asked.)")
     else:
-        # Whole words of held-out text; the first and the last may be cut.
+        # Whole words of held-out text: its first and last word may be cut.
         text = tokenizer.decode(trainer.validation.input_ids[0].tolist())
         prompt = " ".join(text.split()[1:-1][:3]) or text[:8]
         room = min(cfg.model.max_seq_len - len(tokenizer.encode(prompt)), cfg.model.max_output_tokens)
@@ -176,7 +176,7 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
 
 
 def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
-    """The run with as many tokens in the model as its prepared data has; refused if another number was given."""
+    """Give the model as many tokens as the prepared data has; refuse another number that the user has given."""
     if cfg.data.name not in ("shards", "stream") or cfg.init_from is not None:
         return cfg
     ours, theirs = cfg.model.vocab_size, cfg.data.vocab_size
@@ -201,7 +201,7 @@ def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
 
 
 class RunArgs(Protocol):
-    """Options of a command, of which one names a file."""
+    """Options of a command that reads a run's configuration."""
 
     config: Path | None
 
@@ -216,20 +216,20 @@ def read_run(
     ending: str = "",
     begin: "Callable[[Args, TrainConfig], TrainConfig] | None" = None,
 ) -> tuple[Args, str, "TrainConfig"]:
-    """The command's options, the recipe's name ("" for a file) and the run's configuration.
+    """Read the command's options, the recipe's name ("" for a file) and the run's configuration.
 
     Args:
-        rest: what stands behind the command.
-        ending: what the usage line has to show behind the recipe.
-        begin: changes the configuration that the flags then change.
+        rest: the arguments after the command.
+        ending: end of the usage line, after the recipe.
+        begin: changes the configuration before the flags do.
     """
-    kept = [arg for arg in rest if arg not in ("-h", "--help")]
-    wants_help = len(kept) < len(rest)
-    args, overrides = read(options, f"{command} RECIPE", kept, return_unknown_args=True)  # ty: ignore[not-iterable]
+    words = [arg for arg in rest if arg not in ("-h", "--help")]
+    wants_help = len(words) < len(rest)
+    args, overrides = read(options, f"{command} RECIPE", words, return_unknown_args=True)  # ty: ignore[not-iterable]
     from open_mythos.recipes import RECIPES, load_recipe
     from open_mythos.train.config import TrainConfig
 
-    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
+    # A recipe may stand anywhere; a misspelt one is recognised where no flag precedes it.
     place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
     recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
     if wants_help and not recipe:
