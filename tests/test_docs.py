@@ -24,7 +24,6 @@ from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
 from open_mythos.experiments import EXPERIMENTS
-from open_mythos.generation.generate import generate
 from open_mythos.generation.sampling import sample
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import HALTING_RULES
@@ -337,7 +336,7 @@ def told_signature(path: Path, start: str) -> inspect.Signature:
 
 @pytest.mark.parametrize(
     ("start", "function", "own"),
-    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", generate, ["model"])],
+    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", OpenMythos.generate, ["self"])],
 )
 def test_signatures_are_those_of_the_code(start: str, function: Callable, own: list[str]) -> None:
     """Names, order, defaults and what is keyword-only; and each argument is explained in a table."""

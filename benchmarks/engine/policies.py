@@ -82,7 +82,7 @@ class Policies:
         if self._alone(model, prompt, n_tokens, rule, number) != ours[number]:
             raise Different(f"request {number} has other tokens or loops alone than beside others")
         twin = copy.deepcopy(model).double()
-        options = {"temperature": 1.0, "top_k": None, "return_loops": True, **rule}
+        options: dict[str, Any] = {"temperature": 1.0, "top_k": None, "return_loops": True, **rule}
         ids, loops = twin.generate(prompt, n_tokens, self.subject.n_loops, seed=number, **options)
         if self._alone(twin, prompt, n_tokens, rule, number) != (ids[len(prompt) :], loops):
             raise Different(f"request {number} has other tokens or loops in the engine than from generate")

@@ -8,7 +8,8 @@ import torch
 
 from open_mythos import LLM, OpenMythos, SamplingParams
 from open_mythos.engine.engine import Engine, EngineConfig
-from open_mythos.tokenization.chat_template import BadMessages, reply
+from open_mythos.generation.generate import reply
+from open_mythos.tokenization.chat_template import BadMessages
 from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
 
