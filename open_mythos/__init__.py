@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from open_mythos.config import MythosConfig as MythosConfig
     from open_mythos.convert.open_mythos_0_5 import convert_open_mythos_0_5 as convert_open_mythos_0_5
     from open_mythos.engine.llm import LLM as LLM
-    from open_mythos.engine.sampling_params import SamplingParams as SamplingParams
+    from open_mythos.generation.sampling_params import SamplingParams as SamplingParams
     from open_mythos.model import OpenMythos as OpenMythos
     from open_mythos.nn.attention import GQAttention as GQAttention
     from open_mythos.nn.block import TransformerBlock as TransformerBlock
@@ -64,7 +64,7 @@ _NAMES = {
     "nn.recurrent": ["RecurrentBlock"],
     "nn.rope": ["apply_rope"],
     "engine.llm": ["LLM"],
-    "engine.sampling_params": ["SamplingParams"],
+    "generation.sampling_params": ["SamplingParams"],
     "tokenization.tokenizer": ["MythosTokenizer", "load_tokenizer"],
     "variants": [
         "VARIANTS", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_3m", "mythos_7b", "mythos_8b_fine", "mythos_10b",

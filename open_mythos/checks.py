@@ -11,7 +11,6 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 VALUE = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,'"]*[^\s;,'".):]"""
 """A value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
@@ -148,13 +147,3 @@ def as_typed(message: str, flag_of: Mapping[str, str]) -> str:
         lambda match: known[match[1]] if {"_", "."} & set(match[1]) and known[match[1]] else match[0],
         message,
     )
-
-
-def check_sampling(how: Any) -> None:
-    """Refuse fields of `Sampling`, here of any object that has them, which no model could sample with."""
-    check_number("temperature", how.temperature, 0, remedy="use 0 for greedy, or 1.0")
-    if how.top_k is not None:
-        check_int("top_k", how.top_k, 0, remedy="use top_k=0 to keep all")
-    check_number("top_p", how.top_p, 0, 1, remedy="use top_p=1.0 to keep all")
-    check_number("min_p", how.min_p, 0, 1, remedy="use min_p=0.0 to keep all")
-    check_number("repetition_penalty", how.repetition_penalty, 0, above=True, remedy="use 1.0 for none")

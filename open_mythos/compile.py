@@ -15,7 +15,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import View
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.nn.static_cache import StaticKVCache, StaticLevel
-from open_mythos.ops.linear import captured
+from open_mythos.ops.linear import is_traced
 
 Scope = Literal["block", "model", "decode"]
 
@@ -88,7 +88,7 @@ def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callabl
     @wraps(stage)
     def call(self: nn.Module, *args: Any, **options: Any) -> Any:
         place = next((i for i, x in enumerate(args) if isinstance(x, View)), None)
-        if place is None or options or self.training or captured():
+        if place is None or options or self.training or is_traced():
             return stage(self, *args, **options)
         view = args[place]
         if isinstance(view.store, StaticKVCache) and view.loop_index is None:

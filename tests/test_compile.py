@@ -189,7 +189,7 @@ def test_stages_called_by_hand_stay_as_they_were() -> None:
 
 @torch.no_grad()
 def test_beyond_the_graphs_it_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("open_mythos.compiling.MANY_SHAPES", 1)
+    monkeypatch.setattr("open_mythos.compile.MANY_SHAPES", 1)
     model = compile_model(scaled(tiny(), dtype=torch.float64), "decode", backend="eager")
     for rows in (1, 2):
         ids = random_ids(model.cfg, rows, 4)

@@ -22,10 +22,10 @@ from open_mythos.cli import main
 from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.experiments import NAMES
 from open_mythos.generation.generate import generate
 from open_mythos.generation.sampling import sample
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import EXIT_THRESHOLDS
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
 from open_mythos.reports.terminal import duration

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from open_mythos.analysis.loop_roles import LoopRoles
-from open_mythos.reports.figures import Series, interval_panels
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Band, mean_band
 
 Runs = Sequence[LoopRoles]
@@ -129,26 +129,24 @@ def _number_or_order(runs: Runs) -> str:
 
 def draw_split(models: Mapping[str, Runs], path: Path, level: str | None = None) -> None:
     """The function's share of each change, by loop, for every model; `level` names the line at 0."""
-    series = {name: _series(band(runs, lambda r: r.share)) for name, runs in models.items()}
-    interval_panels(
-        {"What changes between two consecutive loops": series},
-        path,
-        ("from loop to loop", "share from the function"),
-        {t: f"{t} to {t + 1}" for t in range(_most_loops(models) - 1)},
-        None if level is None else (level, 0.0),
-    )
+    curves = [_points(name, band(runs, lambda r: r.share)) for name, runs in models.items()]
+    ticks = {t: f"{t} to {t + 1}" for t in range(_most_loops(models) - 1)}
+    if level is not None:
+        curves.append(Curve(list(ticks), [0.0] * len(ticks), level, None))
+    labels = ("from loop to loop", "share from the function")
+    draw_curves({"What changes between two consecutive loops": curves}, path, labels, ticks=ticks)
 
 
 def draw_effects(models: Mapping[str, Runs], path: Path) -> None:
     """KL at the output for each loop that is left out, run twice or swapped with the next; a panel for each model."""
     names = {"skip": "left out", "repeat": "run twice", "swap": "swapped with the next"}
     panels = {
-        model: {title: _series(band(runs, lambda r, name=name: r.kl[name])) for name, title in names.items()}
-        | {"all shuffled": _series(band(runs, _shuffle("kl")), first=-1)}
+        model: [_points(title, band(runs, lambda r, name=name: r.kl[name])) for name, title in names.items()]
+        + [_points("all shuffled", band(runs, _shuffle("kl")), first=-1)]
         for model, runs in models.items()
     }
     ticks = {-1: "all"} | {t: str(t) for t in range(_most_loops(models))}
-    interval_panels(panels, path, ("loop index", "KL in nats"), ticks, log_y=True)
+    draw_curves(panels, path, ("loop index", "KL in nats"), ticks=ticks, log="y")
 
 
 def _most_loops(models: Mapping[str, Runs]) -> int:
@@ -160,6 +158,6 @@ def _shuffle(effect: str) -> Callable[[LoopRoles], Tensor]:
     return lambda run: getattr(run, effect)["shuffle"].mean(1, keepdim=True)
 
 
-def _series(values: Band, first: int = 0) -> Series:
+def _points(label: str, values: Band, first: int = 0) -> Curve:
     mean, low, high = (x.tolist() for x in values)
-    return [t + first for t in range(len(mean))], mean, low, high
+    return Curve([t + first for t in range(len(mean))], mean, label, 0, low, high, points=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from open_mythos.analysis.lens import Lens, read_lens
 from open_mythos.model import OpenMythos
 from open_mythos.reports.document import Figure, Part
-from open_mythos.reports.figures import xy_curves
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 
@@ -79,8 +79,8 @@ def figure(
     xs: Sequence[float] | None = None,
 ) -> Figure:
     """Curves over `xs`, or over loops from `first` on."""
-    series = {key: (xs or range(first, first + len(ys)), ys.tolist()) for key, ys in curves.items()}
-    return Figure(name, caption, lambda path: xy_curves(series, path, (x, label), "", log_y))
+    drawn = [Curve(xs or range(first, first + len(ys)), ys.tolist(), key) for key, ys in curves.items()]
+    return Figure(name, caption, lambda path: draw_curves({"": drawn}, path, (x, label), log="y" * log_y))
 
 
 def some(n: int, *others: int) -> list[int]:

@@ -9,8 +9,9 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import SamplingOptions, read
+from open_mythos.cli.options import SamplingOptions, chosen, read
 from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.generation.sampling_params import SamplingParams, check_bounds
 
 
 @dataclass
@@ -34,7 +35,7 @@ class ChatArgs(SamplingOptions):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        self.check()
+        check_bounds(self)
         check_int("max_tokens", self.max_tokens, 1)
         if self.kv_tokens is not None:
             check_int("kv_tokens", self.kv_tokens, 1)
@@ -51,7 +52,6 @@ def chat(rest: list[str]) -> None:
     from rich.console import Console
 
     from open_mythos.cli.chat_session import Session
-    from open_mythos.engine.sampling_params import SamplingParams
     from open_mythos.model import OpenMythos
     from open_mythos.tokenization.chat_template import end_of_turn, turns_unknown
     from open_mythos.tokenization.tokenizer import load_tokenizer
@@ -61,17 +61,9 @@ def chat(rest: list[str]) -> None:
     model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
     end = end_of_turn(tokenizer)
     params = SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
+        **chosen(args),
         max_tokens=args.max_tokens,
-        seed=args.seed,
         stop=end if isinstance(end, str) and not args.plain else (),
-        n_loops=args.n_loops,
-        exit=args.exit,
-        exit_threshold=args.exit_threshold,
     )
     if not args.plain and (warning := turns_unknown(args.folder, "use --plain to have your text continued")):
         print(f"mythos chat: {warning}", file=sys.stderr)

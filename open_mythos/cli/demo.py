@@ -15,7 +15,7 @@ from open_mythos.experiments.khop import accuracy_grid, guessing, khop_task
 from open_mythos.experiments.khop_report import best_unreachable, worst_reachable
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
-from open_mythos.reports.figures import heat_map, loop_curve, require_matplotlib
+from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
 from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, program, shaded
 from open_mythos.tokenization.tokenizer import TextStream, Tokenizer
 from open_mythos.train.config import TrainConfig
@@ -127,7 +127,9 @@ def _text(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
         "Bits per byte of held-out text: "
         + "   ".join(f"{n} loop{'s' * (n > 1)} [bold]{bpb:.3f}[/]" for n, bpb in zip(TEXT_LOOPS, scores, strict=True))
     )
-    loop_curve(scores, TEXT_LOOPS, out / "text.png", "bits per byte, held out", "A small text model by loops")
+    curve = Curve(TEXT_LOOPS, scores, "")
+    labels = ("loops", "bits per byte, held out")
+    draw_curves({"A small text model by loops": [curve]}, out / "text.png", labels, ticks=TEXT_LOOPS, log="x")
     sample = _sample(console, model, trainer.tokenizer)
     return {"loops": TEXT_LOOPS, "bits_per_byte": scores, **sample}
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, SamplingOptions, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, SamplingOptions, chosen, read
 from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.generation.sampling_params import check_bounds
 
 
 @dataclass
@@ -35,7 +36,7 @@ class GenerateArgs(SamplingOptions):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        self.check()
+        check_bounds(self)
         check_int("max_new_tokens", self.max_new_tokens, 1)
 
 
@@ -74,17 +75,9 @@ def generate(rest: list[str]) -> None:
     _, loops = model.generate(
         prompt,
         args.max_new_tokens,
-        args.n_loops,
-        args.temperature,
-        args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        exit=args.exit,
-        exit_threshold=args.exit_threshold,
+        **chosen(args),
         stop=args.stop if end is None else (*args.stop, end),
         tokenizer=tokenizer,
-        seed=args.seed,
         on_token=show,
         return_loops=True,
         compiled=args.compiled,

@@ -9,15 +9,14 @@ import traceback
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from open_mythos.checks import check_int, check_number, check_sampling, did_you_mean
-from open_mythos.config import MAX_LOOPS
+from open_mythos.checks import did_you_mean
+from open_mythos.generation.sampling_params import OPTIONS
 
 T = TypeVar("T")
 MAX_NEW_TOKENS = 64
@@ -25,34 +24,24 @@ MAX_NEW_TOKENS = 64
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
 
 
-@dataclass(kw_only=True)
-class SamplingOptions:
-    """How deep a token thinks, and how the next one is chosen."""
+def _options_of(names: Sequence[str], **changes: tuple[Any, Any]) -> Any:
+    """Make a dataclass of some options of a request; `changes` gives type and default where a flag has its own."""
+    made = []
+    for name in names:
+        kind, default = changes.get(name, (OPTIONS[name].type, OPTIONS[name].default))
+        flag = Annotated[kind, tyro.conf.arg(help=OPTIONS[name].metadata["help"])]  # ty: ignore[invalid-type-form]
+        made.append((name, flag, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass("SamplingOptions", made, kw_only=True)
 
-    n_loops: int | None = None
-    """Loops per token; left out: the model's max_loop_iters."""
-    exit: Exit | None = None
-    """Rule that lets a token leave the loop early; left out: the model's own."""
-    exit_threshold: float | None = None
-    """Threshold of that rule; left out: its default."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 50
-    """0 keeps every token."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
 
-    def check(self) -> None:
-        """Refuse what no model could run, before torch is imported."""
-        if self.n_loops is not None:
-            check_int("n_loops", self.n_loops, 1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
-        if self.exit_threshold is not None:
-            check_number("exit_threshold", self.exit_threshold, 0, above=True)
-        check_sampling(self)
-        if self.seed is not None:
-            check_int("seed", self.seed, -(2**63), 2**63 - 1)
+_NAMES = ["n_loops", "exit", "exit_threshold", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
+SamplingOptions: Any = _options_of(_NAMES, exit=(Exit | None, None), top_k=(int, 50))
+"""How many loops a token takes and how the next one is chosen: options of `mythos generate` and `mythos chat`."""
+
+
+def chosen(args: Any) -> dict[str, Any]:
+    """Return the `SamplingOptions` of a command by name, as `SamplingParams` and `generate` take them."""
+    return {name: getattr(args, name) for name in _NAMES}
 
 
 def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
@@ -173,7 +162,9 @@ def flags(options: type) -> dict[str, str]:
         if get_origin(hint) is typing.ClassVar:
             continue
         alone = get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
-        sections = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        sections = [
+            kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        ]
         for section in sections:
             found |= {
                 f"{name}.{field}": f"--{name.replace('_', '-')}.{flag[2:]}" for field, flag in flags(section).items()

@@ -1,14 +1,14 @@
-"""Conversations as they are published, as messages: turns of role and content, ShareGPT, and Alpaca's instructions."""
+"""Published conversation formats converted to messages: role and content, ShareGPT, and Alpaca instructions."""
 
 from collections.abc import Mapping
 from typing import Any
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-"""Roles that go by another name here."""
+"""Names of roles in other formats."""
 
 
 def to_messages(record: object) -> object:
-    """The messages of a conversation, each {"role": ..., "content": ...}; None for a record of no known layout.
+    """Return the messages of a conversation, each {"role": ..., "content": ...}; None for a record of no known layout.
 
     The layouts are {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]} with the roles
     human, gpt and system, and {"instruction", "input", "output"} with earlier turns in `history`, [[asked, answer],
@@ -51,7 +51,7 @@ def _exchange(asked: Any, answer: Any) -> list[dict[str, Any]]:
 
 
 def _joined(instruction: Any, given: Any) -> Any:
-    """An instruction and what it is to be carried out on; no text if either is none."""
+    """Return an instruction with its input; None if either is not text."""
     if not given:
         return instruction
     return f"{instruction}\n\n{given}" if isinstance(instruction, str) and isinstance(given, str) else None

@@ -65,7 +65,7 @@ def _download(name: str, folder: Path) -> None:
 
 
 def _plays(path: Path) -> Iterator[tuple[str, str]]:
-    """The editions in modern spelling, one document each."""
+    """Yield the editions in modern spelling, one document each."""
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             if member.name.endswith("_gut.txt") and (file := archive.extractfile(member)) is not None:

@@ -40,7 +40,7 @@ def writing(path: Path, remedy: str, n_bytes: int | None = None, half: Path | No
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of an error; the library `tokenizers` says it in the message alone."""
+    """Return the system's number of an error; the library `tokenizers` says it in the message alone."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON and parquet, cut into units that workers read on their own."""
+"""Documents from files of text, JSON and parquet. Files are cut into units, which workers read independently."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ UNIT_BYTES = 8 * 2**20
 
 
 def find_files(inputs: list[str], passed_over: list[Skipped] | None = None) -> list[Path]:
-    """The files named, and those of known kinds in the folders named, in order of their names.
+    """Return the files named, and those of known kinds in the folders named, in order of their names.
 
     Args:
         passed_over: gets the files in the folders that are of no known kind, and what is no regular file.
@@ -58,7 +58,7 @@ def find_files(inputs: list[str], passed_over: list[Skipped] | None = None) -> l
 
 
 def _search(folder: Path) -> tuple[list[Path], list[Skipped]]:
-    """The files of a folder and of the folders in it: those that are read, and the others."""
+    """Return the files of a folder and of the folders in it: those that are read, and the others."""
 
     def refuse(error: OSError) -> None:
         raise error  # a folder that cannot be listed, which `rglob` passes over
@@ -80,7 +80,7 @@ def _search(folder: Path) -> tuple[list[Path], list[Skipped]]:
 def cut_into_units(
     files: Sequence[str | Path], reading: Reading, unit_bytes: int = UNIT_BYTES, *, progress: bool = False
 ) -> list[Unit]:
-    """The units of all files. They depend on the files alone, so another run on the same files has the same."""
+    """Return the units of all files. They depend on the files alone, so another run on the same files has the same."""
     names = [str(file) for file in files]
     parquet = [name for name in names if kind_of(name) == "parquet"]
     sizes = dict(zip(parquet, row_group_bytes(parquet, progress), strict=True))
@@ -88,7 +88,7 @@ def cut_into_units(
 
 
 def _cut(path: str, reading: Reading, unit_bytes: int, sizes: list[int]) -> list[Unit]:
-    """The units of one file; `sizes` are the bytes of its row groups."""
+    """Return the units of one file; `sizes` are the bytes of its row groups."""
     kind = kind_of(path)
     assert kind is not None
     if kind != "parquet":
@@ -107,7 +107,7 @@ def _cut(path: str, reading: Reading, unit_bytes: int, sizes: list[int]) -> list
 
 
 def read_documents(unit: Unit, reading: Reading, *, clip: bool = False) -> Iterator[str | Skipped]:
-    """The documents of a unit, in order, with a `Skipped` in the place of each record that is none.
+    """Yield the documents of a unit, in order, with a `Skipped` in the place of each record that is none.
 
     Args:
         clip: cut a document that is too long instead of skipping it.
@@ -121,12 +121,12 @@ def read_documents(unit: Unit, reading: Reading, *, clip: bool = False) -> Itera
 
 
 def read_values(unit: Unit, max_bytes: int) -> Iterator[tuple[str, Any]]:
-    """The JSON values of a unit and their places, with a `Skipped` for each that is no JSON or longer than that."""
+    """Yield the places and JSON values of a unit, with a `Skipped` for each that is not JSON or too long."""
     return _undamaged(json_records(unit, max_bytes), unit)
 
 
 def _undamaged(records: Iterator[tuple[int, Any]], unit: Unit) -> Iterator[tuple[str, Any]]:
-    """The records and their places, and a `Skipped` for the rest of the file where its contents are damaged.
+    """Yield the records and their places, and a `Skipped` for the rest of the file where its contents are damaged.
 
     Raises:
         OSError: the file cannot be read.
@@ -153,7 +153,7 @@ def _is_whole_file(unit: Unit) -> bool:
 
 
 def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
-    """The ids of a document, (tokens,) int64; the last is the end token."""
+    """Return the ids of a document, (tokens,) int64; the last is the end token."""
     ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64)
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         return Skipped("ids out of range")
@@ -161,19 +161,19 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is for validation. Its text alone decides, so all copies of it are on the same side."""
+    """Return whether a document is for validation. Its text alone decides, so all copies of it are on the same side."""
     return place_of(text) < share
 
 
 def place_of(text: str) -> float:
-    """The place of a document in [0, 1), from a hash of its text: it is held out by all larger shares."""
+    """Return the place of a document in [0, 1), from a hash of its text: it is held out by all larger shares."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
 def first_text(
     files: Sequence[str | Path], reading: Reading, n_bytes: int, skipped: SkipLog | None = None
 ) -> Iterator[str]:
-    """The first documents of the files, until they hold `n_bytes`; the last one is cut.
+    """Yield the first documents of the files, until they hold `n_bytes`; the last one is cut.
 
     Args:
         skipped: gets what is skipped before that.
@@ -202,7 +202,10 @@ def first_text(
 
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
-    """What tells whether a unit is still the same: its place, and size and time of the file. A commit never changes."""
+    """Return what identifies a unit: its place, and size and time of the file.
+
+    A commit never changes.
+    """
     place = {"path": unit.path, "kind": unit.kind, "start": unit.start, "end": unit.end}
     if is_remote(unit.path):
         return place

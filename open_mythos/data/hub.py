@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: the parquet files of a subset at one commit, read from afar or fetched.
+"""Datasets of the Hugging Face hub: the parquet files of a subset at one commit, read remotely or downloaded.
 
 A remote file goes by its address, `hf://datasets/OWNER/NAME@COMMIT/PATH`, wherever a local one goes by its path.
 """
@@ -46,7 +46,7 @@ class HubDataset:
             check_int("limit_files", self.limit_files, 1)
 
     def pinned(self) -> "HubDataset":
-        """The same at the commit that the revision stands for now."""
+        """Return this dataset at the commit that the revision currently names."""
         return replace(self, revision=self._info().sha)
 
     def files(self) -> list[str]:
@@ -60,7 +60,7 @@ class HubDataset:
         configs = (info.card_data or {}).get("configs") or []
         root = f"{PREFIX.removeprefix('hf://')}{self.name}@{info.sha}"
         system, patterns = _file_system(), _patterns(configs, self)
-        with _told(f"the hub does not list the files of {self.name}", "check the connection"):
+        with _explained(f"the hub does not list the files of {self.name}", "check the connection"):
             names = {name for pattern in patterns for name in system.glob(f"{root}/{pattern}")}
         found = sorted(name for name in names if name.endswith(".parquet"))
         if not configs:
@@ -79,12 +79,12 @@ class HubDataset:
         at = f" at revision {self.revision!r}" if self.revision else ""
         what = f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at}"
         remedy = "check the name and the connection, and call `hf auth login` where a dataset asks for consent"
-        with _told(what, remedy):
+        with _explained(what, remedy):
             return api.dataset_info(self.name, revision=self.revision)
 
 
 def looks_like_a_dataset(name: str) -> bool:
-    """Whether a name can only be a dataset's: OWNER/NAME, and no local path."""
+    """Return whether a name can only be a dataset's: OWNER/NAME, and no local path."""
     return re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
@@ -93,24 +93,24 @@ def is_remote(path: str) -> bool:
 
 
 def open_remote(address: str) -> Any:
-    """A file object that asks the hub for what is read of it and nothing more."""
+    """Return a file object that asks the hub for what is read of it and nothing more."""
     return _file_system().open(address, "rb", cache_type="none")
 
 
 def fetch(address: str) -> Path:
-    """A local copy, in the cache of huggingface_hub; downloaded unless it is there.
+    """Return a local copy, in the cache of huggingface_hub; downloaded unless it is there.
 
     Raises:
         OSError: the hub does not give the file.
     """
     name, commit, path = _parts(address)
     download = _hub().hf_hub_download
-    with _told(f"{address} cannot be downloaded", "repeat the command to go on"):
+    with _explained(f"{address} cannot be downloaded", "repeat the command to go on"):
         return Path(download(name, path, repo_type="dataset", revision=commit))
 
 
 def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress: bool) -> list[list[int]]:
-    """`look_up` of each address, many at a time; what was found is kept on disk, since a commit never changes."""
+    """Return `look_up` of each address, computed concurrently and cached on disk, since a commit never changes."""
     kept: dict[Path, dict[str, list[int]]] = {}
     for path in {_index(address) for address in addresses}:
         kept[path] = read_json(path) if path.exists() else {}
@@ -176,8 +176,8 @@ def _hub() -> Any:
 
 
 @contextmanager
-def _told(what: str, remedy: str) -> Generator[None]:
-    """Whatever the library raises is an OSError that says what, why and the remedy."""
+def _explained(what: str, remedy: str) -> Generator[None]:
+    """Turn any error of the library into an OSError with the fault, its reason and the remedy."""
     try:
         yield
     except Exception as error:  # the library's HTTP client raises its own kinds, which differ by version
@@ -185,5 +185,5 @@ def _told(what: str, remedy: str) -> Generator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages that the hub adds to it."""
+    """Return what an error says, without the pages that the hub adds to it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

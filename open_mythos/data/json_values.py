@@ -1,4 +1,4 @@
-"""The values of a JSON file one by one, however long the file is."""
+"""Values of a JSON file, one by one, in memory bounded by the longest value."""
 
 import codecs
 import json
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 CHUNK = 2**20
-"""Bytes that are read at a time, or as many as the value that goes on has so far."""
+"""Bytes read at a time; a value that is longer doubles with each reading."""
 NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class BadJson(ValueError):
-    """The file is no JSON from here on."""
+    """Raised where a file stops being JSON."""
 
 
 def json_values(file: BinaryIO, limit: int) -> Iterator[Any]:
-    """The values that stand one behind the other in a UTF-8 file; of an array its items.
+    """Yield the values of a UTF-8 file that holds one after another; the items of an array one by one.
 
     A byte that is not UTF-8 becomes half of a surrogate pair, so that only the value that holds it is spoilt.
 
@@ -46,7 +46,7 @@ def json_values(file: BinaryIO, limit: int) -> Iterator[Any]:
 
 
 class _Scanner:
-    """A place in a JSON text of which a part is in memory."""
+    """A position in a JSON text of which a window is in memory."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file, self._limit = file, limit
@@ -54,7 +54,7 @@ class _Scanner:
         self._text, self._at, self._ended = "", 0, False
 
     def peek(self) -> str:
-        """The next character that is no white space, which is passed over; empty at the end."""
+        """Return the next character that is no white space, which is passed over; empty at the end."""
         while True:
             found = NO_SPACE.search(self._text, self._at)
             self._at = found.start() if found else len(self._text)
@@ -66,7 +66,7 @@ class _Scanner:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here or behind white space."""
+        """Return the value that begins here or behind white space."""
         self.peek()
         while True:
             known = len(self._text) - self._at

@@ -1,4 +1,4 @@
-"""Which items a row holds, where several fit: a function of the row's number."""
+"""Packing of items into rows: the items of a row are a function of the row's number."""
 
 from bisect import bisect_right
 
@@ -20,11 +20,11 @@ class Packing:
     def __init__(self, lengths: np.ndarray, room: int, key: tuple[int, ...]) -> None:
         self._lengths, self._room, self._key = lengths, room, key
         self._first = [0]
-        """The first row of each epoch so far: how many rows one has depends on its order."""
+        """First row of each epoch so far. The number of rows in an epoch depends on its order."""
         self._latest = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def row(self, number: int) -> np.ndarray:
-        """The items of a row, in order."""
+        """Return the items of a row, in order."""
         while number >= self._first[-1]:
             _, starts = self._pack(len(self._first) - 1)
             self._first.append(self._first[-1] + len(starts) - 1)
@@ -34,7 +34,7 @@ class Packing:
         return order[starts[i] : starts[i + 1]]
 
     def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the items in an epoch, and where in it each row begins, with the end of the last."""
+        """Return the order of the items in an epoch, and where in it each row begins, with the end of the last."""
         if self._latest[0] != epoch:
             n = len(self._lengths)
             order = permute(np.arange(n), n, (*self._key, epoch))

@@ -1,4 +1,4 @@
-"""Row groups of parquet files, local or on the Hugging Face hub."""
+"""Columns of parquet files, local or on the Hugging Face hub, read row group by row group within bounded memory."""
 
 import importlib
 import itertools
@@ -28,7 +28,7 @@ def row_group_bytes(files: list[str], progress: bool = False) -> list[list[int]]
 
 
 def read_column(path: str, groups: range, column: str) -> Iterator[tuple[int, Any]]:
-    """The values of a column in some row groups, each with the number of its row in the file, from 0 on.
+    """Yield the values of a column in some row groups, each with the number of its row in the file, from 0 on.
 
     Text comes as its bytes, which need not be UTF-8. `a.b` is the column of that name, or the field b of the column a.
 
@@ -48,7 +48,7 @@ def read_column(path: str, groups: range, column: str) -> Iterator[tuple[int, An
 
 
 def _find(fields: Any, column: str) -> list[str] | None:
-    """The names that lead to a column, through structs where it is in one; None if there is none."""
+    """Return the names that lead to a column, through structs where it is in one; None if there is none."""
     names = [field.name for field in fields]
     if column in names:
         return [column]
@@ -60,7 +60,7 @@ def _find(fields: Any, column: str) -> list[str] | None:
 
 
 def _names(fields: Any, prefix: str = "") -> list[str]:
-    """The columns, with those in structs as `a.b`."""
+    """Return the columns, with those in structs as `a.b`."""
     found: list[str] = []
     for field in fields:
         name = prefix + field.name
@@ -73,7 +73,7 @@ def _is_struct(kind: Any) -> bool:
 
 
 def _values(column: Any, names: list[str]) -> list[Any]:
-    """The values of a column, or of a field in it: bytes for text, None for null."""
+    """Return the values of a column, or of a field in it: bytes for text, None for null."""
     arrow = _arrow()
     if names:
         compute: Any = importlib.import_module("pyarrow.compute")
@@ -172,7 +172,7 @@ def _open(path: str) -> Generator[Any]:
 
 @lru_cache(maxsize=16)
 def _remote_metadata(address: str) -> Any:
-    """A footer, which at a commit never changes: of 700 row groups of 10 columns half a megabyte, 6 in memory."""
+    """Return a footer, which never changes at a commit. With 700 row groups of 10 columns it takes 6 MB of memory."""
     with open_remote(address) as file:
         return _library().ParquetFile(file).metadata
 

@@ -1,4 +1,4 @@
-"""Which window a row of a run reads: a permutation computed for one number at a time, with no state and no table.
+"""The data order of a run: a permutation that is computed for single indices, without state or a table.
 
 Shapes: N numbers.
 """
@@ -9,7 +9,7 @@ ROUNDS = 4
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a permutation of [0, n) takes each index: (N,) -> (N,) int64. Another key is another permutation.
+    """Return where a permutation of [0, n) takes each index: (N,) -> (N,) int64. Another key is another permutation.
 
     A Feistel network over the next power of four, applied again to what falls outside [0, n). Source: Black and Rogaway
     2002, "Ciphers with Arbitrary Finite Domains", section on cycle walking.
@@ -53,7 +53,7 @@ BLOCK = 1000
 
 
 def mixture_counts(weights: tuple[float, ...]) -> np.ndarray:
-    """How many of `BLOCK` rows each source gives: by largest remainders, at least one of a source that has a weight."""
+    """Return the rows of a `BLOCK` from each source: by largest remainders, at least one of a positive weight."""
     share = np.array(weights) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(share), share > 0).astype(np.int64)
     for i in np.argsort(counts - share, kind="stable")[: max(0, BLOCK - counts.sum())]:
@@ -64,7 +64,7 @@ def mixture_counts(weights: tuple[float, ...]) -> np.ndarray:
 
 
 def mix(index: np.ndarray, weights: tuple[float, ...], key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each row, and which of that source's rows it is, counted from 0: (N,) -> (N,), (N,) int64."""
+    """Return the source of each row and the row's number within that source, from 0: (N,) -> (N,), (N,) int64."""
     counts = mixture_counts(weights)
     blocks, places = np.divmod(index, BLOCK)
     source, number = np.empty(len(index), dtype=np.int64), np.empty(len(index), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Files of text to token shards: in parallel, resumable, the same whatever the number of workers.
+"""Files of text to token shards: parallel, resumable, and independent of the number of workers.
 
     prepare(["corpus/"], "data/corpus", tokenizer="bytes")
 
@@ -49,7 +49,7 @@ LISTED = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the tokens."""
+    """Settings on which the tokens of a prepared folder depend."""
 
     reading: Reading = field(default_factory=Reading)
     held_out: float = 0.01
@@ -72,7 +72,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize files into the folder `out`, and return what `dataset.json` says.
 
-    A call that was interrupted goes on where it stopped when it is repeated; at most the units in work are done again.
+    An interrupted call resumes when it is repeated; only the units in progress are done again.
     Files and records that give no document are listed in `skipped.jsonl`.
 
     Args:
@@ -138,7 +138,7 @@ def _check_complete(info: dict[str, Any], out: Path, n_refused: int) -> None:
 
 
 def least_share(out: Path) -> float:
-    """The least share of documents, in thousandths, that holds one of a prepared folder's out; 1 if there is none."""
+    """Return the smallest share, in thousandths, that puts a document into validation; 1 if there are none."""
     places = [_read_mark(path).get("nearest", 1.0) for path in (out / "units").glob("*.json")]
     return (int(1000 * min(places, default=1.0)) + 1) / 1000
 
@@ -161,7 +161,7 @@ def _list_skipped(path: Path, entries: Iterator[tuple[Skipped, int]], log: SkipL
 
 
 def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterator[tuple[Skipped, int]]:
-    """The skipped records of all units, with the numbers of their lines, and how many records each entry stands for."""
+    """Yield the skipped records of all units with their line numbers, and the number of records in each entry."""
     for path, group in groupby(zip(units, results, strict=True), lambda pair: pair[0].path):
         parts = [result for _, result in group]
         listed = [Skipped(**entry, file=path) for result in parts for entry in result.get("listed", [])]
@@ -179,7 +179,7 @@ def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterat
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker knows. It reads the tokenizer back from `out`."""
+    """Work of one process: it reads the tokenizer from `out` and writes the shards of the units it is assigned."""
 
     out: Path
     settings: Settings
@@ -255,7 +255,7 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
 
 
 def _pin(dataset: HubDataset, out: Path) -> HubDataset:
-    """The dataset at the commit that the plan in `out` names, if there is one, else at today's."""
+    """Return the dataset at the commit that the plan in `out` names, if there is one, else at today's."""
     if dataset.revision is None and (out / PLAN).is_file():
         before = _read_plan(out).get("dataset")
         if isinstance(before, dict) and before.get("name") == dataset.name and isinstance(before.get("revision"), str):
@@ -293,7 +293,7 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
 
 
 def _is_done(out: Path, i: int, dtype: str) -> bool:
-    """Whether a unit has its mark, and its shards the sizes that the mark says."""
+    """Return whether a unit has its mark, and its shards the sizes that the mark says."""
     if not _unit_file(out, i).is_file():
         return False
     shards = _read_mark(_unit_file(out, i))["shards"].values()

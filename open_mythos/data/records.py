@@ -1,4 +1,4 @@
-"""Records out of files: the lines and paragraphs of text, JSON values and rows of parquet, each with its place."""
+"""Records of files, each with its place: lines and paragraphs of text, JSON values, rows of parquet."""
 
 import json
 import shlex
@@ -39,12 +39,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken out of files."""
+    """Settings for reading documents from files."""
 
     column: str = "text"
     """The field of a JSON record, or the column of a parquet file, that holds the text; a.b is the field b of a."""
     cut: Cut = "file"
-    """What of a text file is a document: all of it, every paragraph (blank lines between), or every line."""
+    """Documents of a text file: all of it, every paragraph (separated by blank lines), or every line."""
     max_document_bytes: int = 50 * 2**20
     """A longer document is skipped."""
 
@@ -54,7 +54,7 @@ class Reading:
 
 
 def place(unit: Unit, number: int) -> str:
-    """The place of a record in its file, in words; empty if it is the whole file."""
+    """Return the place of a record in its file, in words; empty if it is the whole file."""
     if number == WHOLE:
         return ""
     match unit.kind:
@@ -68,7 +68,7 @@ def place(unit: Unit, number: int) -> str:
 
 
 def read_records(unit: Unit, reading: Reading) -> Iterator[Record]:
-    """The records of a unit, in order."""
+    """Yield the records of a unit, in order."""
     match unit.kind:
         case "text":
             return _text_records(unit, reading)
@@ -79,7 +79,7 @@ def read_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def conversion(unit: Unit) -> str:
-    """What to do about a record that is not UTF-8."""
+    """Return what to do about a record that is not UTF-8."""
     if unit.kind == "parquet":
         return "write the column anew as UTF-8, or take the row out"
     command = convert_command(unit.path)
@@ -119,7 +119,7 @@ def _paragraphs(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def json_records(unit: Unit, max_bytes: int) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON file or of JSON lines with their numbers; a `Skipped` for what is no JSON.
+    """Yield the values of a JSON file or of JSON lines with their numbers; a `Skipped` for what is no JSON.
 
     Args:
         max_bytes: of a value; a longer one is skipped.
@@ -154,7 +154,7 @@ def _json_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def _text_of(record: Any, column: str, path: str) -> str | Skipped:
-    """The text of a JSON record."""
+    """Return the text of a JSON record."""
     if not isinstance(record, dict):
         return Skipped("no text in the record", "it is no object", f'make it one: {{"{column}": "..."}}')
     value = _look_up(record, column)
@@ -168,7 +168,7 @@ def _text_of(record: Any, column: str, path: str) -> str | Skipped:
 
 
 def _look_up(record: Any, column: str) -> Any:
-    """The field of that name, or else the field b of a for a name a.b, where either may have dots in it; or None."""
+    """Return the field `column`, or field b of a for the name a.b (either may contain dots), or None."""
     if not isinstance(record, dict) or column in record:
         return record[column] if isinstance(record, dict) else None
     dots = [i for i, c in enumerate(column) if c == "."]
@@ -177,7 +177,7 @@ def _look_up(record: Any, column: str) -> Any:
 
 
 def _suggest(record: dict[str, Any], path: str) -> str:
-    """What to type to read a record of which the column has no text."""
+    """Return what to type to read a record of which the column has no text."""
     if any(name in record for name in ("messages", "conversations", "instruction")):
         return f"conversations are for: mythos train chat --init-from RUN/final --data.paths {shlex.quote(path)}"
     for name, inner in record.items():
@@ -198,7 +198,7 @@ def _parquet_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def _lines(unit: Unit, most: int) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that begin inside the unit, each with its number or the byte where it begins.
+    """Yield the lines that begin inside the unit, each with its number or the byte where it begins.
 
     The last one may end behind the unit. A line of more than `most` bytes is not stored: None stands for it.
     """

@@ -1,4 +1,4 @@
-"""The row groups of parquet files as one list, each read from where one likes, local or from the hub."""
+"""Row groups of parquet files as one list with random access, local or on the hub."""
 
 import hashlib
 import os
@@ -66,7 +66,7 @@ class RowGroups:
         return int(self._ends[-1])
 
     def read(self, i: int, first: int = 0) -> Iterator[str | Skipped]:
-        """The documents of row group i from row `first` on, with a `Skipped` in the place of each row that is none.
+        """Yield the documents of row group i from row `first` on, and a `Skipped` for each row without one.
 
         Raises:
             OSError: the row group cannot be read, however often that is tried.

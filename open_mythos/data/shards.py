@@ -38,13 +38,13 @@ class Shard:
     """The documents of one unit in one split."""
 
     path: str
-    """Of the tokens, relative to the folder; the ends of documents are beside it, under `.ends`."""
+    """Path of the tokens, relative to the folder; the ends of documents are beside it, under `.ends`."""
     tokens: int
     documents: int
     bytes: int
-    """Of the documents' text in UTF-8."""
+    """Bytes of the documents' text in UTF-8."""
     sha256: str
-    """Of the tokens' file and then the ends' file."""
+    """Digest of the tokens' file followed by the ends' file."""
 
     def __post_init__(self) -> None:
         check_text("path", self.path)
@@ -113,16 +113,16 @@ class TokenShards:
 
     @property
     def n_bytes(self) -> int:
-        """Of the text, in UTF-8."""
+        """Bytes of the text in UTF-8."""
         return sum(shard.bytes for shard in self.shards)
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """The tokens [start, start + n), (n,) int64."""
+        """Return the tokens [start, start + n), (n,) int64."""
         parts = [self._maps[i][begin:end].astype(np.int64) for i, begin, end in self._spans(start, n)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def documents(self, start: int, n: int) -> np.ndarray:
-        """Which document each of the tokens [start, start + n) is of, counted from 0 there, (n,) int64."""
+        """Return which document each of the tokens [start, start + n) is of, counted from 0 there, (n,) int64."""
         begins, at = np.zeros(n, bool), 0
         for i, begin, end in self._spans(start, n):
             ends = self.document_ends(i)
@@ -134,7 +134,7 @@ class TokenShards:
         return begins.cumsum() - 1
 
     def first_tokens(self) -> np.ndarray:
-        """The token that each document begins with, (documents,) int64."""
+        """Return the token that each document begins with, (documents,) int64."""
         ends = [self.document_ends(i) for i in range(len(self.shards))]
         for i, shard_ends in enumerate(ends):
             self._check_ends(i, shard_ends[:-1], 0, self.shards[i].tokens - 1)
@@ -142,7 +142,7 @@ class TokenShards:
         return np.concatenate([np.zeros(0, np.int64), *firsts])
 
     def document_ends(self, i: int) -> np.ndarray:
-        """Where the documents of shard i end in it, (documents,) int64."""
+        """Return where the documents of shard i end in it, (documents,) int64."""
         # Mapped each time: a map that is kept holds a file open.
         return _map(inside(self.folder, _ends(self.shards[i])), np.dtype("<i8"))
 
@@ -182,7 +182,7 @@ class TokenShards:
         return [_map(inside(self.folder, shard.path), self._dtype) for shard in self.shards]
 
     def _spans(self, start: int, n: int) -> Iterator[tuple[int, int, int]]:
-        """Where the tokens [start, start + n) are: a shard, and a part of its tokens that is not empty."""
+        """Yield where the tokens [start, start + n) are: a shard, and a part of its tokens that is not empty."""
         if not 0 <= start <= start + n <= self.n_tokens:
             raise ValueError(f"tokens {start} to {start + n} are not all in [0, {self.n_tokens}); ask for fewer")
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1

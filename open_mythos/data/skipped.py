@@ -1,4 +1,4 @@
-"""Files and records that gave no document: each with its place, the reason and what to do about it."""
+"""Files and records that yield no document: each with its place, the reason and the remedy."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ FORMATS = {
     ),
     "unpack it first": (".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".gz"),
 }
-"""What to do with files of other kinds, by their ending."""
+"""Remedies for files of other kinds, by their ending."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or a record that gave no document. Two of them are equal if their reasons are."""
+    """A file or record that yields no document. Two are equal if their reasons are equal."""
 
     reason: str
     """In a few words, to count by: "empty", "not UTF-8", "too long", "no text in the record", "ids out of range",
@@ -39,7 +39,7 @@ class Skipped:
 
 
 def unknown_kind(path: str, ending: str) -> Skipped:
-    """A file whose ending says that it is none of those that are read."""
+    """Return a file whose ending says that it is none of those that are read."""
     remedy = next((remedy for remedy, endings in FORMATS.items() if ending in endings), "")
     why = f"it ends in {ending}" if ending else "its name has no ending"
     return Skipped("unknown kind of file", why, remedy or "rename it to end in .txt if it is text", file=path)
@@ -84,7 +84,7 @@ class SkipLog:
         return self.counts.total()
 
     def lines(self) -> Iterator[str]:
-        """The table: for each file and reason the first places, and what to do; bounded, with a count of the rest."""
+        """Yield a table: the first places for each file and reason, the remedy, and a count of the rest."""
         for reason, n in self.counts.most_common():
             groups = [group for key, group in self._groups.items() if key[0] == reason]
             n_files = len({group.first.file for group in groups})
@@ -98,5 +98,5 @@ class SkipLog:
 
 
 def _printable(text: str) -> str:
-    """The text with escapes for what a terminal would act on: names of files and fields may hold anything."""
+    """Return the text with escapes for what a terminal would act on: names of files and fields may hold anything."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -14,7 +14,7 @@ from open_mythos.data.skipped import Skipped
 ENDINGS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 """The kind of a file by the end of its name, in upper or lower case; all but parquet may be followed by .gz."""
 LOOK = 4096
-"""First bytes of a file, which tell its encoding."""
+"""Bytes at the start of a file from which its encoding is detected."""
 UNPACKED_BYTES, UNPACKED_RATIO = 8 * 2**20, 100
 """A file is unpacked up to the larger of so many bytes and so many times its size. Prose shrinks to about a third, a
 file made to fill memory or a disk to a thousandth."""
@@ -27,7 +27,7 @@ BOMS = (  # the longer ones first: that of UTF-16 begins that of UTF-32
 
 
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "zip": b"PK\x03\x04", "PDF": b"%PDF-"}
-"""What files of other formats begin with."""
+"""First bytes of files in other formats."""
 
 
 class Unreadable(Exception):
@@ -39,19 +39,19 @@ class Unreadable(Exception):
 
 
 def kind_of(path: str | Path) -> str | None:
-    """The kind of a file by its name; None if it is of none that is read."""
+    """Return the kind of a file by its name; None if it is of none that is read."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     kind = ENDINGS.get(suffixes[-2] if is_packed(path) and len(suffixes) > 1 else "".join(suffixes[-1:]))
     return None if kind == "parquet" and is_packed(path) else kind
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether a file is compressed with gzip, by its name."""
+    """Return whether a file is compressed with gzip, by its name."""
     return Path(path).suffix.lower() == ".gz"
 
 
 def has_byte_lines(path: str) -> bool:
-    """Whether the file can be read from any byte on: it is not compressed, and in UTF-8 or what looks like it."""
+    """Return whether the file can be read from any byte on: uncompressed, and apparently UTF-8."""
     if is_packed(path):
         return False
     with open(path, "rb") as file:
@@ -85,11 +85,11 @@ def open_utf8(path: str) -> BinaryIO:
 
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeError)
-"""What reading a file of `open_utf8` raises, besides `Unreadable`, where the file's contents are at fault."""
+"""Errors that reading a file of `open_utf8` raises, besides `Unreadable`, when its contents are damaged."""
 
 
 def explain(error: Exception, path: str) -> Skipped:
-    """What is wrong with a file, from `Unreadable` or an error of the kinds in `DAMAGE`."""
+    """Return what is wrong with a file, from `Unreadable` or an error of the kinds in `DAMAGE`."""
     if isinstance(error, Unreadable):
         return error.skipped
     if isinstance(error, UnicodeError):
@@ -105,7 +105,7 @@ def explain(error: Exception, path: str) -> Skipped:
 
 
 def convert_command(path: str, encoding: str = "latin1") -> str:
-    """A command that makes a UTF-8 copy of a file."""
+    """Return a command that makes a UTF-8 copy of a file."""
     stem, ending = (Path(path).with_suffix("") if is_packed(path) else Path(path)), Path(path).suffix
     if is_packed(path):
         ending = stem.suffix
@@ -124,7 +124,7 @@ def _encoding(head: bytes) -> str:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether a file begins as a format that is no text does, or is a quarter zero bytes, as UTF-16 without a mark."""
+    """Return whether a file begins with the magic of a binary format, or is a quarter zero bytes."""
     return head.startswith(tuple(MAGIC.values())) or head.count(0) * 4 > len(head)
 
 

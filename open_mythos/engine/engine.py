@@ -16,12 +16,12 @@ from open_mythos.engine.model_runner import Chunk, Row, Runner
 from open_mythos.engine.paged_kv_cache import PagedKV
 from open_mythos.engine.request_checks import Rules, check_length, check_tokens, depth_of, prompt_ids
 from open_mythos.engine.sampler import Chosen, Draw, choose, log_probabilities
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.engine.scheduler import Limits, Refill, Scheduler
 from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.engine.step_costs import StepCosts
 from open_mythos.engine.structured_outputs import Grammars, Matcher
 from open_mythos.generation.sampling import Sampling, generator_of
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule
 from open_mythos.tokenization.detokenizer import AnswerText

@@ -16,7 +16,7 @@ import torch
 
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.engine.engine import Engine, EngineConfig, Request
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.tokenization.chat_template import Message, end_of_turn, render
 from open_mythos.tokenization.token_text import TokenTexts

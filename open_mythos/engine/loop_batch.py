@@ -12,7 +12,7 @@ from torch import Tensor
 
 from open_mythos.engine.paged_kv_cache import Tokens
 from open_mythos.nn.halting import Fixed, HaltingRule, State
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 Probe = Callable[[Tensor], Tensor]
 
@@ -57,7 +57,7 @@ class Cohort:
         """Take in tokens that stand before their first loop."""
         rows = {"h": h, "e": e}
         if self.rule.weighted:
-            rows["out"] = torch.zeros_like(wide(h))
+            rows["out"] = torch.zeros_like(at_least_float32(h))
         state = self.rule.init(h, torch.from_numpy(tokens.n_loops).to(h.device))
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}

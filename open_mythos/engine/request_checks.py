@@ -5,7 +5,7 @@ from weakref import WeakValueDictionary
 
 from open_mythos.checks import check_int
 from open_mythos.config import MythosConfig
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
 from open_mythos.nn.inputs import check_n_loops

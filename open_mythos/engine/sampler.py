@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_mythos.engine.structured_outputs import Matcher
 from open_mythos.generation.sampling import Sampling, sample
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def _within_grammars(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def log_probabilities(logits: Tensor, tokens: Sequence[int], n_best: int) -> list[Chosen]:
     """The tokens that follow N positions, with their log-probabilities and those of the best, from logits (N, V)."""
-    log_p = wide(logits).log_softmax(-1)
+    log_p = at_least_float32(logits).log_softmax(-1)
     own = log_p.gather(1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0].tolist()
     best = log_p.topk(min(n_best, log_p.shape[1]))
     tops = [dict(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

@@ -23,7 +23,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.inputs import check_n_loops
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 LOGITS = 2**24
@@ -120,7 +120,7 @@ def bits_per_byte(
             ids, scored = (x.to(model.device) for x in _padded(batch))
             view = model.make_view((ids.shape[0], ids.shape[1] - 1))
             logits, result = model.run(ids[:, :-1], view, depth, rule)
-            losses = F.cross_entropy(wide(logits[scored]), ids[:, 1:][scored], reduction="none")
+            losses = F.cross_entropy(at_least_float32(logits[scored]), ids[:, 1:][scored], reduction="none")
             nats += losses.double().sum().item()
             n_tokens += len(losses)
             # A plain transformer has no loop and counts none; it runs its layers once.

@@ -1,33 +1,31 @@
-"""mythos eval: bits per byte of files by loops, as a table, as JSON and as a figure."""
+"""`mythos eval`: bits per byte of files by loops, as a table, as JSON and as a figure."""
 
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from open_mythos.checks import check_int
 from open_mythos.data.documents import cut_into_units, find_files, read_documents
 from open_mythos.data.records import Reading
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
+from open_mythos.evals.bits_per_byte import bits_per_byte, windows
 from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.nn.inputs import check_n_loops
-from open_mythos.reports.figures import loop_curve, require_matplotlib
-from open_mythos.reports.terminal import ProgressLine
+from open_mythos.reports.figures import Curve, draw_curves, require_matplotlib
+from open_mythos.reports.terminal import ProgressLine, table
 from open_mythos.tokenization.tokenizer import load_tokenizer
 
 RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
 MAX_DOCUMENT_BYTES = 2**30
-"""Of one document; the texts are in memory as a whole."""
+"""Largest size of one document; all texts are in memory as a whole."""
 
 
 def evaluate_files(
@@ -45,15 +43,15 @@ def evaluate_files(
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score the documents of `text` at each of `n_loops`, write eval.json and the figure into `out`, and return what
-    eval.json holds.
+    """Score the documents of `text` at each of `n_loops`, write eval.json and the figure into `out`, and return the
+    content of eval.json.
 
     Args:
         text: files, or folders of files, as `mythos prepare-data` reads them.
-        context: tokens of a window; None: those of a row that the model was trained on, where the run's config.yaml
-            stands beside its folder, else `max_seq_len`.
         n_loops: none: 1, 2, 4 and so on up to twice the model's `max_loop_iters`; 1 for a plain transformer.
         out: None: FOLDER/eval.
+        context: tokens of a window; None: those of a row that the model was trained on, if the run's config.yaml
+            stands beside its folder, else `max_seq_len`.
 
     Raises:
         ValueError, OSError: an argument is unusable; nothing has been scored.
@@ -67,34 +65,22 @@ def evaluate_files(
     for n in n_loops if cfg.recurrent_layers else ():
         check_n_loops(n, cfg)
     texts, skipped = read_texts(text, column)
-    if context is None:
-        context = trained_context(folder) or cfg.max_seq_len
-    n_windows = len(windows(tokenizer, texts, context))
-    scores: list[TextScore] = []
-    # A window costs about as much as it has loops, besides the layers around them.
+    context = (trained_context(folder) or cfg.max_seq_len) if context is None else context
+    # A window costs about as much as it has loops, plus the layers around the loop.
     around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
-    total, n_tokens, began = n_windows * sum(n + around for n in n_loops), 0, time.perf_counter()
+    total = len(windows(tokenizer, texts, context)) * sum(n + around for n in n_loops)
+    scores, n_tokens, began = [], 0, time.perf_counter()
     with ProgressLine(total, "eval", progress, stderr=True, unit="") as line:
-
-        def advance(n: int, windows: int, tokens: int, loss: float) -> None:
-            nonlocal n_tokens
-            n_tokens += tokens
-            speed = n_tokens / (time.perf_counter() - began)
-            line.advance({"loss": loss, "tokens/s": speed}, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
-
         for n in n_loops:
-            scores.append(
-                bits_per_byte(
-                    model,
-                    tokenizer,
-                    texts,
-                    n if cfg.recurrent_layers else None,
-                    exit=exit,
-                    exit_threshold=exit_threshold,
-                    context=context,
-                    advance=partial(advance, n),
-                )
-            )
+
+            def advance(windows: int, tokens: int, loss: float, n: int = n) -> None:
+                nonlocal n_tokens
+                n_tokens += tokens
+                numbers = {"loss": loss, "tokens/s": n_tokens / (time.perf_counter() - began)}
+                line.advance(numbers, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
+
+            how = {"exit": exit, "exit_threshold": exit_threshold, "context": context, "advance": advance}
+            scores.append(bits_per_byte(model, tokenizer, texts, n if cfg.recurrent_layers else None, **how))
     best = min(score.bits_per_byte for score in scores)
     results = {
         "model": str(folder),
@@ -122,17 +108,17 @@ def evaluate_files(
     out = folder / "eval" if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    title = f"{folder}: {results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
+    curve = Curve([score.n_loops for score in scores], [score.bits_per_byte for score in scores], "")
     for ending in (".png", ".svg"):
-        values = [score.bits_per_byte for score in scores]
-        title = f"{folder}: {results['bytes']:,} bytes, context {context}" + (f", exit={exit}" if exit else "")
-        loop_curve(values, [score.n_loops for score in scores], out / (FIGURE + ending), "bits per byte", title)
+        draw_curves({title: [curve]}, out / (FIGURE + ending), ("loops", "bits per byte"), ticks=curve.xs, log="x")
     return results
 
 
 def trained_context(folder: Path) -> int | None:
-    """Tokens of a row that the model was trained on, from RUN/config.yaml for RUN/final; None where that says nothing.
+    """Find how many tokens the rows of training had, in RUN/config.yaml for RUN/final; None if it does not say.
 
-    Longer windows are not what it has learned to read: docs/training.md has what they cost a small model.
+    The model has not learned longer windows: docs/training.md says what they cost a small model.
     """
     path = folder.resolve().parent / "config.yaml"
     run = read_yaml(path) if path.exists() else None
@@ -145,7 +131,7 @@ def trained_context(folder: Path) -> int | None:
 
 
 def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], SkipLog]:
-    """The documents of files of text, JSON or parquet, and what was skipped."""
+    """Read the documents of files of text, JSON or parquet, and count the skipped records."""
     reading, skipped = Reading(column, max_document_bytes=MAX_DOCUMENT_BYTES), SkipLog()
     passed_over: list[Skipped] = []
     units = cut_into_units(find_files(list(inputs), passed_over), reading)
@@ -163,17 +149,15 @@ def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], 
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
-    """The table of `evaluate_files`."""
-    shows_exits = any(round(score["mean_loops"], 2) != score["loops"] for score in results["scores"])
-    table = Table(title=f"{results['bytes']:,} bytes, {results['tokens']:,} tokens, context {results['context']:,}")
-    for name in ("loops", "bits per byte", "nats per token", "ratio to best"):
-        table.add_column(name, justify="right")
-    if shows_exits:
-        table.add_column("mean loops", justify="right")
-    for score in results["scores"]:
-        cells = [f"{score[name]:.4f}" for name in ("bits_per_byte", "nats_per_token", "ratio_to_best")]
-        table.add_row(str(score["loops"]), *cells, *([f"{score['mean_loops']:.2f}"] if shows_exits else []))
-    console.print(table)
+    """Print the table of `evaluate_files`, and what was skipped."""
+    columns = {"loops": "d", "bits per byte": ".4f", "nats per token": ".4f", "ratio to best": ".4f"}
+    if any(round(score["mean_loops"], 2) != score["loops"] for score in results["scores"]):
+        columns["mean loops"] = ".2f"
+    rows = [
+        [f"{score[name.replace(' ', '_')]:{form}}" for name, form in columns.items()] for score in results["scores"]
+    ]
+    title = f"{results['bytes']:,} bytes, {results['tokens']:,} tokens, context {results['context']:,}"
+    console.print(table(list(columns), rows, title))
     for reason, n in results["skipped"].items():
         console.print(f"skipped {n:,} records: {reason}")
     for line in results["skipped_places"]:

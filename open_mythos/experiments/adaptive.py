@@ -14,7 +14,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.windows import token_bits
+from open_mythos.reports.stats import token_bits
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import Batch
 from open_mythos.train.config import TrainConfig

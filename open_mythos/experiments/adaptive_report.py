@@ -9,7 +9,7 @@ import numpy as np
 from open_mythos.experiments.study import Result
 from open_mythos.reports.document import Figure, Report, Table
 from open_mythos.reports.figures import interval_curves
-from open_mythos.reports.windows import between, interval, point, verdict
+from open_mythos.reports.stats import TextEstimate
 
 SHOWN = ("kl", 0.01)
 """The rule that the tables by exit and by kind of byte are about."""
@@ -21,7 +21,7 @@ def adaptive_report(results: Result) -> Report:
     first, deepest = runs[0], len(runs[0]["fixed"])
     cfg, fixed = first["asked"]["config"], np.array([run["fixed"] for run in runs])
     points = [_point(runs, i, fixed) for i in range(len(first["exits"]))]
-    clearest = max(points, key=lambda p: interval(p["gain"].mean(0))[0])
+    clearest = max(points, key=lambda p: TextEstimate(p["gain"]).interval[1])
     shown = next(p for p in points if (p["rule"], p["threshold"]) == SHOWN)
     spread = [(p["shuffled"] - p["same"]).mean() for p in points]
     rules = dict.fromkeys(p["rule"] for p in points)
@@ -61,8 +61,8 @@ def adaptive_report(results: Result) -> Report:
                     f"{p['loops']:.2f}",
                     *(f"{p[key].mean():.4f}" for key in columns.values()),
                     f"{p['gain'].mean():+.4f}",
-                    between(p["gain"], "+.4f"),
-                    verdict(p["gain"]),
+                    TextEstimate(p["gain"]).between("+.4f"),
+                    TextEstimate(p["gain"]).verdict(),
                     ", ".join(map(str, p["tokens"])),
                 ]
                 for p in points
@@ -100,7 +100,7 @@ def _groups(label: str, names: list[str], groups: list[Result]) -> Table:
 def _said(rule: str, points: list[Result]) -> str:
     """Whether a rule's exits are better than their control, and than one depth for all, at how many thresholds."""
     against = [p["against"].mean() for p in points]
-    gain, same = (Counter(verdict(p[key]) for p in points) for key in ("gain", "against"))
+    gain, same = (Counter(TextEstimate(p[key]).verdict() for p in points) for key in ("gain", "against"))
     return (
         f"Exits by {rule}, {len(points)} thresholds: {gain['higher']} read text better than the same depths dealt at "
         f"random ({gain['lower']} worse), {same['higher']} better than one depth for all ({same['lower']} worse; "
@@ -135,10 +135,14 @@ def _point(runs: list[Result], i: int, fixed: np.ndarray) -> Result:
 
 def _draw_cost(fixed: np.ndarray, by_rule: dict[str, list[Result]], path: Path) -> None:
     deepest = fixed[:, -1]
-    curves = {"every token at the same depth": [point(n, fixed[:, n - 1] - deepest) for n in range(1, fixed.shape[1])]}
+    curves = {
+        "every token at the same depth": [
+            (n, *TextEstimate(fixed[:, n - 1] - deepest).interval) for n in range(1, fixed.shape[1])
+        ]
+    }
     for rule, points in by_rule.items():
         for key, name in (("bits", f"exits by {rule}"), ("shuffled", f"depths of {rule}, shuffled")):
-            curves[name] = sorted(point(p["loops"], p[key] - deepest) for p in points)
+            curves[name] = sorted((p["loops"], *TextEstimate(p[key] - deepest).interval) for p in points)
     # What is not above zero has no place on a logarithmic axis.
     above = {
         name: [(x, y, *((low, high) if low > 0 else (np.nan, np.nan))) for x, y, low, high in points if y > 0]
@@ -149,6 +153,9 @@ def _draw_cost(fixed: np.ndarray, by_rule: dict[str, list[Result]], path: Path) 
 
 
 def _draw_gain(by_rule: dict[str, list[Result]], path: Path) -> None:
-    curves = {rule: sorted(point(p["loops"], p["gain"]) for p in points) for rule, points in by_rule.items()}
+    curves = {
+        rule: sorted((p["loops"], *TextEstimate(p["gain"]).interval) for p in points)
+        for rule, points in by_rule.items()
+    }
     labels = ("mean loops per token", "gain in bits per byte")
     interval_curves(curves, labels, "What the choice of tokens is worth", path, level=("dealt at random", 0.0))

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.stats import against, interval, shown
 
 Result = dict[str, Any]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.stats import against, interval, shown
 
 Runs = list[dict[str, Any]]
 END_ONLY = "end only"

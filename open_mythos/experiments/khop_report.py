@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.reports.document import Figure, Report, Table, against, interval, shown
+from open_mythos.reports.document import Figure, Report, Table
 from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.stats import against, interval, shown
 
 Grid = list[list[float]]
 """Accuracy by distance (outer) and loops (inner)."""

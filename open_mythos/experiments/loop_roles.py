@@ -22,7 +22,8 @@ from open_mythos.analysis.loop_roles_report import (
 from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.document import Figure, Part, Report, Table, shown
+from open_mythos.reports.document import Figure, Part, Report, Table
+from open_mythos.reports.stats import shown
 from open_mythos.tasks import Addition, KHop
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE, Batch

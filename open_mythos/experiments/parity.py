@@ -12,8 +12,9 @@ from open_mythos.analysis.per_loop import right_by_loop
 from open_mythos.config import MythosConfig
 from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
-from open_mythos.reports.document import Figure, Part, Report, Table, against, interval, shown
+from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.stats import against, interval, shown
 from open_mythos.tasks import Parity
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig

@@ -19,7 +19,7 @@ from open_mythos.experiments.small_text_report import best, small_text_report
 from open_mythos.experiments.study import Experiment, Lab, Result, seeded
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.windows import token_bits
+from open_mythos.reports.stats import token_bits
 from open_mythos.tasks import Shards
 from open_mythos.tasks.task import Batch, to_tensor
 from open_mythos.tokenization.tokenizer import BPETokenizer

@@ -7,7 +7,7 @@ import numpy as np
 from open_mythos.experiments.study import Result
 from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import interval_curves
-from open_mythos.reports.windows import between, point, verdict
+from open_mythos.reports.stats import TextEstimate
 
 
 def best(sweep: Result) -> float:
@@ -61,7 +61,13 @@ def small_text_report(results: Result) -> Report:
         Table(
             ["difference", "mean", "95 % over windows", "by seed", ""],
             [
-                [what, f"{x.mean():+.4f}", between(x, "+.4f"), _listed(x.mean(1), "+.4f"), verdict(x)]
+                [
+                    what,
+                    f"{x.mean():+.4f}",
+                    TextEstimate(x).between("+.4f"),
+                    _listed(x.mean(1), "+.4f"),
+                    TextEstimate(x).verdict(),
+                ]
                 for what, x in compared.items()
             ],
         ),
@@ -71,7 +77,7 @@ def small_text_report(results: Result) -> Report:
         Table(
             ["loops", *(arms[name]["title"] for name in several)],
             [
-                [str(n), *(f"{x.mean():.4f} ({between(x, '.3f')})" for x in _line(several, i))]
+                [str(n), *(f"{x.mean():.4f} ({TextEstimate(x).between('.3f')})" for x in _line(several, i))]
                 for i, n in enumerate(loops)
             ],
         ),
@@ -133,22 +139,27 @@ def small_text_report(results: Result) -> Report:
     said = []
     for name in ("sampled", "fixed"):
         against = {arms[p]["title"]: compared[_against(arms, name, p, mean)] for p in ("parameters", "flops")}
-        found = (f"{worth[verdict(x)]} than {plain} ({x.mean():+.3f})" for plain, x in against.items())
+        found = (f"{worth[TextEstimate(x).verdict()]} than {plain} ({x.mean():+.3f})" for plain, x in against.items())
         said.append(f"{arms[name]['title']}: {', '.join(found)}")
     deeper = compared[_deeper(arms["sampled"]["title"], loops[-1], mean)]
     return Report(
         f"Bits per byte of held-out text at {mean} loops ({_seeds(results)}): "
         f"{'; '.join(said)}. Sampled depth at {loops[-1]} loops less at {mean}: {deeper.mean():+.4f} "
-        f"({worth[verdict(deeper)]}).",
+        f"({worth[TextEstimate(deeper).verdict()]}).",
         parts,
     )
 
 
 def _figures(bits: dict[str, np.ndarray], loops: list[int], mean: int, names: dict[str, str]) -> list[Part]:
-    curves = {names[name]: [point(n, _line({name: x}, i)[0]) for i, n in enumerate(loops)] for name, x in bits.items()}
+    curves = {
+        names[name]: [(n, *TextEstimate(_line({name: x}, i)[0]).interval) for i, n in enumerate(loops)]
+        for name, x in bits.items()
+    }
     of = bits["parameters"][:, 0]
     less = {
-        names[name]: [point(n, _line({name: x}, i)[0] - of) for i, n in enumerate(loops) if n >= mean]
+        names[name]: [
+            (n, *TextEstimate(_line({name: x}, i)[0] - of).interval) for i, n in enumerate(loops) if n >= mean
+        ]
         for name, x in bits.items()
         if name != "parameters"
     }

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.reports.document import Figure, Part, Report, Table, interval, shown
+from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.stats import interval, shown
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 AGREEMENT = (0.352, 0.656, 0.727, 0.805, 0.883, 0.906, 0.961, 1.0)

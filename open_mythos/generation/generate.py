@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.checks import check_int
-from open_mythos.generation.sampling import Biases, Sampling, generator_of, sample
+from open_mythos.generation.sampling import generator_of, sample
+from open_mythos.generation.sampling_params import Biases, Sampling
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule

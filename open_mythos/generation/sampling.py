@@ -4,79 +4,15 @@ The steps run in this order: repetition penalty, frequency and presence penaltie
 top-p, min-p. Shape letters: B rows, S tokens so far, V vocabulary, K candidates (V, or top_k of it).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import inf, log
 
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_int, check_number, check_sampling
-from open_mythos.ops.precision import wide
-
-MAX_LOGIT_BIASES = 1024
-"""Tokens that one request may raise or lower."""
-Biases = tuple[tuple[int, float], ...]
-"""(token id, what is added to its logit)."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults draw from the model's own distribution.
-
-    Raises:
-        TypeError: a field is no number (a bool is none), or `logit_bias` is no mapping.
-        ValueError: a field is out of range.
-    """
-
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy: the best token, whatever the other filters say."""
-    top_k: int | None = None
-    """Keep the k best tokens; None, 0 and anything from the vocabulary's size on keep all."""
-    top_p: float = 1.0
-    """Keep the fewest best tokens whose probabilities sum to top_p at least; 0 keeps the best one."""
-    min_p: float = 0.0
-    """Keep the tokens at least min_p times as probable as the best."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits of earlier tokens and multiplies the negative ones (CTRL, section 4.1)."""
-    frequency_penalty: float = 0.0
-    """Lowers a logit by this much for each time that its token stands in the answer so far, from -2 to 2."""
-    presence_penalty: float = 0.0
-    """Lowers the logits of the tokens that stand in the answer so far, once, from -2 to 2."""
-    logit_bias: Mapping[int, float] | Biases = ()
-    """Added to the logits of these tokens, from -100 to 100 each; stored as `biases`."""
-
-    def __post_init__(self) -> None:
-        check_sampling(self)
-        for name in ("frequency_penalty", "presence_penalty"):
-            check_number(name, getattr(self, name), -2, 2, remedy="use 0.0 for none")
-        # A mapping cannot be hashed, and may change after it was checked.
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-
-    @property
-    def biases(self) -> Biases:
-        """`logit_bias` as pairs in the order of the ids."""
-        assert isinstance(self.logit_bias, tuple)
-        return self.logit_bias
-
-    @property
-    def penalizes_answer(self) -> bool:
-        """True if the choice depends on the tokens of the answer so far."""
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
-
-
-def _biases(given: object) -> Biases:
-    remedy = "use a mapping such as {50: -100}"
-    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
-    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-        raise TypeError(f"logit_bias={given!r:.60} must map ids to numbers; {remedy}")
-    if len(pairs) > MAX_LOGIT_BIASES:
-        raise ValueError(f"logit_bias has {len(pairs)} entries, at most {MAX_LOGIT_BIASES} are allowed; send fewer")
-    for token, bias in pairs:
-        check_int("logit_bias", token, 0, 2**31, "use ids of the vocabulary")
-        check_number(f"logit_bias[{token}]", bias, -100, 100, remedy="use -100 to exclude a token")
-    return tuple(sorted(pairs))
+from open_mythos.generation.sampling_params import Sampling
+from open_mythos.ops.precision import at_least_float32
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -112,7 +48,7 @@ def sample(
     Returns:
         (B,) int64.
     """
-    scores = wide(logits)
+    scores = at_least_float32(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
     if params.penalizes_answer and answer_ids is not None:

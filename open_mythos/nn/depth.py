@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.config import MAX_LOOPS
-from open_mythos.nn.experts import Weights
+from open_mythos.ops.experts import ExpertWeights
 from open_mythos.ops.linear import Linear, linear
 
 
@@ -72,7 +72,7 @@ class LoopConstants:
     """(max_loop_iters, D), the loop embeddings."""
     decay: Any
     """(D,), what the injection's `get_A` gives; None for one without a decay."""
-    experts: dict[int, Weights]
+    experts: dict[int, ExpertWeights]
     """Under autocast the routed experts in its dtype, by layer, so that not every loop keeps a copy of its own."""
 
 

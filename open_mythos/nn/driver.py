@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.nn.cache import KeyValues, KVCache, KVStore, Scratch, Selection, View
 from open_mythos.nn.halting import Fixed, HaltingRule, State
 from open_mythos.nn.static_cache import StaticKVCache
-from open_mythos.ops.linear import captured
-from open_mythos.ops.precision import wide
+from open_mythos.ops.linear import is_traced
+from open_mythos.ops.precision import at_least_float32
 
 if TYPE_CHECKING:
     from open_mythos.nn.recurrent import RecurrentBlock
@@ -109,7 +109,7 @@ class Run:
         # At fixed depth nobody exits early: no masks, no copies, and nothing for a GPU to wait for.
         self.adaptive = not isinstance(rule, Fixed)
         # A graph runs the same operations for every input, so every loop runs in it and nothing leaves.
-        self.blind = captured() or e.is_meta or (e.is_cuda and torch.cuda.is_current_stream_capturing())
+        self.blind = is_traced() or e.is_meta or (e.is_cuda and torch.cuda.is_current_stream_capturing())
         self.cached = isinstance(view.store, KVCache)
         self.static = view.store if isinstance(view.store, StaticKVCache) else None
         self.scratch = Scratch()
@@ -145,7 +145,7 @@ class Run:
             }
             if self.rule.weighted:
                 # Sums of many small weights: at least float32.
-                sums = wide(h[new])
+                sums = at_least_float32(h[new])
                 rows |= {"out": sums.new_zeros(sums.shape), "ponder_cost": sums.new_zeros(sums.shape[:2])}
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)

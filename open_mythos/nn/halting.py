@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_choice, check_number
 from open_mythos.ops.batch_invariant import invariant
-from open_mythos.ops.precision import wide, wide_linear
+from open_mythos.ops.precision import at_least_float32, float32_linear
 
 State = dict[str, Tensor]
 Decision = tuple[State, Tensor, Tensor | None]
@@ -86,9 +86,11 @@ class ACTHalting(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         if invariant():
             # A product with one column has a kernel for every number of rows, and sigmoid another one for the last few.
-            logit = (wide(h) * wide(self.halt.weight)).sum(-1) + wide(self.halt.bias)
+            logit = (at_least_float32(h) * at_least_float32(self.halt.weight)).sum(-1) + at_least_float32(
+                self.halt.bias
+            )
             return 1 / (1 + (-logit).exp())
-        return wide_linear(h, self.halt.weight, self.halt.bias).squeeze(-1).sigmoid()
+        return float32_linear(h, self.halt.weight, self.halt.bias).squeeze(-1).sigmoid()
 
 
 class ACT(HaltingRule):
@@ -105,7 +107,7 @@ class ACT(HaltingRule):
         self.act = act
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "sum": wide(h).new_zeros(h.shape[:2])}
+        return {"n_loops": n_loops, "sum": at_least_float32(h).new_zeros(h.shape[:2])}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
@@ -167,14 +169,14 @@ class KL(HaltingRule):
         self.vocab_size = vocab_size
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "log_p": wide(h).new_zeros(*h.shape[:2], self.vocab_size)}
+        return {"n_loops": n_loops, "log_p": at_least_float32(h).new_zeros(*h.shape[:2], self.vocab_size)}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         if probe is None:
             raise ValueError("probe=None, but the rule 'kl' compares predictions; pass probe=head(norm(h))")
-        log_p = wide(probe).log_softmax(-1)
+        log_p = at_least_float32(probe).log_softmax(-1)
         divergence = (log_p.exp() * (log_p - state["log_p"])).sum(-1)
         # The first loop has no prediction to compare with.
         done = (divergence < self.threshold) & (loop_index > 0)[:, None]
@@ -182,7 +184,7 @@ class KL(HaltingRule):
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(wide(x), dim=-1)
+    return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
 
 EXIT_THRESHOLDS = {"latent_diff": 0.03, "second_difference": 0.03, "kl": 5e-4}

@@ -23,12 +23,11 @@ from torch.overrides import TorchFunctionMode
 from open_mythos.config import MythosConfig
 from open_mythos.nn.attention import GQAttention
 from open_mythos.nn.depth import LoRAAdapter
-from open_mythos.nn.experts import StackedExperts
 from open_mythos.nn.halting import ACTHalting
 from open_mythos.nn.injection import ConcatInjection, DiagonalInjection, LTIInjection
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.mlp import Expert
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.moe import MoEFFN, StackedExperts
 from open_mythos.nn.norm import RMSNorm
 
 STD = 0.02

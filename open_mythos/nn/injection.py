@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.linear import Linear, linear
-from open_mythos.ops.precision import wide
+from open_mythos.ops.precision import at_least_float32
 
 A_MAX = 1 - 2**-8
 """No decay exceeds this. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""
@@ -53,7 +53,7 @@ class _Bounded(torch.autograd.Function):
 
 def bounded_decay(a: Tensor, b: Tensor) -> Tensor:
     """Return A = exp(-exp(a + b)) in (1e-7, A_MAX], in at least float32; opposite infinities add up to 0."""
-    a, b = wide(a), wide(b)
+    a, b = at_least_float32(a), at_least_float32(b)
     exponent = (a + b).masked_fill(a.isinf() & (a == -b), 0)
     return torch.exp(-torch.exp(_Bounded.apply(exponent)))
 
@@ -84,8 +84,8 @@ class LTIInjection(nn.Module):
         return h + e
 
     def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
-        kept = torch.addcmul(wide(y), decay, wide(h))
-        return torch.addcmul(kept, wide(self.B), wide(e)).to(h.dtype)
+        kept = torch.addcmul(at_least_float32(y), decay, at_least_float32(h))
+        return torch.addcmul(kept, at_least_float32(self.B), at_least_float32(e)).to(h.dtype)
 
 
 class DiagonalInjection(nn.Module):
@@ -111,16 +111,16 @@ class DiagonalInjection(nn.Module):
 
     def get_A(self) -> Tensor:
         """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
-        bias = wide(self.dt_bias)
+        bias = at_least_float32(self.dt_bias)
         # log(softplus(x)) tends to x, where softplus itself underflows to log 0.
         log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())
         return bounded_decay(log_dt, self.A_log)
 
     def prepare(self, e: Tensor) -> Tensor:
-        return F.softplus(wide(self.dt_bias)) * linear(e, self.B)
+        return F.softplus(at_least_float32(self.dt_bias)) * linear(e, self.B)
 
     def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
-        return torch.addcmul(wide(e), decay, wide(h)).to(h.dtype)
+        return torch.addcmul(at_least_float32(e), decay, at_least_float32(h)).to(h.dtype)
 
     def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         return y

@@ -1,15 +1,9 @@
-"""The gated feed-forward: alone (prelude, coda, shared experts), and as one step of the routed experts.
+"""The gated feed-forward: alone in prelude and coda, and as the shared experts."""
 
-Shapes: N tokens, D width, F hidden width.
-"""
-
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.ops.linear import Linear, autocasts, captured, linear, outer
+from open_mythos.ops.linear import Linear
+from open_mythos.ops.swiglu import swiglu
 
 
 class Expert(nn.Module):
@@ -21,60 +15,4 @@ class Expert(nn.Module):
         self.down = Linear(expert_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up, down = self.gate_up.weight, self.down.weight
-        if not torch.is_grad_enabled() or captured() or autocasts(x):
-            return linear(silu_product(linear(x, gate_up)), down)
-        return _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_up, down).view_as(x)
-
-
-def silu_product(hidden: Tensor) -> Tensor:
-    """silu(gate) * up of hidden = (gate, up) side by side: (..., 2 F) -> (..., F)."""
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class _SwiGLU(torch.autograd.Function):
-    """`Expert` keeping only gate and up for the backward pass, not what silu and the product made of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        hidden = linear(x, gate_up)
-        ctx.save_for_backward(x, gate_up, down, hidden)
-        return linear(silu_product(hidden), down)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # ty: ignore[incompatible-method-override]
-        x, gate_up, down, hidden = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            out = linear(silu_product(linear(x, gate_up)), down)
-            return torch.autograd.grad(out, (x, gate_up, down), grad, create_graph=True)
-        dhidden, mixed, _ = swiglu_backward(hidden, linear(grad, down.T))
-        return linear(dhidden, gate_up.T), outer(dhidden, x), outer(grad, mixed)
-
-
-def swiglu_backward(
-    hidden: Tensor, dmixed: Tensor, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient through silu(gate) * up, without autograd.
-
-    Args:
-        hidden: (N, 2 F), gate and up side by side.
-        dmixed: (N, F), the gradient by scale * silu(gate) * up; overwritten.
-        scale: (N, 1); None: 1.
-
-    Returns:
-        The gradient by `hidden` (N, 2 F), scale * silu(gate) * up (N, F), and the gradient by `scale` (N,).
-    """
-    gate, up = hidden.chunk(2, dim=-1)
-    dhidden = torch.empty_like(hidden)
-    dgate, dup = dhidden.chunk(2, dim=-1)
-    act = F.silu(gate)
-    mixed = act * up
-    dscale = None
-    if scale is not None:
-        dscale = torch.linalg.vecdot(dmixed, mixed)
-        mixed *= scale
-        dmixed *= scale
-    torch.mul(dmixed, act, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dmixed.mul_(up), gate, grad_input=dgate)
-    return dhidden, mixed, dscale
+        return swiglu(x, self.gate_up.weight, self.down.weight)

@@ -4,16 +4,19 @@ Shapes: N tokens, D width, E experts, F expert width, C experts chosen per token
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import View
-from open_mythos.nn.experts import StackedExperts
 from open_mythos.nn.mlp import Expert
-from open_mythos.ops.linear import Linear
-from open_mythos.ops.precision import wide_linear
+from open_mythos.nn.token_dispatch import dispatch_and_combine
+from open_mythos.ops.experts import ExpertWeights, routed_experts
+from open_mythos.ops.linear import Linear, autocasts
+from open_mythos.ops.precision import float32_linear
 
 
 class MoEFFN(nn.Module):
@@ -62,7 +65,7 @@ class MoEFFN(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The router's logits (N, E) for tokens (N, D), and the experts that they choose (N, C)."""
-        logits = wide_linear(tokens, self.router.weight)
+        logits = float32_linear(tokens, self.router.weight)
         return logits, (logits + self.router_bias).topk(self.n_chosen, dim=-1).indices
 
     def _statistics(self, logits: Tensor, chosen: Tensor, view: View) -> tuple[Tensor, Tensor]:
@@ -75,3 +78,45 @@ class MoEFFN(nn.Module):
             z, each = z * weight, each * weight[:, None]
         load = logits.new_zeros(self.n_experts).scatter_add(0, chosen.flatten(), each.flatten())
         return z.sum(), load
+
+
+class StackedExperts(nn.Module):
+    """The routed experts: sum over a token's chosen experts of gate * down(silu(g) * u), with g, u = gate_up(x)."""
+
+    def __init__(self, n_experts: int, dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * expert_dim, dim))
+        self.down = nn.Parameter(torch.empty(n_experts, dim, expert_dim))
+        nn.init.normal_(self.gate_up, std=0.02)
+        nn.init.normal_(self.down, std=0.02)
+        self.group: ProcessGroup | None = None
+        """Processes that own E / size experts each, in the order of their ranks; None: this one owns all."""
+
+    def spread_over(self, group: ProcessGroup) -> None:
+        """Store this process's experts only, and let every call send tokens to the process of their experts."""
+        mine = slice(group.rank() * (n := len(self.gate_up) // group.size()), (group.rank() + 1) * n)
+        self.gate_up, self.down = (nn.Parameter(p.detach()[mine].clone()) for p in (self.gate_up, self.down))
+        self.group = group
+
+    def weights(self, x: Tensor) -> ExpertWeights:
+        """Return the parameters in the dtype of products with x: under autocast these are copies."""
+        if not autocasts(x):
+            return self.gate_up, self.down
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return self.gate_up.to(dtype), self.down.to(dtype)
+
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights | None = None) -> Tensor:
+        """Compute x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's.
+
+        Args:
+            weights: the result of `weights(x)`, for calls that share it; None: made here.
+        """
+        weights = weights or self.weights(x)
+        if autocasts(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gates = x.to(dtype), gates.to(dtype)
+        if self.group is not None:
+            return dispatch_and_combine(
+                x, chosen, gates, len(self.gate_up), self.group, partial(routed_experts, weights=weights)
+            )
+        return routed_experts(x, chosen, gates, weights)

@@ -18,7 +18,7 @@ from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
-from open_mythos.ops.linear import autocasts, captured
+from open_mythos.ops.linear import autocasts, is_traced
 
 
 class RecurrentBlock(nn.Module):
@@ -71,7 +71,7 @@ class RecurrentBlock(nn.Module):
         shared = view.constants or self.constants(h)
         last = self.cfg.max_loop_iters - 1
         # A compiler would make a graph for each value of an int.
-        index = loop_index.clamp(max=last) if captured() or view.lockstep is None else min(view.lockstep, last)
+        index = loop_index.clamp(max=last) if is_traced() or view.lockstep is None else min(view.lockstep, last)
         u = h
         if shared.waves is not None:
             waves = shared.waves[index]

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, H heads, K head width.
 import torch
 from torch import Tensor
 
-from open_mythos.ops.linear import captured
+from open_mythos.ops.linear import is_traced
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
     cos, sin = cos[:, :, None], sin[:, :, None]
-    if captured() or x.device.type not in ("cpu", "cuda"):
+    if is_traced() or x.device.type not in ("cpu", "cuda"):
         even, odd = pairs.unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
     # One complex product: on a CPU ten times faster than the real ones, which read every second value. Compilers and

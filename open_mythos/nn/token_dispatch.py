@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def through_owners(
+def dispatch_and_combine(
     x: Tensor,
     chosen: Tensor,
     gates: Tensor,

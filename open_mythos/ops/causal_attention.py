@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_mythos.ops.linear import fast, linear
+from open_mythos.ops.linear import linear, uses_onednn
 
 BLOCK = 128
 """Queries of a block: enough for a product at full speed, few enough that little of the square is wasted."""
@@ -27,7 +27,7 @@ MIN_TOKENS = 512
 
 def takes_blocks(q: Tensor) -> bool:
     """Whether causal attention of q (B, T, H, K) among themselves should come here."""
-    return q.shape[1] >= MIN_TOKENS and torch.is_grad_enabled() and fast(q)
+    return q.shape[1] >= MIN_TOKENS and torch.is_grad_enabled() and uses_onednn(q)
 
 
 class CausalAttention(torch.autograd.Function):

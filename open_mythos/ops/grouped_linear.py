@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.linear import captured
+from open_mythos.ops.linear import is_traced
 
 
 def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
     One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
     Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
     """
-    if (captured() and x.dtype != torch.bfloat16) or x.is_meta:
+    if (is_traced() and x.dtype != torch.bfloat16) or x.is_meta:
         return _product(x, weight, rows_per_group)
     if _has_kernel(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(rows_per_group))

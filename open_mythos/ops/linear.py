@@ -43,8 +43,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
-    if streams(x):
-        rows = kept(x.reshape(-1, x.shape[-1]))
+    if prefers_compiled_sum(x):
+        rows = materialize(x.reshape(-1, x.shape[-1]))
         return (weight[:, None] * rows).sum(-1).T.reshape(*x.shape[:-1], -1)
     if invariant():
         # The weight alone decides the route, and `by_rows` the number of rows.
@@ -108,7 +108,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 torch.library.register_autograd(_PRODUCT, _Product.backward, setup_context=_save)
 
 
-def streams(x: Tensor) -> bool:
+def prefers_compiled_sum(x: Tensor) -> bool:
     """Whether a compiler makes a product with x better by itself.
 
     For so few rows it reads the weight 1.5 times as fast as a library does, and fuses what stands before and behind.
@@ -117,7 +117,7 @@ def streams(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and few and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def kept(x: Tensor) -> Tensor:
+def materialize(x: Tensor) -> Tensor:
     """x, made once: a compiler would otherwise compute it again inside every sum that reads it."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
@@ -131,17 +131,17 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         (many or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
         and x.device.type == "cpu"
-        and (not captured() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
+        and (not is_traced() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def fast(x: Tensor) -> bool:
+def uses_onednn(x: Tensor) -> bool:
     """Whether products of x, if they are large, go to oneDNN one call at a time."""
-    return _WIDE_CPU and x.dtype is torch.float32 and x.device.type == "cpu" and not captured() and not autocasts(x)
+    return _WIDE_CPU and x.dtype is torch.float32 and x.device.type == "cpu" and not is_traced() and not autocasts(x)
 
 
-def captured() -> bool:
+def is_traced() -> bool:
     """Whether something looks on that knows torch's own operators only, or there are no numbers to look at.
 
     The former: a compiler, torch.func, forward-mode AD. The latter: fake tensors.

@@ -9,7 +9,7 @@ from torch import Tensor
 from open_mythos.ops.linear import autocasts, linear
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in promote(x.dtype, float32): bf16 and fp16 become float32, float64 stays."""
     return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -19,9 +19,9 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
-    x, weight = wide(x), wide(weight)
+    x, weight = at_least_float32(x), at_least_float32(weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     with no_autocast(x):

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markdown_it import MarkdownIt
 
 from open_mythos.files import write_text
-from open_mythos.reports.stats import T95
 
 
 @dataclass(frozen=True)
@@ -44,29 +42,6 @@ class Report:
     finding: str
     """One or two sentences with the figures that matter."""
     parts: Sequence[Part]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean, and its 95 % interval (Student's t over independent values, such as seeds); NaN bounds for one."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = T95[min(len(values), 10) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
-def shown(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean with its 95 % interval, as in '0.512 [0.470, 0.554]'."""
-    mean, low, high = interval(values)
-    return f"{mean:{form}}" if math.isnan(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def against(values: Sequence[float] | np.ndarray, level: float) -> str:
-    """Which side of a level the interval of the mean over seeds lies on."""
-    _, low, high = interval([float(x) for x in values])
-    if math.isnan(low):
-        return "one seed, so not told apart from"
-    return "above" if low > level else "below" if high < level else "not told apart from"
 
 
 def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:

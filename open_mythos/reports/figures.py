@@ -1,6 +1,5 @@
-"""Figures. Needs matplotlib, which is the extra `plot`."""
+"""Figures: panels of curves with their intervals, and a heat map. Needs matplotlib, which is the extra `plot`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,127 @@ from typing import Any
 from open_mythos.extras import load
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart by the colour-blind too. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
-Series = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
-"""Places, means, and the lower and upper ends of their intervals, NaN for none."""
+"""Colours that the colour-blind also tell apart. Source: Okabe and Ito 2008, jfly.uni-koeln.de/color."""
+MARKERS = "osDv^xP*"
+"""More marks than colours, so that a colour that comes again has another."""
+DENSE = 12
+"""Points of a curve above which its intervals are drawn as a band, and its marks are thinned out."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure, with the interval from `low` to `high` at each point where both are finite."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    label: str
+    color: int | None = 0
+    """None: a grey dashed line, for a level or for published numbers to compare with."""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    points: bool = False
+    """Marks alone, without a line; those of several curves at one place stand side by side."""
+
+
+def draw_curves(
+    panels: Mapping[str, Sequence[Curve]],
+    path: Path,
+    labels: tuple[str, str],
+    *,
+    columns: int = 1,
+    ticks: Sequence[float] | Mapping[int, str] | None = None,
+    log: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw a panel for each title, with one legend for all: a label has the same colour in every panel.
+
+    Args:
+        path: its ending, .png or .svg, names the format.
+        labels: names of the x and the y axis.
+        columns: panels side by side.
+        ticks: places on the x axis, with their texts or written as they are; None: matplotlib's choice.
+        log: the logarithmic axes, "x", "y" or "xy"; x in powers of two.
+        limits: ends of the y axis.
+    """
+    plt = _pyplot()
+    n_rows = -(-len(panels) // columns)
+    size = (6.4 if columns == 1 else 4.4 * columns, 1.6 + 2.8 * n_rows)
+    figure, grid = plt.subplots(n_rows, columns, figsize=size, layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(c.label for curves in panels.values() for c in curves if c.color is not None))
+    handles: dict[str, Any] = {}
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        for curve in curves:
+            handles[curve.label] = _draw(axes, curve, curves, names)
+        if "x" in log:
+            axes.set_xscale("log", base=2)
+            axes.minorticks_off()
+        if "y" in log:
+            axes.set_yscale("log")
+        if ticks is not None:
+            axes.set_xticks(
+                list(ticks), [f"{x:g}" for x in ticks] if not isinstance(ticks, Mapping) else ticks.values()
+            )
+        elif all(float(x).is_integer() for curve in curves for x in curve.xs):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(limits)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    if len(handles) > 1:
+        columns = 1 if max(map(len, handles)) > 40 else 2
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=columns)
+    _save(plt, figure, path)
+
+
+def _draw(axes: Any, curve: Curve, beside: Sequence[Curve], names: Sequence[str]) -> Any:
+    """Draw one curve and return what the legend shows of it."""
+    if curve.color is None:
+        return axes.plot(curve.xs, curve.ys, color="0.45", linestyle="--", zorder=1)[0]
+    i = names.index(curve.label)
+    xs, style = curve.xs, {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+    style["linestyle"] = "none" if curve.points else ("-", "--", ":")[i // len(COLORS) % 3]
+    if curve.points:
+        # No interval may hide another: points of one place are moved apart.
+        near = [[other for other in beside if other.points and x in other.xs] for x in xs]
+        xs = [x + 0.12 * (others.index(curve) - (len(others) - 1) / 2) for x, others in zip(xs, near, strict=True)]
+    if not len(curve.low) or len(xs) > DENSE:
+        if len(curve.low):
+            axes.fill_between(xs, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
+        return axes.plot(xs, curve.ys, markevery=max(1, len(xs) // DENSE), **style)[0]
+    # Rounding may leave a mean outside an interval without width.
+    below = [max(0.0, y - low) for y, low in zip(curve.ys, curve.low, strict=True)]
+    above = [max(0.0, high - y) for y, high in zip(curve.ys, curve.high, strict=True)]
+    return axes.errorbar(xs, curve.ys, (below, above), capsize=3, **style)
+
+
+def stacked(
+    panels: Mapping[str, Sequence[Curve]], path: Path, labels: tuple[str, str], loops: Sequence[int] | None = None
+) -> None:
+    """Draw shares, a panel below the other; `loops`: a logarithmic axis of these."""
+    draw_curves(panels, path, labels, ticks=loops, log="x" if loops else "", limits=(-0.04, 1.04))
+
+
+def interval_curves(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    labels: tuple[str, str],
+    title: str,
+    path: Path,
+    log_y: bool = False,
+    level: tuple[str, float] | None = None,
+) -> None:
+    """Draw curves of (x, y, low, high) and a level such as chance."""
+    curves = [
+        Curve(xs, ys, name, 0, low, high)
+        for name, points in series.items()
+        for xs, ys, low, high in [tuple(zip(*points, strict=True))]
+    ]
+    if level is not None:
+        places = [x for curve in curves for x in curve.xs]
+        curves.append(Curve((min(places), max(places)), (level[1], level[1]), level[0], None))
+    draw_curves({title: curves}, path, labels, log="y" if log_y else "")
 
 
 def heat_map(
@@ -22,7 +139,7 @@ def heat_map(
     title: str,
     label: str = "hops from the question to the answer",
 ) -> None:
-    """Accuracy by distance (rows, named by `label`) and loops (columns); a line marks where loops equal distance."""
+    """Draw accuracy by distance (rows, named by `label`) and loops (columns); a line separates loops below distance."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     image = axes.imshow(accuracy, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -35,166 +152,17 @@ def heat_map(
     axes.set_xlabel("loops")
     axes.set_ylabel(label)
     # The staircase between too few loops and enough.
-    first_enough = [next((j for j, n in enumerate(loops) if n >= d), len(loops)) for d in distances]
-    xs, ys = [], []
-    for i, j in enumerate(first_enough):
-        xs += [j - 0.5, j - 0.5]
-        ys += [i - 0.5, i + 0.5]
-    axes.plot(xs, ys, color="black", linewidth=2)
+    first_enough = [sum(n < d for n in loops) - 0.5 for d in distances]
+    axes.stairs(
+        first_enough,
+        [i - 0.5 for i in range(len(distances) + 1)],
+        orientation="horizontal",
+        baseline=None,
+        color="black",
+        linewidth=2,
+    )
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="accuracy")
-    _save(plt, figure, path)
-
-
-def loop_curve(values: Sequence[float], loops: Sequence[int], path: Path, label: str, title: str) -> None:
-    """One value for each number of loops, on a logarithmic axis."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.plot(loops, values, marker="o")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(loops), [str(n) for n in loops])
-    axes.set_xlabel("loops")
-    axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    _save(plt, figure, path)
-
-
-def xy_curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    path: Path,
-    labels: tuple[str, str],
-    title: str,
-    log_y: bool = False,
-) -> None:
-    """Several curves, each with its name, on the axes that `labels` name."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        axes.plot(xs, ys, marker="osDv^x"[i % 6], markersize=4, label=name)
-    if log_y:
-        axes.set_yscale("log")
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(plt, figure, path)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of a figure, with a band from `low` to `high` where these are given and finite."""
-
-    xs: Sequence[float]
-    ys: Sequence[float]
-    label: str
-    color: int | None = 0
-    """Place in COLORS; None: a grey dashed line, for what is not ours or is only compared with."""
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-
-
-def stacked(
-    panels: Mapping[str, Sequence[Curve]], path: Path, labels: tuple[str, str], loops: Sequence[int] | None = None
-) -> None:
-    """Shares by what `labels[0]` names, a panel below the other, one legend; `loops`: a logarithmic axis of these."""
-    plt = _pyplot()
-    figure, rows = plt.subplots(len(panels), figsize=(6.4, 1 + 2.6 * len(panels)), layout="constrained", squeeze=False)
-    handles: dict[str, Any] = {}
-    for axes, (title, curves) in zip(rows[:, 0], panels.items(), strict=True):
-        for curve in curves:
-            if curve.color is None:
-                style = {"color": "0.45", "linestyle": "--", "zorder": 1}
-            else:
-                i = curve.color % len(COLORS)
-                every = max(1, len(curve.xs) // 16)
-                style = {"color": COLORS[i], "marker": "osDv^x"[i], "markersize": 4, "markevery": every}
-            (handles[curve.label],) = axes.plot(curve.xs, curve.ys, label=curve.label, **style)
-            if curve.low and all(map(math.isfinite, (*curve.low, *curve.high))):
-                axes.fill_between(curve.xs, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
-        if loops is not None:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(list(loops), [str(n) for n in loops])
-            axes.minorticks_off()
-        axes.set_ylim(-0.04, 1.04)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8, ncols=2)
-    _save(plt, figure, path)
-
-
-def interval_panels(
-    panels: Mapping[str, Mapping[str, Series]],
-    path: Path,
-    labels: tuple[str, str],
-    ticks: Mapping[int, str],
-    level: tuple[str, float] | None = None,
-    log_y: bool = False,
-) -> None:
-    """Panels one under the other, each of several series of points with their intervals; `level` is a dashed line."""
-    plt = _pyplot()
-    size = (6.4, 2.2 * len(panels) + 1.6)
-    figure, rows = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
-    for axes, (title, series) in zip(rows[:, 0], panels.items(), strict=True):
-        for i, (name, (xs, mean, low, high)) in enumerate(series.items()):
-            # Points of one place stand side by side, so that no interval hides another.
-            beside = [[k for k, other in enumerate(series.values()) if x in other[0]] for x in xs]
-            at = [x + 0.12 * (near.index(i) - (len(near) - 1) / 2) for x, near in zip(xs, beside, strict=True)]
-            ends = [[max(0.0, m - x) for m, x in zip(mean, low, strict=True)]]
-            ends.append([max(0.0, x - m) for m, x in zip(mean, high, strict=True)])
-            color, marker = COLORS[i % len(COLORS)], "osDv^x"[i % 6]
-            axes.errorbar(at, mean, ends, color=color, label=name, marker=marker, markersize=5, capsize=3, ls="none")
-        if level is not None:
-            axes.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
-        if log_y:
-            axes.set_yscale("log")
-        axes.set_xticks(list(ticks), list(ticks.values()))
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel(labels[1])
-        axes.grid(alpha=0.3, axis="y")
-    rows[-1, 0].set_xlabel(labels[0])
-    figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
-    _save(plt, figure, path)
-
-
-def interval_curves(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    labels: tuple[str, str],
-    title: str,
-    path: Path,
-    log_y: bool = False,
-    level: tuple[str, float] | None = None,
-) -> None:
-    """Curves of (x, y, low, high) with a bar from low to high (NaN: none), and a level such as chance; x are counts."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(4.8, 5.6), layout="constrained")
-    for i, (name, points) in enumerate(series.items()):
-        xs, ys, low, high = zip(*points, strict=True)
-        color = COLORS[i % len(COLORS)]
-        axes.plot(
-            xs,
-            ys,
-            ("-", "--", ":")[i // len(COLORS) % 3],
-            # More marks than colours, so that a colour that comes again has another.
-            marker="osDv^xP*"[i % 8],
-            markersize=4,
-            color=color,
-            label=name,
-        )
-        axes.vlines(xs, low, high, color=color, alpha=0.6)
-    if level:
-        axes.axhline(level[1], color="black", linestyle=":", label=level[0])
-    if log_y:
-        axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     _save(plt, figure, path)
 
 

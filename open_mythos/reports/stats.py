@@ -1,17 +1,149 @@
-"""Confidence intervals over the sequences that one model read, or over the seeds of one training.
+"""Means with their 95 % intervals: Student's t over seeds, the bootstrap over the windows or sequences of one model.
 
-Shapes: N sequences, K values of a sequence, R resamplings.
+Seeds are the independent repetitions; resampling five of them gives intervals that contain the mean in 83 % of cases.
+Shapes: S seeds, N windows or sequences.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from open_mythos.ops.precision import at_least_float32
+
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 2 to 10 values."""
+"""Student's t at 97.5 % for 2 to 10 values; more values get the last, which makes their interval too wide."""
+ONE_SEED = "one seed, so not told apart from"
+
+
+class Interval(NamedTuple):
+    """Means and the ends of the 95 % intervals around them, three arrays of one shape; NaN ends where there is none."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def over_seeds(values: ArrayLike) -> Interval:
+    """Compute Student's t interval of the mean over the first axis of (S, ...); one seed has no interval."""
+    x = np.asarray(values, dtype=np.float64)
+    mean, n = x.mean(0), len(x)
+    if n < 2:
+        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
+    half = T95[min(n, 10) - 2] * x.std(0, ddof=1) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def bootstrap(values: ArrayLike) -> Interval:
+    """Compute the mean over the first axis of (N, ...) without its NaN, and the 95 % interval of 2,000 resamplings."""
+    x = np.asarray(values, dtype=np.float64)
+    mean, n = np.nanmean(x, 0), len(x)
+    if n < 2:
+        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
+    flat, counts = x.reshape(n, -1), _resamplings(n)
+    means = (counts @ np.nan_to_num(flat)) / (counts @ ~np.isnan(flat))
+    low, high = np.nanquantile(means, (0.025, 0.975), axis=0)
+    return Interval(mean, low.reshape(mean.shape), high.reshape(mean.shape))
+
+
+@functools.lru_cache(8)
+def _resamplings(n: int) -> np.ndarray:
+    """(2000, n): how often each of `n` values was drawn, with replacement; the same draws in every call."""
+    draws = np.random.default_rng(0).integers(n, size=(2000, n))
+    return np.stack([np.bincount(drawn, minlength=n) for drawn in draws]).astype(np.float64)
+
+
+class Estimate:
+    """A number measured once per seed; its text is the mean with the interval, as in '0.512 [0.470, 0.554]'.
+
+    A format specification is that of the numbers: f"{estimate:+.2f}". Differences are paired by seed.
+    """
+
+    def __init__(self, by_seed: ArrayLike, form: str = ".3f") -> None:
+        self.by_seed = np.asarray(by_seed, dtype=np.float64)
+        self.form = form
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """The mean and the two ends of its interval, NaN for one seed."""
+        mean, low, high = over_seeds(self.by_seed)
+        return float(mean), float(low), float(high)
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return self.interval[0]
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """Subtract seed by seed."""
+        return Estimate(self.by_seed - other.by_seed, self.form)
+
+    def __format__(self, form: str) -> str:
+        """Write mean and interval with the format specification of a float."""
+        mean, low, high = (f"{x:{form or self.form}}" for x in self.interval)
+        return mean if len(self.by_seed) < 2 else f"{mean} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def side(self, level: float) -> str:
+        """Name the side of a level that the interval lies on: above, below, or not told apart from."""
+        _, low, high = self.interval
+        if math.isnan(low):
+            return ONE_SEED
+        return "above" if low > level else "below" if high < level else "not told apart from"
+
+
+class TextEstimate(Estimate):
+    """A number measured on N windows of text by each of S models, (S, N): its interval is that of the text.
+
+    It says nothing of another seed, so `verdict` also asks every seed for the sign.
+    """
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """The mean and the ends of the bootstrap interval over windows, with the mean over seeds in each window."""
+        _, low, high = bootstrap(self.by_seed.mean(0))
+        return float(self.by_seed.mean()), float(low), float(high)
+
+    def between(self, form: str) -> str:
+        """Write the interval alone, as in '0.470 to 0.554'."""
+        _, low, high = self.interval
+        return f"{low:{form}} to {high:{form}}"
+
+    def verdict(self) -> str:
+        """Name the sign where the interval and every seed agree on it: higher, lower, or undecided."""
+        _, low, high = self.interval
+        means = self.by_seed.mean(1)
+        if low > 0 and (means > 0).all():
+            return "higher"
+        return "lower" if high < 0 and (means < 0).all() else "undecided"
+
+
+def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross-entropy in bits, (B, T), of labels (B, T) under logits (B, T, V)."""
+    return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Return the mean over seeds with the ends of its interval; `Estimate(values).interval`."""
+    return Estimate(values).interval
+
+
+def shown(values: Sequence[float] | np.ndarray, form: str = ".3f") -> str:
+    """Write the mean over seeds with its interval; `str(Estimate(values, form))`."""
+    return format(Estimate(values), form)
+
+
+def against(values: Sequence[float] | np.ndarray, level: float) -> str:
+    """Name the side of a level that the interval over seeds lies on; `Estimate(values).side(level)`."""
+    return Estimate(values).side(level)
 
 
 class Band(NamedTuple):
@@ -23,30 +155,6 @@ class Band(NamedTuple):
 
 
 def mean_band(values: Sequence[Tensor]) -> Band:
-    """The mean over sequences, then over models: by `bootstrap` for one, for several Student's t over their means.
-
-    Seeds are the independent repetitions: resampling five of them makes intervals that hold the mean in 83 % of cases.
-
-    Args:
-        values: one (N, K) for each model; N may differ. NaN is left out.
-    """
-    if len(values) == 1:
-        return bootstrap(values[0])
-    means = torch.stack([x.double().nanmean(0) for x in values])
-    n = len(means)
-    mean, half = means.mean(0), T95[min(n, 10) - 2] * means.std(0) / math.sqrt(n)
-    return Band(mean, mean - half, mean + half)
-
-
-def bootstrap(x: Tensor, draws: int = 2000) -> Band:
-    """The mean of (N, K) over sequences, with percentiles of its resampled values; NaN bounds for one sequence."""
-    x, n = x.double(), len(x)
-    mean = x.nanmean(0)
-    if n == 1:
-        nothing = torch.full_like(mean, torch.nan)
-        return Band(mean, nothing, nothing)
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    resampled = (counts @ x.nan_to_num()) / (counts @ (~x.isnan()).double())
-    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return Band(mean, low, high)
+    """Compute the interval over the sequences of a single model (N, K), or over the means of several models."""
+    found = bootstrap(values[0]) if len(values) == 1 else over_seeds([np.nanmean(np.asarray(x), 0) for x in values])
+    return Band(*map(torch.from_numpy, found))

@@ -1,11 +1,11 @@
-"""What the commands draw in a terminal."""
+"""Output of the commands in a terminal: progress, tables, and text coloured by loops."""
 
 import math
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,33 +17,33 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-# From one loop (pale) to the most (dark red); readable on light and dark backgrounds.
+# From one loop (pale) to the most loops (dark red); readable on light and dark backgrounds.
 LOOP_COLORS = ("#9ecae1", "#6baed6", "#74c476", "#a1d99b", "#fed976", "#fd8d3c", "#fc4e2a", "#e31a1c")
 PLAIN_LINE_S = 5.0
 """Seconds between two plain lines of progress."""
 
 
 def write(console: Console, text: str, style: str = "") -> None:
-    """Write text as it is, in a colour where the console has colours."""
+    """Write text unchanged, in a colour where the console has colours."""
     if style and console.is_terminal:
         console.print(Text(text, style), end="")
     else:
-        # Unchanged, which rich would not leave it: it expands tabs.
+        # Not written by rich, which would expand tabs.
         console.file.write(text)
         console.file.flush()
 
 
 def loop_style(loops: int, most: int) -> str:
-    """The colour of a token that took `loops` of at most `most` loops."""
+    """Choose the colour of a token that took `loops` of at most `most` loops."""
     place = max(0, loops - 1) / max(1, most - 1)
     return f"bold {LOOP_COLORS[min(len(LOOP_COLORS) - 1, int(place * len(LOOP_COLORS)))]}"
 
 
 def shaded(pieces: Sequence[tuple[str, int]], most: int) -> Text:
-    """Pieces of text, each coloured by the loops it took."""
+    """Join pieces of text, each coloured by the loops it took."""
     text = Text()
     for piece, loops in pieces:
         text.append(piece, style=loop_style(loops, most))
@@ -51,7 +51,7 @@ def shaded(pieces: Sequence[tuple[str, int]], most: int) -> Text:
 
 
 def loop_legend(most: int) -> Text:
-    """The colours of 1 to `most` loops."""
+    """Show the colours of 1 to `most` loops."""
     legend = Text("loops: ", style="dim")
     for loops in range(1, most + 1) if most <= 16 else sorted({1 + i * (most - 1) // 7 for i in range(8)}):
         legend.append(f" {loops} ", style=f"{loop_style(loops, most)} reverse")
@@ -59,24 +59,30 @@ def loop_legend(most: int) -> Text:
 
 
 def loop_summary(console: Console, loops: Sequence[int], most: int) -> str | Text:
-    """The mean loops of the tokens, with the colours' meaning where the console has shown colours."""
+    """Write the mean loops of the tokens, with the meaning of the colours if the console has colours."""
     mean = f"{sum(loops) / len(loops):.2f} loops per token on average"
     if console.is_terminal:
         return loop_legend(most).append(f"   {mean}", style="not bold")
     return f"{mean} (in a terminal each token has the colour of its loops)"
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None) -> Table:
+    """Make a table of cells aligned right; a cell of plain text is shown as it is, without rich's markup."""
+    made = Table(*(Column(Text(name), justify="right", overflow="fold") for name in head), title=title)
+    for row in rows:
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
+
+
 def accuracy_table(
     title: str, distances: Sequence[int], loops: Sequence[int], accuracy: Sequence[Sequence[float]]
 ) -> Table:
-    """Accuracy by distance (rows) and loops (columns), coloured from red (0) to green (1)."""
-    table = Table(title=title, title_style="bold")
-    table.add_column("hops \\ loops", justify="right", style="bold")
-    for n_loops in loops:
-        table.add_column(str(n_loops), justify="right")
-    for distance, row in zip(distances, accuracy, strict=True):
-        table.add_row(str(distance), *[Text(f"{value:.2f}", style=_accuracy_style(value)) for value in row])
-    return table
+    """Make a table of accuracy by distance (rows) and loops (columns), coloured from red (0) to green (1)."""
+    rows = [
+        [Text(str(distance), style="bold"), *(Text(f"{value:.2f}", style=_accuracy_style(value)) for value in row)]
+        for distance, row in zip(distances, accuracy, strict=True)
+    ]
+    return table(["hops \\ loops", *map(str, loops)], rows, title)
 
 
 def _accuracy_style(value: float) -> str:
@@ -85,18 +91,18 @@ def _accuracy_style(value: float) -> str:
 
 
 class ProgressLine:
-    """How far a command is: a bar in a terminal, and a plain line every few seconds where the output is none.
+    """Shows how far a command is: a bar in a terminal, and in a log file a plain line every few seconds.
 
-    The plain lines are "khop: step 120/1,000  loss 2.31  12,345 tokens/s  3 min left"; the first and the last step
-    always have one.
+    A plain line is "khop: step 120/1,000  loss 2.31  12,345 tokens/s  3 min left"; the first and the last step always
+    have one.
 
     Args:
-        total: steps, or whatever the work is measured in.
-        label: what is under way.
+        total: number of steps, or the amount of work in any other unit.
+        label: name of the work that is under way.
         enabled: False shows nothing.
         done: steps of an earlier part of the same run.
-        unit: the name of a step; "" where steps mean nothing to a user, who then reads a share in percent.
-        clock: seconds, from any start.
+        unit: name of a step; "" shows the share in percent, for work whose steps mean nothing to a user.
+        clock: seconds since any start.
     """
 
     def __init__(
@@ -111,11 +117,9 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = Console(stderr=stderr, highlight=False)
-        self._total, self._label, self._unit, self._clock = total, label, unit, clock
         self._plain = enabled and not self._console.is_terminal
-        self._done = self._first = done
-        self._numbers = ""
-        self._began, self._printed_s, self._printed = clock(), -math.inf, done
+        self._unit, self._clock, self._first = unit, clock, done
+        self._began, self._printed_s, self._printed = clock(), -math.inf, float(done)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -125,29 +129,31 @@ class ProgressLine:
             console=self._console,
             disable=not enabled or self._plain,
         )
-        self._task = self._bar.add_task(label, total=total, completed=done, numbers="")
+        self._total = total
+        self._bar.add_task(label, total=total, completed=done, numbers="")
+        (self._task,) = self._bar.tasks
 
     def advance(self, numbers: Mapping[str, float] | None = None, steps: float = 1, label: str | None = None) -> None:
-        """So many steps are done; `numbers` and `label` replace what the line shows."""
-        self._done += steps
+        """Count `steps` as done; `numbers` and `label` replace what the line shows."""
+        shown = self._task.fields["numbers"]
         if numbers is not None:
-            self._numbers = "  ".join(_number(name, value) for name, value in numbers.items())
-        self._label = self._label if label is None else label
-        self._bar.update(self._task, advance=steps, numbers=self._numbers, description=self._label)
-        if self._clock() - self._printed_s >= PLAIN_LINE_S or self._done >= self._total:
+            shown = "  ".join(_number(name, value) for name, value in numbers.items())
+        self._bar.update(self._task.id, advance=steps, description=label, numbers=shown)
+        if self._clock() - self._printed_s >= PLAIN_LINE_S or self._task.completed >= self._total:
             self._print()
 
     def _print(self) -> None:
-        if not self._plain or self._done == self._printed:
+        done, total = self._task.completed, self._total
+        if not self._plain or done == self._printed:
             return
         now = self._clock()
-        done, total = int(self._done), int(self._total)
-        place = f"{self._unit} {done:,}/{total:,}" if self._unit else f"{self._done / self._total:.0%}"
-        left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
-        parts = [f"{self._label}: {place}", self._numbers, f"{duration(left)} left" if self._done < self._total else ""]
-        # Not by rich, which would break the line at 80 columns.
+        place = f"{self._unit} {int(done):,}/{int(total):,}" if self._unit else f"{done / total:.0%}"
+        left_s = (now - self._began) / (done - self._first) * (total - done)
+        left = f"{duration(left_s)} left" if done < total else ""
+        parts = [f"{self._task.description}: {place}", self._task.fields["numbers"], left]
+        # Not printed by rich, which would break the line at 80 columns.
         print("  ".join(filter(None, parts)), file=self._console.file, flush=True)
-        self._printed, self._printed_s = self._done, now
+        self._printed, self._printed_s = done, now
 
     def __enter__(self) -> "ProgressLine":
         self._bar.start()
@@ -164,7 +170,7 @@ def _number(name: str, value: float) -> str:
 
 
 def program() -> str:
-    """How this shell calls the command: `mythos` where it is on PATH, else by its place, as in .venv/bin/mythos."""
+    """Name the command as this shell calls it: `mythos` if it is on PATH, else by its path, as in .venv/bin/mythos."""
     if shutil.which("mythos") is not None:
         return "mythos"
     script = Path(sys.executable).with_name("mythos")
@@ -175,7 +181,7 @@ def program() -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as one says it: 40 s, 3 min, 2 h 10 min, 5 days."""
+    """Write a time for people: 40 s, 3 min, 2 h 10 min, 5 days."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)

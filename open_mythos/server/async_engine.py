@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from open_mythos.engine.engine import Engine, Request, TokenEvent
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 
 T = TypeVar("T")
 Wanted = tuple[list[int], SamplingParams]

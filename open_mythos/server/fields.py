@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from open_mythos.generation.sampling import MAX_LOGIT_BIASES
+from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES
 
 MAX_FIELDS = 64
 """Fields of a request and of each object in it, at most."""

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from open_mythos.engine.sampling_params import MAX_LOGPROBS as MAX_CHAT_LOGPROBS
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import MAX_LOGPROBS as MAX_CHAT_LOGPROBS
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.server.fields import (
     MAX_ANSWERS,
     MAX_BEST_OF,
@@ -63,7 +63,7 @@ class Asked(Fields):
     n_loops: Count | None = None
     min_loops: Count | None = None
     exit: Exit | None = None
-    exit_threshold: Annotated[float, Field(ge=0)] | None = None
+    exit_threshold: Annotated[float, Field(gt=0)] | None = None
 
     # For other servers' sake; they change nothing here.
     user: Annotated[str, Field(max_length=256)] = ""

@@ -125,7 +125,7 @@ def check_ids(
 
 
 def _overlaps(part: Sequence[int], ids: Sequence[int], where: range) -> bool:
-    """Whether `part` stands among the ids so that at least one of it is in `where`."""
+    """Return whether `part` stands among the ids so that at least one of it is in `where`."""
     part, n = list(part), len(part)
     last = min(where.stop, len(ids) - n + 1)
     at = max(0, where.start - n + 1)
@@ -169,7 +169,7 @@ def turns_unknown(folder: str | Path, remedy: str) -> str | None:
 
 
 def check_messages(messages: object) -> Sequence[Message]:
-    """The messages, or BadMessages for what is no list of messages with known roles and texts without markers."""
+    """Return the messages. Raise BadMessages unless they have known roles and texts without markers."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise BadMessages("no messages", f'messages={messages!r:.60} must be a list like [{{"role": "user", ...}}]')
     for place, message in enumerate(messages):
@@ -188,7 +188,7 @@ def check_messages(messages: object) -> Sequence[Message]:
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | str:
-    """What ends an answer, as `stop` of `generate` takes it."""
+    """Return what ends an answer, as `stop` of `generate` takes it."""
     return END if tokenizer.eos_id is None else tokenizer.eos_id
 
 
@@ -202,7 +202,7 @@ def reply(
     top_k: int | None = 50,
     seed: int | None = None,
 ) -> str:
-    """The assistant's next message; the arguments are those of `generate`."""
+    """Return the assistant's next message; the arguments are those of `generate`."""
     ids, _ = render(messages, tokenizer, reply=True)
     stop = end_of_turn(tokenizer)
     out = model.generate(ids, max_new_tokens, n_loops, temperature, top_k, stop=stop, tokenizer=tokenizer, seed=seed)

@@ -1,4 +1,4 @@
-"""The text of an answer as it comes, up to a stop string."""
+"""Text of an answer as its tokens arrive, up to a stop string."""
 
 from collections.abc import Sequence
 
@@ -18,22 +18,22 @@ class AnswerText:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
         self.stopped: str | None = None
-        """The stop string that was found."""
+        """Stop string that ended the text; None before that."""
         self.added = ""
-        """Text that the last id adds, including what `push` has not returned yet because it may begin a stop string."""
+        """Text that the last id adds, including a possible beginning of a stop string that `push` has not returned."""
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stops = tuple(stops)
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain with `token_id`; empty once stopped."""
+        """Return the text that is certain with `token_id`; empty once stopped."""
         if self.stopped is not None:
             return ""
         self.added = self._stream.push(token_id)
         return self._take(self.added)
 
     def flush(self) -> str:
-        """The text still held back, once no id follows; half a character may complete a stop string of U+FFFD."""
+        """Return the pending text at the end. An incomplete character, U+FFFD, may complete a stop string."""
         if self.stopped is not None:
             return ""
         rest = self._stream.flush()

@@ -1,6 +1,6 @@
 """The text and the bytes of single tokens, as they stand inside a text.
 
-To decode a token alone loses the space that SentencePiece-like vocabularies write before a word, since a text does not
+Decoding a token alone loses the space that SentencePiece-like vocabularies write before a word, since a text does not
 begin with one; and half a character is no text at all, but it has bytes.
 """
 
@@ -17,7 +17,7 @@ _TRIED = 4096
 
 @dataclass(frozen=True)
 class TokenText:
-    """What a token adds to a text."""
+    """Text and bytes that a token adds to a text."""
 
     text: str
     """With U+FFFD for a part of a character; empty for a special token."""
@@ -56,7 +56,7 @@ class TokenTexts:
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
-    """What the vocabulary calls a token; empty if it has none of that id."""
+    """Return what the vocabulary calls a token; empty if it has none of that id."""
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.backend.id_to_token(token) or ""
     roles = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>", tokenizer.pad_id: "<pad>"}
@@ -64,7 +64,7 @@ def _name(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _raw(tokenizer: Tokenizer, token: int, text: str) -> bytes:
-    """The bytes of a token whose text holds U+FFFD."""
+    """Return the bytes of a token whose text holds U+FFFD."""
     if isinstance(tokenizer, ByteTokenizer):
         return bytes([token])
     name = _name(tokenizer, token)
@@ -77,7 +77,7 @@ def _raw(tokenizer: Tokenizer, token: int, text: str) -> bytes:
 
 
 def _byte_level() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for, as GPT-2 has laid down.
+    """Return the byte that each character of a byte-level vocabulary stands for, as GPT-2 has laid down.
 
     Printable characters of Latin-1 stand for themselves; the other bytes, in order, for the characters from 256 on.
     """

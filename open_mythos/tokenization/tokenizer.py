@@ -1,4 +1,4 @@
-"""Text to ids and back: raw bytes, a BPE trained on a file, the symbols of a synthetic task, or a published vocabulary.
+"""Tokenizers: raw bytes, a BPE trained on a file, the symbols of a synthetic task, or a published vocabulary.
 
     tokenizer = BPETokenizer.train_from_text(novel(), vocab_size=2048)
     tokenizer.save(folder)
@@ -36,7 +36,7 @@ OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer; an id that has no such token is None."""
+    """Interface of all tokenizers. The id of a special token that a vocabulary lacks is None."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,11 +54,11 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that mark something instead of being text. What stands for unknown characters is text."""
+        """Ids of marks that are not text. The token for unknown characters is text."""
         ...
 
     def normalize(self, text: str) -> str:
-        """The text that is cut into tokens: `text`, or what a vocabulary makes of it first, such as lower case."""
+        """Return the text that is split into tokens: `text` after the normalizer, such as lower case."""
         ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -203,7 +203,7 @@ class BPETokenizer:
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """The same from many texts, which are read once."""
+        """Train as `train_from_text` does, on an iterable of texts that is consumed once."""
         if type(vocab_size) is not int or not ByteTokenizer.vocab_size <= vocab_size <= MAX_ENTRIES:
             raise ValueError(
                 f"vocab_size={shown(vocab_size)} must be an integer of at most {MAX_ENTRIES} and at least 259; "
@@ -322,7 +322,7 @@ class TextStream:
         self._n_shown = len(tokenizer.decode(self._ids))  # characters of their text that were given out
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete."""
+        """Return the text that `token_id` completes; empty while a character is incomplete."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
         n_open = len(self._ids) - self._n_whole
@@ -342,7 +342,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """The text still held back, once no id follows."""
+        """Return the text still held back, once no id follows."""
         return self._tokenizer.decode(self._ids)[self._n_shown :]
 
     def _forget(self, text: str) -> None:
@@ -354,7 +354,7 @@ class TextStream:
 
 
 def _context(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """The last few ids: enough to show text, and only whole characters where the ids hold such."""
+    """Return the last few ids: enough to show text, and only whole characters where the ids hold such."""
     n = 16
     while n < len(ids) and ("\ufffd" in (text := tokenizer.decode(ids[-n:])) or not text):
         n *= 2
@@ -372,14 +372,14 @@ def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
+    """Return the tokenizer that a name stands for: "bytes", a folder, a `tokenizer.json`, or a model of the hub."""
     if name == "bytes":
         return ByteTokenizer()
     return load_tokenizer(name) if Path(name).is_dir() else MythosTokenizer(name)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder, such as a model folder.
+    """Return the tokenizer that was saved in a folder, such as a model folder.
 
     Raises:
         FileNotFoundError: the folder holds no tokenizer.

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.linear import captured, linear, outer
-from open_mythos.ops.precision import no_autocast, wide
+from open_mythos.ops.linear import is_traced, linear, outer
+from open_mythos.ops.precision import at_least_float32, no_autocast
 from open_mythos.tasks.task import IGNORE
 
 CHUNK_BYTES = 2**24
@@ -34,9 +34,9 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tok
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     n = chunk_tokens or tokens_per_chunk(head)
-    if n >= len(labels) or captured():
+    if n >= len(labels) or is_traced():
         with no_autocast(hidden):
-            return F.cross_entropy(wide(linear(hidden, head)), labels, ignore_index=IGNORE)
+            return F.cross_entropy(at_least_float32(linear(hidden, head)), labels, ignore_index=IGNORE)
     return _Chunked.apply(hidden, head, labels, n)
 
 
@@ -83,7 +83,7 @@ def _sums(
             x, label = hidden[start : start + n], labels[start : start + n, None]
             labelled = label != IGNORE
             label = label.where(labelled, 0)
-            log_p = wide(linear(x, head)).log_softmax(-1)
+            log_p = at_least_float32(linear(x, head)).log_softmax(-1)
             loss -= log_p.gather(1, label).where(labelled, 0).sum()
             if grad_hidden is None and grad_head is None:
                 continue

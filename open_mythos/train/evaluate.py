@@ -13,7 +13,7 @@ from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.nn.inputs import check_n_loops
 from open_mythos.ops.linear import linear
-from open_mythos.ops.precision import no_autocast, wide
+from open_mythos.ops.precision import at_least_float32, no_autocast
 from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.cross_entropy import tokens_per_chunk
 
@@ -60,7 +60,7 @@ def evaluate(model: OpenMythos, batch: Batch, n_loops: int | None = None, chunk_
             n, right = tokens_per_chunk(out.head), []
             for hidden, label in zip(out.hidden.flatten(0, 1).split(n), labels.flatten().split(n), strict=True):
                 with no_autocast(hidden):
-                    logits = wide(linear(hidden, out.head))
+                    logits = at_least_float32(linear(hidden, out.head))
                 nats += F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum").item()
                 right.append((logits.argmax(-1) == label) | (label == IGNORE))
             labelled = (labels != IGNORE).any(-1)

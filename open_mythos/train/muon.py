@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
-from open_mythos.ops.linear import MANY_PRODUCTS, fast, linear
+from open_mythos.ops.linear import MANY_PRODUCTS, linear, uses_onednn
 from open_mythos.train.config import AdjustLR
 from open_mythos.train.owners import Owners
 
@@ -40,7 +40,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         y = y.mT
     # A matrix without gradient (an expert that saw no token) stays 0 instead of becoming NaN.
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if fast(y) and y.size(-2) * y[:1].numel() >= MANY_PRODUCTS:
+    if uses_onednn(y) and y.size(-2) * y[:1].numel() >= MANY_PRODUCTS:
         y = torch.stack([_iterate_alone(one) for one in y])
     else:
         y = _iterate(y)

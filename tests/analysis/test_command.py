@@ -53,7 +53,7 @@ def test_text_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 def test_prompts_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the run's config.yaml names; the figures are another test's."""
-    monkeypatch.setattr(analyze_report, "xy_curves", lambda series, path, *_: path.write_text("<svg/>"))
+    monkeypatch.setattr(analyze_report, "draw_curves", lambda panels, path, *_, **how: path.write_text("<svg/>"))
     recipe = load_recipe("tiny-khop")
     scaled(dataclasses.replace(recipe.model, dim=16)).save_pretrained(tmp_path / "final")
     recipe.data.tokenizer().save(tmp_path / "final")

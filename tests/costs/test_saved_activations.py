@@ -13,8 +13,9 @@ from open_mythos.costs.saved_activations import Path, one_loop
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import KeyValues, Scratch, View
 from open_mythos.nn.depth import LoopPlan
-from open_mythos.nn.experts import StackedExperts, by_group
+from open_mythos.nn.moe import StackedExperts
 from open_mythos.nn.recurrent import RecurrentBlock
+from open_mythos.ops.experts import by_group
 
 ROWS = 4
 SMALL = MythosConfig(
@@ -66,7 +67,7 @@ def test_a_loop_keeps_what_the_formula_says(options: dict, how: str, monkeypatch
             "forward",
             lambda self, x, chosen, gates, weights: by_group(x.bfloat16(), chosen, gates.bfloat16(), weights),
         )
-    monkeypatch.setattr("open_mythos.nn.experts.SMALL", 0)  # one expert after another, as with many tokens
+    monkeypatch.setattr("open_mythos.ops.experts.FEW_PRODUCTS", 0)  # one expert after another, as with many tokens
     got = held_bytes(cfg, T, 3, autocast) - held_bytes(cfg, T, 2, autocast)
     planned = ROWS * T * one_loop(cfg, path, T).total
     # What the formulas leave out: rotary tables, one for all rows; rows that pad an expert's; bf16 copies of weights

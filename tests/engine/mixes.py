@@ -10,8 +10,8 @@ from torch import Tensor
 from open_mythos import OpenMythos
 from open_mythos.accounting import n_layers
 from open_mythos.engine.engine import Engine, EngineConfig, Request
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.generation.sampling_params import SamplingParams
 from tests.models import RULES, THRESHOLDS
 
 COSTS = StepCosts(Curve({1: 2e-3, 8: 3e-3, 64: 9e-3}), Curve({1: 3e-3, 64: 8e-3}))

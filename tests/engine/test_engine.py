@@ -12,7 +12,7 @@ from torch import Tensor
 
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine, EngineConfig
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import KL, Decision, HaltingRule, LatentDiff, SecondDifference, State
 from tests.engine.mixes import COSTS, Load, alone, carry_out, random_load
 from tests.models import CASES, PARTS, scaled, tiny, worst

@@ -7,9 +7,9 @@ import torch
 
 from open_mythos.accounting import kv_bytes_per_token
 from open_mythos.engine.engine import Engine, EngineConfig
-from open_mythos.engine.sampling_params import SamplingParams
 from open_mythos.engine.scheduler import QueueFull
 from open_mythos.engine.sequence import Phase
+from open_mythos.generation.sampling_params import SamplingParams
 from tests.engine.mixes import COSTS, Outcome, empty, record
 from tests.models import scaled, tiny
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from open_mythos.engine.engine import Engine, EngineConfig, Request
-from open_mythos.engine.sampling_params import SamplingParams
+from open_mythos.generation.sampling_params import SamplingParams
 from tests.engine.mixes import COSTS
 from tests.models import scaled, tiny
 

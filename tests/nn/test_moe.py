@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from open_mythos import Expert, MoEFFN
 from open_mythos.nn.cache import make_view
-from open_mythos.nn.experts import grouped_linear
+from open_mythos.ops.grouped_linear import grouped_linear
 from tests import reference
 from tests.models import tiny, worst, worst_of
 
@@ -178,11 +178,13 @@ def test_tokens_travel_in_autocasts_dtype(monkeypatch: pytest.MonkeyPatch) -> No
     """To spread experts, which are here all with one process."""
     sent = []
 
-    def through_owners(x: Tensor, chosen: Tensor, gates: Tensor, n: int, group: None, experts: Callable) -> Tensor:
+    def dispatch_and_combine(
+        x: Tensor, chosen: Tensor, gates: Tensor, n: int, group: None, experts: Callable
+    ) -> Tensor:
         sent.append(x.dtype)
         return experts(x, chosen, gates)
 
-    monkeypatch.setattr("open_mythos.nn.experts.through_owners", through_owners)
+    monkeypatch.setattr("open_mythos.nn.moe.dispatch_and_combine", dispatch_and_combine)
     moe, x = build(torch.float32), torch.randn(7, tiny().dim)
     with torch.autocast("cpu", torch.bfloat16):
         alone = moe(x)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.nn import experts
 from open_mythos.nn.mlp import Expert
+from open_mythos.ops import experts
 from open_mythos.ops.causal_attention import CausalAttention
 from open_mythos.ops.linear import Linear, linear
 from tests.models import worst, worst_of

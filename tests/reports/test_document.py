@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from open_mythos.reports.document import Figure, Report, Table, against, interval, shown, write_record
+from open_mythos.reports.document import Figure, Report, Table, write_record
 
 RESULTS = {
     "name": "made-up", "title": "Does <this> work?", "question": "Does it?", "protocol": "We *look*; see `khop`.",
@@ -89,25 +88,3 @@ def test_html_holds_the_figure_and_the_table(out: Path) -> None:
     assert cells == [["loops", "P(a|b)"], ["1", "0.5"], ["2", "<b>1</b>"]]
     assert body.findtext(".//title") == RESULTS["title"]
     assert [heading.text for heading in body.iterfind(".//h2")] == ["Protocol", "What it says"]
-
-
-def test_interval_is_that_of_students_t() -> None:
-    # 2.776 * sqrt(2.5 / 5), by hand.
-    mean, low, high = interval([1, 2, 3, 4, 5])
-    assert (mean, high - mean) == (3, pytest.approx(1.963, abs=5e-4)) and mean - low == pytest.approx(high - mean)
-    assert shown([1, 2, 3, 4, 5], ".2f") == "3.00 [1.04, 4.96]"
-    # More than 10 values are given the interval of 10 degrees of freedom less one: never narrower than it is.
-    mean, low, high = interval([0, 1] * 8)
-    assert high - mean == pytest.approx(2.262 * math.sqrt(4 / 15) / 4)
-
-
-def test_one_value_has_no_interval() -> None:
-    assert interval([0.5])[0] == 0.5 and math.isnan(interval([0.5])[1])
-    assert shown([0.5]) == "0.500"
-
-
-def test_a_side_is_named_only_where_the_interval_is_on_it() -> None:
-    assert against([0.6, 0.61, 0.62], 0.5) == "above"
-    assert against(np.array([0.4, 0.41, 0.42]), 0.5) == "below"
-    assert against([0.3, 0.5, 0.9], 0.5) == "not told apart from"
-    assert against([0.9], 0.5) == "one seed, so not told apart from"

@@ -145,8 +145,8 @@ MANY: dict[str, dict[str, Any]] = {
 def test_entries_are_counted_before_the_library_sees_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("open_mythos.tokenizer_limits.MAX_ENTRIES", 100)
-    monkeypatch.setattr("open_mythos.tokenizer_limits.MAX_ADDED", 50)
+    monkeypatch.setattr("open_mythos.tokenization.limits.MAX_ENTRIES", 100)
+    monkeypatch.setattr("open_mythos.tokenization.limits.MAX_ADDED", 50)
     monkeypatch.setattr("tokenizers.Tokenizer.from_str", lambda text: pytest.fail("the library read it"))
     write(tmp_path, **MANY[name])
     with pytest.raises(ValueError, match=rf"{name} has \d+ entries, and may have \d+; use"):

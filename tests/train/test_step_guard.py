@@ -33,7 +33,7 @@ class Injector:
     def __init__(self, run: Trainer) -> None:
         self.site, self.value, self.rng = "", 0.0, random.Random(0)
         self._wrap(module, "total_loss", lambda found: (self.spoil("loss", found[0]), found[1]))
-        self._wrap(moe, "wide_linear", lambda logits: self.spoil("router", logits))
+        self._wrap(moe, "float32_linear", lambda logits: self.spoil("router", logits))
         self._wrap(run.spread, "gradients", self._spoil_gradient)
         run.model.prelude[0].register_forward_hook(lambda _, __, y: self._spoil_backward(self.spoil("activation", y)))
         if run.model.recurrent is not None and run.model.recurrent.act is not None:

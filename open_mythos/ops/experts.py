@@ -1,79 +1,36 @@
-"""The routed experts: E SwiGLU networks in two stacked parameters, each applied to the tokens that chose it.
+"""Routed experts: E SwiGLU networks in two stacked matrices, each applied to the tokens that chose it.
 
-One definition, five ways to compute it, chosen by shapes and device only. `by_group` is torch's own differentiable
-operators and serves wherever nothing below is better; the others are for a CPU.
+One definition, five ways to compute it; shapes and device alone decide which. `by_group` consists of torch's own
+differentiable operators and serves wherever no other way is better; the others are for a CPU.
 
 Shapes: N tokens, C experts chosen per token, M = N * C pairs of both, D width, E experts, F expert width.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
-from open_mythos.nn.mlp import silu_product, swiglu_backward
-from open_mythos.nn.token_dispatch import through_owners
 from open_mythos.ops.batch_invariant import invariant
 from open_mythos.ops.grouped_linear import grouped_linear
-from open_mythos.ops.linear import autocasts, captured, kept, linear, outer, streams
+from open_mythos.ops.linear import is_traced, linear, materialize, outer, prefers_compiled_sum
+from open_mythos.ops.swiglu import silu_product, swiglu_backward
 
-Weights = tuple[Tensor, Tensor]
+ExpertWeights = tuple[Tensor, Tensor]
 """gate_up (E, 2 F, D), down (E, D, F)"""
 
 FEW_PAIRS = 16
-"""Up to so many pairs are computed one by one: sorting them would cost more than reading an expert twice."""
-SMALL = 2**24
+"""Number of pairs up to which each is computed alone: sorting them would cost more than reading an expert twice."""
+FEW_PRODUCTS = 2**24
 """Multiplications up to which computing every expert for every token is cheaper than sorting the tokens."""
 GROUP_MULTIPLE = 8
 """Rows of a group are padded to a multiple of this: oneDNN compiles a kernel for each shape (0.3 ms), so few shapes."""
 
 
-class StackedExperts(nn.Module):
-    """sum over a token's chosen experts of gate * down(silu(g) * u), with g, u = gate_up(x)."""
-
-    def __init__(self, n_experts: int, dim: int, expert_dim: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * expert_dim, dim))
-        self.down = nn.Parameter(torch.empty(n_experts, dim, expert_dim))
-        nn.init.normal_(self.gate_up, std=0.02)
-        nn.init.normal_(self.down, std=0.02)
-        self.group: ProcessGroup | None = None
-        """Processes that hold E / size experts each, in the order of their ranks; None: all are here."""
-
-    def spread_over(self, group: ProcessGroup) -> None:
-        """Keep this process's experts only, and let every call send tokens to the process of their experts."""
-        mine = slice(group.rank() * (n := len(self.gate_up) // group.size()), (group.rank() + 1) * n)
-        self.gate_up, self.down = (nn.Parameter(p.detach()[mine].clone()) for p in (self.gate_up, self.down))
-        self.group = group
-
-    def weights(self, x: Tensor) -> Weights:
-        """The parameters as products with x take them: under autocast copies in its dtype."""
-        if not autocasts(x):
-            return self.gate_up, self.down
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return self.gate_up.to(dtype), self.down.to(dtype)
-
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights | None = None) -> Tensor:
-        """x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's.
-
-        Args:
-            weights: what `weights(x)` gave, for calls that share it; None: made here.
-        """
-        weights = weights or self.weights(x)
-        if autocasts(x):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, gates = x.to(dtype), gates.to(dtype)
-        if self.group is not None:
-            return through_owners(x, chosen, gates, len(self.gate_up), self.group, partial(_compute, weights))
-        return _compute(weights, x, chosen, gates)
-
-
-def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """The sum over the chosen experts by the best way for these shapes and this device."""
+def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
+    """Compute the sum over each token's chosen experts of gate * expert(x), by the best way for shapes and device."""
     gate_up, down = weights
     if x.device.type != "cpu":
         return by_group(x, chosen, gates, weights)
@@ -81,11 +38,11 @@ def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tens
     # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
     # expert that was never meant for a token could overflow, and zero times infinity is NaN.
     n_rows = GROUP_MULTIPLE if invariant() else max(x.shape[0], GROUP_MULTIPLE)
-    if x.element_size() >= 4 and n_rows * n_left * (gate_up[0].numel() + down[0].numel()) <= SMALL:
+    if x.element_size() >= 4 and n_rows * n_left * (gate_up[0].numel() + down[0].numel()) <= FEW_PRODUCTS:
         return all_experts(x, chosen, gates, weights)
-    if streams(x):
+    if prefers_compiled_sum(x):
         return by_gather(x, chosen, gates, weights)
-    if captured():
+    if is_traced():
         return by_group(x, chosen, gates, weights)
     if torch.is_grad_enabled():
         return _OneByOne.apply(x, chosen, gates, *weights)
@@ -93,7 +50,7 @@ def _compute(weights: Weights, x: Tensor, chosen: Tensor, gates: Tensor) -> Tens
     return by_pair(x, chosen, gates, weights) if one_by_one else by_expert(x, chosen, gates, weights)
 
 
-def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
     """Two grouped products of the tokens sorted by expert. Nothing waits for a GPU; see `grouped_linear`."""
     gate_up, down = weights
     order = chosen.flatten().argsort(stable=True)
@@ -107,7 +64,7 @@ def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tens
     return (y * gates[..., None]).sum(1)
 
 
-def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
     """Every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
     gate_up, down = weights
     hidden = linear(x, gate_up.flatten(0, 1)).unflatten(-1, (gate_up.shape[0], -1))
@@ -116,7 +73,7 @@ def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> T
     return linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
 
 
-def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
     """One matrix-vector product after another, for the few tokens of a decode step. No autograd."""
     gate_up, down = weights
     experts = chosen.flatten().tolist()
@@ -127,15 +84,17 @@ def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tenso
     return y.view(*chosen.shape, -1).sum(1)
 
 
-def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
     """Sums over the chosen experts' weights, for a compiler, which gathers nothing: it reads them where they are."""
     gate_up, down = weights
-    hidden = (gate_up[chosen] * kept(x)[:, None, None]).sum(-1)
-    mixed = kept(silu_product(hidden) * gates[..., None])
+    hidden = (gate_up[chosen] * materialize(x)[:, None, None]).sum(-1)
+    mixed = materialize(silu_product(hidden) * gates[..., None])
     return (down[chosen] * mixed[:, :, None]).sum(-1).sum(1)
 
 
-def by_expert(x: Tensor, chosen: Tensor, gates: Tensor, weights: Weights, kept: list[Tensor] | None = None) -> Tensor:
+def by_expert(
+    x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights, kept: list[Tensor] | None = None
+) -> Tensor:
     """One expert after another, so what is between its steps stays in the processor's cache. No autograd.
 
     Args:
