@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import machine
 from benchmarks.case import Case, Results, commit, plain, source
-from benchmarks.cases import CASES, PAGES
-from benchmarks.cases.pairs import checkout
+from benchmarks.cases import CASES, PAGES, engine, exits, pairs
 from benchmarks.client import ROOT
 from benchmarks.harness import Bench, Settings
 from benchmarks.report import write_report
 
-AGAINST = ("pair", "exits", "policies")
-"""Measures whose job is one timed task, which another checkout can run too."""
+AGAINST = (pairs.pair, exits.exits, engine.policies)
+"""Measures of one timed task, which another checkout can run too."""
 
 
 @dataclass
@@ -85,11 +84,11 @@ def _chosen(args: Args) -> list[Case]:
         return found
     if not (args.against / "open_mythos" / "__init__.py").exists():
         raise SystemExit(f"--against {args.against} has no open_mythos in it; use the root of a checkout")
-    usable = [case for case in found if case.measure.__name__ in AGAINST]
+    usable = [case for case in found if case.measure in AGAINST]
     if args.cases and len(usable) < len(found):
         other = next(case.name for case in found if case not in usable)
         raise SystemExit(f"--cases {other} has no side of another checkout; leave it out, or leave out --against")
-    return usable
+    return [replace(case, measure=pairs.checkout) for case in usable]
 
 
 def run(args: Args, cases: list[Case], results: Results, console: Console) -> None:
@@ -134,7 +133,7 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
     started, load = time.time(), machine.load()
     record: dict[str, Any] = {"error": None}
     try:
-        record |= plain(checkout(case, bench) if bench.settings.against else case.measure(case, bench))
+        record |= plain(case.measure(case, bench))
     except Exception as error:
         traceback.print_exc()
         record["error"] = f"{type(error).__name__}: {error}".replace(f"{ROOT}/", "")

@@ -97,9 +97,17 @@ class Case:
     @property
     def protocol(self) -> str:
         """How the case is measured."""
-        text = " ".join(inspect.cleandoc(self.measure.__doc__ or "").split())
-        self_spread = "a second process of ours" if self.second_worker else "the same process called again"
-        return text.format(job=self.job, case=self, self_spread=self_spread)
+        from benchmarks.tasks import TASKS
+
+        job, task = self.job, TASKS.get(self.job.task)
+        shape = "one token of {} rows after {} tokens" if job.task == "decode" else "{} x {} tokens"
+        new = f", {job.new_tokens} new tokens" if job.task == "generate" else ""
+        work = f"{job.task}, {shape.format(job.rows, job.tokens)}{new}, {job.n_loops} loops."
+        work = f"{work} {task.__doc__}" if task else work
+        parts = {"job": job, "case": self, "work": work}
+        parts["self_spread"] = "a second process of ours" if self.second_worker else "the same process called again"
+        text = inspect.cleandoc(self.measure.__doc__ or "").format(**parts)
+        return " ".join(text.split())
 
 
 class Results:
@@ -146,9 +154,7 @@ def source() -> str:
     A commit that leaves the package alone, such as one of results, leaves results valid.
     """
     tree = _git(ROOT, "rev-parse", "--short=10", "HEAD:open_mythos").strip() or "unknown"
-    changes = _git(ROOT, "diff", "HEAD", "--", "open_mythos") + _git(
-        ROOT, "status", "--porcelain", "--", "open_mythos"
-    )
+    changes = _git(ROOT, "diff", "HEAD", "--", "open_mythos") + _git(ROOT, "status", "--porcelain", "--", "open_mythos")
     return f"{tree}-changed-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else tree
 
 

@@ -47,4 +47,5 @@ class Job:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """Read what `to_dict` wrote."""
-        return cls(**{**values, "depths": tuple(values["depths"])})
+        known: dict[str, Any] = {**values, "depths": tuple(values["depths"])}
+        return cls(**known)

@@ -6,7 +6,7 @@ its times.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -34,7 +34,8 @@ class Args:
 def table(case: Case) -> str:
     """Write a Markdown section with the operators that take longest."""
     job = replace(case.job, **case.ours)
-    task = TASKS[job.task](job, ours, ours.make(job))
+    task: Any = TASKS[job.task]
+    task = task(job, ours, ours.make(job))
     for _ in range(WARM_UP):
         task.run(task.fresh())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

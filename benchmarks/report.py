@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.case import Results
 from benchmarks.cases import reach_of
-from benchmarks.cases.engine import AGAIN, AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
+from benchmarks.cases.engine import AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
 from benchmarks.stats import Spread, differs
 from open_mythos.reports.figures import Curve, draw_curves
 

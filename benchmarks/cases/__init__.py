@@ -30,9 +30,7 @@ def _at_most(value: float, *suffixes: str) -> dict[str, Reach]:
     return {suffix: Reach(value, at_most=True) for suffix in suffixes or ("",)}
 
 
-def _also_compiled(
-    name: str, title: str, job: Job, reach: Mapping[str, Reach], **fields: Any
-) -> list[Case]:
+def _also_compiled(name: str, title: str, job: Job, reach: Mapping[str, Reach], **fields: Any) -> list[Case]:
     """List a comparison with 0.5.0, and once more with ours compiled."""
     case = Case(name, title, pair, job, reach, **fields)
     compiled = replace(case, ours={"compiled": True}, memory=False)

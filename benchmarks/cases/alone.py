@@ -27,8 +27,8 @@ def sweeps(job: Job) -> dict[str, dict[int, Job]]:
 
 
 def scaling(case: Case, bench: Bench) -> Outcome:
-    """Forward passes of ours without a cache. Tokens: 1 row of 64 to 4096, 8 loops; loops: 1 row of 256 tokens, 1 to
-    64; rows: 1 to 64 of 64 tokens, 8 loops. Sizes are called in turn. The line is fitted to the medians with least
+    """Time forward passes of ours without a cache. Tokens: 1 row of 64 to 4096, 8 loops; loops: 1 row of 256 tokens, 1
+    to 64; rows: 1 to 64 of 64 tokens, 8 loops. Sizes are called in turn. The line is fitted to the medians with least
     relative squares, against FLOPs, in which attention's quadratic part is counted; a deviation is the time over the
     line's, less one."""
     outcome = Outcome()
@@ -52,15 +52,13 @@ def scaling(case: Case, bench: Bench) -> Outcome:
 
 def flops(job: Job) -> int:
     """Count the FLOPs of a forward pass; a causal query sees (T + 1) / 2 keys in the mean."""
-    return (
-        job.rows * job.tokens * flops_per_token(MythosConfig(**job.model), job.n_loops, (job.tokens + 1) // 2)
-    )
+    return job.rows * job.tokens * flops_per_token(MythosConfig(**job.model), job.n_loops, (job.tokens + 1) // 2)
 
 
 def muon_share(case: Case, bench: Bench) -> Outcome:
-    """Whole steps of the trainer in float32, {job.n_loops} loops, {job.tokens} tokens in a row. CPU time of Muon's step
-    over that of the trainer's; batches take turns. Muon's work does not depend on the batch. AdamW, for embedding and
-    norms, is not in the share. No gate: nothing is compared."""
+    """Time whole steps of the trainer in float32, {job.n_loops} loops, {job.tokens} tokens in a row. CPU time of Muon's
+    step over that of the trainer's; batches take turns. Muon's work does not depend on the batch. AdamW, for embedding
+    and norms, is not in the share. No gate: nothing is compared."""
     outcome, batches = Outcome(), case.job.arguments["batches"]
     with tempfile.TemporaryDirectory(prefix=".runs-", dir=SCRATCH) as folder, bench.workers("trainer") as [client]:
         job = _in_folder(case.job, bench, folder)
@@ -79,8 +77,8 @@ def muon_share(case: Case, bench: Bench) -> Outcome:
 
 
 def overhead(case: Case, bench: Bench) -> Outcome:
-    """Whole runs of {job.arguments[steps]} steps of {job.rows} x {job.tokens} tokens, {job.n_loops} loops, a line of
-    metrics after every step, a checkpoint every {job.arguments[checkpoint_every]}. By its own timers: the share that
+    """Time whole runs of {job.arguments[steps]} steps of {job.rows} x {job.tokens} tokens, {job.n_loops} loops, a line
+    of metrics after every step, a checkpoint every {job.arguments[checkpoint_every]}. By its own timers: the share that
     perf/overhead reports. Against the same run without checkpoints, in turns: all of the process, so with the thread
     that writes. Itself: that run against its own next one."""
     with tempfile.TemporaryDirectory(prefix=".runs-", dir=SCRATCH) as folder, bench.workers("trainer") as [client]:

@@ -54,8 +54,8 @@ SIMULATED_LOOPS = 4000
 
 
 def policies(case: Case, bench: Bench) -> Outcome:
-    """Windows of {case.title}, in turn for every policy; each round begins with another one. Gate: every answer that
-    policies of the same tokens finished is the same, one of them also alone, and in float64 that of `generate`."""
+    """Time windows of {case.title}, in turn for every policy; each round begins with another one. Gate: every answer
+    that policies of the same tokens finished is the same, one of them also alone, and in float64 that of `generate`."""
     with bench.workers("engine") as [worker]:
         costs: dict[str, Any] = {}
         for i, policy in enumerate(POLICIES):
@@ -66,16 +66,17 @@ def policies(case: Case, bench: Bench) -> Outcome:
         samples = bench.interleave([Player(p, worker, p, once=True) for p in POLICIES], WINDOWS, rotate=True)
         check_answers(worker)
     subject, law = case.job.arguments["subject"], case.job.arguments.get("law", OWN)
-    data = {"subject": subject, "law": law, "n_rows": case.job.rows}
+    data: dict[str, Any] = {"subject": subject, "law": law, "n_rows": case.job.rows}
     data |= summarize(samples, costs["costs"], case.job.n_loops, case.job.rows)
     rows = [Row(f"{case.name}.share", "share of Amdahl's limit over fixed depth", data["share"])]
     for suffix, what, figure, peer in (
         ("", f"over fixed depth, {subject}, {law}", "over_fixed", FIXED),
         (".best", "over the best of (a), (b) and (c)", "over_best", data["best"]),
     ):
-        texts = [f"{data['rates'][policy].median:,.0f} tok/s" for policy in (peer, OURS)]
+        theirs, ours = (f"{data['rates'][policy].median:,.0f} tok/s" for policy in (peer, OURS))
         ratio = data[figure]
-        rows.append(Row(case.name + suffix, what, ratio.median, "x", *texts, spread=ratio, noise=data["noise"]))
+        row = Row(case.name + suffix, what, ratio.median, "x", theirs, ours, spread=ratio, noise=data["noise"])
+        rows.append(row)
     return Outcome(rows, curves=data)
 
 
@@ -130,7 +131,7 @@ def summarize(samples: Samples, points: dict[str, Any], n_loops: int, rows: int)
 
 
 def others(case: Case, bench: Bench) -> Outcome:
-    """Windows of the loop-heavy model's engine at {job.rows} rows, in turn with `generate` on one request after
+    """Time windows of the loop-heavy model's engine at {job.rows} rows, in turn with `generate` on one request after
     another, with 0.5.0 and with a plain model of transformers on as many rows; of every one decoding alone is timed."""
     rows, costs = case.job.rows, {}
     with bench.workers("engine", *(side for side, _ in PEERS.values())) as [worker, *peers]:
@@ -161,7 +162,7 @@ def others(case: Case, bench: Bench) -> Outcome:
 
 
 def modes(case: Case, bench: Bench) -> Outcome:
-    """Windows of {case.title}, in turn with `batch_invariant` on, off and on again; each with costs of its own."""
+    """Time windows of {case.title}, in turn with `batch_invariant` on, off and on again; each with costs of its own."""
     with bench.workers("engine") as [worker]:
         on = worker.prepare("on", _load(case.job, bench, {}))
         worker.prepare("off", _load(case.job, bench, {}, batch_invariant=False))
@@ -180,11 +181,11 @@ def modes(case: Case, bench: Bench) -> Outcome:
 
 
 def fairness(case: Case, bench: Bench) -> Outcome:
-    """Slices of two loads of equally many clients, each of which asks again as soon as its answer is complete. Both run
-    as many loop-tokens in each loop as there are rows, but for the loop in which a client asks again and nobody waits:
-    in the mixed load half of the clients ask for one loop and half for 16, in the other all ask for one, which is each
-    deep answer replaced by 16 shallow ones. The ideal is perfect sharing: every client, waiting or not, gets an equal
-    part of the loop-tokens, at most one a tick, a tick being as many loop-tokens as there are rows."""
+    """Time slices of two loads of equally many clients, each of which asks again as soon as its answer is complete.
+    Both run as many loop-tokens in each loop as there are rows, but for the loop in which a client asks again and
+    nobody waits: in the mixed load half of the clients ask for one loop and half for 16, in the other all ask for one,
+    which is each deep answer replaced by 16 shallow ones. The ideal is perfect sharing: every client, waiting or not,
+    gets an equal part of the loop-tokens, at most one a tick, a tick being as many loop-tokens as there are rows."""
     half = case.job.arguments["clients"] // 2
     depths = {"mixed": [1, DEEPEST] * half, "shallow": [1] * 2 * half, "again": [1] * 2 * half}
     with bench.workers("engine") as [worker]:
@@ -198,8 +199,10 @@ def fairness(case: Case, bench: Bench) -> Outcome:
     p95 = {name: [_p95(window["1"]["gaps"]) for window in found] for name, found in samples.readings.items()}
     kinds = {}
     for kind, depth in (("shallow", 1), ("deep", DEEPEST)):
-        seen = {what: [x for w in samples.readings["mixed"] for x in w[str(depth)][what]] for what in
-                ("gaps", "waits", "turnarounds")}
+        seen = {
+            what: [x for w in samples.readings["mixed"] for x in w[str(depth)][what]]
+            for what in ("gaps", "waits", "turnarounds")
+        }
         # Requests that still wait have waited so long already.
         seen["waits"] += [ticks for asked, ticks in waiting if asked == depth]
         ideal = CROWD_TOKENS * depth / min(1.0, CROWD_ROWS / (2 * half))
@@ -286,7 +289,7 @@ def _simulated_rate(costs: StepCosts, depths: Counter[int], rows: int, threshold
 def cases() -> list[Case]:
     """List the cases of the engine, in the report's order."""
     found = []
-    for subject, (title, job) in SUBJECTS.items():
+    for subject, (_, job) in SUBJECTS.items():
         for law in (OWN,) if subject == "trained" else LAWS:
             chosen = {} if law == OWN else {"law": law}
             reach = {".share": Reach(0.9), ".best": Reach(0.97)}
@@ -295,17 +298,17 @@ def cases() -> list[Case]:
             for rows in (1, 8, 16, 32, 64):
                 name = "_".join(["engine", *([] if subject == "heavy" else [subject]), *chosen.values(), str(rows)])
                 given = replace(job, rows=rows, arguments={**job.arguments, **chosen, "subject": subject})
-                about = name, f"{title}, {law}, R = {rows}", policies
+                about = name, f"{subject}, {law}, R = {rows}", policies
                 found.append(Case(*about, given, reach, side="engine", page="engine"))
     heavy = replace(SUBJECTS["heavy"][1], arguments={"subject": "heavy", "law": "geometric"})
     for rows in (1, 8, 32):
         job = replace(heavy, rows=rows)
         found.append(Case(f"engine_others_{rows}", f"beside others, R = {rows}", others, job, page="engine"))
-    for subject, (title, job) in list(SUBJECTS.items())[:2]:
+    for subject, (_, job) in list(SUBJECTS.items())[:2]:
         for rows in (1, 8, 32):
             name = f"engine_modes_{rows}" if subject == "heavy" else f"engine_modes_{subject}_{rows}"
             given = replace(job, rows=rows, arguments={"subject": subject, "law": "geometric"})
-            found.append(Case(name, f"{title}, batch_invariant, R = {rows}", modes, given, page="engine"))
+            found.append(Case(name, f"{subject}, batch_invariant, R = {rows}", modes, given, page="engine"))
     for clients in (CROWD_ROWS, 2 * CROWD_ROWS):
         job = replace(heavy, rows=CROWD_ROWS, arguments={**heavy.arguments, "clients": clients})
         about = f"engine_fairness_{clients}", f"{clients} clients", fairness

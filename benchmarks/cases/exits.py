@@ -23,11 +23,11 @@ DECODED = 8
 
 
 def exits(case: Case, bench: Bench) -> Outcome:
-    """{job.rows} rows, prompts of {job.tokens} bytes of held-out text ({job.new_tokens} new ones where text is
-    generated); exit='kl' at 0.01 against every token at {job.n_loops} loops. Gate: tokens and the loops of each are
-    those of a full pass per token, without a cache or compaction. What the loop counts allow: the time at full depth
-    less the cost of the loops that exits leave out. A loop's cost: deep calls less those of 2 loops, of a prefill and
-    of decoding; and for rows that leave, the ratio of decoding with that many fewer rows. Self-spread: a second
+    """Time exit='kl' at 0.01 against every token at {job.n_loops} loops: {job.rows} rows, prompts of {job.tokens} bytes
+    of held-out text, {job.new_tokens} new ones where text is generated. Gate: tokens and the loops of each are those of
+    a full pass per token, without a cache or compaction. What the loop counts allow: the time at full depth less the
+    cost of the loops that exits leave out. A loop's cost: deep calls less those of 2 loops, of a prefill and of
+    decoding; and for rows that leave, the ratio of decoding with that many fewer rows. Self-spread: a second
     process."""
     job = replace(case.job, device=bench.settings.device)
     full = replace(job, arguments={**job.arguments, "exit": "fixed", "exit_threshold": None})

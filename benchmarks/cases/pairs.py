@@ -16,7 +16,7 @@ PEER = "open_mythos_0_5"
 
 
 def pair(case: Case, bench: Bench) -> Outcome:
-    """{work} Both sides compute with the same weights. Self-spread: {self_spread}."""
+    """Time a task on 0.5.0 and on ours, with the same weights: {work} Self-spread: {self_spread}."""
     job = replace(case.job, device=bench.settings.device)
     work = workload_of(job)
     sides = [PEER, "ours", *(["ours"] if case.second_worker else []), "limits"]
@@ -43,7 +43,7 @@ def pair(case: Case, bench: Bench) -> Outcome:
 
 
 def checkout(case: Case, bench: Bench) -> Outcome:
-    """{work} The peer is another checkout of this package, in a process of its own. Self-spread: a second process."""
+    """Time a task of another checkout of this package and of this one: {work} Self-spread: a second process of ours."""
     job = replace(case.job, device=bench.settings.device, **case.ours)
     with bench.workers(f"{case.side}@{bench.settings.against}", case.side, case.side) as [peer, *ours]:
         info = {"ours": ours[0].prepare("main", job)}
@@ -62,10 +62,10 @@ def checkout(case: Case, bench: Bench) -> Outcome:
 
 
 def depths(case: Case, bench: Bench) -> Outcome:
-    """Training step, {job.rows} x {job.tokens} tokens, depths {job.depths}, against every row at the deepest. Gate:
-    every row in a step of its own. What the loop counts allow: a step at depth 1 and one at the deepest give the cost
-    of a loop and of the rest; a step whose rows paid for their own loops alone would take rest + mean depth * loop.
-    Self-spread: a second process."""
+    """Time a training step of {job.rows} x {job.tokens} tokens at depths {job.depths} against every row at the deepest.
+    Gate: every row in a step of its own. What the loop counts allow: a step at depth 1 and one at the deepest give the
+    cost of a loop and of the rest; a step whose rows paid for their own loops alone would take rest + mean depth *
+    loop. Self-spread: a second process."""
     job = replace(case.job, device=bench.settings.device)
     deepest = max(job.depths)
     level = replace(job, depths=(deepest,) * job.rows)
@@ -91,9 +91,9 @@ def depths(case: Case, bench: Bench) -> Outcome:
 
 
 def transformer(case: Case, bench: Bench) -> Outcome:
-    """Random weights, so there is no gate: ours is compared with 0.5.0 in the cases generate_mid. Tokens per second of
-    greedy `generate`, 64 prompt tokens and 32 new ones; prefill of 4 x 512 tokens into a cache, last position's logits.
-    transformers runs with its defaults, which compile nothing. Self-spread: {self_spread}."""
+    """Time greedy `generate`, 64 prompt tokens and 32 new ones, and a prefill of 4 x 512 tokens into a cache, with the
+    last position's logits, on both sides. Weights are random, so there is no gate: ours is compared with 0.5.0 in the
+    cases generate_mid. transformers runs with its defaults, which compile nothing. Self-spread: {self_spread}."""
     generate = {f"b{rows}": Job("generate", rows=rows, tokens=64, new_tokens=32) for rows in (1, 4)}
     tasks = {**generate, "prefill": Job("prefill", rows=4, tokens=512)}
     tasks |= {f"{id}_compiled": replace(job, compiled=True) for id, job in generate.items()}
@@ -124,8 +124,8 @@ def transformer(case: Case, bench: Bench) -> Outcome:
 
 
 def training_memory(case: Case, bench: Bench) -> Outcome:
-    """Peak resident memory of a process of its own for each side, above what is resident after the imports: model, two
-    steps, gradients. No optimizer. On CUDA the allocator's peak. Time: interleaved with the step without
+    """Measure the peak resident memory of a process of its own for each side, above what is resident after the imports:
+    model, two steps, gradients. No optimizer. On CUDA the allocator's peak. Time: interleaved with the step without
     checkpoints."""
     job = replace(case.job, device=bench.settings.device)
     checkpointed = replace(job, checkpoint=True)
@@ -143,9 +143,9 @@ def training_memory(case: Case, bench: Bench) -> Outcome:
     time.wall = samples.ratio("ours", "plain", "wall").median
     rows = []
     for suffix, title, side in (("", "", "ours"), (".checkpointed", ": checkpointed", "checkpointed")):
-        sizes = [f"{peaks[name] / 2**20:.0f} MiB" for name in (PEER, side)]
+        theirs, ours = (f"{peaks[name] / 2**20:.0f} MiB" for name in (PEER, side))
         value = peaks[side] / peaks[PEER]
-        rows.append(Row(f"{case.name}{suffix}", f"{case.title}{title}", value, "of the peer's", *sizes))
+        rows.append(Row(f"{case.name}{suffix}", f"{case.title}{title}", value, "of the peer's", theirs, ours))
     notes = [
         f"Checkpointed over 0.5.0, time: {samples.ratio('ours', 'peer').median:.2f}.",
         f"Two processes of ours: {peaks['again'] / peaks['ours']:.3f} of each other.",
@@ -154,7 +154,7 @@ def training_memory(case: Case, bench: Bench) -> Outcome:
 
 
 def building(case: Case, bench: Bench) -> Outcome:
-    """Construction alone, in a process that has built one before and dropped it. Self-spread: the same process again."""
+    """Time construction alone, in a process that has built and dropped a model. Self-spread: the same process again."""
     with bench.workers(PEER, "ours") as [peer, ours]:
         for client in (peer, ours):
             client.prepare("main", case.job)
@@ -170,8 +170,8 @@ def building(case: Case, bench: Bench) -> Outcome:
 
 
 def cache_bytes(case: Case, bench: Bench) -> Outcome:
-    """Storages of the cache after a prompt of {job.tokens} tokens and {job.new_tokens} decoded ones, unused room
-    included. The experts are made few and small, which the cache does not depend on. Nothing is timed."""
+    """Add up the storages of the cache after a prompt of {job.tokens} tokens and {job.new_tokens} decoded ones, unused
+    room included. The experts are few and small, which the cache does not depend on. Nothing is timed."""
     found = _info(case, bench)
     peer, ours = (found[side]["bytes_per_token"] for side in (PEER, "ours"))
     row = Row(case.name, case.title, peer / ours, peer=f"{peer:,.0f} B/token", ours=f"{ours:,.0f} B/token")
@@ -179,8 +179,8 @@ def cache_bytes(case: Case, bench: Bench) -> Outcome:
 
 
 def long_rope(case: Case, bench: Bench) -> Outcome:
-    """Bytes: parameters and buffers of the model on the meta device, less those of the same model for 1 token. Error:
-    cosine and sine of every position against float64. Nothing is timed."""
+    """Measure the bytes of parameters and buffers of the model on the meta device, less those of the same model for 1
+    token, and the error of cosine and sine of every position against float64. Nothing is timed."""
     found = _info(case, bench)
     rows = []
     for figure, what, unit, scale, form in (
@@ -220,9 +220,7 @@ def share(samples: Samples, player: str, work: Workload) -> float:
     return statistics.median(work.seconds(r, s) / t for r, s, t in zip(rates, streams, times, strict=True))
 
 
-def ratio_row(
-    id: str, title: str, samples: Samples, shares: dict[str, float] | None = None, peer: str = "peer"
-) -> Row:
+def ratio_row(id: str, title: str, samples: Samples, shares: dict[str, float] | None = None, peer: str = "peer") -> Row:
     """Make the row of the peer's time over ours."""
     spread, shares = samples.ratio(peer, "ours"), shares or {}
     wall = "wall" in samples.seconds["ours"]

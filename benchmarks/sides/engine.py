@@ -94,7 +94,7 @@ class PrescribedDepths(HaltingRule):
 
 
 class UntilAllAreDone(HaltingRule):
-    """A rule that lets every token go on until another rule has let out all of the call: a batch without early exits."""
+    """A rule that lets a token go on until another rule has let out all tokens of the call: nobody exits early."""
 
     def __init__(self, rule: HaltingRule) -> None:
         super().__init__(rule.threshold, rule.min_loops)
@@ -157,7 +157,7 @@ class EngineTask(Task):
         points = given.get("costs") or self._measure_costs()
         loop, outer = ({int(n): seconds[i] for n, seconds in points["seconds"].items()} for i in (0, 1))
         self.points, self.costs = points, StepCosts(Curve(loop), Curve(outer), points["least_rows"])
-        self.last: dict[str, Any] = {}
+        self.last: Any = {}
 
     def _measure_costs(self) -> dict[str, Any]:
         """Measure as an engine does at its start -> [loop, outer] seconds by the powers of two up to its rows."""
@@ -371,7 +371,7 @@ class Crowd(EngineTask):
 
     def _note(self, event: Any) -> None:
         request = self.pending[event.request.id]
-        seen = self.last[request.depth]
+        seen: dict[str, list[float]] = self.last[request.depth]
         if request.last is None:
             seen["waits"].append(self.ticks - request.arrived)
         else:

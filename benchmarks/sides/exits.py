@@ -63,8 +63,8 @@ class Exits(Task):
         self.ids = text[:, : self.job.tokens].to(self.job.device)
 
     def fresh(self) -> Any:
-        assert self.model.recurrent is not None
-        self.model.recurrent.compaction = self.compaction
+        block: Any = self.model.recurrent
+        block.compaction = self.compaction
 
     @torch.no_grad()
     def trace(self, ids: Tensor) -> Any:

@@ -74,7 +74,7 @@ class Steps(Training):
 
 
 class WholeRun(Training):
-    """A run with a line of metrics after every step. Its reading is the share of time outside steps, by its own timers."""
+    """A run with a line of metrics after every step. Its reading is the share of time outside steps, by its timers."""
 
     def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
