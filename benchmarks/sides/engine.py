@@ -27,6 +27,8 @@ measure_costs = first_of("open_mythos.engine.calibration:measure_costs", "open_m
 Curve = first_of("open_mythos.engine.step_costs:Curve", "open_mythos.serve.costs:Curve")
 StepCosts = first_of("open_mythos.engine.step_costs:StepCosts", "open_mythos.serve.costs:StepCosts")
 
+WEIGHT = () if hasattr(HaltingRule, "weigh") else (None,)
+"""The third part of a decision, which rules of older checkouts have."""
 DEEPEST, MEAN = 16, 4.0
 """Most loops of a law of depths, and the mean of the geometric one."""
 N_PROMPT, N_PROMPTS = 17, 4
@@ -89,8 +91,8 @@ class PrescribedDepths(HaltingRule):
 
     def update(
         self, state: dict[str, Tensor], h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        return state, (loop_index + 1)[:, None] >= state["depth"], None
+    ) -> Any:
+        return (state, (loop_index + 1)[:, None] >= state["depth"], *WEIGHT)
 
 
 class UntilAllAreDone(HaltingRule):
@@ -105,11 +107,11 @@ class UntilAllAreDone(HaltingRule):
 
     def update(
         self, state: dict[str, Tensor], h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    ) -> Any:
         inner = {name: x for name, x in state.items() if name != "done"}
-        inner, exit_mask, _ = self.rule.update(inner, h_prev, h, loop_index, probe)
-        done = state["done"] | exit_mask
-        return {**inner, "done": done}, done.all().expand_as(done), None
+        inner, done = self.rule.update(inner, h_prev, h, loop_index, probe)
+        done = state["done"] | (done & (loop_index + 1 >= self.min_loops)[:, None])
+        return {**inner, "done": done}, done.all().expand_as(done)
 
 
 @cache

@@ -165,6 +165,8 @@ def flags(options: type) -> dict[str, str]:
         sections = [
             kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
         ]
+        for section in sections:  # a field of type Task holds one of its subclasses
+            sections += [each for each in section.__subclasses__() if each not in sections]
         for section in sections:
             found |= {
                 f"{name}.{field}": f"--{name.replace('_', '-')}.{flag[2:]}" for field, flag in flags(section).items()

@@ -137,8 +137,8 @@ def _serve(args: ServeArgs) -> None:
         log.warning("%s", warning)
     service = Service(make, args.max_rows, config, key)
     well = run(make_app(service), service, listener)
-    error = service.worker.error
-    if isinstance(error, TypeError | ValueError | OSError) and service.worker.engine is None:
+    error = service.async_engine.error
+    if isinstance(error, TypeError | ValueError | OSError) and service.async_engine.engine is None:
         raise error
     if not well:
         if service.fatal:

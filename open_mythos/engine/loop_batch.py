@@ -3,7 +3,6 @@
 Shapes: N tokens, D width, V vocabulary. Every token is a row of its own: (N, 1, D).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.engine.paged_kv_cache import Tokens
-from open_mythos.nn.halting import Fixed, HaltingRule, State
+from open_mythos.nn.halting import Exit, Fixed, HaltingRule, Probe, State
 from open_mythos.ops.precision import at_least_float32
-
-Probe = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Cohort:
         self.loop = self.tokens.row
         """The loop that each token is at, 0-based."""
         self.rows: dict[str, Tensor] = {}
-        """`h`, and `e` as the injection has prepared it, (N, 1, D); `out`, the sum of states under a weighted rule."""
+        """`h` and the prepared `e` (N, 1, D), `n_loops` (N,), and under a weighted rule the sum `out` (N, 1, D)."""
         self.state: State = {}
 
     def __len__(self) -> int:
@@ -55,10 +52,10 @@ class Cohort:
 
     def join(self, tokens: Tokens, h: Tensor, e: Tensor) -> None:
         """Take in tokens that stand before their first loop."""
-        rows = {"h": h, "e": e}
+        rows = {"h": h, "e": e, "n_loops": torch.from_numpy(tokens.n_loops).to(h.device)}
         if self.rule.weighted:
             rows["out"] = torch.zeros_like(at_least_float32(h))
-        state = self.rule.init(h, torch.from_numpy(tokens.n_loops).to(h.device))
+        state = self.rule.init(h, rows["n_loops"])
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}
             state = {name: torch.cat((self.state[name], x)) for name, x in state.items()}
@@ -69,15 +66,12 @@ class Cohort:
     def advance(self, h: Tensor, loop_index: Tensor, probe: Probe) -> Left | None:
         """Go on with the states after a loop, `h`; those that are done leave."""
         done = self.loop + 1 == self.tokens.n_loops
-        if not isinstance(self.rule, Fixed):
-            # Where all are at their last loop the rule has nothing to decide, but may have to weigh the state.
-            if self.rule.weighted or not (self.rule.needs_probe and done.all()):
-                seen = probe(h) if self.rule.needs_probe else None
-                self.state, exit_mask, weight = self.rule.update(self.state, self.rows["h"], h, loop_index, seen)
-                done = done | exit_mask[:, 0].cpu().numpy()
-                if weight is not None:
-                    self.rows["out"] = self.rows["out"] + weight[..., None] * h
-        self.rows["h"] = h
+        if isinstance(self.rule, Fixed):
+            self.rows["h"] = h
+        else:
+            exit = Exit(self.rule, probe, bool(done.all()))
+            self.rows, self.state, exit_mask, _ = exit.apply(self.rows, self.state, h, loop_index)
+            done = exit_mask[:, 0].cpu().numpy()
         self.loop = self.loop + 1
         return self.drop(done) if done.any() else None
 

@@ -37,13 +37,12 @@ class Dealt(HaltingRule):
         self.depths = depths
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "depth": self.depths.to(h.device)}
+        return {"depth": self.depths.to(h.device)}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        done = (loop_index + 1)[:, None] >= state["depth"]
-        return state, self._exit(done, loop_index, state["n_loops"]), None
+        return state, (loop_index + 1)[:, None] >= state["depth"]
 
 
 def shuffled(depths: Tensor, seed: int) -> Tensor:

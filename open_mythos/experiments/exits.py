@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.analysis.per_loop import rank_correlation, right_by_loop, settled
+from open_mythos.analysis.per_loop import right_by_loop, settled
 from open_mythos.experiments.adaptive import Dealt, shuffled
 from open_mythos.experiments.brackets import LENGTH
 from open_mythos.experiments.brackets import arms as bracket_arms
@@ -21,6 +21,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.stats import rank_correlation
 from open_mythos.tasks import Addition, Brackets, KHop
 from open_mythos.tasks.addition import PLUS
 from open_mythos.tasks.brackets import END, first_break, nesting
@@ -58,10 +59,8 @@ class DealtACT(ACT):
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        before = state["sum"]
-        after = (before + self.act(h)).clamp(max=1)
-        exit_mask = self._exit((loop_index + 1)[:, None] >= state["depth"], loop_index, state["n_loops"])
-        return {**state, "sum": after}, exit_mask, torch.where(exit_mask, 1 - before, after - before)
+        after, _ = super().update(state, h_prev, h, loop_index)
+        return {**state, **after}, (loop_index + 1)[:, None] >= state["depth"]
 
 
 def arms(quick: bool) -> dict[str, TrainConfig]:

@@ -19,8 +19,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from open_mythos.server.middleware import MAX_HEADER_BYTES, RETRY_S
-from open_mythos.server.protocol import error
+from open_mythos.server.middleware import MAX_HEADER_BYTES
+from open_mythos.server.protocol import RETRY_S, error
 from open_mythos.server.service import Service
 
 HEADERS_S, BODY_S, STALL_S = 10.0, 30.0, 30.0
@@ -168,15 +168,15 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _drain(self) -> None:
-        now, worker = time.monotonic(), self._service.worker
+        now, engine = time.monotonic(), self._service.async_engine
         if self._drain_until is None:
             self._drain_until = now + self._service.config.drain_s
-            log.info("ending: %d answers are in work", worker.n_reserved)
+            log.info("ending: %d answers are in work", engine.n_taken)
         if now > self._drain_until:
-            for job in worker.jobs:
-                worker.cancel(job)
+            for submission in engine.submissions:
+                engine.cancel(submission)
         # An answer that has been made may still be on its way. A step that hangs must not hold up the end.
-        self.should_exit = not (worker.n_reserved or self.server_state.tasks) or now > self._drain_until + 2
+        self.should_exit = not (engine.n_taken or self.server_state.tasks) or now > self._drain_until + 2
 
 
 class Faults:
@@ -253,4 +253,4 @@ def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
     server.run(sockets=[listener])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    return service.worker.stop(2.0) and not service.fatal
+    return service.async_engine.stop(2.0) and not service.fatal

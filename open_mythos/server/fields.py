@@ -1,7 +1,8 @@
-"""Fields of requests over HTTP: their types, their bounds, and what is not built."""
+"""Types and bounds of the fields of requests over HTTP, and the fields that are not built."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -34,7 +35,8 @@ HARD_MAX_LOOPS = 64
 EFFORTS: dict[str, float] = {"none": 0, "minimal": 0.25, "low": 0.5, "medium": 1, "high": 2, "xhigh": 4}
 """Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always one at least."""
 
-NEUTRAL: dict[str, tuple[object, ...]] = {
+Neutral = Mapping[str, tuple[object, ...]]
+UNSUPPORTED: Neutral = {
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -46,20 +48,21 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that are not built, and the values that ask for nothing; null always does."""
-UNSEEN = (
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "annotations",
-    "audio",
-    "refusal",
-    "reasoning_content",
-    "reasoning",
-)
-"""Fields of a message that the model does not see."""
-
-
+"""Fields of completions and chats that are not built, with the values that ask for nothing; null always does."""
+RESPONSES_UNSUPPORTED: Neutral = {
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+"""The same for /v1/responses."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a content's part that is text, in chats and in /v1/responses."""
 _PART = '{"type": "text", "text": "..."}'
@@ -117,6 +120,8 @@ Text = Annotated[str, AfterValidator(_whole)]
 Content = Annotated[Text, BeforeValidator(_as_text)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))]
+"""0 and -1 keep every token."""
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
@@ -132,15 +137,17 @@ Stops = Annotated[
     AfterValidator(_few_in_all),
 ]
 LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$"), AfterValidator(int)], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIASES),
 ]
 
 
 class Fields(BaseModel):
-    """Nothing but the fields; null is the same as leaving one out."""
+    """An object of a request: unknown fields are refused, and null is the same as leaving a field out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    unsupported: ClassVar[Neutral] = {}
+    """Fields that are not built, by their path in the body, with the values that ask for nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +158,11 @@ class Fields(BaseModel):
         inner = [each for name, each in values.items() if name != "logit_bias"]
         if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *inner)):
             raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
-        return {k: v for k, v in values.items() if v is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        for path, neutral in cls.unsupported.items():
+            if (name := path.rpartition(".")[2]) in given and given.pop(name) not in neutral:
+                raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": path})
+        return given
 
 
 class StreamOptions(Fields):
@@ -159,11 +170,11 @@ class StreamOptions(Fields):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    """Never done."""
+    """Taken, and without effect."""
 
 
 class Message(Fields):
-    """A turn of a conversation; of its fields the model sees role and content."""
+    """A turn of a conversation; the model sees its role and its content only."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = Field(None, validate_default=True)
@@ -193,12 +204,16 @@ class Message(Fields):
 
     @property
     def unseen(self) -> list[str]:
-        """The fields that say something which the model does not see."""
+        """Fields with a value that the model does not see."""
         return [name for name in UNSEEN if getattr(self, name)]
 
     def turn(self) -> dict[str, str]:
-        """As the chat template takes it."""
+        """Return the turn in the form that the chat template takes."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+
+
+UNSEEN = tuple(name for name in Message.model_fields if name not in ("role", "content", "name"))
+"""Fields of a message that the model does not see."""
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
@@ -227,24 +242,21 @@ class Format(Fields):
     type: Literal["text", "json_object", "json_schema"]
 
     @property
-    def form(self) -> dict[str, Any]:
-        """The schema of type json_schema."""
-        raise NotImplementedError
-
-    @property
     def schema_text(self) -> str | None:
-        """Schema that the answer has to match, as JSON; None: any text."""
-        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self.form}[self.type]
+        """JSON schema that the answer has to match; None: any text."""
+        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self._schema()}[self.type]
         return None if wanted is None else json.dumps(wanted)
+
+    def _schema(self) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 class ResponseFormat(Format):
-    """The form of an answer to a completion or a chat."""
+    """Form of the answer to a completion or a chat."""
 
     json_schema: JsonSchema | None = None
 
-    @property
-    def form(self) -> dict[str, Any]:
+    def _schema(self) -> dict[str, Any]:
         return {} if self.json_schema is None else self.json_schema.schema_
 
     @model_validator(mode="after")
@@ -252,13 +264,3 @@ class ResponseFormat(Format):
         if self.type == "json_schema" and self.json_schema is None:
             raise PydanticCustomError("format", "type json_schema needs json_schema with a schema")
         return self
-
-
-def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]], where: str = "") -> Any:
-    """The fields of an object without those that are not built, if these ask for nothing; `where` is its place."""
-    if not isinstance(values, dict):
-        return values
-    for name in neutral.keys() & values.keys():
-        if values[name] is not None and values[name] not in neutral[name]:
-            raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": where + name})
-    return {name: value for name, value in values.items() if name not in neutral}

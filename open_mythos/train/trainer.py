@@ -21,7 +21,6 @@ from open_mythos.checks import check_int
 from open_mythos.device import Device, setup_device
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.reports.terminal import ProgressLine
-from open_mythos.tasks import Chat
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE
 from open_mythos.train.checkpoint import Checkpoints, Keeping, optimizer_pieces, read_state, restore_optimizer
@@ -167,7 +166,7 @@ class Trainer:
             if self.world.is_first:
                 self.folder.lock.check()
                 try:
-                    save_model_folder(self.cfg.model, state, self.tokenizer, final, isinstance(self.cfg.data, Chat))
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final, self.cfg.data.has_turns)
                 except OSError as error:
                     raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
             self.folder.is_done = True

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from open_mythos import OpenMythos
+from open_mythos.analysis import SECTIONS
 from open_mythos.analysis import section as analyze_report
 from open_mythos.cli import main
-from open_mythos.cli.analyze_parts import PARTS
 from open_mythos.recipes import load_recipe
 from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
@@ -37,7 +37,7 @@ def test_text_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     prompts = ["--prompt", "She had been | forced", "into prudence in her youth"]
     assert main(["analyze", folder, *prompts, "--loops", "9", "--out", str(out), *CPU]) == 0
     found = analysis(out)
-    assert list(found["results"]) == list(PARTS)
+    assert list(found["results"]) == list(SECTIONS)
     assert bytes(found["prompts"][1]) == b"prudence in her youth"
     assert found["results"]["sweep"]["loops"] == list(range(1, 10))
     assert len(found["results"]["routing"]["changed"]) == 3

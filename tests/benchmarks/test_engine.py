@@ -81,7 +81,7 @@ def test_until_all_are_done() -> None:
     steps = ([near, far, far], [far, near, far], [far, far, near])
     for loop, factors in enumerate(steps):
         h_new = h * torch.tensor(factors)[:, None, None]
-        state, exit_mask, _ = rule.update(state, h, h_new, torch.full((3,), loop))
+        state, exit_mask = rule.update(state, h, h_new, torch.full((3,), loop))
         # Once done stays done; nobody leaves before the last.
         assert exit_mask.tolist() == [[loop == 2]] * 3
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.per_loop import rank_correlation
 from open_mythos.experiments import exits
 from open_mythos.experiments.exits_report import choices, exits_report, follows
 from open_mythos.nn.halting import ACT
+from open_mythos.reports.stats import rank_correlation
 from open_mythos.tasks import Addition, Brackets
 from open_mythos.tasks.brackets import SYMBOLS
 from open_mythos.tasks.task import IGNORE

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import ACTHalting, MythosConfig, OpenMythos
-from open_mythos.nn.halting import ACT, HaltingRule, make_rule
+from open_mythos.nn.halting import ACT, Exit, HaltingRule, make_rule
 from tests.models import random_ids, scaled, tiny, worst
 
 NAMES = ("fixed", "act", "latent_diff", "second_difference", "kl")
@@ -74,16 +74,15 @@ class Given(nn.Module):
 
 
 def drive(rule: HaltingRule, states: Tensor, n_loops: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Exit loops (counted from one) and weights (L, B, T), with frozen tokens handled as the driver does."""
+    """Exit loops (counted from one) and weights (L, B, T) of tokens whose states are given."""
     state, weights = rule.init(states[0], n_loops), []
     active, loops = torch.ones(states.shape[1:3], dtype=torch.bool), torch.zeros(states.shape[1:3], dtype=torch.int64)
     for t in range(int(n_loops.max())):
-        index = torch.full_like(n_loops, t)
-        state, out, weight = rule.update(
-            state, states[t], states[t + 1], index, None if probe is None else probe[t + 1]
-        )
+        rows = {"h": states[t], "n_loops": n_loops, "out": torch.zeros_like(states[t])}
+        exit = Exit(rule, lambda _, t=t: None if probe is None else probe[t + 1])
+        _, state, out, weight = exit.apply(rows, state, states[t + 1], torch.full_like(n_loops, t), active)
         loops += active
-        weights.append(torch.zeros(loops.shape) if weight is None else weight * active)
+        weights.append(torch.zeros(loops.shape) if weight is None else weight)
         active = active & ~out
     assert not active.any()
     return loops, torch.stack(weights)
@@ -122,10 +121,12 @@ def test_state_can_be_indexed_by_rows(name: str) -> None:
         full, *_ = rule.update(full, states[t], states[t + 1], torch.full((4,), t), probe[t])
     some = {key: x[rows] for key, x in full.items()}
     index = torch.tensor([3, 3, 3, 3])
-    _, exits, weight = rule.update(full, states[3], states[4], index, probe[4])
-    _, some_exits, some_weight = rule.update(some, states[3][rows], states[4][rows], index[rows], probe[4][rows])
-    assert torch.equal(exits[rows], some_exits)
-    assert weight is None or worst(weight[rows], some_weight) < 1e-14
+    after, done = rule.update(full, states[3], states[4], index, probe[4])
+    some_after, some_done = rule.update(some, states[3][rows], states[4][rows], index[rows], probe[4][rows])
+    assert torch.equal(done[rows], some_done)
+    if rule.weighted:
+        weight, some_weight = rule.weigh(full, after, done), rule.weigh(some, some_after, some_done)
+        assert worst(weight[rows], some_weight) < 1e-14
 
 
 def probabilities(n_loops: int) -> Tensor:

@@ -87,8 +87,8 @@ class Served:
 
     def settle(self) -> None:
         """Wait until nothing is in work, and see that nothing was left behind."""
-        worker = self.service.worker
-        until(lambda: not (worker.jobs or worker.n_reserved or self.engine.busy))
+        worker = self.service.async_engine
+        until(lambda: not (worker.submissions or worker.n_taken or self.engine.busy))
         scheduler, runner = self.engine.scheduler, self.engine.runner
         until(lambda: not (worker._of or self.engine.work or self.engine.of or self.engine.rows))
         assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.n_pages_used) == (0, 0, 0)
@@ -124,12 +124,12 @@ def serving(
     thread.start()
     try:
         if wait:
-            until(lambda: service.ready)
+            until(lambda: service.is_ready)
         yield served
     finally:
         served.server.should_exit = True
         thread.join(20)
-        service.worker.stop(20)
+        service.async_engine.stop(20)
         assert not thread.is_alive()
         # What was cut off is dropped here, and not in a test that counts what is there.
         gc.collect()
@@ -144,7 +144,7 @@ def events(lines: Iterator[str]) -> Iterator[Any]:
 
 def n_tasks(served: Served) -> int:
     """Tasks of the server's event loop."""
-    loop = served.service.worker._loop
+    loop = served.service.async_engine._loop
     assert loop is not None
     return len(asyncio.all_tasks(loop))
 

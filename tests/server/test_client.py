@@ -1,5 +1,6 @@
 """The server as OpenAI's own client sees it."""
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -7,7 +8,8 @@ import pytest
 
 from open_mythos import SamplingParams
 from open_mythos.engine.engine import Request, TokenEvent
-from open_mythos.server.responses import Shape
+from open_mythos.server.protocol import CompletionRequest
+from open_mythos.server.responses import ResponseBuilder
 from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import ByteTokenizer
@@ -134,7 +136,9 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
     event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
-    (choice,) = Shape(MODEL, TokenTexts(ByteTokenizer()), False, 3, False).piece(0, event, 0)["choices"]
+    asked = CompletionRequest(prompt=["a"], logprobs=3)
+    (data,) = ResponseBuilder(asked, [1], MODEL, TokenTexts(ByteTokenizer())).piece(0, event)
+    (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]
     told = {"bytes:\\xe6": -0.5, "a": -1.5, "bytes:\\xe7": -2.5, "<eos>": -3.5}
     assert list(choice["logprobs"]["top_logprobs"][0].items()) == list(told.items())
 
@@ -194,9 +198,9 @@ def test_a_stream_that_is_closed_is_over(served: Served, client: openai.OpenAI) 
         model=MODEL, prompt="a", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    assert served.service.worker.jobs
+    assert served.service.async_engine.submissions
     stream.close()
-    until(lambda: not served.service.worker.jobs)
+    until(lambda: not served.service.async_engine.submissions)
     served.settle()
 
 

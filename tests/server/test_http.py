@@ -19,7 +19,7 @@ def served() -> Iterator[Served]:
     with serving() as running:
         yield running
         running.settle()
-        assert running.service.bodies.held == 0
+        assert running.service.body_memory.used == 0
 
 
 def posted(served: Served, *headers: str, host: str = "localhost", kind: str | None = JSON, path: str = P) -> int:
