@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.job import Job
-from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers
+from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers, shared_width
 from open_mythos.config import MythosConfig
+from open_mythos.nn.block import attention_costs
 
 Shape = tuple[int, int, int]
 Products = Counter[Shape]
@@ -25,17 +26,10 @@ def forward_products(cfg: MythosConfig, rows: int, tokens: int, n_loops: int, la
     """List the products of one forward pass, with projections of one input fused and the experts evenly loaded."""
     D, N = cfg.dim, rows * tokens
     products: Products = Counter()
-    layers = n_layers(cfg, n_loops)
-    H, R = cfg.n_heads, cfg.kv_lora_rank
-    if cfg.attn_type == "mla":
-        keys, values = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
-        products[N, D, cfg.q_lora_rank + R + cfg.qk_rope_head_dim] += layers
-        products[N, cfg.q_lora_rank, H * keys] += layers
-        products[N, R, H * (cfg.qk_nope_head_dim + values)] += layers
-    else:
-        keys = values = cfg.head_dim
-        products[N, D, D + 2 * cfg.n_kv_heads * cfg.head_dim] += layers
-    products[N, H * values, D] += layers
+    layers, attention = n_layers(cfg, n_loops), attention_costs(cfg)
+    for inputs, *outputs in attention.maps:
+        products[N, inputs, sum(outputs)] += layers
+    H, keys, values = attention.heads
     if tokens > 1:
         # Causal: half of each square is needed.
         products[-(-tokens // 2), keys, tokens] += layers * rows * H
@@ -47,7 +41,7 @@ def forward_products(cfg: MythosConfig, rows: int, tokens: int, n_loops: int, la
         busy = min(cfg.n_experts, N * cfg.n_experts_per_tok)
         swiglu(products, -(-N * cfg.n_experts_per_tok // busy), D, cfg.expert_dim, loops * busy)
         if cfg.n_shared_experts:
-            swiglu(products, N, D, cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim, loops)
+            swiglu(products, N, D, shared_width(cfg), loops)
     else:
         swiglu(products, N, D, cfg.expert_dim, loops)
     if cfg.lora_rank:
@@ -90,11 +84,9 @@ def decode_bytes(cfg: MythosConfig, rows: int, context: int, n_loops: int, bytes
 def decode_flops(cfg: MythosConfig, rows: int, context: int, n_loops: int) -> int:
     """Count the FLOPs of one token of each row, attending in the latent where there is one."""
     weights = count_parameters(cfg).unrolled(n_loops) + cfg.vocab_size * cfg.dim
-    if cfg.attn_type == "mla":
-        per_key = cfg.n_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-    else:
-        per_key = 2 * cfg.dim
-    return 2 * rows * (weights + n_layers(cfg, n_loops) * context * per_key)
+    attention = attention_costs(cfg)
+    n_heads, keys, values = attention.decode_heads or attention.heads
+    return 2 * rows * (weights + n_layers(cfg, n_loops) * context * n_heads * (keys + values))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks.job import Job
 from benchmarks.stats import Spread, ratios
 from open_mythos.accounting import flops_per_token
 from open_mythos.config import MythosConfig
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.variants import mythos_30m
 
 DEEPEST, N_PROMPT = 16, 17

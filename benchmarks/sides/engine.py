@@ -24,8 +24,8 @@ from open_mythos import HaltingRule, MythosConfig, OpenMythos, SamplingParams
 Engine = first_of("open_mythos.engine.engine:Engine", "open_mythos.serve.engine:Engine")
 EngineConfig = first_of("open_mythos.engine.engine:EngineConfig", "open_mythos.serve.engine:EngineConfig")
 measure_costs = first_of("open_mythos.engine.calibration:measure_costs", "open_mythos.serve.startup:measure_costs")
-Curve = first_of("open_mythos.engine.step_costs:Curve", "open_mythos.serve.costs:Curve")
-StepCosts = first_of("open_mythos.engine.step_costs:StepCosts", "open_mythos.serve.costs:StepCosts")
+Curve = first_of("open_mythos.engine.readout_policy:Curve", "open_mythos.serve.costs:Curve")
+StepCosts = first_of("open_mythos.engine.readout_policy:StepCosts", "open_mythos.serve.costs:StepCosts")
 
 WEIGHT = () if hasattr(HaltingRule, "weigh") else (None,)
 """The third part of a decision, which rules of older checkouts have."""

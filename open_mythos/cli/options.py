@@ -8,20 +8,30 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from open_mythos.checks import did_you_mean
+from open_mythos.config import HALTING_RULES
 from open_mythos.generation.sampling_params import OPTIONS
 
 T = TypeVar("T")
 MAX_NEW_TOKENS = 64
 """New tokens of `mythos generate`, unless it is given others."""
-Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+
+
+class TableKey(str):
+    """A word that has to be a key of `table`, as the table is when the command line is read."""
+
+    table: ClassVar[Mapping[str, Any]]
+
+
+class Exit(TableKey):
+    table = HALTING_RULES
 
 
 def _options_of(names: Sequence[str], **changes: tuple[Any, Any]) -> Any:
@@ -140,8 +150,11 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Read one of some words; a refusal names the nearest."""
-    allowed = get_args(info.type)
-    if get_origin(info.type) is not Literal or not all(isinstance(name, str) for name in allowed):
+    if isinstance(info.type, type) and issubclass(info.type, TableKey):
+        allowed = tuple(info.type.table)
+    elif get_origin(info.type) is Literal and all(isinstance(name, str) for name in get_args(info.type)):
+        allowed = get_args(info.type)
+    else:
         return None
 
     def convert(words: list[str]) -> Any:

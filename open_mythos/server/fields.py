@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from open_mythos.checks import check_choice
+from open_mythos.config import HALTING_RULES
 from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES
 
 MAX_FIELDS = 64
@@ -116,6 +118,14 @@ def _few_in_all(stops: list[str]) -> list[str]:
     return stops
 
 
+def _rule(name: str) -> str:
+    try:
+        check_choice("exit", name, tuple(HALTING_RULES))
+    except ValueError as error:
+        raise PydanticCustomError("exit", "{message}", {"message": str(error)}) from None
+    return name
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Content = Annotated[Text, BeforeValidator(_as_text)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
@@ -124,7 +134,7 @@ TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k)
 """0 and -1 keep every token."""
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+Exit = Annotated[str, AfterValidator(_rule)]
 Prompts = Annotated[
     list[Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_as_prompt)]],
     Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),

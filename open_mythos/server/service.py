@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from open_mythos.engine.engine import Engine
-from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.server.async_engine import AsyncEngine, Busy, EncodedPrompt, EngineDead, Submission
 from open_mythos.server.fields import EFFORTS, HARD_MAX_LOOPS
 from open_mythos.server.metrics import Metrics
@@ -231,7 +231,7 @@ class Service:
         engine, counts, rates = self.engine, self.async_engine.counts, self.metrics.rates()
         block, rows_by_loop = engine.model.recurrent, self.async_engine.rows_by_loop
         used, reusable = counts["pages_used"], counts["pages_reusable"]
-        rules = [] if block is None else ["fixed", *(["act"] if block.act is not None else []), *EXIT_THRESHOLDS]
+        rules = [] if block is None else [name for name in HALTING_RULES if name != "act" or block.act is not None]
         return {
             "model": self.config.model,
             "max_rows": self.max_rows,

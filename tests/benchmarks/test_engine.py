@@ -30,7 +30,7 @@ from benchmarks.sides.engine import (
     UntilAllAreDone,
     mean_depth,
 )
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.nn.halting import LatentDiff
 from open_mythos.variants import mythos_200k
 
@@ -128,7 +128,7 @@ def test_a_window_ends_with_a_read_out_and_contains_no_prompt() -> None:
     assert window["tokens"] == window["depths"].total() == 3 * len(window["reading_s"])
     assert sum(window["looping_s"]) + sum(window["reading_s"]) == pytest.approx(seconds["cpu"] * window["tokens"])
     assert 1 <= engine.mean(window["depths"]) <= DEEPEST
-    requests = [work.request for work in busy.busy.work.values() if work.row is not None]
+    requests = [seq for seq in busy.busy.sequences.values() if seq.row >= 0]
     assert [request.n_cached for request in requests] == [N_PROMPT - 1] * 3
     assert {request.params.max_tokens for request in requests} <= set(range(1, NEW_TOKENS + 1))
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from open_mythos.cli import COMMANDS, demo, main
+from open_mythos.cli import COMMANDS, main
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
+
+demo = import_module("open_mythos.cli.demo")
 
 
 @pytest.fixture(scope="module")

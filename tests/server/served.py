@@ -90,9 +90,9 @@ class Served:
         worker = self.service.async_engine
         until(lambda: not (worker.submissions or worker.n_taken or self.engine.busy))
         scheduler, runner = self.engine.scheduler, self.engine.runner
-        until(lambda: not (worker._of or self.engine.work or self.engine.of or self.engine.rows))
-        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.n_pages_used) == (0, 0, 0)
-        assert len(runner.free_rows) == self.service.max_rows and not runner.cohorts and not runner.left
+        until(lambda: not (worker._of or self.engine.sequences))
+        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.block_manager.n_used) == (0, 0, 0)
+        assert len(runner.free_rows) == self.service.max_rows and not runner.batches and not runner.exited
 
 
 def until(done: Callable[[], Any], seconds: float = 20) -> None:

@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.protocol import CompletionRequest
 from open_mythos.server.responses import ResponseBuilder
 from open_mythos.tokenization.chat_template import render
@@ -135,7 +136,8 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
-    event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
+    request = Sequence(0, [1], SamplingParams(), 1, None, True, 1)
+    event = TokenEvent(request, 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
     asked = CompletionRequest(prompt=["a"], logprobs=3)
     (data,) = ResponseBuilder(asked, [1], MODEL, TokenTexts(ByteTokenizer())).piece(0, event)
     (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]

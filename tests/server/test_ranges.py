@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.fields import EFFORTS, Effort
 from open_mythos.tokenization.chat_template import render
 from tests.server.served import MODEL, Served, model, serving, tokenizer
@@ -28,7 +29,7 @@ def client(served: Served) -> openai.OpenAI:
     return served.client()
 
 
-def alone(prompt: str, *params: SamplingParams) -> list[Request]:
+def alone(prompt: str, *params: SamplingParams) -> list[Sequence]:
     """Answers of an engine without a server."""
     engine = Engine(model(), tokenizer(), EngineConfig(max_rows=8))
     requests = [engine.add(prompt, each) for each in params]
