@@ -290,7 +290,7 @@ class Load(EngineTask):
         if self._alone(self.model, number, n_tokens) != self.finished[number]:
             return f"request {number} has other tokens or loops alone than beside others"
         exact = copy.deepcopy(self.model).double()
-        options = {"temperature": 1.0, "top_k": None, "return_loops": True, **self.rule}
+        options: dict[str, Any] = {"temperature": 1.0, "top_k": None, "return_loops": True, **self.rule}
         ids, loops = exact.generate(prompt, n_tokens, self.job.n_loops, seed=number, **options)
         if self._alone(exact, number, n_tokens) != (ids[len(prompt) :], loops):
             return f"request {number} has other tokens or loops in the engine than from generate"
