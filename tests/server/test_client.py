@@ -1,7 +1,6 @@
 """The server as OpenAI's own client sees it."""
 
 import json
-from collections.abc import Iterator
 
 import openai
 import pytest
@@ -14,22 +13,10 @@ from open_mythos.server.responses import ResponseBuilder
 from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import ByteTokenizer
-from tests.server.served import MODEL, Served, serving, tokenizer, until
+from tests.server.served import MODEL, Served, tokenizer, until
 
 PROMPT = "\u0416\u0438\u0437\u043d\u044c \u044d\u0442\u043e \U0001f30a"
 TURNS = [{"role": "user", "content": "\u65e5\u672c\u8a9e?"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return served.client()
 
 
 def alone(served: Served, ids: list[int], **params: object) -> tuple[str, list[int], list[int]]:
