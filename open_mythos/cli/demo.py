@@ -107,9 +107,7 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
 
 def _text(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]) -> dict[str, Any]:
     console.rule("[bold]2. Text")
-    console.print(
-        "Training from nothing on the bytes of Jane Austen's Persuasion, each row at a random number of loops."
-    )
+    console.print("Training from nothing on the bytes of Jane Austen's Persuasion, each row at random loops.")
     trainer = Trainer(cfg, out / "text", **machine)
     trainer.run()
     model, bytes_per_token = trainer.model, cfg.data.bytes_per_token

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import tyro
 
 from open_mythos.checks import NonNegativeInt, PositiveInt
-from open_mythos.cli.options import MAX_NEW_TOKENS, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, TableKey, read
 from open_mythos.device import Device, Dtype
+from open_mythos.train.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
@@ -45,6 +46,10 @@ def demo(rest: list[str]) -> None:
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
 
 
+class TrackerName(TableKey):
+    table = TRACKERS
+
+
 @dataclass
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
@@ -73,10 +78,10 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
     """Also keep those at multiples of so many steps."""
-    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Continue from the newest complete checkpoint; start where there is none. With more --steps, also beyond the end."""
+    """Continue from the newest complete checkpoint, or start if there is none; with more --steps, also beyond the end."""
     workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
 
@@ -137,7 +142,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
         f"{cfg.batch_size:,} rows of {cfg.data.seq_len:,} tokens, {tokens:,} tokens in all."
     ]
     if trainer.steps_done:
-        lines.append(f"It goes on after step {trainer.steps_done:,}.")
+        lines.append(f"It continues after step {trainer.steps_done:,}.")
     whole = load_recipe(recipe) if recipe in CPU_SECONDS else None
     if whole is not None and dataclasses.replace(cfg, steps=whole.steps, seed=whole.seed) == whole:
         seconds = CPU_SECONDS[recipe] * (cfg.steps - trainer.steps_done) / whole.steps
@@ -148,7 +153,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
     else:
         lines.append("The time left is measured from the first steps.")
         if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
-            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} tells its time on them.")
+            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} shows its time on them.")
     return lines
 
 

@@ -64,7 +64,7 @@ def test_dealt_act_at_its_own_depths_is_act() -> None:
         model.recurrent.act.halt.weight.normal_()
         ids = exits.questions(Addition(2, 3), 20, 0)[0].input_ids
         own = model(ids, 5, exit=ACT(model.recurrent.act, 0.7), trace=True)
-        dealt = model(ids, 5, exit=exits.DealtACT(model.recurrent.act, own.exit_loop + 1), trace=True)
+        dealt = model(ids, 5, exit=exits.GivenDepthsACT(model.recurrent.act, own.exit_loop + 1), trace=True)
     assert len(own.exit_loop.unique()) > 2
     assert torch.equal(dealt.exit_loop, own.exit_loop)
     torch.testing.assert_close(dealt.logits, own.logits)
