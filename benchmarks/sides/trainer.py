@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.job import Job
 from open_mythos.tasks import Text
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
@@ -38,11 +38,11 @@ class Training:
     def info(self) -> dict[str, Any]:
         return {"tokens": self.job.rows * self.job.tokens}
 
-    def trainer(self, keeping: Keeping | None = None) -> Trainer:
+    def trainer(self, checkpoint: CheckpointConfig | None = None) -> Trainer:
         """A new run, in a folder of its own."""
         out = Path(tempfile.mkdtemp(dir=self.job.arguments["folder"])) / "run"
         device = "cuda" if self.job.device == "cuda" else "cpu"
-        return Trainer(self.cfg, out, device=device, progress=False, keeping=keeping)
+        return Trainer(self.cfg, out, device=device, progress=False, checkpoint=checkpoint)
 
 
 class Steps(Training):
@@ -79,11 +79,11 @@ class WholeRun(Training):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.keeping = Keeping(job.arguments["checkpoint_every"])
+        self.checkpoint = CheckpointConfig(job.arguments["checkpoint_every"])
         self.read: dict[str, float] = {}
 
     def fresh(self) -> Trainer:
-        return self.trainer(self.keeping)
+        return self.trainer(self.checkpoint)
 
     def run(self, fresh: Trainer) -> None:
         fresh.run()
@@ -91,7 +91,7 @@ class WholeRun(Training):
         for line in read_metrics(fresh.out_dir / "metrics.jsonl"):
             step_s = self.job.rows * self.job.tokens / line["perf/tok_s"]
             steps_s, whole_s = steps_s + step_s, whole_s + step_s / (1 - line["perf/overhead"])
-        self.read = {f"overhead {self.keeping.every}": 1 - steps_s / whole_s}
+        self.read = {f"overhead {self.checkpoint.every}": 1 - steps_s / whole_s}
 
     def reading(self) -> dict[str, float]:
         return self.read
