@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.files import inside, make_folder, naming, read_json, sha256, to_disk
+from open_mythos.files import inside, make_folder, read_json, sha256, to_disk, writing
 from open_mythos.train.distributed import RankFailed, World
 from open_mythos.train.tensor_shards import ShardGroups, ShardReader, TensorShard, write_shards
 
@@ -221,7 +221,7 @@ class Checkpoints:
                 raise OSError(written["error"] if self.world.size == 1 else f"rank {rank}: {written['error']}")
             files |= written["files"]
         target, old = partial.with_suffix(""), partial.with_suffix(".old")
-        with naming(partial):
+        with writing(partial):
             (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
             self.describe(partial)
             files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}

@@ -317,7 +317,8 @@ def test_a_full_disk_is_named(tmp_path: Path, name: str) -> None:
                 lambda *_: patch.setattr("open_mythos.model_folder.to_disk", lambda path: (_ for _ in ()).throw(full)),
                 3,
             )
-        with pytest.raises(OSError, match="the disk is full; make room, and run the command again") as error:
+        message = r"No space left on device \(.* bytes are free\); make room, and run the command again"
+        with pytest.raises(OSError, match=message) as error:
             run.run()
     assert str(folder / name) in str(error.value) and resource.getrlimit(resource.RLIMIT_FSIZE) == before
     if name == "final":
