@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.experiments.khop import accuracy_grid, guessing, khop_task
-from open_mythos.experiments.khop_report import best_unreachable, worst_reachable
+from open_mythos.experiments.khop import accuracy_grid, enough, guessing, khop_task
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
@@ -97,7 +97,8 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
     title = f"Accuracy by hops and loops; trained on 1 to {task.max_distance} hops"
     console.print(accuracy_table(title, DISTANCES, LOOPS, grid))
     heat_map(grid, DISTANCES, LOOPS, out / "khop.png", title)
-    worst, control = worst_reachable(grid, DISTANCES, LOOPS), best_unreachable(grid, DISTANCES, LOOPS)
+    reachable = enough(DISTANCES, LOOPS)
+    worst, control = float(np.array(grid)[reachable].min()), float(np.array(grid)[~reachable].max())
     console.print(
         f"With at least as many loops as hops: {worst:.3f} or better everywhere, up to 16 hops and 32 loops. "
         f"With fewer loops than hops, the control: {control:.3f} at most, as the model names a symbol on the way. "
