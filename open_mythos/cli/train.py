@@ -95,11 +95,11 @@ def train(rest: list[str]) -> None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.recipes import DATA
-    from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.checkpoint import CheckpointConfig
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
-    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
+    checkpoint = CheckpointConfig(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
         cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
@@ -108,7 +108,7 @@ def train(rest: list[str]) -> None:
             args.out,
             device=args.device,
             threads=args.threads,
-            keeping=keeping,
+            checkpoint=checkpoint,
             resume=args.resume,
             workers=args.workers,
             trackers=trackers,
