@@ -81,7 +81,7 @@ class TrainArgs:
     track: Annotated[tuple[TrackerName, ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Continue from the newest complete checkpoint, or start if there is none; with more --steps, beyond the end too."""
+    """Continue from the newest complete checkpoint, or start if there is none; more --steps go beyond the end."""
     workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
 
