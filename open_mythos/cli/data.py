@@ -203,10 +203,10 @@ def train_tokenizer(rest: list[str]) -> None:
     args = read(TrainTokenizerArgs, "mythos train-tokenizer", rest)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out} is not empty; name another folder")
-    from open_mythos.data.disk import writing
     from open_mythos.data.documents import find_files, first_text
     from open_mythos.data.records import Reading
     from open_mythos.data.skipped import SkipLog, Skipped
+    from open_mythos.files import writing
     from open_mythos.tokenization.tokenizer import BPETokenizer
 
     reading = Reading(args.column, max_document_bytes=2**62)

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, TableKey, read
 from open_mythos.device import Device, Dtype
+from open_mythos.train.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
@@ -49,6 +50,10 @@ def demo(rest: list[str]) -> None:
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
 
 
+class TrackerName(TableKey):
+    table = TRACKERS
+
+
 @dataclass
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
@@ -77,7 +82,7 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
-    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
@@ -100,11 +105,11 @@ def train(rest: list[str]) -> None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.recipes import DATA
-    from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.checkpoint import CheckpointConfig
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
-    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
+    checkpoint = CheckpointConfig(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
         cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
@@ -113,7 +118,7 @@ def train(rest: list[str]) -> None:
             args.out,
             device=args.device,
             threads=args.threads,
-            keeping=keeping,
+            checkpoint=checkpoint,
             resume=args.resume,
             workers=args.workers,
             trackers=trackers,
