@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from open_mythos.checks import check_int
+from open_mythos.checks import Range
 from open_mythos.cli.options import ModelOptions, read
 from open_mythos.device import setup_device
 from open_mythos.extras import load
@@ -34,16 +34,12 @@ class ServeArgs(ServeConfig, ModelOptions):
 
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a key."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 2**16 - 1)] = 8000
     """0 takes a free one, which is printed."""
     api_key_file: Path | None = None
     """File with the key that requests have to send; left out: the variable MYTHOS_API_KEY, if it is set."""
     kv_tokens: int | None = None
     """Tokens that keys and values have room for; left out: a quarter of the free memory, at most what the rows need."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("port", self.port, 0, 2**16 - 1)
 
 
 def serve(rest: list[str]) -> None:

@@ -58,6 +58,7 @@ class LoopBatch:
         if self.rule.weighted:
             rows["out"] = torch.zeros_like(at_least_float32(h))
         state = self.rule.init(h, rows["n_loops"])
+        # Everything that belongs to a token is a row of some tensor, so that joining is concatenation.
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}
             state = {name: torch.cat((self.state[name], x)) for name, x in state.items()}
