@@ -4,6 +4,7 @@ A wrong type is a TypeError, a value out of range a ValueError. A bool is no num
 Messages name a field and its value as Python has them, `n_loops=0`; `as_typed` turns them into what a command takes.
 """
 
+import dataclasses
 import difflib
 import math
 import re
@@ -11,6 +12,8 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 VALUE = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,'"]*[^\s;,'".):]"""
 """A value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
@@ -98,6 +101,57 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(value[:80].lower(), allowed, n=1, cutoff=0.4) or allowed
         raise ValueError(f"{name}={shown(value)} must be one of {choices}; use {name}={near[0]!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Values that a number may have, as the type of a field declares them: `lr: Annotated[float, Range(0)]`."""
+
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+
+NonNegativeInt = Annotated[int, Range(0)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeFloat = Annotated[float, Range(0)]
+PositiveFloat = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1, below=True)]
+
+
+def check_section(section: Any, prefix: str = "") -> None:
+    """Refuse a dataclass with a value outside of its field's type: bool, Literal, or a number with a `Range`.
+
+    None passes where the type has it. Texts, tuples and sections are left to whoever knows what they hold.
+    """
+    for field, (kind, limits, is_optional) in _field_types(type(section)).items():
+        value, name = getattr(section, field), f"{prefix}{field}"
+        if value is None and is_optional:
+            continue
+        if kind is bool:
+            check_bool(name, value)
+        elif get_origin(kind) is Literal:
+            check_choice(name, value, get_args(kind))
+        elif kind is int and limits is not None:
+            check_int(name, value, int(limits.low), MAX_INT if limits.high == math.inf else int(limits.high))
+        elif kind is float and limits is not None:
+            check_number(name, value, limits.low, limits.high, above=limits.above, below=limits.below)
+
+
+@cache
+def _field_types(cls: Any) -> dict[str, tuple[Any, Range | None, bool]]:
+    """Return for each field of a dataclass its type without None, its `Range`, and whether it may be None."""
+    hints, found = get_type_hints(cls, include_extras=True), {}
+    for field in dataclasses.fields(cls):
+        hint, limits = hints[field.name], None
+        is_optional = get_origin(hint) is not Literal and type(None) in get_args(hint)
+        if is_optional:
+            [hint] = [each for each in get_args(hint) if each is not type(None)][:1]
+        if get_origin(hint) is Annotated:
+            hint, limits = get_args(hint)[0], next((m for m in hint.__metadata__ if isinstance(m, Range)), None)
+        found[field.name] = (hint, limits, is_optional)
+    return found
 
 
 def check_field(name: object, fields: Sequence[str], section: str = "") -> None:

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 
 import open_mythos
+import open_mythos.tasks
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.accounting import count_parameters, kv_bytes_per_token, n_layers
 from open_mythos.cli import main
 from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
-from open_mythos.experiments import NAMES
-from open_mythos.generation.generate import generate
+from open_mythos.experiments import EXPERIMENTS
 from open_mythos.generation.sampling import sample
 from open_mythos.generation.sampling_params import SamplingParams
-from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
 from open_mythos.reports.terminal import duration
 from open_mythos.tasks import TASKS
@@ -74,7 +74,7 @@ def defaults(path: Path, columns: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
-def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     found = blocks(path, "python")
@@ -332,7 +332,7 @@ def told_signature(path: Path, start: str) -> inspect.Signature:
 
 @pytest.mark.parametrize(
     ("start", "function", "own"),
-    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", generate, ["model"])],
+    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", OpenMythos.generate, ["self"])],
 )
 def test_signatures_are_those_of_the_code(start: str, function: Callable, own: list[str]) -> None:
     """Names, order, defaults and what is keyword-only; and each argument is explained in a table."""
@@ -347,8 +347,8 @@ def test_signatures_are_those_of_the_code(start: str, function: Callable, own: l
 
 def test_thresholds_are_those_of_the_code() -> None:
     table = {cells[0].strip("`").removeprefix('"').removesuffix('"'): cells for cells in rows(REFERENCE)}
-    for name, threshold in EXIT_THRESHOLDS.items():
-        assert float(table[name][2]) == threshold
+    for name in HALTING_RULES.keys() - {"fixed", "act"}:
+        assert float(table[name][2]) == HALTING_RULES[name].default_threshold
 
 
 def test_sampling_is_told_as_it_runs() -> None:
@@ -360,8 +360,8 @@ def test_sampling_is_told_as_it_runs() -> None:
 
 def test_every_experiment_is_in_the_table() -> None:
     assert [
-        cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in NAMES
-    ] == [*NAMES]
+        cells[0].strip("`") for cells in rows(ROOT / "docs" / "experiments.md") if cells[0].strip("`") in EXPERIMENTS
+    ] == [*EXPERIMENTS]
 
 
 def test_front_page_leads_to_every_record() -> None:

@@ -1,7 +1,7 @@
-"""The command that looks at what a model does in each of its loops."""
+"""The command that analyses what a model does in each of its loops."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,15 +12,16 @@ from open_mythos.cli.options import read
 from open_mythos.device import Device, Dtype, setup_device
 
 if TYPE_CHECKING:
-    from open_mythos.analysis.section import Section, Subject
+    from open_mythos.analysis.section import Subject
+    from open_mythos.tasks.task import Batch
 
 PROMPTS_OF_TASK = 64
 
 
 @dataclass
 class AnalyzeArgs:
-    """What a model does in each loop: tables, analysis.json, figures and report.html. docs/analysis.md tells what each
-    number means."""
+    """What a model does in each loop: tables, analysis.json, figures and report.html. docs/analysis.md explains each
+    number."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
@@ -45,27 +46,56 @@ def analyze(rest: list[str]) -> None:
     args = read(AnalyzeArgs, "mythos analyze", rest)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
-    from rich.console import Console
+    import platform
 
-    from open_mythos.cli.analyze_parts import PARTS
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+
+    from open_mythos.analysis import SECTIONS
+    from open_mythos.experiments.study import commit
+    from open_mythos.reports.document import Report, Table, write_record
     from open_mythos.reports.figures import require_matplotlib
-    from open_mythos.reports.terminal import ProgressLine
+    from open_mythos.reports.terminal import ProgressLine, table
 
     require_matplotlib()
     subject = _subject(args)
-    sections: dict[str, Section] = {}
-    with ProgressLine(len(PARTS), "analyze", unit="part", stderr=True) as line:
-        for name, part in PARTS.items():
-            sections[name] = part(subject)
+    sections, parts = {}, []
+    with ProgressLine(len(SECTIONS), "analyze", unit="part", stderr=True) as line:
+        for name, section in SECTIONS.items():
+            found = sections[name] = section(subject)
+            parts += [f"## {found.title}\n\n{found.finding}", *found.parts]
             line.advance(label=name)
+    rows, tokens = subject.input_ids.shape
+    results = {
+        "name": "analyze",
+        "title": f"What {args.folder} does in each loop",
+        "question": "What does each loop do, and where does the state go?",
+        "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {args.dtype}. Trained depth: "
+        f"{subject.model.cfg.max_loop_iters} loops; run to {subject.n_beyond}. docs/analysis.md explains what each "
+        "number means and what it cannot show.",
+        "command": f"mythos analyze {shlex.join(rest)}",
+        "commits": [commit()],
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "seeds": [args.seed],
+        "quick": False,
+        "prompts": subject.input_ids.tolist(),
+        "results": {name: found.numbers for name, found in sections.items()},
+    }
     out = args.folder / "analysis" if args.out is None else args.out
-    _write(args, f"mythos analyze {shlex.join(rest)}", subject, sections, out)
-    _print(Console(), sections.values())
+    report = Report(" ".join(found.finding for found in sections.values()), parts)
+    write_record(results, report, out, "analysis.json")
+    console = Console()
+    for found in sections.values():
+        console.print(Text(f"\n{found.title}", style="bold"), Text(found.finding), sep="\n")
+        for part in found.parts:
+            if isinstance(part, Table):
+                console.print(table(part.head, part.rows))
     print(f"The report is {out / 'report.html'} (also .md, analysis.json and the figures).")
 
 
 def _subject(args: AnalyzeArgs) -> "Subject":
-    """The model and its prompts; refuses what cannot be analysed before any work."""
+    """Load the model and its prompts; refuse before any work what cannot be analysed."""
     import torch
 
     from open_mythos.analysis.fixed_point import FEWEST
@@ -83,97 +113,42 @@ def _subject(args: AnalyzeArgs) -> "Subject":
     n_beyond = max(FEWEST, 4 * model.cfg.max_loop_iters) if args.loops is None else args.loops
     check_int("loops", n_beyond, FEWEST, MAX_LOOPS - 1)
     tokenizer = load_tokenizer(args.folder)
-    n_loops = min(model.cfg.max_loop_iters, n_beyond)
-    if not args.prompt:
-        ids, labels, name = _of_task(args.folder, args.seed)
-        # Each prompt gets the input of the one after it.
-        others = ids.roll(-1, dims=0) if args.swap is None else _cut([args.swap] * len(ids), tokenizer, ids.shape[1])
-        where = labels != IGNORE
-        return Subject(model, tokenizer, *_on(device, ids, labels, where, others), n_loops, n_beyond, name == "khop")
-    ids = _cut(args.prompt, tokenizer)
-    if ids.shape[1] < 2:
-        raise ValueError("--prompt has less than two tokens; give a longer text")
-    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
-    if args.swap is None:
+
+    def ends(texts: Sequence[str], n_tokens: int | None = None) -> torch.Tensor:
+        """Encode texts and return the last `n_tokens` ids of each, or as many as the shortest has: (B, T)."""
+        ids = [tokenizer.encode(text) for text in texts]
+        shortest = min(map(len, ids))
+        T = shortest if n_tokens is None else n_tokens
+        if shortest < T:
+            raise ValueError(f"--swap has {shortest} tokens, but the prompt {T}; give a text at least as long")
+        return torch.tensor([x[len(x) - T :] for x in ids], dtype=torch.int64)
+
+    if args.prompt:
+        task, ids = None, ends(args.prompt)
+        if ids.shape[1] < 2:
+            raise ValueError("--prompt has less than two tokens; give a longer text")
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
+        where = torch.ones_like(ids, dtype=torch.bool)
         others = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(args.seed))]
     else:
-        others = _cut([args.swap] * len(ids), tokenizer, ids.shape[1])
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    return Subject(model, tokenizer, *_on(device, ids, labels, everywhere, others), n_loops, n_beyond, False)
+        task, batch = _of_task(args.folder, args.seed)
+        ids, labels, where = batch.input_ids, batch.labels, batch.labels != IGNORE
+        # Each prompt gets the input of the next one.
+        others = ids.roll(-1, dims=0)
+    if args.swap is not None:
+        others = ends([args.swap] * len(ids), ids.shape[1])
+    tensors = [x.to(device) for x in (ids, labels, where, others)]
+    return Subject(model, tokenizer, *tensors, min(model.cfg.max_loop_iters, n_beyond), n_beyond, task == "khop")
 
 
-def _on(device: Any, *tensors: Any) -> list[Any]:
-    return [x.to(device) for x in tensors]
-
-
-def _cut(texts: Any, tokenizer: Any, n_tokens: int | None = None) -> Any:
-    """(B, T) ids of the texts' ends: `n_tokens` of each, or as many as the shortest has."""
-    import torch
-
-    ids = [tokenizer.encode(text) for text in texts]
-    T = min(map(len, ids)) if n_tokens is None else n_tokens
-    if min(map(len, ids)) < T:
-        raise ValueError(f"--swap has {min(map(len, ids))} tokens, but the prompt {T}; give a text at least as long")
-    return torch.tensor([x[len(x) - T :] for x in ids], dtype=torch.int64)
-
-
-def _of_task(folder: Path, seed: int) -> tuple[Any, Any, str]:
-    """Prompts and labels (B, T) of the task in the run's config.yaml, and its name."""
+def _of_task(folder: Path, seed: int) -> "tuple[str, Batch]":
+    """Draw prompts and labels (B, T) of the task in the run's config.yaml, and return its name and these."""
     import numpy as np
 
     from open_mythos.train.config import TrainConfig
 
     path = folder.resolve().parent / "config.yaml"
-    data = TrainConfig.load(path).data if path.is_file() else None
+    data: Any = TrainConfig.load(path).data if path.is_file() else None
     if data is None or data.on_disk or data.bytes_per_token is not None:
         raise ValueError(f"--prompt is missing, and {path} names no task that draws prompts; use --prompt 'TEXT'")
-    batch = data.validation_batch(np.random.default_rng(seed), PROMPTS_OF_TASK)
-    return batch.input_ids, batch.labels, data.name
-
-
-def _write(args: AnalyzeArgs, command: str, subject: "Subject", sections: "dict[str, Section]", out: Path) -> None:
-    import platform
-
-    import torch
-
-    from open_mythos.experiments.study import commit
-    from open_mythos.reports.document import Report, write_record
-
-    rows, tokens = subject.input_ids.shape
-    results = {
-        "name": "analyze",
-        "title": f"What {args.folder} does in each loop",
-        "question": "What does each loop do, and where does the state go?",
-        "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {args.dtype}. Trained depth: "
-        f"{subject.model.cfg.max_loop_iters} loops; run to {subject.n_beyond}. docs/analysis.md tells what each "
-        "number means and what it cannot tell.",
-        "command": command,
-        "commits": [commit()],
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "seeds": [args.seed],
-        "quick": False,
-        "prompts": subject.input_ids.tolist(),
-        "results": {name: section.numbers for name, section in sections.items()},
-    }
-    parts = [part for s in sections.values() for part in (f"## {s.title}\n\n{s.finding}", *s.parts)]
-    finding = " ".join(section.finding for section in sections.values())
-    write_record(results, Report(finding, parts), out, "analysis.json")
-
-
-def _print(console: Any, sections: "Iterable[Section]") -> None:
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    from open_mythos.reports.document import Table
-
-    for section in sections:
-        console.print(Text(f"\n{section.title}", style="bold"))
-        console.print(Text(section.finding))
-        for part in section.parts:
-            if isinstance(part, Table):
-                table = RichTable()
-                for name in part.head:
-                    table.add_column(Text(name), justify="right", overflow="fold")
-                for row in part.rows:
-                    table.add_row(*(Text(cell.replace("\\|", "|")) for cell in row))
-                console.print(table)
+    return data.name, data.validation_batch(np.random.default_rng(seed), PROMPTS_OF_TASK)

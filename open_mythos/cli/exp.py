@@ -39,9 +39,9 @@ class ExpArgs:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("name", self.name, (*experiments.NAMES, "list", "show"))
+        check_choice("name", self.name, (*experiments.EXPERIMENTS, "list", "show"))
         if self.name == "show":
-            check_choice("shown", self.shown, experiments.NAMES)
+            check_choice("shown", self.shown, [*experiments.EXPERIMENTS])
         elif self.shown:
             raise ValueError(f"{self.shown!r} stands behind {self.name}; leave it out, or use show {self.shown}")
         check_int("threads", self.threads, 1)
@@ -82,7 +82,7 @@ def _list(console: "Console") -> None:
     """One line for each experiment, cut to the terminal's width."""
     from open_mythos.experiments.study import load
 
-    for name in experiments.NAMES:
+    for name in experiments.EXPERIMENTS:
         experiment = load(name)
         line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} {_found(name)[0]}"
         console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
@@ -102,7 +102,7 @@ def _show(console: "Console", name: str) -> None:
         ("Takes: ", f"{experiment.cost[0]} in the quick form, {experiment.cost[1]} in all, on one CPU core"),
         ("Seeds: ", " ".join(map(str, experiment.seeds))),
         ("Finding: ", finding + (f" ({place})" if place else "")),
-        ("", experiment.protocol.strip()),
+        ("", experiment.text("Protocol")),
         ("Run it: ", f"mythos exp {name} --quick"),
     ):
         console.print(label + text, markup=False, soft_wrap=label == "Run it: ")

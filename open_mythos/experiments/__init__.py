@@ -1,14 +1,17 @@
-"""Experiments, one file each: a question, a protocol, raw numbers, a figure and a report, by one command."""
+"""Experiments, one file each: arms to compare, what is measured, and a page that the numbers fill."""
 
-NAMES: tuple[str, ...] = (
-    "addition",
-    "khop",
-    "parity",
-    "brackets",
-    "verify",
-    "exits",
-    "loop_roles",
-    "adaptive",
-    "small_text",
-)
-"""The experiments, in the order of `mythos exp list`."""
+from typing import Any
+
+EXPERIMENTS: dict[str, Any] = {
+    "addition": "open_mythos.experiments.addition:EXPERIMENT",
+    "khop": "open_mythos.experiments.khop:STUDY",
+    "parity": "open_mythos.experiments.parity:EXPERIMENT",
+    "brackets": "open_mythos.experiments.brackets:EXPERIMENT",
+    "verify": "open_mythos.experiments.verify:EXPERIMENT",
+    "exits": "open_mythos.experiments.exits:STUDY",
+    "loop_roles": "open_mythos.experiments.loop_roles:EXPERIMENT",
+    "adaptive": "open_mythos.experiments.adaptive:STUDY",
+    "small_text": "open_mythos.experiments.small_text:EXPERIMENT",
+}
+"""The studies by name, in the order of `mythos exp list`: a `Study`, or the path to import it from, so that the names
+are known before torch is imported. Your own: `EXPERIMENTS["mine"] = Study(...)`."""

@@ -29,7 +29,7 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     """Sampled depth, its twins, and a model of several tasks."""
     steps = 200 if quick else 1000
     model = MythosConfig(
-        vocab_size=Brackets.vocab_size,
+        vocab_size=Brackets().vocab_size,
         dim=64,
         n_heads=4,
         n_kv_heads=4,
@@ -63,7 +63,7 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
 
     mixed = dataclasses.replace(
         sampled,
-        model=dataclasses.replace(model, vocab_size=Mixed.vocab_size),
+        model=dataclasses.replace(model, vocab_size=Mixed().vocab_size),
         data=Mixed(max_bits=8, max_digits=2, max_length=LENGTH),
         # A third of the rows are brackets, which are learned last.
         steps=steps * 3 // 2,

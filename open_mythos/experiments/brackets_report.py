@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from open_mythos.analysis.per_loop import rank_correlation
 from open_mythos.experiments.study import Result
 from open_mythos.reports.document import Figure, Part, Report, Table
 from open_mythos.reports.figures import Curve, stacked
-from open_mythos.reports.stats import against, interval, shown
+from open_mythos.reports.stats import against, interval, rank_correlation, shown
 
 READ_AT = (1, 2, 3, 4, 6, 8, 12, 16)
 ARMS = {"sampled": "sampled depth", "fixed": "fixed depth 4"}

@@ -1,20 +1,23 @@
 """Does a looped model follow more pointers than it was trained on, when it may loop more?
 
-Also what `mythos demo` measures its small model with.
+`mythos demo` measures its small model with the functions of this file, too.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from open_mythos.accounting import count_parameters
 from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
-from open_mythos.experiments.khop_report import Grid, report
-from open_mythos.experiments.study import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Lab, Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import KHop
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE, Batch
@@ -24,41 +27,53 @@ from open_mythos.train.losses import LossConfig
 
 DISTANCES = tuple(range(1, 17))
 LOOPS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 96)
-INJECTIONS = ("diagonal", "lti", "concat", "add")
+STEPS = tuple(range(1, LOOPS[-1] + 1))
 ROWS = 500
 """Questions of each distance, and questions on cycles, by seed; the quick form asks a tenth of them."""
 QUICK_STEPS = 100
 
+INJECTIONS = ("diagonal", "lti", "concat", "add")
+OWN = INJECTIONS[0]
+"""The recipe's injection."""
+PLAIN = {"plain-depth": "plain, equal depth", "plain-parameters": "plain, equal parameters"}
+HOPS = (8, 16, 32, 64)
+"""Distances on the cycle that the tables show."""
+FAR = 16
+"""Distance in the forest at which arms are compared; training asks for 4 hops at most."""
+RIGHT = 0.9
+"""Accuracy from which a distance counts as reached."""
+HARM = 0.02
+"""A fall of accuracy beyond this is called harm; one changed answer alone makes the largest fall positive."""
+
 
 def khop_task(cfg: TrainConfig) -> KHop:
-    """The task of a k-hop run."""
+    """Return the task of a k-hop run."""
     if not isinstance(cfg.data, KHop):
-        raise TypeError(f"the recipe tiny-khop trains on {cfg.data.name!r}, not on k-hop questions; mend the recipe")
+        raise TypeError(f"the recipe tiny-khop trains on {cfg.data.name!r}, not on k-hop questions; fix the recipe")
     return cfg.data
 
 
 def accuracy_grid(
     model: OpenMythos, task: KHop, rows: int, seed: int, distances: Sequence[int], loops: Sequence[int]
-) -> Grid:
-    """Share of right answers for every distance and number of loops, on `rows` fresh forests a distance."""
+) -> list[list[float]]:
+    """Return the accuracy for every distance and number of loops, on `rows` fresh forests for each distance."""
     grid = []
     for distance in distances:
         asked = dataclasses.replace(task, min_distance=distance, max_distance=distance)
-        batch = asked.batch(stream(seed, distance, Purpose.VALIDATION), rows)
-        grid.append(accuracy_by_loops(model, batch, loops))
+        grid.append(accuracy_by_loops(model, asked.batch(stream(seed, distance, Purpose.VALIDATION), rows), loops))
     return grid
 
 
 def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: Sequence[int]) -> list[float]:
-    """Share of labelled tokens predicted right at each number of loops; a plain model's are all the same."""
-    # No symbol is IGNORE, so what is not asked is never right.
+    """Return the share of labelled tokens predicted right at each number of loops; equal ones for a plain model."""
+    # No symbol equals IGNORE, so a token without a label never counts as right.
     hits = right_by_loop(model, batch, max(loops)).sum((1, 2)).tolist()
     asked = int((batch.labels != IGNORE).sum())
     return [hits[min(n, len(hits)) - 1] / asked for n in loops]
 
 
 def cycles(n_symbols: int, rows: int, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
-    """Tables whose pointers form one cycle through all symbols, with a question each.
+    """Draw tables whose pointers form one cycle through all symbols, with a question each.
 
     Returns:
         (B, N + 1) the prompts, as `KHop` writes them, and (N, B) the symbol 0, 1, 2, ... hops from the question.
@@ -70,7 +85,7 @@ def cycles(n_symbols: int, rows: int, rng: np.random.Generator) -> tuple[torch.T
 
 
 def cycle_accuracy(model: OpenMythos, n_symbols: int, rows: int, seed: int, n_loops: int) -> Result:
-    """By loops l from 1: how often the l-th successor is named, and the one before it, and the one after it."""
+    """Return by loops l from 1 how often the l-th successor is named, the one before it, and the one after it."""
     ids, successor = cycles(n_symbols, rows, stream(seed, 0, Purpose.VALIDATION))
     named = named_by_loop(model, ids, n_loops)[:, :, -1].numpy()
     hops = np.arange(1, n_loops + 1)
@@ -82,22 +97,31 @@ def cycle_accuracy(model: OpenMythos, n_symbols: int, rows: int, seed: int, n_lo
 
 
 def guessing(task: KHop, rows: int = 10_000) -> float:
-    """What naming one of the prompt's roots at random scores: knowing what a root is, and following no chain."""
+    """Return the accuracy of naming one of the prompt's roots at random, without following any chain."""
     table = task.batch(stream(0, 0, Purpose.VALIDATION), rows).input_ids[:, :-1]
-    n_roots = (table == torch.arange(task.n_symbols)).sum(1)
-    return (1 / n_roots).mean().item()
+    return (1 / (table == torch.arange(task.n_symbols)).sum(1)).mean().item()
+
+
+def measure(run: Run) -> Result:
+    """Return the accuracy in forests by distance and loops, and on cycles by loops."""
+    # Questions drawn from a seed of their own: none is one of training's.
+    fresh, task, rows = run.seed + 1_000_000, khop_task(run.config), run.settings["rows"]
+    found: Result = {"forest": accuracy_grid(run.model, task, rows, fresh, DISTANCES, run.settings["loops"])}
+    if run.model.recurrent is not None:
+        found["cycle"] = cycle_accuracy(run.model, task.n_symbols, rows, fresh, max(LOOPS))
+    return found
 
 
 def narrowed(cfg: TrainConfig, parameters: int) -> TrainConfig:
-    """The run at the width that comes nearest to so many parameters."""
+    """Return the run at the width whose number of parameters comes nearest."""
     step = 2 * cfg.model.n_heads
     widths = [dataclasses.replace(cfg.model, dim=dim) for dim in range(step, cfg.model.dim + 1, step)]
     model = min(widths, key=lambda model: abs(count_parameters(model).total - parameters))
     return dataclasses.replace(cfg, model=model)
 
 
-def plain_twin(cfg: TrainConfig) -> TrainConfig:
-    """The same run for a plain transformer with a block of its own for every loop of training, asked for the root."""
+def plain_baseline(cfg: TrainConfig) -> TrainConfig:
+    """Return the run for a plain transformer with a block for every loop of training, asked for the root only."""
     task = khop_task(cfg)
     model = dataclasses.replace(cfg.model, prelude_layers=cfg.loops.max_loops or 1, recurrent_layers=0, halting="none")
     # Without loops the depth only says how far the root may be.
@@ -106,14 +130,17 @@ def plain_twin(cfg: TrainConfig) -> TrainConfig:
     return dataclasses.replace(cfg, model=model, data=data, loops=loops, losses=LossConfig())
 
 
-def arms(base: TrainConfig) -> dict[str, TrainConfig]:
-    """Four injections; two plain twins; and the recipe with one of its choices undone, twice."""
-    injections = {
-        name: dataclasses.replace(base, model=dataclasses.replace(base.model, injection=name)) for name in INJECTIONS
-    }
-    deep = plain_twin(base)
+def arms(quick: bool) -> dict[str, TrainConfig]:
+    """Four injections; two plain baselines; and the recipe with one of its choices undone, twice."""
+    base = load_recipe("tiny-khop")
+    if quick:
+        loops = dataclasses.replace(base.loops, ramp_steps=QUICK_STEPS // 2)
+        base = dataclasses.replace(base, steps=QUICK_STEPS, loops=loops)
+    deep = plain_baseline(base)
     task = dataclasses.replace(khop_task(base), target="root")
-    return injections | {
+    return {
+        name: dataclasses.replace(base, model=dataclasses.replace(base.model, injection=name)) for name in INJECTIONS
+    } | {
         "plain-depth": deep,
         "plain-parameters": narrowed(deep, count_parameters(base.model).total),
         "root": dataclasses.replace(base, data=task, losses=LossConfig()),
@@ -121,91 +148,131 @@ def arms(base: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def recipe(quick: bool) -> TrainConfig:
-    """`tiny-khop`; the quick form stops before it has learned much."""
-    base = load_recipe("tiny-khop")
-    if not quick:
-        return base
-    loops = dataclasses.replace(base.loops, ramp_steps=QUICK_STEPS // 2)
-    return dataclasses.replace(base, steps=QUICK_STEPS, loops=loops)
+def settings(cfg: TrainConfig, quick: bool) -> dict[str, Any]:
+    loops = LOOPS if cfg.model.recurrent_layers else LOOPS[:1]
+    return {"rows": ROWS // 10 if quick else ROWS, "distances": DISTANCES, "loops": loops}
 
 
-def run(lab: Lab) -> Result:
-    configs = arms(recipe(lab.quick))
-    task, rows = khop_task(configs[INJECTIONS[0]]), ROWS // 10 if lab.quick else ROWS
-    results: dict[str, Result] = {
-        name: {
-            "parameters": count_parameters(cfg.model).total,
-            "dim": cfg.model.dim,
-            "blocks": cfg.model.prelude_layers + cfg.model.recurrent_layers,
-            "labels": "each hop, after each loop" if cfg.losses.per_loop else "the root, at the end",
-            "runs": [],
-        }
-        for name, cfg in configs.items()
+def prepare(lab: Lab, arms: dict[str, TrainConfig]) -> Result:
+    """Return the accuracy of guessing among the roots."""
+    return {"guessing": guessing(khop_task(arms[OWN]))}
+
+
+def enough(distances: Sequence[int] = DISTANCES, loops: Sequence[int] = LOOPS) -> np.ndarray:
+    """(distances, loops) bool: at least as many loops as hops, so that the answer is within reach."""
+    return np.array(loops) >= np.array(distances)[:, None]
+
+
+def largest_fall(grid: np.ndarray, suffices: np.ndarray) -> np.ndarray:
+    """Return by seed of (S, distances, loops) the most accuracy that more loops than needed cost at any distance."""
+    reached = np.where(suffices, grid, np.nan)
+    # fmax ignores the cells with too few loops, which come first in each row.
+    return np.nanmax(np.fmax.accumulate(reached, -1) - reached, (-2, -1))
+
+
+def reach(right: np.ndarray) -> int:
+    """Return the most hops up to which every seed of (S, hops) reaches RIGHT without a gap."""
+    return int((right.min(0) >= RIGHT).cumprod().sum())
+
+
+def numbers(r: Results, arm: str) -> dict[str, Any]:
+    """Return what the page states of an arm."""
+    forest, found = r[arm, "forest"], r.arm(arm)
+    model = found["config"]["model"]
+    ahead = r[OWN, "forest"].at(hops=FAR, loops=LOOPS[-1]) - forest.at(hops=FAR, loops=LOOPS[-1])
+    change = Estimate(-ahead.by_seed)
+    found |= {
+        "forest": forest.where(loops=LOOPS[-1]),
+        "ahead": "" if arm == OWN else f"{ahead}, {ahead.side(0)} 0",
+        "change": f"{change} against the recipe: {change.side(0, 'better', 'worse', 'not told apart')}",
+        "blocks": model["prelude_layers"] + model["recurrent_layers"],
+        "labels": "each hop, after each loop" if found["config"]["losses"]["per_loop"] else "the root, at the end",
     }
-    for seed in lab.seeds:
-        for name, cfg in configs.items():
-            loops = LOOPS if cfg.model.recurrent_layers else LOOPS[:1]
-
-            def measure(model: OpenMythos, seed: int = seed, loops: tuple[int, ...] = loops) -> Result:
-                # Questions drawn from a seed of their own: none is one of training's.
-                fresh = seed + 1_000_000
-                forest = accuracy_grid(model, task, rows, fresh, DISTANCES, loops)
-                if model.recurrent is None:
-                    return {"forest": forest}
-                return {"forest": forest, "cycle": cycle_accuracy(model, task.n_symbols, rows, fresh, max(loops))}
-
-            asked = {"rows": rows, "distances": DISTANCES, "loops": loops}
-            results[name]["runs"].append(lab.measured(f"{name}-{seed}", seeded(cfg, seed), measure, **asked))
-    return {
-        "distances": DISTANCES,
-        "loops": LOOPS,
-        "trained": (task.min_distance, task.max_distance),
-        "trained_loops": configs[INJECTIONS[0]].loops.max_loops,
-        "n_symbols": task.n_symbols,
-        "guessing": guessing(task),
-        "injections": INJECTIONS,
-        "arms": results,
+    if arm in PLAIN:
+        return found
+    right, n_symbols = r[arm, "cycle.right"], found["config"]["data"]["n_symbols"]
+    later = np.array(STEPS[n_symbols:])
+    prime = np.array([all(n % k for k in range(2, n)) for n in later])
+    kinds = {"primes": prime, "rounds": later % n_symbols == 0, "others": ~prime & (later % n_symbols > 0)}
+    falls = Estimate(largest_fall(forest.values, enough()))
+    return found | {
+        "cycle": right,
+        "side": right[HOPS[-1]].side(1 / n_symbols),
+        "reach": reach(right.values),
+        "few": r[arm, "cycle.one_after"].at(),
+        "most_few": Estimate(r[arm, "cycle.one_after"].values.max(1)),
+        "many": r[arm, "cycle.one_before"].at(),
+        "most_many": Estimate(r[arm, "cycle.one_before"].values.max(1)),
+        "falls": falls,
+        "harm": falls.side(HARM, "they hurt", "they do not hurt", "not told apart"),
+        "unreachable": Estimate(forest.values[:, ~enough()].max(1)),
+        "reachable": Estimate(forest.values[:, enough()].min(1)),
+        **{kind: Estimate(right.values[:, n_symbols:][:, chosen].mean(1)) for kind, chosen in kinds.items()},
+        **{f"n_{kind}": chosen.sum() for kind, chosen in kinds.items()},
     }
 
 
-EXPERIMENT = Experiment(
+def fill(r: Results) -> dict[str, Any]:
+    """Return what fills the page: the numbers of every arm, and what sets arms against each other."""
+    arms = {arm: numbers(r, arm) for arm in r.runs}
+    # Loops against blocks with the same labels, over all distances.
+    loops, blocks = (r[arm, "forest"].where(loops=LOOPS[-1]).at() for arm in ("root", "plain-depth"))
+    return arms | {
+        "arms": arms.values(),
+        "looped": [arms[arm] for arm in arms if arm not in PLAIN],
+        "own": arms[OWN],
+        "task": arms[OWN]["config"]["data"],
+        "chance": 1 / arms[OWN]["config"]["data"]["n_symbols"],
+        "guessing": r.raw["guessing"],
+        "others": ", ".join(f"{arm} {arms[arm]['cycle'][HOPS[-1]]}" for arm in INJECTIONS[1:]),
+        "baselines": "; ".join(f"{r.title(arm)} {arms[arm]['forest'][FAR]}, {arms[arm]['ahead']}" for arm in PLAIN),
+        "worth": loops - blocks,
+        "worth_side": (loops - blocks).side(
+            0, "the loops are worth more", "the loops are worth less", "not told apart"
+        ),
+    }
+
+
+def draw_hops(r: Results, path: Path) -> None:
+    task = r.runs[OWN][0]["asked"]["config"]["data"]
+
+    def levels(share: float, last: int) -> list[Curve]:
+        text, trained = "chance; longest in training", (task["max_distance"],) * 2
+        return [Curve((1, last), (share, share), text, None), Curve(trained, (0, 1), text, None)]
+
+    on_cycle = [r[arm, "cycle.right"].curve(r.title(arm), i) for i, arm in enumerate(INJECTIONS)]
+    in_forests = [
+        r[arm, "forest"].where(loops=LOOPS[-1]).curve(r.title(arm), i) for i, arm in enumerate([*INJECTIONS, *PLAIN])
+    ]
+    panels = {
+        f"Cycle of {task['n_symbols']} symbols, as many loops as hops": [
+            *levels(1 / task["n_symbols"], STEPS[-1]),
+            *on_cycle,
+        ],
+        f"Forest, {LOOPS[-1]} loops (plain: none)": [*levels(r.raw["guessing"], DISTANCES[-1]), *in_forests],
+    }
+    stacked(panels, path, ("hops", "accuracy"))
+
+
+def draw_heat_map(r: Results, path: Path) -> None:
+    cfg = r.runs[OWN][0]["asked"]["config"]
+    trained = f"trained on 1 to {cfg['data']['max_distance']} hops, {cfg['loops']['max_loops']} loops at most"
+    title = f"Forests, mean of {r.n_seeds(OWN)}; {trained}"
+    heat_map(r[OWN, "forest"].values.mean(0).tolist(), DISTANCES, LOOPS, path, title)
+
+
+STUDY = Study(
     title="k-hop pointer chasing beyond the distances of training",
     question="Does a looped model follow more pointers than it was trained on, when it may loop more?",
-    protocol=f"""
-A prompt is a table of 24 pointers and a question. In training, with the recipe `tiny-khop` (600 steps of 256 rows, one
-block of width 64, at most 6 loops), the pointers form a random forest, and questions are 1 to 4 hops from their root.
-The loss is taken after every loop: after loop l the model is to name the symbol l hops on, or the root once it is
-reached. So the hops on the way are supervised, up to the distances of training. The choices of the recipe were made
-on seed 0, before this protocol; seed 0 is among the seeds here. What is asked afterwards, on tables drawn anew for each
-seed, {ROWS} for each distance and {ROWS} cycles:
-
-- **Forest**, as in training, but with questions up to 16 hops from the root and with up to {LOOPS[-1]} loops: is the
-  root named with enough loops, and still with more? The long chain has 17 of the 24 symbols. A longer one would leave
-  few other roots to take for the answer, and one of 24 none.
-- **Cycle**: the pointers form one cycle through all 24 symbols, and after l loops the model is to name the l-th
-  successor, for every l up to {LOOPS[-1]}. Training showed no table without roots and no more than 6 loops. A single
-  cycle, and not a random permutation, so that chance is 1/24 at every l, and so that the successors l - 1, l and l + 1
-  always differ: a hop missed or made twice is never made good. After 24, 48, 72 and 96 hops the answer is the question
-  itself, which a model may name without following anything; those loops are told apart from the others.
-
-Arms:
-
-- **Injections** `diagonal` (the recipe's), `lti`, `concat` and `add`: nothing else differs.
-- **Plain twins**, transformers of 6 blocks, one for each loop of training, with as many steps and rows on questions of
-  the same distances: one of the same width, so of equal depth; and one of the width that gives the looped model's
-  number of parameters, so of equal depth and equal parameters. Their label is the root alone, as they have no loops to
-  take others after. They are asked about forests only: a plain model has no loops to count hops with, so nothing tells
-  it how far to go on a cycle.
-- **`root`** is the recipe with that label too, the looped model to hold them against.
-  Without labels of every hop a question is no farther than its row's loops.
-- **`prelude`** is the recipe with one prelude layer.
-
-Null controls, in the same numbers: in a forest, fewer loops than hops; on the cycle, the l-th successor asked for after
-l - 1 and after l + 1 loops.
-""".strip(),
+    page=Path(__file__).with_suffix(".md"),
     cost=("2 min", "65 min"),
-    run=run,
-    report=report,
-    n_parts=lambda lab: len(arms(recipe(lab.quick))) * len(lab.seeds),
+    arms=arms,
+    titles=PLAIN | {"root": "diagonal, root label only", "prelude": "diagonal, one prelude layer"},
+    settings=settings,
+    prepare=prepare,
+    measure=measure,
+    axes={"forest": {"hops": DISTANCES, "loops": LOOPS}}
+    | {f"cycle.{name}": {"hops": STEPS} for name in ("right", "one_before", "one_after")},
+    fill=fill,
+    figures={"hops": draw_hops, "heatmap": draw_heat_map},
 )

@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
-from open_mythos.analysis.loop_roles_report import (
-    band,
+from open_mythos.analysis.loop_roles import (
+    LoopRoles,
+    across,
     cells,
     draw_effects,
     draw_split,
     effect_table,
     interchangeable,
-    needed,
-    shuffled,
+    last_loop,
+    loop_roles,
+    shuffle,
     split_table,
     verdict,
 )
@@ -181,8 +182,8 @@ def report(results: Result) -> Report:
             f"## {title[0].upper()}{title[1:]}",
             f"Right at {LOOPS[name]} loops: {right['own']} of the questions; the twin without loop embedding and depth "
             f"LoRA {right['twin']}.",
-            Table(*split_table(own[name])),
-            Table(*effect_table(own[name])),
+            split_table(own[name]),
+            effect_table(own[name]),
             "The twin: " + verdict(twin[name]),
         ]
     return Report(_finding(own), parts)
@@ -193,10 +194,11 @@ def _finding(own: dict[str, list[LoopRoles]]) -> str:
     words = {False: "have roles of their own", True: "are interchangeable", None: "leave it open"}
     found = []
     for name, runs in own.items():
-        share = band(runs, lambda r: r.share).mean
+        share = across(runs, lambda r: r.share).mean
+        shuffled, needed = (cells(across(runs, pick("changed")))[0] for pick in (shuffle, last_loop))
         found.append(
             f"the loops of the model '{TITLES[name]}' {words[interchangeable(runs)]} (shuffling them changes "
-            f"{shuffled(runs)} of the answers, one loop fewer {needed(runs)}; the function's share is "
+            f"{shuffled} of the answers, one loop fewer {needed}; the function's share is "
             f"{share.min():.2f} to {share.max():.2f})"
         )
     return f"By what happens to the answers, {'; '.join(found)}."
@@ -227,17 +229,26 @@ def _planted(title: str, planted: dict[float, list[LoopRoles]]) -> list[Part]:
     rows, found = [], True
     for strength, runs in planted.items():
         n = runs[0].distinct.shape[1]
-        distinct, swap = band(runs, lambda r: r.distinct), band(runs, lambda r: r.kl["swap"])
+        distinct, swap = across(runs, lambda r: r.distinct), across(runs, lambda r: r.kl["swap"])
         at = [t in (PLANTED_LOOP - 1, PLANTED_LOOP) for t in range(n - 1)]
         others = [t for t in range(n) if t != PLANTED_LOOP]
         # Elsewhere nothing but rounding, if that; here what may be little, but clear of it.
-        elsewhere = (distinct.high[others].max().item(), swap.high[[not x for x in at]].max().item())
-        here = (distinct.low[PLANTED_LOOP].item(), swap.mean[at].min().item())
+        elsewhere = (distinct.high[others].max(), swap.high[[not x for x in at]].max())
+        here = (distinct.low[PLANTED_LOOP], swap.mean[at].min())
         found = found and all(e < 1e-5 and h > max(0.0, 100 * e) for h, e in zip(here, elsewhere, strict=True))
         there = cells(distinct)[PLANTED_LOOP]
         pair = [cells(swap, ".3g")[t] for t in (PLANTED_LOOP - 1, PLANTED_LOOP)]
         measured = sum(_strength(run, PLANTED_LOOP) for run in runs) / len(runs)
-        rows.append([f"{strength:g}", f"{measured:.5f}", there, *pair, f"{max(elsewhere):.1g}", shuffled(runs)])
+        rows.append(
+            [
+                f"{strength:g}",
+                f"{measured:.5f}",
+                there,
+                *pair,
+                f"{max(elsewhere):.1g}",
+                cells(across(runs, shuffle("changed")))[0],
+            ]
+        )
     return [
         f"Planted case: loop {PLANTED_LOOP} of the twin of '{title}' is given a depth LoRA that no other "
         "loop has. It is "

@@ -1,83 +1,74 @@
-"""What all experiments do alike: train and measure each run once, and go on where they were cut off.
+"""An experiment is declared: arms to compare, what is measured of each, and a page that the numbers fill.
 
-An experiment is a file that holds `EXPERIMENT`; `mythos exp` runs it.
+This module does the rest: it trains and measures every arm with every seed, once, resumes what was cut off, and writes
+the report. `mythos exp` runs the studies of `EXPERIMENTS`; docs/experiments.md shows how to add one.
+
+Shapes: S seeds, then the axes that a study names.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from open_mythos.accounting import count_parameters
 from open_mythos.files import read_json, read_text, write_text
 from open_mythos.model import OpenMythos
-from open_mythos.reports.document import Report, write_record
-from open_mythos.reports.figures import require_matplotlib
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.reports.document import Figure, Part, Report, write_record
+from open_mythos.reports.figures import Curve, require_matplotlib
+from open_mythos.reports.stats import Estimate, over_seeds
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.final import find_problem
 from open_mythos.train.trainer import Trainer
 
 MAX_RESULT_BYTES = 2**27
-"""Of what an experiment measured; the largest recorded one has 2.2 MB."""
+"""Bytes of a file of results; the largest recorded one has 2.2 MB."""
 
 Result = dict[str, Any]
 """Plain values, as JSON has them."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A question, and how it is answered."""
-
-    title: str
-    question: str
-    protocol: str
-    """Markdown: what is trained, measured, compared with what, and what the null control is."""
-    cost: tuple[str, str]
-    """How long the quick form and the whole take on one CPU thread, measured."""
-    run: "Callable[[Lab], Result]"
-    """All raw numbers."""
-    report: Callable[[Result], Report]
-    """What they say. It sees the numbers as JSON gives them back: keys are text, tuples are lists."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_parts: "Callable[[Lab], int] | None" = None
-    """How many results a lab computes for it, so that its progress can be told; None: that is not known beforehand."""
+Places = Sequence[Any]
+"""The values along an axis, such as numbers of loops."""
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Where an experiment's runs are, and how much of it is asked for."""
+    """The folder of an experiment's runs, with the options of the command."""
 
     runs: Path
-    """A folder per run. A run that is there and the same is not repeated; one that was cut off goes on."""
+    """A folder for each run. A finished run is not repeated; one that was cut off goes on."""
     quick: bool
     seeds: tuple[int, ...]
     threads: int = 1
     n_parts: int | None = None
-    """Results that the experiment computes, where that is known."""
+    """Number of results to compute, for the progress; None: unknown."""
     begun: list[str] = field(default_factory=list)
-    """Labels of the results so far, those that were found in their files included."""
+    """Labels of the results so far, including those found in their files."""
 
     def trained(self, label: str, cfg: TrainConfig) -> OpenMythos:
-        """The model that the configuration makes, in eval mode; its metrics are in `self.runs / label`."""
+        """Train what the configuration says, unless that was done, and return the model in eval mode."""
         folder = self.runs / label
         final, config = folder / "final", folder / "config.yaml"
         if config.exists() and not _is_of(config, cfg):
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
         if find_problem(final) is not None:
-            keeping = Keeping(max(1, cfg.steps // 10), 1)
-            began, before = time.process_time(), self._cpu_s(label)
+            checkpoint = CheckpointConfig(max(1, cfg.steps // 10), 1)
+            began, before = time.process_time(), self.cpu_s(label)
             try:
-                Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+                Trainer(cfg, folder, device="cpu", threads=self.threads, checkpoint=checkpoint, resume=True).run()
             finally:
                 if folder.exists():
                     write_text(folder / "cpu_s", f"{before + time.process_time() - began:.1f}\n")
@@ -86,21 +77,20 @@ class Lab:
         return OpenMythos.from_pretrained(final).eval()
 
     def measured(self, label: str, cfg: TrainConfig, measure: Callable[[OpenMythos], Result], **asked: Any) -> Result:
-        """Train, and measure; `asked` is what the numbers depend on besides, so that others are not taken for them.
-
-        Returns:
-            What `measure` returns, with `asked` (which has the configuration), `commit` and `cpu_s`: of training, in
-            all its parts where it was cut off, but for what was killed without a chance to write.
-        """
+        """Train and measure; see `computed`. The result also has `cpu_s`."""
 
         def both() -> Result:
             numbers = measure(self.trained(label, cfg))
-            return {"cpu_s": self._cpu_s(label)} | numbers
+            return {"cpu_s": self.cpu_s(label)} | numbers
 
         return self.computed(label, both, config=cfg.to_dict(), **asked)
 
     def computed(self, label: str, compute: Callable[[], Result], **asked: Any) -> Result:
-        """What `compute` returns, or what it returned when the same was `asked` before."""
+        """Return the result of `compute`, from its file where it was computed for the same `asked` before.
+
+        Args:
+            asked: everything that the numbers depend on; the result has it, and the `commit` of the code.
+        """
         file = self.runs / label / "result.json"
         self.begun.append(label)
         asked = json.loads(json.dumps(asked))
@@ -116,58 +106,267 @@ class Lab:
         write_text(file, json.dumps(result) + "\n")
         return json.loads(json.dumps(result))
 
-    def _cpu_s(self, label: str) -> float:
+    def cpu_s(self, label: str) -> float:
+        """Return the CPU seconds that training took in all its parts, but for what was killed before it could write."""
         file = self.runs / label / "cpu_s"
         return float(read_text(file, 100)) if file.exists() else 0.0
 
 
 def _is_of(config: Path, cfg: TrainConfig) -> bool:
-    """Whether a run's file means this configuration: fields that it does not know have their defaults."""
+    """Return whether a run's file means this configuration; fields that the file does not name have their defaults."""
     try:
         return TrainConfig.load(config) == cfg
     except (TypeError, ValueError):
         return False
 
 
-def load(name: str) -> Experiment:
-    """The experiment of a name."""
-    return importlib.import_module(f"open_mythos.experiments.{name}").EXPERIMENT
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, to be measured."""
+
+    arm: str
+    config: Any
+    """The arm's configuration with this seed, or what else `Study.arms` has for the arm."""
+    seed: int
+    settings: Mapping[str, Any]
+    """What `Study.settings` says, such as the number of questions."""
+    lab: Lab
+
+    @property
+    def label(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.arm}-{self.seed}".replace(" ", "-")
+
+    @functools.cached_property
+    def model(self) -> OpenMythos:
+        """The trained model, in eval mode."""
+        return self.lab.trained(self.label, self.config)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of one arm: values (S, ...) with a named axis for each dimension after the seeds."""
+
+    values: np.ndarray
+    axes: Mapping[str, Places]
+
+    def where(self, **places: Any) -> "Measure":
+        """Return the values at the named places, with the axes that are not named."""
+        x, axes = self.values, dict(self.axes)
+        for i, (name, along) in reversed(list(enumerate(self.axes.items(), 1))):
+            if name in places:
+                # A plain transformer has one value for all numbers of loops.
+                x = x.take(0 if len(along) == 1 else list(along).index(places[name]), axis=i)
+                del axes[name]
+        return Measure(x, axes)
+
+    def __getitem__(self, place: Any) -> Estimate:
+        """Return the estimate at a place of the only axis."""
+        return self.at(**{next(iter(self.axes)): place})
+
+    def at(self, **places: Any) -> Estimate:
+        """Return the estimate at the named places, averaged over the axes that are not named."""
+        x = self.where(**places).values
+        return Estimate(x.reshape(len(x), -1).mean(1))
+
+    def curve(self, label: str, color: int) -> Curve:
+        """Return a line of a figure along the only axis."""
+        mean, low, high = (x.tolist() for x in over_seeds(self.values))
+        return Curve(list(*self.axes.values()), mean, label, color, low, high)
+
+
+class Results:
+    """The raw numbers of an experiment; `results[arm, name]` is a `Measure` with the axes that the study declares."""
+
+    def __init__(self, study: "Study", raw: Result) -> None:
+        self.study = study
+        self.raw = raw
+        self.runs: dict[str, list[Result]] = raw["runs"]
+
+    def __getitem__(self, key: tuple[str, str]) -> Measure:
+        arm, name = key
+        values = [functools.reduce(lambda value, part: value[part], name.split("."), run) for run in self.runs[arm]]
+        axes = dict(self.study.axes.get(name, {}))
+        if isinstance(values[0], dict):
+            # JSON has text for the places of the first axis; some arms and seeds lack some of them.
+            first, declared = next(iter(axes.items()))
+            axes[first] = [place for place in declared if all(str(place) in value for value in values)]
+            values = [[value[str(place)] for place in axes[first]] for value in values]
+        array = np.array(values, dtype=np.float64)
+        return Measure(
+            array, {axis: places[-n:] for (axis, places), n in zip(axes.items(), array.shape[1:], strict=True)}
+        )
+
+    def title(self, arm: str) -> str:
+        """Return the arm's title."""
+        return self.study.titles.get(arm, arm)
+
+    def n_seeds(self, arm: str) -> str:
+        """Return the number of an arm's seeds, as in '5 seeds'."""
+        n = len(self.runs[arm])
+        return f"{n} seed{'s' * (n > 1)}"
+
+    def arm(self, arm: str) -> dict[str, Any]:
+        """Return what pages state of an arm: title, number of parameters, configuration, mean CPU seconds, seeds."""
+        first = self.runs[arm][0]
+        found = {"name": arm, "title": self.title(arm), "n_seeds": self.n_seeds(arm)}
+        if "cpu_s" in first:
+            found |= {"config": first["asked"]["config"], "cpu_s": self[arm, "cpu_s"].at().mean}
+            found |= {"parameters": self.raw["parameters"][arm]}
+        return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, the arms that answer it, and the page that states the answer."""
+
+    title: str
+    question: str
+    page: str | Path
+    """Markdown with the headings Protocol, Finding and Report; the latter two have holes, as in `{name:.2f}`, for what
+    `fill` returns. A table's line that begins with `rows:` is repeated for every mapping in the list `rows`; an image
+    is drawn by the function of its name in `figures`."""
+    cost: tuple[str, str]
+    """How long the quick form and the whole take on one CPU thread, measured."""
+    arms: Callable[[bool], Mapping[str, Any]]
+    """Returns by name what is compared, for the quick form or the whole: a TrainConfig, or, where nothing is trained,
+    any plain values."""
+    measure: Callable[[Run], Result]
+    """Returns the numbers of one run as plain values."""
+    fill: Callable[[Results], Mapping[str, Any]]
+    """Returns what fills the holes of the page."""
+    figures: Mapping[str, Callable[[Results, Path], None]] = field(default_factory=dict)
+    """Functions that draw the page's images."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Titles of arms in tables and figures; an arm without one is shown by its name."""
+    axes: Mapping[str, Mapping[str, Places]] = field(default_factory=dict)
+    """Axes of every measured array, by its name; a dot leads into a nested one."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    n_seeds: Mapping[str, int] = field(default_factory=dict)
+    """Arms that run only the first so many seeds."""
+    settings: Callable[[Any, bool], Mapping[str, Any]] = lambda config, quick: {}
+    """Returns what the numbers of an arm depend on besides its configuration, such as the number of questions."""
+    prepare: Callable[[Lab, dict[str, Any]], Result] = lambda lab, arms: {}
+    """Returns numbers that all arms share, before the runs; may also change the arms."""
+    seeded: Callable[[Any, int], Any] = lambda config, seed: dataclasses.replace(config, seed=seed)
+    """Returns an arm's configuration with a seed: weights, data and depths of its own."""
+
+    def n_parts(self, lab: Lab) -> int:
+        """Return how many runs the lab's options ask for."""
+        return sum(min(len(lab.seeds), self.n_seeds.get(arm, len(lab.seeds))) for arm in self.arms(lab.quick))
+
+    def run(self, lab: Lab) -> Result:
+        """Return all raw numbers. Seeds are the outer loop, so that what is cut off leaves whole seeds."""
+        arms = dict(self.arms(lab.quick))
+        shared = self.prepare(lab, arms)
+        runs: dict[str, list[Result]] = {arm: [] for arm in arms}
+        for i, seed in enumerate(lab.seeds):
+            for arm, config in arms.items():
+                if i < self.n_seeds.get(arm, len(lab.seeds)):
+                    runs[arm].append(self._run_one(lab, arm, config, seed) | {"seed": seed})
+        sizes = {arm: count_parameters(cfg.model).total for arm, cfg in arms.items() if isinstance(cfg, TrainConfig)}
+        return {"parameters": sizes} | shared | {"runs": runs}
+
+    def _run_one(self, lab: Lab, arm: str, config: Any, seed: int) -> Result:
+        settings, trains = self.settings(config, lab.quick), isinstance(config, TrainConfig)
+        run = Run(arm, self.seeded(config, seed) if trains else config, seed, settings, lab)
+        asked = {"config": run.config.to_dict() if trains else {"arm": config, "seed": seed}, **settings}
+        return lab.computed(
+            run.label, lambda: self.measure(run) | ({"cpu_s": lab.cpu_s(run.label)} if trains else {}), **asked
+        )
+
+    def text(self, heading: str) -> str:
+        """Return the page's text under a heading, each paragraph on one line."""
+        page = self.page.read_text(encoding="utf-8") if isinstance(self.page, Path) else self.page
+        found = re.search(rf"^# {heading}\n(.*?)(?=^# |\Z)", page, re.MULTILINE | re.DOTALL)
+        if found is None:
+            raise ValueError(f"the page of {self.title!r} has no heading '# {heading}'; add it")
+        return re.sub(r"(?<=\S)\n(?![-#|\n]|\w+: \|) *", " ", found[1]).strip()
+
+    def report(self, raw: Result) -> Report:
+        """Fill the page with the numbers, which are those of `run` or of a recorded report.json."""
+        results = Results(self, raw)
+        values = self.fill(results)
+        parts: list[Part] = []
+        for paragraph in self.text("Report").split("\n\n"):
+            image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)
+            if image:
+                draw = functools.partial(self.figures[image[2]], results)
+                parts.append(Figure(image[2], image[1].format_map(values), draw))
+            else:
+                parts.append("\n".join(_filled(line, values) for line in paragraph.split("\n")))
+        return Report(self.text("Finding").format_map(values), parts)
+
+
+def _filled(line: str, values: Mapping[str, Any]) -> str:
+    """Fill the holes of a line, which for `rows: | {cell} |` becomes a line for each of `rows`."""
+    repeated = re.fullmatch(r"(\w+): (\|.*)", line)
+    if repeated is None:
+        return line.format_map(values)
+    return "\n".join(repeated[2].format_map({**values, **row}) for row in values[repeated[1]])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment that is not declared as a Study yet."""
+
+    title: str
+    question: str
+    protocol: str
+    cost: tuple[str, str]
+    run: Callable[[Lab], Result]
+    report: Callable[[Result], Report]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    n_parts: Callable[[Lab], int | None] = lambda lab: None
+
+    def text(self, heading: str) -> str:
+        return self.protocol
+
+
+def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
+    return dataclasses.replace(cfg, seed=seed)
+
+
+def load(name: str) -> Any:
+    """Return the study that `EXPERIMENTS` has under a name, which may be the path "module:NAME" to import it from."""
+    from open_mythos.experiments import EXPERIMENTS
+
+    study = EXPERIMENTS[name]
+    if isinstance(study, str):
+        module, _, attribute = study.partition(":")
+        study = getattr(importlib.import_module(module), attribute)
+    return study
 
 
 def perform(name: str, lab: Lab, out: Path, command: str) -> Report:
     """Run an experiment and write its report into `out`: report.json, .md, .html and the figures."""
     require_matplotlib()
-    experiment = load(name)
-    began = time.perf_counter()
-    if experiment.n_parts is not None:
-        lab = replace(lab, n_parts=experiment.n_parts(lab))
-    raw = experiment.run(lab)
-    results = {
-        "name": name,
-        "title": experiment.title,
-        "question": experiment.question,
-        "protocol": experiment.protocol,
+    study, began = load(name), time.perf_counter()
+    lab = dataclasses.replace(lab, n_parts=study.n_parts(lab))
+    raw = study.run(lab)
+    origin = {
         "command": command,
         "quick": lab.quick,
         "seeds": lab.seeds,
         "commits": sorted(_commits(raw) or {commit()}),
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {lab.threads} thread",
         "wall_s": round(time.perf_counter() - began, 1),
-        "results": raw,
     }
-    results = json.loads(json.dumps(results))
-    report = experiment.report(results["results"])
-    write_record(results, report, out)
+    return write(name, origin | {"results": raw}, out)
+
+
+def write(name: str, record: Result, out: Path) -> Report:
+    """Write the report of recorded numbers: what `perform` makes of new ones, or the content of a report.json."""
+    study = load(name)
+    texts = {"name": name, "title": study.title, "question": study.question, "protocol": study.text("Protocol")}
+    record = json.loads(json.dumps(record | texts))
+    report = study.report(record["results"])
+    write_record(record, report, out)
     return report
 
 
-def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
-    """The same run with weights, data and depths of its own."""
-    return dataclasses.replace(cfg, seed=seed)
-
-
 def commit() -> str:
-    """The commit of this code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """Return the commit of this code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
     # The code's own checkout, wherever the command was given.
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -177,7 +376,7 @@ def commit() -> str:
 
 
 def _commits(value: Any) -> set[str]:
-    """All commits that numbers come from."""
+    """Return all commits that numbers come from."""
     if isinstance(value, dict):
         own = {value["commit"]} if "commit" in value else set()
         return own.union(*(_commits(item) for item in value.values()))

@@ -71,7 +71,7 @@ class Selection:
     def put(self, x: Tensor, new: Tensor) -> Tensor:
         """x (B, T, ...) with `new` (B', T', ...) in the places of the selection; differentiable in both."""
         rows = self.row_index(x.device)
-        return x.index_put((rows,) if self.slots is None else (rows[:, None], self.slots), new)
+        return x.index_put((rows,) if self.slots is None or x.ndim == 1 else (rows[:, None], self.slots), new)
 
 
 @dataclass(frozen=True)

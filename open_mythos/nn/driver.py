@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, D width, E experts, L executed loops, C blocks in the 
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.nn.cache import KeyValues, KVCache, KVStore, Scratch, Selection, View
-from open_mythos.nn.halting import Fixed, HaltingRule, State
+from open_mythos.nn.halting import Exit, Fixed, HaltingRule, Probe, Rows, State
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.ops.linear import is_traced
 from open_mythos.ops.precision import at_least_float32
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 Compaction = Literal["counts", "always", "never"]
 """When tokens that have exited leave the computation; see `RecurrentBlock.compaction`."""
-Probe = Callable[[Tensor], Tensor]
-Rows = dict[str, Tensor]
 RouterLog = list[tuple[Tensor, Tensor]]
 
 
@@ -47,37 +44,6 @@ class RecurrentOutput:
     """(L, B, T, D), the state after each loop; only with trace."""
     halt_weight: Tensor | None = None
     """(L, B, T), the weight of each state in `out`; only with trace."""
-
-
-@dataclass(frozen=True)
-class Exit:
-    """What is decided after a loop."""
-
-    rule: HaltingRule
-    probe: Probe | None
-    everyone_out: bool
-    """Whether the rule is not asked, for all tokens are out."""
-
-    def apply(
-        self, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None
-    ) -> tuple[Rows, State, Tensor | None]:
-        """What a loop that gave `h_new` leaves: rows and the rule's state after it, and the weight of h_new if any.
-
-        Args:
-            active: (B, T), tokens in the loop; None if that is known to be every one.
-        """
-        weight, exit_mask, still = None, rows["active"], rows["active"]
-        if not self.everyone_out:
-            seen = None if self.probe is None else self.probe(h_new)
-            state, exit_mask, weight = self.rule.update(state, rows["h"], h_new, loop_index, seen)
-            exit_mask = exit_mask if active is None else exit_mask & active
-        h = h_new if active is None else torch.where(active[..., None], h_new, rows["h"])
-        after = {"h": h, "loops": rows["loops"] + still, "active": ~exit_mask if active is None else still & ~exit_mask}
-        if weight is not None:
-            weight = weight if active is None else weight * active
-            after["out"] = rows["out"] + weight[..., None] * h_new
-            after["ponder_cost"] = torch.where(exit_mask, after["loops"] + weight, rows["ponder_cost"])
-        return {**rows, **after}, state, weight
 
 
 class Run:
@@ -142,6 +108,7 @@ class Run:
             rows |= {
                 "active": ones if valid is None else valid[new],
                 "loops": torch.zeros_like(ones, dtype=torch.int64),
+                "n_loops": self.n_loops[new],
             }
             if self.rule.weighted:
                 # Sums of many small weights: at least float32.
@@ -171,9 +138,7 @@ class Run:
         view, e, n_loops = self.here
         loop_index, active = n_loops - (self.n_ticks - tick), self._active()
         last = tick + 1 == self.n_ticks
-        # All rows end at the same tick, where every rule lets everyone out: a prediction would only serve a weight.
-        unasked = last and self.rule.needs_probe and not self.rule.weighted
-        exit = Exit(self.rule, self.probe if self.rule.needs_probe else None, unasked)
+        exit = Exit(self.rule, self.probe, last)  # all rows end at the same tick
         if self.static is not None and self.adaptive:
             # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
             active = self.rows["active"] if self.rows["active"].numel() > 1 or self.blind else None
@@ -189,7 +154,7 @@ class Run:
             if log:
                 self.routers.append(log)
             if self.adaptive:
-                self._take(*exit.apply(self.rows, self.state, h_new, loop_index, active), last)
+                self._take(*after_loop(exit, self.rows, self.state, h_new, loop_index, active), last)
             else:
                 self.rows["h"] = h_new
         if self.hidden is not None:
@@ -348,6 +313,19 @@ def _loop(
     store = view.store if previous is None else Scratch(previous)
     log: RouterLog | None = [] if block.training and block.cfg.n_experts else None
     return block.loop(h, e, loop_index, dataclasses.replace(view, store=store, router_log=log)), store, log
+
+
+def after_loop(
+    exit: Exit, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None
+) -> tuple[Rows, State, Tensor | None]:
+    """Apply the exit and count loops: rows and the rule's state after a loop, and the weight of h_new if it has one."""
+    still = rows["active"]
+    rows, state, exit_mask, weight = exit.apply(rows, state, h_new, loop_index, active)
+    rows["loops"] = rows["loops"] + still
+    rows["active"] = ~exit_mask if active is None else still & ~exit_mask
+    if weight is not None:
+        rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
+    return rows, state, weight
 
 
 def _rows(index: list[int], device: torch.device) -> Tensor | slice:

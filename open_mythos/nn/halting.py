@@ -1,53 +1,113 @@
-"""When a token leaves the loop. A rule is pure: its state is tensors with a leading row dimension, free to be indexed.
+"""When a token leaves the loop.
 
-A rule sees its own token only, never another token and never the coda, so it decides the same in prefill, in decode and
-in any batch. The caller freezes the tokens that have exited and ignores what a rule says of them afterwards.
+A rule is pure: its state is tensors that rows and tokens can be taken out of. It sees its own token only, never another
+token and never the coda, so it decides the same in prefill, in decode and in any batch. `Exit.apply` does the rest of
+what happens after a loop, in the model's own driver and in the engine alike.
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_choice, check_number
+from open_mythos.checks import check_number
+from open_mythos.config import HALTING_RULES, MythosConfig, check_part
 from open_mythos.ops.batch_invariant import invariant
 from open_mythos.ops.precision import at_least_float32, float32_linear
 
+Probe = Callable[[Tensor], Tensor]
+"""Computes logits (B, T, V) from a state (B, T, D), without the coda."""
+Rows = dict[str, Tensor]
+"""Tensors of the tokens in the loop by name, (B,) or (B, T, ...)."""
 State = dict[str, Tensor]
-Decision = tuple[State, Tensor, Tensor | None]
-"""The next state, exit_mask (B, T) bool, and for a weighted rule the halt_weight (B, T) of this loop's state."""
+"""A rule's state: tensors of shape (B,) or (B, T, ...), so that rows and tokens can be taken out by their place."""
+Decision = tuple[State, Tensor]
+"""The next state, and which tokens are done, (B, T) bool."""
 
 
 class HaltingRule(ABC):
-    """One way to decide. Every rule lets a token out at the last loop of its row, and none before `min_loops`.
+    """One way to decide when a token is done.
 
-    A tensor of the state is (B,) or (B, T, ...): tokens that have left the computation are taken out of it by place.
+    The caller holds every token back until `min_loops` loops and lets it out at the last loop of its row, freezes the
+    tokens that have exited, and ignores what a rule says of them afterwards.
     """
 
     needs_probe = False
-    """Whether `update` wants head(norm(h)) logits."""
+    """True if `update` needs the logits of head(norm(h))."""
     weighted = False
-    """Whether the output is the sum of states by halt_weight; otherwise it is the last state."""
+    """True if the output is the sum of states by `weigh`; otherwise it is the last state."""
+    default_threshold: float = 0.0
+    """Threshold of a call that names the rule alone; 0 for a rule without one."""
+    max_threshold = math.inf
 
     def __init__(self, threshold: float, min_loops: int = 1) -> None:
         self.threshold, self.min_loops = threshold, min_loops
 
-    @abstractmethod
+    @classmethod
+    def make(
+        cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None"
+    ) -> "HaltingRule":
+        """Make the rule for a call that names it; `act` is the model's learned halting, None if it has none."""
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops)
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        """The state before the first loop. h (B, T, D); n_loops (B,) int64, the most loops each row may run."""
+        """Make the state before the first loop; h (B, T, D), n_loops (B,) int64 the most loops each row may run."""
+        return {}
 
     @abstractmethod
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        """Decide after a loop that took h_prev to h, both (B, T, D). loop_index (B,) is 0-based; probe (B, T, V)."""
+        """Decide after a loop that took h_prev to h, both (B, T, D); loop_index (B,) is 0-based, probe (B, T, V)."""
 
-    def _exit(self, done: Tensor, loop_index: Tensor, n_loops: Tensor) -> Tensor:
-        n_done = (loop_index + 1)[:, None]
-        return (done & (n_done >= self.min_loops)) | (n_done >= n_loops[:, None])
+    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
+        """Return the weight (B, T) of a loop's state in the output; `exit_mask` (B, T): the tokens that exit at it."""
+        raise NotImplementedError(f"{type(self).__name__} has weighted=True; define weigh(before, after, exit_mask)")
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The end of a loop: tokens exit, states are weighted, and tokens that have exited before stay as they are."""
+
+    rule: HaltingRule
+    probe: Probe | None
+    everyone_out: bool = False
+    """True if every row is at its last loop. A rule is then asked for weights only."""
+
+    def apply(
+        self, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None = None
+    ) -> tuple[Rows, State, Tensor, Tensor | None]:
+        """Return rows and state after a loop that took rows["h"] to `h_new`, the tokens that exit, and the weights.
+
+        Args:
+            rows: `h` (B, T, D), `n_loops` (B,), and under a weighted rule `out` (B, T, D), the weighted sum so far.
+            active: (B, T), the tokens that were in the loop; None if all of them were.
+        """
+        rule, before, weight = self.rule, state, None
+        # Where all rows end, the prediction would be made for nothing.
+        if rule.needs_probe and self.everyone_out and not rule.weighted:
+            exit_mask = torch.ones_like(h_new[..., 0], dtype=torch.bool)
+        else:
+            seen = self.probe(h_new) if rule.needs_probe and self.probe is not None else None
+            state, done = rule.update(before, rows["h"], h_new, loop_index, seen)
+            n_done = (loop_index + 1)[:, None]
+            exit_mask = (done & (n_done >= rule.min_loops)) | (n_done >= rows["n_loops"][:, None])
+        if rule.weighted:
+            weight = rule.weigh(before, state, exit_mask)
+        h = h_new
+        if active is not None:
+            exit_mask = exit_mask & active
+            h = torch.where(active[..., None], h_new, rows["h"])
+            weight = None if weight is None else weight * active
+        rows = {**rows, "h": h}
+        if weight is not None:
+            rows["out"] = rows["out"] + weight[..., None] * h_new
+        return rows, state, exit_mask, weight
 
 
 class Fixed(HaltingRule):
@@ -56,14 +116,14 @@ class Fixed(HaltingRule):
     def __init__(self, min_loops: int = 1) -> None:
         super().__init__(0.0, min_loops)
 
-    def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops}
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None") -> "Fixed":
+        return cls(min_loops)
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        never = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
-        return state, self._exit(never, loop_index, state["n_loops"]), None
+        return state, torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
 
 
 class ACTHalting(nn.Module):
@@ -101,36 +161,42 @@ class ACT(HaltingRule):
     """
 
     weighted = True
+    default_threshold = 0.99
+    max_threshold = 1.0
 
     def __init__(self, act: ACTHalting, threshold: float, min_loops: int = 1) -> None:
         super().__init__(threshold, min_loops)
         self.act = act
 
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "ACT":
+        if act is None:
+            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
+        return cls(act, cfg.act_threshold if threshold is None else threshold, min_loops)
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "sum": at_least_float32(h).new_zeros(h.shape[:2])}
+        return {"sum": at_least_float32(h).new_zeros(h.shape[:2])}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        before = state["sum"]
-        after = (before + self.act(h)).clamp(max=1)
-        exit_mask = self._exit(after >= self.threshold, loop_index, state["n_loops"])
-        # The difference of two sums, not p itself: then the rounding of each addition is given back by the next.
-        weight = torch.where(exit_mask, 1 - before, after - before)
-        return {**state, "sum": after}, exit_mask, weight
+        total = (state["sum"] + self.act(h)).clamp(max=1)
+        return {"sum": total}, total >= self.threshold
+
+    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
+        # The difference of two sums, not p itself: the next weight then makes up for the rounding of this addition.
+        return torch.where(exit_mask, 1 - before["sum"], after["sum"] - before["sum"])
 
 
 class LatentDiff(HaltingRule):
     """Exit when the loop's step is small against the state: |h - h_prev| / |h| < threshold."""
 
-    def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops}
+    default_threshold = 0.03
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        done = _norm(h - h_prev) < self.threshold * _norm(h)
-        return state, self._exit(done, loop_index, state["n_loops"]), None
+        return state, _norm(h - h_prev) < self.threshold * _norm(h)
 
 
 class SecondDifference(HaltingRule):
@@ -139,21 +205,19 @@ class SecondDifference(HaltingRule):
     Source: after Pappone et al. 2025, arXiv 2509.23314; the division by |h| makes the threshold independent of width.
     """
 
+    default_threshold = 0.03
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         # No step before the first: an infinite one is never near the next.
-        return {
-            "n_loops": n_loops,
-            "step": torch.full_like(h, torch.inf),
-            "near": torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device),
-        }
+        near = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+        return {"step": torch.full_like(h, torch.inf), "near": near}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         step = h - h_prev
         near = _norm(step - state["step"]) < self.threshold * _norm(h)
-        exit_mask = self._exit(near & state["near"], loop_index, state["n_loops"])
-        return {**state, "step": step, "near": near}, exit_mask, None
+        return {"step": step, "near": near}, near & state["near"]
 
 
 class KL(HaltingRule):
@@ -163,13 +227,18 @@ class KL(HaltingRule):
     """
 
     needs_probe = True
+    default_threshold = 5e-4
 
     def __init__(self, threshold: float, min_loops: int, vocab_size: int) -> None:
         super().__init__(threshold, min_loops)
         self.vocab_size = vocab_size
 
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "KL":
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops, cfg.vocab_size)
+
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops, "log_p": at_least_float32(h).new_zeros(*h.shape[:2], self.vocab_size)}
+        return {"log_p": at_least_float32(h).new_zeros(*h.shape[:2], self.vocab_size)}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
@@ -180,44 +249,34 @@ class KL(HaltingRule):
         divergence = (log_p.exp() * (log_p - state["log_p"])).sum(-1)
         # The first loop has no prediction to compare with.
         done = (divergence < self.threshold) & (loop_index > 0)[:, None]
-        return {**state, "log_p": log_p}, self._exit(done, loop_index, state["n_loops"]), None
+        return {"log_p": log_p}, done
 
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
 
-EXIT_THRESHOLDS = {"latent_diff": 0.03, "second_difference": 0.03, "kl": 5e-4}
-"""Default threshold of each rule that needs no training."""
+HALTING_RULES.update(fixed=Fixed, act=ACT, latent_diff=LatentDiff, second_difference=SecondDifference, kl=KL)
 
 
 def make_rule(
-    name: str, threshold: float | None, min_loops: int, vocab_size: int, act: ACTHalting | None, act_threshold: float
+    name: str, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None
 ) -> HaltingRule:
-    """The rule called `name`: fixed, act, latent_diff, second_difference or kl. `threshold` None takes its default.
+    """Return the rule called `name`, one of HALTING_RULES. A `threshold` of None takes the rule's default.
 
     Raises:
-        TypeError, ValueError: the name or threshold is not usable, or the model has no learned halting to use.
+        TypeError, ValueError: the name or the threshold is unusable, or the model has no learned halting to use.
     """
-    names = ("fixed", "act", *EXIT_THRESHOLDS)
-    check_choice("exit", name, names)
+    check_part("exit", name, HALTING_RULES, "HALTING_RULES")
     if threshold is not None:
         check_threshold(name, threshold)
-    if name == "fixed":
-        return Fixed(min_loops)
-    if name == "act":
-        if act is None:
-            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
-        return ACT(act, act_threshold if threshold is None else threshold, min_loops)
-    value = EXIT_THRESHOLDS[name] if threshold is None else threshold
-    if name == "kl":
-        return KL(value, min_loops, vocab_size)
-    return (LatentDiff if name == "latent_diff" else SecondDifference)(value, min_loops)
+    return HALTING_RULES[name].make(threshold, min_loops, cfg, act)
 
 
 def check_threshold(name: str, threshold: object) -> None:
-    """Refuse an `exit_threshold` that is no positive finite number, or that `name` cannot use."""
-    if name == "fixed":
-        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit='fixed'; leave it out")
-    remedy = f"use exit_threshold={EXIT_THRESHOLDS.get(name, 0.99)}"
-    check_number("exit_threshold", threshold, 0, 1 if name == "act" else math.inf, above=True, remedy=remedy)
+    """Refuse an `exit_threshold` that is no positive finite number, or that the rule called `name` does not use."""
+    rule = HALTING_RULES[name]
+    if not rule.default_threshold:
+        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit={name!r}; leave it out")
+    remedy = f"use exit_threshold={rule.default_threshold}"
+    check_number("exit_threshold", threshold, 0, rule.max_threshold, above=True, remedy=remedy)

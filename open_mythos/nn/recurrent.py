@@ -13,8 +13,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.cache import KVCache, View
 from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_waves
-from open_mythos.nn.driver import Compaction, Exit, Probe, RecurrentOutput, Rows, Run
-from open_mythos.nn.halting import ACT, ACTHalting, Fixed, HaltingRule, State
+from open_mythos.nn.driver import Compaction, RecurrentOutput, Run, after_loop
+from open_mythos.nn.halting import ACT, ACTHalting, Exit, Fixed, HaltingRule, Probe, Rows, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
@@ -32,7 +32,7 @@ class RecurrentBlock(nn.Module):
         self.injection: Injection = INJECTIONS[cfg.injection](cfg.dim)
         self.act = ACTHalting(cfg.dim, cfg.max_loop_iters) if cfg.halting == "act" else None
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
-        self.norm = RMSNorm(cfg.dim) if cfg.injection == "lti" else None
+        self.norm = RMSNorm(cfg.dim) if self.injection.normalises_input else None
         self.checkpoint_loops = False
         """Recompute each loop and each outer block in the backward pass instead of keeping their activations."""
         self.compaction: Compaction = "counts"
@@ -88,9 +88,9 @@ class RecurrentBlock(nn.Module):
     def advance(
         self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit
     ) -> tuple[Rows, State, Tensor | None]:
-        """A loop and what is decided after it, in one piece for a compiler; see `Exit.apply`."""
+        """Run a loop and decide after it, in one piece for a compiler; see `Exit.apply`."""
         h_new = self.loop(rows["h"], e, loop_index, view)
-        return exit.apply(rows, state, h_new, loop_index, view.active)
+        return after_loop(exit, rows, state, h_new, loop_index, view.active)
 
     def constants(self, h: Tensor) -> LoopConstants:
         """What the loops of a call on states like `h` share."""

@@ -1,10 +1,10 @@
-"""An experiment's report: report.json, report.md, its figures, and report.html, which holds all of it in one file."""
+"""A report in four forms: report.json, report.md, the figures, and report.html, which has all of it in one file."""
 
 import base64
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,22 @@ from open_mythos.files import write_text
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are to be read."""
+    """A table; its cells are written with `str`, so an `Estimate` shows its interval."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, corner: str, rows: Mapping[str, Any], columns: Mapping[str, Callable[[Any], Any]]) -> "Table":
+        """Make a line of each row's title and what every column's function returns for the row's value."""
+        lines = [[title, *(cell(value) for cell in columns.values())] for title, value in rows.items()]
+        return cls((corner, *columns), lines)
+
+    def __str__(self) -> str:
+        """Write the table as Markdown; a cell's own bar would begin another cell, so it is escaped."""
+        lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (self.head, *self.rows)]
+        lines.insert(1, ["---"] * len(self.head))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -30,22 +42,30 @@ class Figure:
     caption: str
     draw: Callable[[Path], None]
 
+    def __str__(self) -> str:
+        """Write the picture and its caption as Markdown."""
+        return f"![{self.caption}]({self.name}.png)\n\n*{self.caption}*"
+
 
 Part = str | Table | Figure
-"""Text is Markdown."""
+"""A piece of a report; text is Markdown."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an experiment says; the first figure and the finding are what a front page shows."""
+    """What was found, with its tables and figures; a front page shows the finding and the first figure."""
 
     finding: str
-    """One or two sentences with the figures that matter."""
+    """One or two sentences with the numbers that matter."""
     parts: Sequence[Part]
 
 
 def write_record(results: dict[str, Any], report: Report, out: Path, numbers: str = "report.json") -> None:
-    """Write the report; `results` also has what `perform` adds, and goes into the file `numbers`."""
+    """Write the report as Markdown and HTML with its figures, and `results` with the finding into the file `numbers`.
+
+    Args:
+        results: the texts and the origin that the report states (see `_markdown`), and the raw numbers.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "\n")
     figures = [part for part in report.parts if isinstance(part, Figure)]
@@ -58,7 +78,7 @@ def write_record(results: dict[str, Any], report: Report, out: Path, numbers: st
 
 
 def _strict(value: Any) -> Any:
-    """Infinity and NaN, as of a run that diverged, are no JSON: null."""
+    """Replace infinity and NaN, as of a run that diverged, by null: JSON has no word for them."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -79,20 +99,9 @@ def _markdown(results: dict[str, Any], report: Report) -> str:
         made,
         "## Protocol",
         results["protocol"],
-        *map(_part, report.parts),
+        *map(str, report.parts),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def _part(part: Part) -> str:
-    if isinstance(part, Figure):
-        return f"![{part.caption}]({part.name}.png)\n\n*{part.caption}*"
-    if isinstance(part, Table):
-        # A cell's own bar would begin another cell.
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (part.head, *part.rows)]
-        lines.insert(1, ["---"] * len(part.head))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return part
 
 
 STYLE = """

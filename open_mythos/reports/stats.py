@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -92,12 +91,14 @@ class Estimate:
     def __str__(self) -> str:
         return format(self)
 
-    def side(self, level: float) -> str:
-        """Name the side of a level that the interval lies on: above, below, or not told apart from."""
+    def side(
+        self, level: float, above: str = "above", below: str = "below", unclear: str = "not told apart from"
+    ) -> str:
+        """Return the word for the side of a level that the whole interval lies on."""
         _, low, high = self.interval
-        if math.isnan(low):
+        if math.isnan(low) and unclear == "not told apart from":
             return ONE_SEED
-        return "above" if low > level else "below" if high < level else "not told apart from"
+        return above if low > level else below if high < level else unclear
 
 
 class TextEstimate(Estimate):
@@ -126,6 +127,25 @@ class TextEstimate(Estimate):
         return "lower" if high < 0 and (means < 0).all() else "undecided"
 
 
+def rank_correlation(a: ArrayLike, b: ArrayLike, within: ArrayLike = 0) -> float:
+    """Compute Spearman's correlation of (N,) and (N,); equal values share their mean rank. NaN if a or b is constant.
+
+    Args:
+        within: levels (N,) of a third quantity. Ranks are then taken less their mean at the same level, which removes
+            an influence of any shape; a straight line through its ranks would leave some.
+    """
+    level = np.unique(np.broadcast_to(within, np.shape(a)), return_inverse=True)[1]
+    rest = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum() - (counts + 1) / 2)[place]
+        rest.append(ranks - (np.bincount(level, ranks) / np.bincount(level))[level])
+    norms = [np.linalg.norm(x) for x in rest]
+    if min(norms) < 1e-9 * len(level) ** 1.5:
+        return math.nan
+    return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
+
+
 def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy in bits, (B, T), of labels (B, T) under logits (B, T, V)."""
     return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)
@@ -144,17 +164,3 @@ def shown(values: Sequence[float] | np.ndarray, form: str = ".3f") -> str:
 def against(values: Sequence[float] | np.ndarray, level: float) -> str:
     """Name the side of a level that the interval over seeds lies on; `Estimate(values).side(level)`."""
     return Estimate(values).side(level)
-
-
-class Band(NamedTuple):
-    """Means with the 95 % interval around each, three tensors of one shape."""
-
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def mean_band(values: Sequence[Tensor]) -> Band:
-    """Compute the interval over the sequences of a single model (N, K), or over the means of several models."""
-    found = bootstrap(values[0]) if len(values) == 1 else over_seeds([np.nanmean(np.asarray(x), 0) for x in values])
-    return Band(*map(torch.from_numpy, found))

@@ -1,7 +1,7 @@
 """The engine in a thread of its own, and the event loop's side of it.
 
-The engine belongs to the thread. The event loop sends it commands through a queue, which it reads between two steps;
-what happened comes back through `call_soon_threadsafe`. So no lock is needed, and a slow step never stops the event
+The engine belongs to its thread. The event loop sends it commands through a queue, which the thread reads between two
+steps; events come back through `call_soon_threadsafe`. So no lock is needed, and a slow step never stops the event
 loop.
 """
 
@@ -9,25 +9,29 @@ import asyncio
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from open_mythos.engine.engine import Engine, Request, TokenEvent
+from open_mythos.engine.engine import Engine, TokenEvent
+from open_mythos.engine.sequence import Sequence as Request
 from open_mythos.generation.sampling_params import SamplingParams
 
 T = TypeVar("T")
-Wanted = tuple[list[int], SamplingParams]
-"""A prompt's ids and what is asked for."""
+EncodedPrompt = tuple[list[int], SamplingParams]
+"""A prompt's ids and the parameters of one answer to it."""
 
 SNAPSHOT_S = 0.05
-"""How often the live view is taken at most."""
+"""Seconds between two snapshots of the engine, at least."""
+COUNTS = ("waiting", "admitted", "pages_used", "pages_free", "pages_reusable")
+"""Counts of the scheduler that a snapshot holds."""
 
 
 class Busy(RuntimeError):
-    """As many answers are asked for as may be."""
+    """The answers would be more than there are places for."""
 
 
 class EngineDead(RuntimeError):
@@ -35,76 +39,89 @@ class EngineDead(RuntimeError):
 
 
 @dataclass(eq=False)
-class Job:
-    """Answers that one caller waits for."""
+class Submission:
+    """Answers that one caller waits for: (index of the answer, event) as they come, until all have ended.
 
-    wanted: Sequence[Wanted]
+    At the end of a `with` block, answers that have not ended are cancelled.
+
+    Raises:
+        EngineDead: the engine's thread has ended; raised by the iteration.
+    """
+
+    engine: "AsyncEngine"
+    n: int
+    """Number of answers; each takes a place until the last of them has ended."""
     accepted: asyncio.Future[None]
-    """Done when the engine has checked and queued all of them."""
-    n_open: int
-    """Answers that have not ended."""
-    inbox: asyncio.Queue[tuple[int, TokenEvent] | EngineDead] = field(default_factory=asyncio.Queue)
+    """Done when the engine has checked and queued all answers."""
+    prompts: Sequence[EncodedPrompt] = ()
+    """One per answer, once the prompts are encoded."""
     requests: list[Request] = field(default_factory=list)
-    """The engine's, in the order of `wanted`."""
+    """The engine's requests, one per answer."""
+    inbox: asyncio.Queue[tuple[int, TokenEvent] | EngineDead] = field(default_factory=asyncio.Queue)
+    n_open: int = 0
+    """Number of answers whose end has not been delivered to the inbox."""
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        n_open = self.n
+        while n_open:
+            item = await self.inbox.get()
+            if isinstance(item, EngineDead):
+                raise item
+            n_open -= item[1].finish_reason is not None
+            yield item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.cancel(self)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What the engine is doing."""
-
-    rows_by_loop: list[tuple[int, int]] = field(default_factory=list)
-    """(loops done, rows), of the rows in the loop."""
-    waiting: int = 0
-    admitted: int = 0
-    pages_used: int = 0
-    pages_free: int = 0
-    pages_reusable: int = 0
-
-
-class Worker:
-    """Runs an engine; all methods are for the event loop that called `start`.
+class AsyncEngine:
+    """Runs an engine in a thread; all methods are for the event loop that called `start`.
 
     Args:
-        make: makes the engine, in the thread.
-        most: answers that may be asked for at once, waiting ones included.
-        on_event: told every event.
+        make: builds the engine, in the thread.
+        n_places: answers that may be submitted at once, waiting ones included.
+        on_event: called with every event.
         on_fatal: called once if the thread ends without having been stopped.
     """
 
     def __init__(
         self,
         make: Callable[[], Engine],
-        most: int,
+        n_places: int,
         on_event: Callable[[TokenEvent], None],
         on_fatal: Callable[[], None],
     ) -> None:
-        self._make, self.most, self._on_event, self._on_fatal = make, most, on_event, on_fatal
+        self._make, self.n_places, self._on_event, self._on_fatal = make, n_places, on_event, on_fatal
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(1, "encode")
-        self._of: dict[Request, tuple[Job, int]] = {}  # the thread's
+        self._of: dict[Request, tuple[Submission, int]] = {}  # used by the thread only
         self._failed = False
         self._stepping_since: float | None = None
         self._encoding_since: float | None = None
-        self._taken_s = 0.0  # when the snapshot was
+        self._snapshot_s = 0.0  # time of the last snapshot
         self._loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.engine: Engine | None = None
-        """None until it is made."""
+        """The engine; None until it is built."""
         self.error: BaseException | None = None
-        """Why the thread ended."""
-        self.jobs: set[Job] = set()
-        """Those that have not ended."""
-        self.n_reserved = 0
-        """Answers that have been asked for and have not ended."""
-        self.snapshot = Snapshot()
+        """The error that ended the thread."""
+        self.submissions: set[Submission] = set()
+        """All that have not ended."""
+        self.counts = dict.fromkeys(COUNTS, 0)
+        """The scheduler's counts at the last snapshot."""
+        self.rows_by_loop: list[tuple[int, int]] = []
+        """Pairs (loops done, rows) at the last snapshot, of the rows in the loop."""
 
     def start(self) -> None:
-        """Begin to make the engine."""
+        """Begin to build the engine."""
         self._loop = asyncio.get_running_loop()
         self.thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after the step in work; whether it has ended in time, and no text is being encoded."""
+        """End the thread after the current step; False if it, or the encoding of a text, has not ended in time."""
         self._commands.put(None)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self.thread.join(timeout_s)
@@ -112,26 +129,46 @@ class Worker:
 
     @property
     def stuck_s(self) -> float:
-        """Seconds that the step in work has taken, or the text that is being encoded."""
+        """Seconds since the current step, or the encoding of the current text, began."""
         since = [began for began in (self._stepping_since, self._encoding_since) if began is not None]
         return time.monotonic() - min(since) if since else 0.0
 
-    def reserve(self, n: int) -> None:
-        """Take places for n answers.
+    @property
+    def n_taken(self) -> int:
+        """Places that are taken."""
+        return sum(submission.n for submission in self.submissions)
+
+    async def submit(self, n: int, prepare: Callable[[], Sequence[EncodedPrompt]]) -> Submission:
+        """Queue `n` answers, and return once the engine has accepted all of them.
+
+        Their places are taken at once, so of many requests that arrive together those without a place are refused
+        before their text is encoded.
+
+        Args:
+            prepare: encodes the prompts, outside of the event loop.
 
         Raises:
-            Busy: there are fewer.
+            Busy: there are fewer than `n` places.
+            TypeError, ValueError: the engine refuses one of the answers, and so all.
+            EngineDead: the engine's thread has ended.
         """
-        if self.n_reserved + n > self.most:
+        if self.n_taken + n > self.n_places:
             raise Busy
-        self.n_reserved += n
-
-    def give_back(self, n: int) -> None:
-        """Free places that were reserved and not used."""
-        self.n_reserved -= n
+        submission = Submission(self, n, asyncio.get_running_loop().create_future(), n_open=n)
+        self.submissions.add(submission)
+        try:
+            submission.prompts = await self.encode(prepare)
+            if self._failed:
+                raise EngineDead
+            self._commands.put(partial(self._add, submission))
+            await submission.accepted
+        except BaseException:
+            self.cancel(submission)
+            raise
+        return submission
 
     async def encode(self, function: Callable[[], T]) -> T:
-        """Run what may take long for a long text, outside of the event loop."""
+        """Run outside of the event loop what may take long for a long text."""
 
         def timed() -> T:
             self._encoding_since = time.monotonic()
@@ -143,76 +180,48 @@ class Worker:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._encoders, timed)
 
-    def submit(self, wanted: Sequence[Wanted]) -> Job:
-        """Ask for answers, for which places have been reserved; they are given back when the answers have ended.
-
-        `accepted` of the job raises what the engine says if it refuses one of them, and so all: TypeError or
-        ValueError, or EngineDead.
-        """
-        job = Job(wanted, asyncio.get_running_loop().create_future(), len(wanted))
-        self.jobs.add(job)
-        if self._failed:
-            self._end(job, EngineDead())
-        else:
-            self._commands.put(partial(self._add, job))
-        return job
-
-    async def events(self, job: Job) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """(which answer, event), until all have ended.
-
-        Raises:
-            EngineDead: the engine's thread has ended.
-        """
-        n_open = len(job.wanted)
-        while n_open:
-            item = await job.inbox.get()
-            if isinstance(item, EngineDead):
-                raise item
-            n_open -= item[1].finish_reason is not None
-            yield item
-
-    def cancel(self, job: Job) -> None:
-        """End the job's answers; their rows and pages are free before the next step. Nothing if they have ended."""
-        if job in self.jobs:
-            self._commands.put(partial(self._cancel, job))
+    def cancel(self, submission: Submission) -> None:
+        """End the answers that have not ended; their rows and pages are free before the next step."""
+        if not submission.prompts or self._failed:
+            self.submissions.discard(submission)
+        elif submission in self.submissions:
+            self._commands.put(partial(self._cancel, submission))
 
     def fail(self) -> None:
-        """Give the engine up: every caller is told, and every later one."""
+        """Give the engine up: every caller gets EngineDead, and every later one."""
         self._failed = True
-        for job in list(self.jobs):
-            self._end(job, EngineDead())
+        for submission in list(self.submissions):
+            self._end(submission, EngineDead())
 
     # On the event loop, called by the thread.
 
-    def _tell(self, function: Callable[..., None], *args: Any) -> None:
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the event loop has ended: the process is about to
             self._commands.put(None)
 
-    def _deliver(self, events: list[tuple[Job, int, TokenEvent]]) -> None:
-        for job, place, event in events:
+    def _deliver(self, events: list[tuple[Submission, int, TokenEvent]]) -> None:
+        for submission, index, event in events:
             self._on_event(event)
-            job.inbox.put_nowait((place, event))
+            submission.inbox.put_nowait((index, event))
             if event.finish_reason is not None:
-                job.n_open -= 1
-                if not job.n_open:
-                    self._end(job)
+                submission.n_open -= 1
+                if not submission.n_open:
+                    self._end(submission)
 
-    def _accept(self, job: Job) -> None:
-        if not job.accepted.done():  # its caller may have gone
-            job.accepted.set_result(None)
-
-    def _end(self, job: Job, error: Exception | None = None) -> None:
-        if job not in self.jobs:
-            return
-        self.jobs.discard(job)
-        self.n_reserved -= len(job.wanted)
-        if error is not None and not job.accepted.done():
-            job.accepted.set_exception(error)
+    def _end(self, submission: Submission, error: Exception | None = None) -> None:
+        self.submissions.discard(submission)
+        if error is not None and not submission.accepted.done():
+            submission.accepted.set_exception(error)
         elif isinstance(error, EngineDead):
-            job.inbox.put_nowait(error)
+            submission.inbox.put_nowait(error)
+
+    @staticmethod
+    def _accept(submission: Submission) -> None:
+        if not submission.accepted.done():  # its caller may have gone
+            submission.accepted.set_result(None)
 
     # In the thread.
 
@@ -222,12 +231,12 @@ class Worker:
             while self._obey():
                 if self.engine.busy:
                     self._step(self.engine)
-        except BaseException as error:  # whatever it is, those who wait have to be told
+        except BaseException as error:  # whatever it is, the callers have to hear of it
             self.error = error
-            self._tell(self._on_fatal)
+            self._call(self._on_fatal)
 
     def _obey(self) -> bool:
-        """Carry out what was asked for; with nothing else to do, wait for it. False: stop."""
+        """Carry out the commands in the queue, and wait for one if the engine has nothing to do; False: stop."""
         wait = not (self.engine and self.engine.busy)
         while wait or not self._commands.empty():
             command = self._commands.get()
@@ -241,46 +250,33 @@ class Worker:
         self._stepping_since = began = time.monotonic()
         events = engine.step()
         self._stepping_since = None
-        if not engine.busy or began - self._taken_s > SNAPSHOT_S:
+        if not engine.busy or began - self._snapshot_s > SNAPSHOT_S:
             self._take_snapshot(engine)
         if events:
-            told = []
+            delivered = [(*self._of[event.request], event) for event in events if event.request in self._of]
             for event in events:
-                ended = event.finish_reason is not None
-                of = self._of.pop(event.request, None) if ended else self._of.get(event.request)
-                if of is not None:
-                    told.append((*of, event))
-            self._tell(self._deliver, told)
+                if event.finish_reason is not None:
+                    self._of.pop(event.request, None)
+            self._call(self._deliver, delivered)
 
     def _take_snapshot(self, engine: Engine) -> None:
-        scheduler = engine.scheduler
-        counts: dict[int, int] = {}
-        for sequence in scheduler.looping:
-            counts[sequence.loop] = counts.get(sequence.loop, 0) + 1
-        self._taken_s = time.monotonic()
-        self.snapshot = Snapshot(
-            rows_by_loop=sorted(counts.items()),
-            waiting=scheduler.n_waiting,
-            admitted=scheduler.n_admitted,
-            pages_used=scheduler.n_pages_used,
-            pages_free=scheduler.n_pages_free,
-            pages_reusable=scheduler.n_pages_reusable,
-        )
+        self._snapshot_s = time.monotonic()
+        self.rows_by_loop = sorted(Counter(sequence.loop for sequence in engine.scheduler.looping).items())
+        self.counts = engine.scheduler.counts
 
-    def _add(self, job: Job) -> None:
+    def _add(self, submission: Submission) -> None:
         assert self.engine is not None
         try:
-            for prompt, params in job.wanted:
-                job.requests.append(self.engine.add(prompt, params))
+            for prompt, params in submission.prompts:
+                submission.requests.append(self.engine.add(prompt, params))
         except (TypeError, ValueError) as error:
-            for request in job.requests:
-                self.engine.cancel(request)
-            self._tell(self._end, job, error)
+            self._cancel(submission)
+            self._call(self._end, submission, error)
             return
-        self._of.update({request: (job, i) for i, request in enumerate(job.requests)})
-        self._tell(self._accept, job)
+        self._of.update({request: (submission, i) for i, request in enumerate(submission.requests)})
+        self._call(self._accept, submission)
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, submission: Submission) -> None:
         assert self.engine is not None
-        for request in job.requests:
+        for request in submission.requests:
             self.engine.cancel(request)

@@ -1,7 +1,8 @@
-"""Fields of requests over HTTP: their types, their bounds, and what is not built."""
+"""Types and bounds of the fields of requests over HTTP, and the fields that are not built."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,26 +16,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES
+from open_mythos.checks import check_choice
+from open_mythos.config import HALTING_RULES
+from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES, OPTIONS
 
 MAX_FIELDS = 64
 """Fields of a request and of each object in it, at most."""
-MAX_ANSWERS, MAX_BEST_OF = 8, 20
-"""Answers to one prompt: those that are returned, and those that they are chosen from."""
-MAX_PROMPTS = 128
-MAX_MESSAGES = 1024
-MAX_STOPS, MAX_STOP_CHARS, MAX_ALL_STOP_CHARS = 64, 64, 1024
-"""Stop strings, characters of each, and of all together: each is looked for behind every token."""
-MAX_STOP_IDS = 64
+MAX_ALL_STOP_CHARS = 1024
+"""Characters of all stop strings together, at most: each is searched for after every token."""
 MAX_SCHEMA_DEPTH = 64
-MAX_LOGPROBS = 5
-"""For completions, as at OpenAI; chats may ask for as many as the engine gives."""
-HARD_MAX_LOOPS = 64
-"""The most loops that a server may allow, whatever its own bound."""
 EFFORTS: dict[str, float] = {"none": 0, "minimal": 0.25, "low": 0.5, "medium": 1, "high": 2, "xhigh": 4}
-"""Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always one at least."""
+"""Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always at least one loop."""
 
-NEUTRAL: dict[str, tuple[object, ...]] = {
+Neutral = Mapping[str, tuple[object, ...]]
+UNSUPPORTED: Neutral = {
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -46,31 +41,33 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that are not built, and the values that ask for nothing; null always does."""
-UNSEEN = (
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "annotations",
-    "audio",
-    "refusal",
-    "reasoning_content",
-    "reasoning",
-)
-"""Fields of a message that the model does not see."""
-
-
+"""Fields of completions and chats that are not built, with the values that ask for nothing; null always does."""
+RESPONSES_UNSUPPORTED: Neutral = {
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+"""The same for /v1/responses."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a content's part that is text, in chats and in /v1/responses."""
-_PART = '{"type": "text", "text": "..."}'
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def bound(name: str) -> Any:
+    """Return the bound of an option of the engine as a constraint of pydantic."""
+    limit = OPTIONS[name].metadata["bound"]
+    return Field(gt=limit.low, le=limit.high) if limit.is_above else Field(ge=limit.low, le=limit.high)
 
 
 def _as_prompts(value: Any) -> Any:
-    """One prompt is a list of one."""
+    """Make a list of a single prompt."""
     if not isinstance(value, str | list):
         raise PydanticCustomError(
             "prompt", "must be a string, a list of strings, a list of ids, or a list of such lists"
@@ -86,19 +83,18 @@ def _as_prompt(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """The text of a content given in parts."""
+    """Join the text of a content in parts."""
     if not isinstance(value, list):
         return value
     for place, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "content", "part {place} is no text; send parts like {example}", {"place": place, "example": _PART}
-            )
+            values = {"place": place, "example": '{"type": "text", "text": "..."}'}
+            raise PydanticCustomError("content", "part {place} is no text; send parts like {example}", values)
     return "".join(part["text"] for part in value)
 
 
 def _whole(text: str) -> str:
-    """A JSON string may hold half of a surrogate pair, which no tokenizer takes."""
+    """Refuse half of a surrogate pair, which JSON allows and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -113,34 +109,45 @@ def _few_in_all(stops: list[str]) -> list[str]:
     return stops
 
 
+def _rule(name: str) -> str:
+    try:
+        check_choice("exit", name, tuple(HALTING_RULES))
+    except ValueError as error:
+        raise PydanticCustomError("exit", "{message}", {"message": str(error)}) from None
+    return name
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Content = Annotated[Text, BeforeValidator(_as_text)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))]
+"""0 and -1 keep every token."""
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+Exit = Annotated[str, AfterValidator(_rule)]
 Prompts = Annotated[
     list[Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_as_prompt)]],
-    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    Field(min_length=1, max_length=128, fail_fast=True),
     BeforeValidator(_as_prompts),
 ]
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOPS, fail_fast=True),
-    BeforeValidator(_as_list),
+    list[Annotated[Text, Field(min_length=1, max_length=64)]],
+    Field(max_length=64, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     AfterValidator(_few_in_all),
 ]
 LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$"), AfterValidator(int)], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIASES),
 ]
 
 
 class Fields(BaseModel):
-    """Nothing but the fields; null is the same as leaving one out."""
+    """An object of a request: unknown fields are refused, and null is the same as leaving a field out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    unsupported: ClassVar[Neutral] = {}
+    """Fields that are not built, by their path in the body, with the values that ask for nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +158,11 @@ class Fields(BaseModel):
         inner = [each for name, each in values.items() if name != "logit_bias"]
         if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *inner)):
             raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
-        return {k: v for k, v in values.items() if v is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        for path, neutral in cls.unsupported.items():
+            if (name := path.rpartition(".")[2]) in given and given.pop(name) not in neutral:
+                raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": path})
+        return given
 
 
 class StreamOptions(Fields):
@@ -159,11 +170,11 @@ class StreamOptions(Fields):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    """Never done."""
+    """Taken, and without effect."""
 
 
 class Message(Fields):
-    """A turn of a conversation; of its fields the model sees role and content."""
+    """A turn of a conversation; the model sees its role and its content only."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = Field(None, validate_default=True)
@@ -193,16 +204,20 @@ class Message(Fields):
 
     @property
     def unseen(self) -> list[str]:
-        """The fields that say something which the model does not see."""
+        """Fields with a value that the model does not see."""
         return [name for name in UNSEEN if getattr(self, name)]
 
     def turn(self) -> dict[str, str]:
-        """As the chat template takes it."""
+        """Return the turn in the form that the chat template takes."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
 
 
+UNSEEN = tuple(name for name in Message.model_fields if name not in ("role", "content", "name"))
+"""Fields of a message that the model does not see."""
+
+
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema is written out again, which takes a frame for each level."""
+    """Refuse a deep schema: to write it out again takes a stack frame for each level."""
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
@@ -213,7 +228,7 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class JsonSchema(Fields):
-    """A schema with a name; `name`, `description` and `strict` change nothing: every answer matches in full."""
+    """A schema with a name; every answer matches in full, whatever `name`, `description` and `strict` say."""
 
     name: Annotated[str, Field(max_length=64)] = ""
     description: str = ""
@@ -227,24 +242,21 @@ class Format(Fields):
     type: Literal["text", "json_object", "json_schema"]
 
     @property
-    def form(self) -> dict[str, Any]:
-        """The schema of type json_schema."""
-        raise NotImplementedError
-
-    @property
     def schema_text(self) -> str | None:
-        """Schema that the answer has to match, as JSON; None: any text."""
-        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self.form}[self.type]
+        """JSON schema that the answer has to match; None: any text."""
+        wanted = {"text": None, "json_object": {"type": "object"}, "json_schema": self._schema()}[self.type]
         return None if wanted is None else json.dumps(wanted)
+
+    def _schema(self) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 class ResponseFormat(Format):
-    """The form of an answer to a completion or a chat."""
+    """Form of the answer to a completion or a chat."""
 
     json_schema: JsonSchema | None = None
 
-    @property
-    def form(self) -> dict[str, Any]:
+    def _schema(self) -> dict[str, Any]:
         return {} if self.json_schema is None else self.json_schema.schema_
 
     @model_validator(mode="after")
@@ -252,13 +264,3 @@ class ResponseFormat(Format):
         if self.type == "json_schema" and self.json_schema is None:
             raise PydanticCustomError("format", "type json_schema needs json_schema with a schema")
         return self
-
-
-def without_neutral(values: Any, neutral: dict[str, tuple[object, ...]], where: str = "") -> Any:
-    """The fields of an object without those that are not built, if these ask for nothing; `where` is its place."""
-    if not isinstance(values, dict):
-        return values
-    for name in neutral.keys() & values.keys():
-        if values[name] is not None and values[name] not in neutral[name]:
-            raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": where + name})
-    return {name: value for name, value in values.items() if name not in neutral}

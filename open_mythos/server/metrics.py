@@ -2,52 +2,48 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence as Request
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 WINDOW_S = 5.0
-"""Of the rates in the live view."""
+"""Seconds that the rates of the live view cover."""
 
 
-class Meters:
-    """What has happened since the start."""
+class Metrics:
+    """Counts what has happened since the start."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"mythos_{name}", text, labels, registry=self.registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"mythos_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"mythos_{name}", text, buckets=buckets, registry=self.registry)
-
-        self._refusals = counter("refusals", "Requests refused before work.", "reason")
-        self._answers = counter("answers", "Answers that have ended.", "finish_reason")
+        counter, gauge, histogram = (
+            partial(kind, namespace="mythos", registry=self.registry) for kind in (Counter, Gauge, Histogram)
+        )
+        self._refusals = counter("refusals", "Requests refused before work.", ["reason"])
+        self._answers = counter("answers", "Answers that have ended.", ["finish_reason"])
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._cached_tokens = counter("cached_tokens", "Tokens of prompts that were found computed.")
         self._tokens = counter("tokens", "New tokens.")
-        self._loops = histogram("loops", "Loops that a new token took.", LOOPS)
-        self._first = histogram("first_token_seconds", "From a request's arrival to its first token.", SECONDS)
-        self._between = histogram("between_tokens_seconds", "Between two tokens of an answer.", SECONDS)
-        self.waiting = gauge("waiting", "Answers that wait for a row.")
-        self.rows = gauge("rows", "Answers that have a row.")
-        self.tasks = gauge("tasks", "Tasks of the event loop.")
-        self.pages = gauge("pages", "Pages of keys and values.", "state")
+        self._loops = histogram("loops", "Loops that a new token took.", buckets=LOOPS)
+        self._first = histogram("first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS)
+        self._between = histogram("between_tokens_seconds", "Between two tokens of an answer.", buckets=SECONDS)
+        self._waiting = gauge("waiting", "Answers that wait for a row.")
+        self._rows = gauge("rows", "Answers that have a row.")
+        self._tasks = gauge("tasks", "Tasks of the event loop.")
+        self._pages = gauge("pages", "Pages of keys and values.", ["state"])
         self._last: dict[Request, float] = {}
-        self._recent: deque[tuple[float, int]] = deque()  # (when, loops)
+        self._recent: deque[tuple[float, int]] = deque()  # (time, loops) of each new token
 
-    def refused(self, reason: str) -> None:
-        """One more request was refused; `reason` is one of a few words."""
+    def count_refusal(self, reason: str) -> None:
+        """Count a refused request; `reason` is one of a few words."""
         self._refusals.labels(reason).inc()
 
-    def event(self, event: TokenEvent) -> None:
+    def count(self, event: TokenEvent) -> None:
         """Count a token, or the end of an answer."""
         now, request = time.monotonic(), event.request
         if event.token_id is not None:
@@ -68,13 +64,18 @@ class Meters:
         self._forget(now)
 
     def rates(self) -> tuple[float, float]:
-        """New tokens per second, and their mean loops, of the last few seconds."""
+        """Return the new tokens per second, and their mean loops, over the last few seconds."""
         self._forget(time.monotonic())
         n = len(self._recent)
         return n / WINDOW_S, sum(loops for _, loops in self._recent) / max(1, n)
 
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+    def text(self, n_tasks: int, counts: Mapping[str, int]) -> bytes:
+        """Write all metrics in the form that Prometheus reads; `counts` are the scheduler's."""
+        self._tasks.set(n_tasks)
+        self._waiting.set(counts["waiting"])
+        self._rows.set(counts["admitted"])
+        for state in ("used", "free", "reusable"):
+            self._pages.labels(state).set(counts[f"pages_{state}"])
         return generate_latest(self.registry)
 
     def _forget(self, now: float) -> None:

@@ -1,14 +1,16 @@
-"""What an answer over HTTP looks like: OpenAI's objects, with the loops that the tokens took."""
+"""The objects of /v1/completions and /v1/chat/completions: OpenAI's, with the loops that the tokens took."""
 
 import json
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence as Request
+from open_mythos.server.protocol import ChatRequest, ChoicesRequest, error
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import TextStream, Tokenizer
 
@@ -17,20 +19,19 @@ LEAST = -9999.0
 """Stands for the logarithm of 0, which JSON has no number for."""
 
 
-def sse(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
+def sse(value: Any, kind: str = "") -> bytes:
+    """Write a server-sent event."""
+    return b"%bdata: %b\n\n" % (f"event: {kind}\n".encode() if kind else b"", json.dumps(value).encode())
 
 
-@dataclass(frozen=True)
-class Scored:
+class ScoredToken(NamedTuple):
     """A token with its log-probability."""
 
     token: int
     logprob: float | None
     """None for the first token of a prompt, which nothing precedes."""
     best: dict[int, float] | None
-    """The log-probabilities of the best tokens in its place."""
+    """Log-probabilities of the best tokens in its place."""
     text: str
     """Text that the token adds: these texts join to the whole text."""
     offset: int
@@ -48,151 +49,162 @@ class Echo:
 
     @staticmethod
     def of(prompt: str | list[int], ids: list[int], tokenizer: Tokenizer) -> "Echo":
-        """The prompt as it was given, or the text of its ids."""
+        """Make the echo of a prompt: the prompt itself, or the text of its ids."""
         stream = TextStream(tokenizer)
         pieces = [stream.push(token) for token in ids]
         pieces[-1] += stream.flush()
         return Echo(prompt if isinstance(prompt, str) else "".join(pieces), ids, pieces)
 
-    def scored(self, request: Request | None) -> list[Scored]:
-        """Its tokens, as scored by a request that has computed the prompt; none if that was not asked for."""
+    def scored(self, request: Request | None) -> list[ScoredToken]:
+        """Return the prompt's tokens as scored by a request; none if no scores were asked for."""
         if request is None or request.params.prompt_logprobs is None:
             return []
         own, best = [None, *request.prompt_logprobs], [None, *request.prompt_top_logprobs]
-        # A normalizer or a special token can make the text of the ids another than the one that was given.
+        # A normalizer or a special token can make the text of the ids differ from the prompt.
         offsets = [min(n, len(self.text)) for n in accumulate(map(len, self.pieces[:-1]), initial=0)]
-        return [Scored(*each) for each in zip(self.ids, own, best, self.pieces, offsets, strict=True)]
+        return [ScoredToken(*each) for each in zip(self.ids, own, best, self.pieces, offsets, strict=True)]
 
 
 @dataclass
 class Answer:
-    """What has come of one answer."""
+    """One answer, or a part of it, gathered from the engine's events."""
 
+    offset: int = 0
+    """Characters before the next token, in the answer, or with an echo in prompt and answer together."""
     text: str = ""
     finish_reason: str | None = None
     request: Request | None = None
     pieces: list[str] = field(default_factory=list)
     """Text that could be shown with each token."""
     loops: list[int] = field(default_factory=list)
-    scored: list[Scored] = field(default_factory=list)
-    n_chars: int = 0
-    """Characters that its tokens add to the text, shown or not."""
+    scored: list[ScoredToken] = field(default_factory=list)
 
-    def add(self, event: TokenEvent) -> None:
-        """Take one more token in, or the end."""
+    def add(self, event: TokenEvent) -> Self:
+        """Add one more token, or the end."""
         self.request, self.finish_reason = event.request, event.finish_reason
         self.text += event.text
         if event.token_id is not None:
             self.loops.append(event.loops)
             self.pieces.append(event.text)
             if event.logprob is not None:
-                scored = event.token_id, event.logprob, event.top_logprobs, event.token_text, self.n_chars
-                self.scored.append(Scored(*scored))
-            self.n_chars += len(event.token_text)
+                scored = event.token_id, event.logprob, event.top_logprobs, event.token_text, self.offset
+                self.scored.append(ScoredToken(*scored))
+            self.offset += len(event.token_text)
         elif event.text and self.pieces:
-            self.pieces[-1] += event.text  # what was held back when the answer was cut off
+            self.pieces[-1] += event.text  # held back until the answer was cut off
+        return self
 
     @property
     def mean_logprob(self) -> float:
-        """The log-probability per token."""
+        """Log-probability per token."""
         own = [each.logprob for each in self.scored if each.logprob is not None]
         return sum(own) / max(1, len(own))
 
 
-class Shape:
-    """Makes the objects of one call, whether they come at once or in pieces.
+class ResponseBuilder:
+    """Builds the objects of one call from the engine's events: all at once, or a stream event by event.
 
     Args:
-        chat: whether the call is /v1/chat/completions.
-        texts: of the tokens of the vocabulary.
-        n_best: how many of the best tokens to tell; None: no log-probabilities.
-        show_loops: whether each choice has `loops` and `pieces`.
+        n_prompt: tokens of each prompt.
+        texts: texts of the tokens of the vocabulary.
         echoes: the prompts to send back before their answers, if that was asked for.
-        n: answers to each prompt.
     """
 
     def __init__(
         self,
+        asked: ChoicesRequest,
+        n_prompt: Sequence[int],
         model: str,
         texts: TokenTexts,
-        chat: bool,
-        n_best: int | None,
-        show_loops: bool,
         echoes: Sequence[Echo] = (),
-        n: int = 1,
     ) -> None:
-        self._texts, self._chat, self._n_best, self._show_loops = texts, chat, n_best, show_loops
-        self._echoes, self._n = echoes, n
-        kind = "chat.completion" if chat else "text_completion"
-        name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self._asked, self._n_prompt, self._texts = asked, n_prompt, texts
+        self._is_chat = isinstance(asked, ChatRequest)
+        self._echoes = [echo for echo in echoes for _ in range(asked.n_made)]
+        offsets = [len(echo.text) for echo in self._echoes] or [0] * (len(n_prompt) * asked.n_made)
+        self.answers = [Answer(offset) for offset in offsets]
+        kind, prefix = ("chat.completion", "chatcmpl-") if self._is_chat else ("text_completion", "cmpl-")
+        name = prefix + secrets.token_hex(12)
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
-    def echo(self, place: int) -> Echo | None:
-        """The prompt that stands before an answer."""
-        return self._echoes[place // self._n] if self._echoes else None
-
-    def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer of a call that is not streamed."""
+    def whole(self) -> dict[str, Any]:
+        """Build the answer of a call that is not streamed."""
+        made, n, answers = self._asked.n_made, self._asked.n, self.answers
+        order = list(range(len(answers)))
+        if n < made:
+            # The answers to each prompt with the highest log-probability per token, best first.
+            groups = [order[start : start + made] for start in range(0, len(order), made)]
+            order = [i for group in groups for i in sorted(group, key=lambda i: -answers[i].mean_logprob)[:n]]
         choices = []
-        for i, answer in enumerate(answers):
-            echo, text, scored = self.echo(i), answer.text, answer.scored
-            if echo is not None:
-                behind = [replace(each, offset=len(echo.text) + each.offset) for each in scored]
-                text, scored = echo.text + text, [*echo.scored(answer.request), *behind]
+        for index, i in enumerate(order):
+            answer, echo = answers[i], self._echoes[i] if self._echoes else None
+            scored = answer.scored if echo is None else [*echo.scored(answer.request), *answer.scored]
+            text = answer.text if echo is None else echo.text + answer.text
             message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(self._choice(i, answer, message if self._chat else {"text": text}, scored))
-        return {**self._head, "choices": choices, "usage": usage}
+            choices.append(self._choice(index, answer, message if self._is_chat else {"text": text}, scored))
+        return {**self._head, "choices": choices, "usage": usage(self._n_prompt, answers)}
 
-    def opening(self, place: int) -> dict[str, Any] | None:
-        """The chunk before the first piece of a chat's answer."""
-        if not self._chat:
-            return None
-        delta = {"role": "assistant", "content": ""}
-        return self._chunk([{"index": place, "delta": delta, "logprobs": None, "finish_reason": None}])
+    def opening(self) -> list[bytes]:
+        """Write the events before the first token of a stream."""
+        delta = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._chunk([{"index": i, **delta}]) for i in range(len(self.answers) if self._is_chat else 0)]
 
-    def prompt(self, place: int, echo: Echo, request: Request) -> dict[str, Any]:
-        """The prompt before the first piece of an answer; `request` has computed it."""
-        return self._chunk([self._choice(place, Answer(), {"text": echo.text}, echo.scored(request))])
+    def piece(self, index: int, event: TokenEvent) -> list[bytes]:
+        """Write the events of one token; before the first token also that of the prompt, if it is sent back."""
+        chunks = []
+        if self._echoes and self.answers[index].request is None:
+            echo = self._echoes[index]
+            choice = self._choice(index, Answer(), {"text": echo.text}, echo.scored(event.request))
+            chunks.append(self._chunk([choice]))
+        part = Answer(self.answers[index].offset).add(event)
+        self.answers[index].add(event)
+        shows_every_token = self._asked.return_loops or self._asked.n_best is not None
+        if event.text or event.finish_reason is not None or shows_every_token:
+            body = {"delta": {"content": event.text} if event.text else {}} if self._is_chat else {"text": event.text}
+            chunks.append(self._chunk([self._choice(index, part, body, part.scored)]))
+        return chunks
 
-    def piece(self, place: int, event: TokenEvent, n_chars: int) -> dict[str, Any]:
-        """One token; `n_chars`: characters that the tokens of the answer before it have added."""
-        echo = self.echo(place)
-        part = Answer(n_chars=n_chars if echo is None else len(echo.text) + n_chars)
-        part.add(event)
-        body = {"delta": {"content": event.text} if event.text else {}} if self._chat else {"text": event.text}
-        return self._chunk([self._choice(place, part, body, part.scored)])
+    def closing(self) -> list[bytes]:
+        """Write the events after the last token."""
+        options = self._asked.stream_options
+        if options is None or not options.include_usage:
+            return [DONE]
+        return [self._chunk([], usage=usage(self._n_prompt, self.answers)), DONE]
 
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The counts at the end of a stream."""
-        return {**self._chunk([]), "usage": usage}
+    @staticmethod
+    def failed(message: str) -> bytes:
+        """Write the event of a stream that breaks off."""
+        return sse(error(message, kind="server_error"))
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices}
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return sse({**self._head, "object": kind, "choices": choices, **more})
 
-    def _choice(self, place: int, answer: Answer, body: dict[str, Any], scored: Sequence[Scored]) -> dict[str, Any]:
+    def _choice(
+        self, index: int, answer: Answer, body: dict[str, Any], scored: Sequence[ScoredToken]
+    ) -> dict[str, Any]:
         logprobs = None
-        if self._n_best is not None:
-            logprobs = self._of_chat(scored) if self._chat else self._of_completion(scored)
-        choice = {"index": place, **body, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+        if self._asked.n_best is not None:
+            logprobs = self._of_chat(scored) if self._is_chat else self._of_completion(scored)
+        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": answer.finish_reason}
         if answer.finish_reason is not None and answer.request is not None:
             choice["stop_reason"] = answer.request.stop_reason
-        if self._show_loops:
+        if self._asked.return_loops:
             choice |= {"loops": answer.loops, "pieces": answer.pieces}
         return choice
 
-    def _of_chat(self, scored: Sequence[Scored]) -> dict[str, Any]:
+    def _of_chat(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            alone = self._texts[token]
+            return {"token": alone.text, "logprob": _finite(logprob), "bytes": list(alone.raw)}
+
         content = []
         for each in scored:
-            top = [self._token(token, value) for token, value in (each.best or {}).items()]
-            content.append({**self._token(each.token, each.logprob), "top_logprobs": top})
+            top = [entry(token, value) for token, value in (each.best or {}).items()]
+            content.append({**entry(each.token, each.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        alone = self._texts[token]
-        return {"token": alone.text, "logprob": _finite(logprob), "bytes": list(alone.raw)}
-
-    def _of_completion(self, scored: Sequence[Scored]) -> dict[str, Any]:
+    def _of_completion(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         return {
             "tokens": [each.text for each in scored],
             "token_logprobs": [_finite(each.logprob) for each in scored],
@@ -200,8 +212,8 @@ class Shape:
             "text_offset": [each.offset for each in scored],
         }
 
-    def _by_text(self, scored: Scored, best: dict[int, float]) -> dict[str, float | None]:
-        """Best first. The token itself goes by the text that it adds, a part of a character by its bytes."""
+    def _by_text(self, scored: ScoredToken, best: dict[int, float]) -> dict[str, float | None]:
+        # Best first. The token itself is named by the text that it adds, a part of a character by its bytes.
         by_text: dict[str, float | None] = {}
         for token, value in best.items():
             by_text.setdefault(scored.text if token == scored.token else self._texts[token].name, _finite(value))
@@ -212,26 +224,16 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST)
 
 
-def best_of(answers: Sequence[Answer], n: int, n_made: int) -> Sequence[Answer]:
-    """Choose, for each prompt, the n of its `n_made` answers with the highest log-probability per token, best first."""
-    if n == n_made:
-        return answers
-    best: list[Answer] = []
-    for start in range(0, len(answers), n_made):
-        best += sorted(answers[start : start + n_made], key=lambda answer: -answer.mean_logprob)[:n]
-    return best
-
-
-def usage(prompts: Sequence[int], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Tokens and loops of a call; `prompts`: tokens of each prompt."""
+def usage(n_prompt: Sequence[int], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Count the tokens and loops of a call; `n_prompt`: tokens of each prompt."""
     loops = [n for answer in answers for n in answer.loops]
-    # Of the answers to one prompt the first: it stands for what the prompt cost.
-    firsts = answers[:: len(answers) // len(prompts)]
+    # The first answer to each prompt stands for what the prompt cost.
+    firsts = answers[:: len(answers) // len(n_prompt)]
     cached = sum(answer.request.n_cached for answer in firsts if answer.request is not None)
     return {
-        "prompt_tokens": sum(prompts),
+        "prompt_tokens": sum(n_prompt),
         "completion_tokens": len(loops),
-        "total_tokens": sum(prompts) + len(loops),
+        "total_tokens": sum(n_prompt) + len(loops),
         "prompt_tokens_details": {"cached_tokens": cached},
         "loops": {"mean": sum(loops) / max(1, len(loops)), "total": sum(loops)},
     }

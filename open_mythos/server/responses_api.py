@@ -1,36 +1,29 @@
-"""/v1/responses for text: what a request may hold, and the objects and events of its answer."""
+"""/v1/responses for text: the request, and the objects and events of its answer."""
 
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from open_mythos.server.async_engine import EngineDead, Job, Worker
+from open_mythos.engine.engine import TokenEvent
 from open_mythos.server.fields import (
-    MAX_MESSAGES,
+    RESPONSES_UNSUPPORTED,
     Count,
     Effort,
     Fields,
     Format,
     JsonSchema,
     Message,
+    Neutral,
     Text,
-    without_neutral,
 )
 from open_mythos.server.protocol import Conversation
-from open_mythos.server.responses import Answer, usage
-
-
-def _as_items(value: Any) -> Any:
-    """A text is a turn of the user."""
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+from open_mythos.server.responses import Answer, sse, usage
 
 
 class Item(Message):
-    """An item of the conversation: a message, sent or copied from an answer, or an item that the model does not see."""
+    """An item of the conversation: a message, new or from an earlier answer, or an item that the model does not see."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     id: str = ""
@@ -40,7 +33,7 @@ class Item(Message):
     @model_validator(mode="before")
     @classmethod
     def _skip(cls, values: Any) -> Any:
-        # What is no message is not shown, so nothing else of it matters; other types are refused as such.
+        # An item that is no message is not shown, so its other fields do not matter; unknown types are refused.
         is_message = not isinstance(values, dict) or values.get("type") in (None, "message")
         return values if is_message else {"type": values["type"], "role": "tool", "content": ""}
 
@@ -48,56 +41,38 @@ class Item(Message):
 class Reasoning(Fields):
     """Options of the depth."""
 
-    effort: Effort | None = None
+    unsupported: ClassVar[Neutral] = {"reasoning.summary": (), "reasoning.generate_summary": ()}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, values: Any) -> Any:
-        return without_neutral(values, {"summary": (), "generate_summary": ()}, "reasoning.")
+    effort: Effort | None = None
 
 
 class TextFormat(Format, JsonSchema):
-    """The form of an answer, with the schema beside its type."""
+    """Form of the answer, with the schema beside its type."""
 
-    @property
-    def form(self) -> dict[str, Any]:
+    def _schema(self) -> dict[str, Any]:
         return self.schema_
 
 
 class TextOptions(Fields):
-    """How the answer is written."""
+    """Options of the answer's text."""
+
+    unsupported: ClassVar[Neutral] = {"text.verbosity": ("medium",)}
 
     format: TextFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral(cls, values: Any) -> Any:
-        return without_neutral(values, {"verbosity": ("medium",)}, "text.")
 
 
 class ResponseRequest(Conversation):
     """The body of /v1/responses."""
 
-    said = "input"
-    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
-        "background": (False,),
-        "conversation": (),
-        "include": ([],),
-        "max_tool_calls": (),
-        "previous_response_id": (),
-        "prompt": (),
-        "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "top_logprobs": (0,),
-        "truncation": ("disabled",),
-    }
+    prompt_field = "input"
+    unsupported = RESPONSES_UNSUPPORTED
 
     input: Annotated[
-        list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BeforeValidator(_as_items)
+        list[Item],
+        Field(min_length=1, max_length=1024, fail_fast=True),
+        BeforeValidator(lambda value: [{"role": "user", "content": value}] if isinstance(value, str) else value),
     ]
     instructions: Text = ""
-    """A system turn before the others."""
     max_output_tokens: Count | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
@@ -116,24 +91,26 @@ class ResponseRequest(Conversation):
     def limit_name(self) -> str:
         return "max_output_tokens"
 
-    @property
-    def text_format(self) -> dict[str, Any]:
-        """The form of the answer, as it was asked for."""
-        given = None if self.text is None else self.text.format
-        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
-
-    @property
-    def turns(self) -> list[tuple[str, dict[str, str]]]:
+    def _turns(self) -> list[tuple[str, dict[str, str]]]:
         first = [("instructions", {"role": "system", "content": self.instructions})] if self.instructions else []
-        return [*first, *super().turns]
+        return [*first, *super()._turns()]
 
 
-class ResponseShape:
-    """Makes the objects of one answer and the events of its stream."""
+class ResponsesBuilder:
+    """Builds the objects of one answer and the events of its stream.
 
-    def __init__(self, model: str, asked: ResponseRequest, n_prompt: int) -> None:
+    Args:
+        n_prompt: tokens of the prompt, in a list of one.
+    """
+
+    def __init__(self, asked: ResponseRequest, n_prompt: list[int], model: str) -> None:
         self._n_prompt, self._n_events = n_prompt, 0
-        self._item_id = "msg_" + secrets.token_hex(12)
+        self.answers = [Answer()]
+        given = None if asked.text is None else asked.text.format
+        format = {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
+        item_id = "msg_" + secrets.token_hex(12)
+        self._item = {"id": item_id, "type": "message", "role": "assistant"}
+        self._place = {"item_id": item_id, "output_index": 0, "content_index": 0}
         self._head = {
             "id": "resp_" + secrets.token_hex(12),
             "object": "response",
@@ -147,7 +124,7 @@ class ResponseShape:
             "reasoning": {"effort": asked.effort, "summary": None},
             "store": False,
             "temperature": asked.temperature,
-            "text": {"format": asked.text_format},
+            "text": {"format": format},
             "tool_choice": "auto",
             "tools": [],
             "top_p": asked.top_p,
@@ -155,95 +132,70 @@ class ResponseShape:
             "user": asked.user or None,
         }
 
-    def begun(self) -> dict[str, Any]:
-        """The answer before anything has come of it."""
-        return {**self._head, "status": "in_progress", **_outcome(None), "output": [], "usage": None}
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """The answer once it has ended."""
-        status = {"stop": "completed", "length": "incomplete", "error": "failed"}.get(answer.finish_reason or "")
-        output = [] if status == "failed" else [self._item(status or "incomplete", answer.text)]
-        outcome = {"status": status or "cancelled", **_outcome(answer.finish_reason)}
-        return {**self._head, **outcome, "output": output, "usage": self._usage(answer)}
-
-    def event(self, kind: str, **fields: Any) -> bytes:
-        """An event of the stream; all have a number."""
-        data = {"type": kind, "sequence_number": self._n_events, **fields}
-        self._n_events += 1
-        return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+    def whole(self) -> dict[str, Any]:
+        """Build the answer once it has ended."""
+        (answer,) = self.answers
+        reason = answer.finish_reason
+        status = {"stop": "completed", "length": "incomplete", "error": "failed"}.get(reason or "", "cancelled")
+        item_status = "incomplete" if status == "cancelled" else status
+        output = [] if status == "failed" else [{**self._item, "status": item_status, "content": [_part(answer.text)]}]
+        counts = usage(self._n_prompt, self.answers)
+        return {
+            **self._head,
+            "status": status,
+            "error": {"code": "server_error", "message": "the logits are NaN"} if reason == "error" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
+            "output": output,
+            "usage": {
+                "input_tokens": counts["prompt_tokens"],
+                "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
+                "output_tokens": counts["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": counts["total_tokens"],
+                "loops": counts["loops"],
+            },
+        }
 
     def opening(self) -> list[bytes]:
-        """The events before the first piece of text."""
+        """Write the events before the first piece of text."""
+        nothing = {"error": None, "incomplete_details": None, "output": [], "usage": None}
+        begun = {**self._head, "status": "in_progress", **nothing}
+        item = {**self._item, "status": "in_progress", "content": []}
         return [
-            self.event("response.created", response=self.begun()),
-            self.event("response.in_progress", response=self.begun()),
-            self.event("response.output_item.added", output_index=0, item=self._item("in_progress", None)),
-            self.event("response.content_part.added", **self._place, part=_part("")),
+            self._event("response.created", response=begun),
+            self._event("response.in_progress", response=begun),
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._event("response.content_part.added", **self._place, part=_part("")),
         ]
 
-    def delta(self, text: str) -> bytes:
-        """The event of a piece of text."""
-        return self.event("response.output_text.delta", **self._place, delta=text, logprobs=[])
+    def piece(self, _: int, event: TokenEvent) -> list[bytes]:
+        """Write the event of one token's text."""
+        self.answers[0].add(event)
+        delta = {"delta": event.text, "logprobs": []}
+        return [self._event("response.output_text.delta", **self._place, **delta)] if event.text else []
 
-    def closing(self, answer: Answer) -> list[bytes]:
-        """The events behind the last piece of text."""
-        whole = self.whole(answer)
-        if whole["status"] == "failed":
-            return [self.event("response.failed", response=whole)]
+    def closing(self) -> list[bytes]:
+        """Write the events after the last piece of text."""
+        whole = self.whole()
+        (item,) = whole["output"]
+        (part,) = item["content"]
         kind = "response.completed" if whole["status"] == "completed" else "response.incomplete"
         return [
-            self.event("response.output_text.done", **self._place, text=answer.text, logprobs=[]),
-            self.event("response.content_part.done", **self._place, part=_part(answer.text)),
-            self.event("response.output_item.done", output_index=0, item=whole["output"][0]),
-            self.event(kind, response=whole),
+            self._event("response.output_text.done", **self._place, text=part["text"], logprobs=[]),
+            self._event("response.content_part.done", **self._place, part=part),
+            self._event("response.output_item.done", output_index=0, item=item),
+            self._event(kind, response=whole),
         ]
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+    def failed(self, _: str) -> bytes:
+        """Write the event of a stream that breaks off."""
+        self.answers[0].finish_reason = "error"
+        return self._event("response.failed", response=self.whole())
 
-    def _item(self, status: str, text: str | None) -> dict[str, Any]:
-        content = [] if text is None else [_part(text)]
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _usage(self, answer: Answer) -> dict[str, Any]:
-        counts = usage([self._n_prompt], [answer])
-        cached = counts["prompt_tokens_details"]["cached_tokens"]
-        return {
-            "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": counts["total_tokens"],
-            "loops": counts["loops"],
-        }
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._n_events += 1
+        return sse({"type": kind, "sequence_number": self._n_events - 1, **fields}, kind)
 
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _outcome(finish_reason: str | None) -> dict[str, Any]:
-    reason = {"reason": "max_output_tokens"} if finish_reason == "length" else None
-    failed = {"code": "server_error", "message": "the logits are NaN"} if finish_reason == "error" else None
-    return {"error": failed, "incomplete_details": reason}
-
-
-async def response_events(worker: Worker, job: Job, shape: ResponseShape) -> AsyncGenerator[bytes]:
-    """The events of a stream."""
-    answer = Answer()
-    try:
-        for opening in shape.opening():
-            yield opening
-        async for _, event in worker.events(job):
-            answer.add(event)
-            if event.text:
-                yield shape.delta(event.text)
-        for closing in shape.closing(answer):
-            yield closing
-    except EngineDead:
-        answer.finish_reason = "error"
-        for closing in shape.closing(answer):
-            yield closing
-    finally:
-        worker.cancel(job)

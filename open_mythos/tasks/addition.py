@@ -5,32 +5,31 @@ d uniform, each operand uniform in [10^(d-1), 10^d - 1].
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
-from open_mythos.checks import check_int
-from open_mythos.tasks.task import IGNORE, Batch, to_tensor
-from open_mythos.tokenization.tokenizer import SymbolTokenizer
+from open_mythos.checks import PositiveInt, Range, check_int
+from open_mythos.tasks.task import END_SYMBOL, PAD_SYMBOL, Batch, Task
 
 PLUS, EQUALS, PAD, END = 10, 11, 12, 13  # ids after the ten digits
 
 
 @dataclass(frozen=True)
-class Addition:
+class Addition(Task):
     """Problems of `min_digits` to `max_digits` digits. A row is 3 * max_digits + 3 tokens, padded on the right."""
 
-    min_digits: int = 2
-    max_digits: int = 5
+    min_digits: PositiveInt = 2
+    max_digits: Annotated[int, Range(1, 17)] = 5
+    """A sum below 2 * 10^17 fits in int64 with room."""
 
-    name: ClassVar[str] = "addition"
-    on_disk: ClassVar[bool] = False
-    vocab_size: ClassVar[int] = 16
-    bytes_per_token: ClassVar[None] = None
+    name = "addition"
+    symbols = (*"0123456789+=", PAD_SYMBOL, END_SYMBOL)
+    vocab_size = 16
+    """The published protocol has two tokens more than symbols."""
 
     def __post_init__(self) -> None:
-        # 17 digits: a sum below 2 * 10^17 fits in int64 with room.
-        check_int("data.max_digits", self.max_digits, 1, 17)
+        super().__post_init__()
         check_int("data.min_digits", self.min_digits, 1, self.max_digits)
 
     @property
@@ -42,13 +41,10 @@ class Addition:
         a, b = rng.integers(10 ** (digits - 1), 10**digits, size=(2, rows))
         return self.encode(a, b, digits)
 
-    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        return self.batch(rng, rows)
-
     def encode(self, a: np.ndarray, b: np.ndarray, digits: np.ndarray) -> Batch:
-        """Rows for given operands; `digits[i]` is the number of digits of a[i] and of b[i]."""
+        """Return rows of given operands; `digits[i]` is the number of digits of a[i] and of b[i]."""
         ids = np.full((len(a), self.seq_len + 1), PAD)
-        loss = np.zeros(ids.shape, dtype=bool)
+        is_label = np.zeros(ids.shape, dtype=bool)
         for d in np.unique(digits):
             rows = np.flatnonzero(digits == d)
             places = 10 ** np.arange(d + 1)
@@ -59,13 +55,9 @@ class Addition:
             ids[rows, d] = PLUS
             ids[rows, d + 1 : start - 1] = b[rows, None] // places[d - 1 :: -1] % 10
             ids[rows, start - 1] = EQUALS
+            # The answer's last digit first; a sum without a carry at the end is one digit shorter.
             written = np.arange(d + 1) < answer_len[:, None]
             ids[rows, start : start + d + 1] = np.where(written, total[:, None] // places % 10, PAD)
             ids[rows, start + answer_len] = END
-            loss[rows, start:] = True
-        loss &= ids != PAD
-        labels = np.where(loss, ids, IGNORE)
-        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels[:, 1:]))
-
-    def tokenizer(self) -> SymbolTokenizer:
-        return SymbolTokenizer([*"0123456789+=", "<pad>", "$"], pad="<pad>", eos="$")
+            is_label[rows, start:] = True
+        return Batch.shifted(ids, is_label & (ids != PAD))

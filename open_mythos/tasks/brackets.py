@@ -6,42 +6,39 @@ Shape letters: B rows, N brackets.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
-from open_mythos.checks import check_int
-from open_mythos.tasks.task import IGNORE, Batch, to_tensor
-from open_mythos.tokenization.tokenizer import SymbolTokenizer
+from open_mythos.checks import PositiveInt, Range, check_int
+from open_mythos.tasks.task import END_SYMBOL, PAD_SYMBOL, Batch, Task
 
 KINDS = 3
-"""Of brackets: kind k opens with id k and closes with id k + 3."""
+"""Kinds of brackets: kind k opens with id k and closes with id k + 3."""
+SYMBOLS = (*"([{)]}", *"0123456789", "=", "-", PAD_SYMBOL, END_SYMBOL)
 EQUALS, NONE, PAD, END = 16, 17, 18, 19  # ids after six brackets and ten digits
-SYMBOLS = (*"([{)]}", *"0123456789", "=", "-", "<pad>", "$")
 
 
 @dataclass(frozen=True)
-class Brackets:
+class Brackets(Task):
     """Strings of an even length, half of them balanced; the others had one bracket replaced, which breaks any.
 
     Nesting is drawn uniformly, and then the length from what holds it.
     A row is max_length + 3 tokens, padded on the right.
     """
 
-    min_length: int = 2
-    max_length: int = 16
-    min_nesting: int = 1
-    max_nesting: int = 8
+    min_length: Annotated[int, Range(2)] = 2
+    max_length: Annotated[int, Range(2, 98)] = 16
+    """Below 100: places have two digits, and the end of a string is one."""
+    min_nesting: PositiveInt = 1
+    max_nesting: Annotated[int, Range(1, 49)] = 8
 
-    name: ClassVar[str] = "brackets"
-    on_disk: ClassVar[bool] = False
-    vocab_size: ClassVar[int] = len(SYMBOLS)
-    bytes_per_token: ClassVar[None] = None
+    name = "brackets"
+    symbols = SYMBOLS
 
     def __post_init__(self) -> None:
-        check_int("data.max_nesting", self.max_nesting, 1, 49)
+        super().__post_init__()
         check_int("data.min_nesting", self.min_nesting, 1, self.max_nesting)
-        # Below 100: places have two digits, and the end of a string is one.
         check_int("data.max_length", self.max_length, 2 * self.max_nesting, 98)
         check_int("data.min_length", self.min_length, 2, self.max_length)
 
@@ -53,11 +50,8 @@ class Brackets:
         strings, lengths = self.draw(rng, rows)
         return self.encode(strings, lengths)
 
-    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        return self.batch(rng, rows)
-
     def draw(self, rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, N) brackets, PAD behind the end, and (B,) lengths."""
+        """Draw (B, N) brackets, with PAD behind the end, and (B,) lengths."""
         nesting = rng.integers(self.min_nesting, self.max_nesting + 1, size=rows)
         lengths = 2 * rng.integers(np.maximum(nesting, (self.min_length + 1) // 2), self.max_length // 2 + 1)
         row = np.arange(rows)
@@ -66,7 +60,8 @@ class Brackets:
         height, reached = np.zeros(rows, np.int64), np.zeros(rows, bool)
         for place in range(self.max_length):
             left = lengths - place
-            # Up and down again takes all that is left; what is too high to come down closes.
+            # A string that has not reached its nesting must open when going up and down again takes all that is left;
+            # one that is as high as what is left must close.
             must_open = ~reached & (2 * nesting - height >= left)
             may_open = (height < nesting) & (height < left)
             opens = must_open | (height == 0) | (may_open & (rng.random(rows) < 0.5))
@@ -76,6 +71,7 @@ class Brackets:
             height += np.where(opens, 1, -1)
             reached |= height == nesting
             height[left <= 0] = 0
+        # Any other bracket in place of one of a balanced string breaks it.
         broken = np.flatnonzero(rng.random(rows) < 0.5)
         place = rng.integers(0, lengths[broken])
         shift = rng.integers(1, 2 * KINDS, size=len(broken))
@@ -83,24 +79,20 @@ class Brackets:
         return strings, lengths
 
     def encode(self, strings: np.ndarray, lengths: np.ndarray) -> Batch:
-        """Rows of given strings, (B, N) with PAD behind the end."""
-        rows = np.arange(len(strings))[:, None]
+        """Return rows of given strings, (B, N) with PAD behind the end."""
+        rows, place = np.arange(len(strings))[:, None], first_break(strings, lengths)
         ids = np.full((len(strings), self.seq_len + 1), PAD)
         ids[:, : self.max_length] = strings
-        place = first_break(strings, lengths)
-        tens, ones = np.where(place < 0, NONE, 6 + place // 10), np.where(place < 0, NONE, 6 + place % 10)
-        written = np.stack([np.full(len(strings), EQUALS), tens, ones, np.full(len(strings), END)], axis=1)
+        digits = [np.where(place < 0, NONE, 6 + digit) for digit in (place // 10, place % 10)]
+        written = np.stack([np.full(len(strings), EQUALS), *digits, np.full(len(strings), END)], axis=1)
         ids[rows, lengths[:, None] + np.arange(4)] = written
-        labels = np.full(ids.shape, IGNORE)
-        labels[rows, lengths[:, None] + np.arange(1, 4)] = written[:, 1:]
-        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels[:, 1:]))
-
-    def tokenizer(self) -> SymbolTokenizer:
-        return SymbolTokenizer(SYMBOLS, pad="<pad>", eos="$")
+        is_label = np.zeros(ids.shape, dtype=bool)
+        is_label[rows, lengths[:, None] + np.arange(1, 4)] = True
+        return Batch.shifted(ids, is_label)
 
 
 def first_break(strings: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(B,) the place of the leftmost break of each string, or -1."""
+    """Return (B,) the place of the leftmost break of each string, or -1."""
     n_rows, n = strings.shape
     row = np.arange(n_rows)
     stack, height = np.zeros((n_rows, n + 1), np.int64), np.zeros(n_rows, np.int64)
@@ -117,7 +109,7 @@ def first_break(strings: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def nesting(strings: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(B,) most brackets open at once before the first break."""
+    """Return (B,) the most brackets that are open at once before the first break."""
     place = first_break(strings, lengths)
     end = np.where(place < 0, lengths, place)
     read = np.arange(strings.shape[1]) < end[:, None]

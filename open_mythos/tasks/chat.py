@@ -7,16 +7,16 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from rich import progress
 from rich.console import Console
 
-from open_mythos.checks import check_int, check_number, shown
+from open_mythos.checks import NonNegativeInt, PositiveInt, Range, shown
 from open_mythos.data.conversations import to_messages
 from open_mythos.data.documents import read_values
 from open_mythos.data.packing import Packing
@@ -24,7 +24,7 @@ from open_mythos.data.records import Unit
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.data.text_files import kind_of
 from open_mythos.files import sha256
-from open_mythos.tasks.task import IGNORE, Batch, to_tensor
+from open_mythos.tasks.task import Batch, FileTask
 from open_mythos.tokenization.chat_template import BadMessages, Message, check_messages, render
 from open_mythos.tokenization.tokenizer import Tokenizer, open_tokenizer
 
@@ -39,7 +39,7 @@ KINDS = {"no text in the record": "invalid JSON", "not UTF-8": "invalid JSON"}
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(FileTask):
     """Whole conversations of JSON files, in the layouts of `open_mythos.data.conversations`, as many in a row as fit.
 
     No conversation is cut: one that is longer than a row is skipped. What is skipped is counted by reason in a warning,
@@ -51,27 +51,25 @@ class Chat:
     """Files of JSON lines, or .json files that hold an array; either may be compressed with gzip."""
     tokenizer_from: str = "bytes"
     """"bytes", a folder or file that holds a tokenizer, or a model's name on the Hugging Face hub."""
-    seq_len: int = 512
-    held_out: float | None = None
+    seq_len: PositiveInt = 512
+    held_out: Annotated[float, Range(0, 0.9)] | None = None
     """Share of the conversations that is never trained on, chosen by a hash of their messages; None: 0.05, and at least
     one where two are different; 0: none, and validation reads the training conversations."""
-    order_seed: int = 0
+    order_seed: NonNegativeInt = 0
 
-    name: ClassVar[str] = "chat"
-    on_disk: ClassVar[bool] = True
-    bytes_per_token: ClassVar[None] = None
+    name = "chat"
+    has_turns = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple):
             raise TypeError(f"data.paths={shown(self.paths)} must be a list of files; use data.paths=('chat.jsonl',)")
-        check_int("data.seq_len", self.seq_len, 1)
-        if self.held_out is not None:
-            check_number("data.held_out", self.held_out, 0, 0.9)
-        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
+        super().__post_init__()
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def open_tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.tokenizer_from)
+
+    def with_tokenizer_of(self, folder: str) -> "Chat":
+        return replace(self, tokenizer_from=folder)
 
     @cached_property
     def _parts(self) -> tuple[list[Conversation], list[Conversation]]:
@@ -150,10 +148,6 @@ class Chat:
         except OSError as error:
             raise ValueError(f"data.paths: {error}") from None
 
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.vocab_size
-
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         conversations = self._parts[0]
         return self._fill([[conversations[i] for i in self._packing.row(first_row + row)] for row in range(rows)])
@@ -164,23 +158,18 @@ class Chat:
         return self._fill([[conversations[i]] for i in np.resize(rng.permutation(len(conversations)), rows)])
 
     def _fill(self, rows: list[list[Conversation]]) -> Batch:
-        """Conversations one behind the other; what is left of a row is padding without loss."""
+        """Put conversations one behind the other; the rest of a row is padding without loss."""
         pad = self._tokenizer.pad_id
         ids = np.full((len(rows), self.seq_len + 1), 0 if pad is None else pad, np.int64)
-        labels = np.full(ids.shape, IGNORE, np.int64)
+        is_label = np.zeros(ids.shape, dtype=bool)
         # No conversation sees another. Padding belongs to the last, which does not see what comes behind it.
         documents = np.zeros(ids.shape, np.int64)
         for row, conversations in enumerate(rows):
-            joined = np.concatenate([ids for ids, _ in conversations])
-            answer = np.concatenate([answer for _, answer in conversations])
-            ids[row, : len(joined)] = joined
-            labels[row, : len(joined)] = np.where(answer, joined, IGNORE)
             ends = np.cumsum([len(ids) for ids, _ in conversations])
+            ids[row, : ends[-1]] = np.concatenate([ids for ids, _ in conversations])
+            is_label[row, : ends[-1]] = np.concatenate([answer for _, answer in conversations])
             documents[row] = np.searchsorted(ends[:-1], np.arange(ids.shape[1]), side="right")
-        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels[:, 1:]), to_tensor(documents[:, :-1]))
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+        return Batch.shifted(ids, is_label, documents)
 
 
 def _records(path: str) -> Iterator[tuple[str, Any]]:

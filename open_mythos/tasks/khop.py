@@ -9,61 +9,56 @@ Shape letters: B rows, N symbols, T tokens, L loops.
 
 import string
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 
-from open_mythos.checks import check_choice, check_int
-from open_mythos.tasks.task import IGNORE, Batch, to_tensor
-from open_mythos.tokenization.tokenizer import SymbolTokenizer
+from open_mythos.checks import PositiveInt, Range, check_int
+from open_mythos.tasks.task import IGNORE, Batch, Task
 
 ALPHABET = string.ascii_letters + string.digits
-Target = Literal["hop", "root"]
 
 
 @dataclass(frozen=True)
-class KHop:
+class KHop(Task):
     """Forests over `n_symbols` symbols and one question each, at a distance of `min_distance` to `max_distance`.
 
     One chain has `long_chain` symbols, so every distance below that occurs in every row; the others are random.
     """
 
-    n_symbols: int = 24
-    long_chain: int = 17
-    short_chain: int = 6
+    n_symbols: Annotated[int, Range(2, len(ALPHABET))] = 24
+    long_chain: Annotated[int, Range(2)] = 17
+    short_chain: PositiveInt = 6
     """Most symbols of each other chain."""
-    min_distance: int = 1
-    max_distance: int = 4
-    target: Target = "root"
-    """What training asks for. hop: after each loop l the symbol min(l, distance) hops away, so that a loop is a hop; it
+    min_distance: PositiveInt = 1
+    max_distance: PositiveInt = 4
+    target: Literal["hop", "root"] = "root"
+    """Answers in training. hop: after each loop l the symbol min(l, distance) hops away, so that a loop is a hop; it
     needs losses.per_loop. root: the root after the last loop, with questions no farther than the row's loops (or
     min_distance, if that is more)."""
 
-    name: ClassVar[str] = "khop"
-    on_disk: ClassVar[bool] = False
-    bytes_per_token: ClassVar[None] = None
+    name = "khop"
 
     def __post_init__(self) -> None:
-        check_int("data.n_symbols", self.n_symbols, 2, len(ALPHABET))
+        super().__post_init__()
         check_int("data.long_chain", self.long_chain, 2, self.n_symbols)
-        check_int("data.short_chain", self.short_chain, 1)
         check_int("data.max_distance", self.max_distance, 1, self.long_chain - 1)
         check_int("data.min_distance", self.min_distance, 1, self.max_distance)
-        check_choice("data.target", self.target, get_args(Target))
 
     @property
-    def vocab_size(self) -> int:
-        return self.n_symbols
+    def symbols(self) -> str:
+        return ALPHABET[: self.n_symbols]
 
     @property
     def seq_len(self) -> int:
         return self.n_symbols + 1
 
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
-        """Rows whose answers fit their depth: labels (L, B, T) of every loop for `hop`, (B, T) for `root`.
+        """Draw rows whose answers fit their depths: labels (L, B, T) of every loop for `hop`, (B, T) for `root`.
 
         Without `depths` the answer is the root, whatever the distance.
         """
+        # The table: each symbol, by its number, points to the symbol in the slot before its own.
         symbol, distance = self._forest(rng, rows)
         slot = np.arange(self.n_symbols)
         successor = np.take_along_axis(symbol, np.where(distance == 0, slot, slot - 1), axis=1)
@@ -85,13 +80,17 @@ class KHop:
             hops = np.minimum(asked, np.arange(1, depths.max() + 1)[:, None])
             labels = np.full((len(hops), *ids.shape), IGNORE)
             labels[:, :, -1] = symbol[row, question - hops]
-        return Batch(to_tensor(ids), to_tensor(labels))
+        return Batch.of(ids, labels)
 
-    def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        return self.batch(rng, rows)
+    def check_losses(self, per_loop: bool) -> None:
+        if per_loop != (self.target == "hop"):
+            raise ValueError(
+                f"losses.per_loop={per_loop} does not fit data.target={self.target!r}: 'hop' has answers after every "
+                "loop, 'root' one at the end; use losses.per_loop=true with 'hop', losses.per_loop=false with 'root'"
+            )
 
     def _forest(self, rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, N) symbol in each slot, and (B, N) distance of each slot to its root.
+        """Draw (B, N) the symbol in each slot, and (B, N) the distance of each slot to its root.
 
         Slots of a chain are neighbours: slot j points to slot j - 1 unless its distance is 0.
         """
@@ -106,11 +105,8 @@ class KHop:
             distance[:, j] = np.where(starts[:, j] | (next_distance >= self.short_chain), 0, next_distance)
         return symbol, distance
 
-    def tokenizer(self) -> SymbolTokenizer:
-        return SymbolTokenizer(list(ALPHABET[: self.n_symbols]))
-
     def example(self, seed: int = 0) -> str:
-        """One prompt as the model reads it, and what it means."""
+        """Return one prompt as the model reads it, and what it means."""
         batch = self.batch(np.random.default_rng(seed), 1)
         *table, question = self.tokenizer().decode(batch.input_ids[0].tolist())
         points_to = dict(zip(ALPHABET, table, strict=False))

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
-from open_mythos.checks import check_bool, check_int, check_number, shown
+from open_mythos.checks import NonNegativeInt, PositiveInt, check_int, check_number, shown
 from open_mythos.data.permutation import in_epochs, mix
 from open_mythos.data.shards import TokenShards
-from open_mythos.tasks.task import IGNORE, Batch, to_tensor
+from open_mythos.tasks.task import Batch, FileTask
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, n_bytes
 
 QUIET_S, REPEAT_S = 2.0, 10.0
@@ -25,7 +24,7 @@ QUIET_S, REPEAT_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(FileTask):
     """Windows of `seq_len` tokens of one or several folders that `mythos prepare-data` made.
 
     Documents stand one behind the other, each with its end token, so a window may hold several. Which window a row of
@@ -36,14 +35,13 @@ class Shards:
     """Folders, all made with the same tokenizer."""
     weights: tuple[float, ...] = ()
     """Share of the rows that each folder gives, of any sum; none: in proportion to their tokens."""
-    seq_len: int = 1024
-    order_seed: int = 0
+    seq_len: PositiveInt = 1024
+    order_seed: NonNegativeInt = 0
     separate_documents: bool = False
-    """Whether attention stops at the ends of documents. The first token of a document, which then follows from nothing,
-    is not to be predicted."""
+    """True lets attention stop at the ends of documents. The first token of a document, which then follows from
+    nothing, is not to be predicted."""
 
-    name: ClassVar[str] = "shards"
-    on_disk: ClassVar[bool] = True
+    name = "shards"
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, tuple) or not self.paths:
@@ -54,10 +52,9 @@ class Shards:
             )
         for weight in self.weights:
             check_number("data.weights", weight, 0, 1e100, above=True)
-        check_bool("data.separate_documents", self.separate_documents)
+        super().__post_init__()
         # Two tokens, for one alone may be the end of a document, behind which nothing is to be predicted.
         check_int("data.seq_len", self.seq_len, 2 if self.separate_documents else 1)
-        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
 
     @cached_property
     def _train(self) -> list[TokenShards]:
@@ -91,20 +88,11 @@ class Shards:
         found = {}
         for i, source in enumerate(self._train):
             made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
-            found[f"data.paths[{i}]"] = hashlib.sha256(
-                json.dumps(made_of, default=vars, sort_keys=True).encode()
-            ).hexdigest()
+            text = json.dumps(made_of, default=vars, sort_keys=True)
+            found[f"data.paths[{i}]"] = hashlib.sha256(text.encode()).hexdigest()
         return found
 
-    def verify(self, rank: int, size: int, tell: Callable[[str], None]) -> None:
-        """Compare this process's share of the shards with the SHA-256s that they were written with.
-
-        Args:
-            tell: gets a line now and then once this takes longer than `QUIET_S`.
-
-        Raises:
-            ValueError: a shard is damaged; the message names it.
-        """
+    def verify(self, rank: int, size: int, report: Callable[[str], None]) -> None:
         sources = [*self._train, *self._validation]
         total = sum(source.n_tokens * np.dtype(source.info["dtype"]).itemsize for source in sources)
         done, next_line = 0, time.monotonic() + QUIET_S
@@ -114,7 +102,7 @@ class Shards:
             done += n_bytes * size
             if time.monotonic() > next_line:
                 next_line = time.monotonic() + REPEAT_S
-                tell(f"verifying the prepared data: {min(1.0, done / total):.0%} of {total / 1e9:.2f} GB")
+                report(f"verifying the prepared data: {min(1.0, done / total):.0%} of {total / 1e9:.2f} GB")
 
         for source in sources:
             source.verify(rank, size, on_read)
@@ -125,7 +113,7 @@ class Shards:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the held-out documents, whose end tokens count as tokens; of what is to be predicted in them."""
+        # Of the held-out documents, whose end tokens count as tokens; first tokens that are not predicted do not count.
         n_tokens, bytes_ = sum(s.n_tokens for s in self._validation), sum(s.n_bytes for s in self._validation)
         if self.separate_documents:
             tokenizer = self.tokenizer()
@@ -152,14 +140,13 @@ class Shards:
         return self._rows(self._validation, sources, starts)
 
     def _rows(self, shards: list[TokenShards], sources: np.ndarray, starts: np.ndarray) -> Batch:
-        """The windows that begin at `starts` (B,) of `sources` (B,)."""
+        """Read the windows that begin at `starts` (B,) of `sources` (B,)."""
         places, n = [(shards[i], int(start)) for i, start in zip(sources, starts, strict=True)], self.seq_len + 1
         ids = np.stack([source.read(start, n) for source, start in places])
         if not self.separate_documents:
-            return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
+            return Batch.shifted(ids)
         documents = np.stack([source.documents(start, n) for source, start in places])
-        labels = np.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], IGNORE)
-        return Batch(to_tensor(ids[:, :-1]), to_tensor(labels), to_tensor(documents[:, :-1]))
+        return Batch.shifted(ids, np.diff(documents, axis=1, prepend=-1) == 0, documents)
 
-    def tokenizer(self) -> Tokenizer:
+    def open_tokenizer(self) -> Tokenizer:
         return load_tokenizer(Path(self.paths[0]))

@@ -7,23 +7,23 @@ own position alone, whichever process reads it. Shapes: B rows, T tokens.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
-from open_mythos.checks import check_int, check_number, shown
+from open_mythos.checks import NonNegativeInt, PositiveInt, Range, check_int, shown
 from open_mythos.data.documents import encode, is_held_out
 from open_mythos.data.hub import HubDataset
 from open_mythos.data.permutation import in_epochs, permute
 from open_mythos.data.records import Reading
 from open_mythos.data.row_groups import RowGroups
 from open_mythos.data.skipped import Skipped
-from open_mythos.tasks.task import Batch, to_tensor
+from open_mythos.tasks.task import Batch, FileTask
 from open_mythos.tokenization.tokenizer import Tokenizer, open_tokenizer
 
 READERS = 16
@@ -38,7 +38,7 @@ SAMPLE_TOKENS = 100_000
 
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(FileTask):
     """Windows of `seq_len` tokens of a dataset of the hub, or of a folder of parquet files, tokenized as they are read.
 
     Documents stand one behind the other, each with its end token. A document is held out by a hash of its text, as
@@ -51,31 +51,22 @@ class Stream:
     """As the dataset's card names it; None: its default."""
     revision: str | None = None
     """Branch, tag or commit; None: what the hub has when the run begins."""
-    limit_files: int | None = None
+    limit_files: PositiveInt | None = None
     """Read only the first files of a dataset of the hub."""
     vocabulary: str = "openai/gpt-oss-20b"
     """"bytes", a folder that holds a tokenizer, a tokenizer.json, or a model's name on the hub."""
     column: str = "text"
-    seq_len: int = 2048
-    held_out: float = 0.01
+    seq_len: PositiveInt = 2048
+    held_out: Annotated[float, Range(0, 0.5)] = 0.01
     """Share of the documents that is never trained on."""
-    order_seed: int = 0
+    order_seed: NonNegativeInt = 0
 
-    name: ClassVar[str] = "stream"
-    on_disk: ClassVar[bool] = True
+    name = "stream"
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, str) or not self.dataset:
             raise ValueError(f"data.dataset={shown(self.dataset)} must name a dataset of the hub or a folder; set it")
-        if self.limit_files is not None:
-            check_int("data.limit_files", self.limit_files, 1)
-        check_int("data.seq_len", self.seq_len, 1)
-        check_number("data.held_out", self.held_out, 0, 0.5)
-        check_int("data.order_seed", self.order_seed, 0, 2**63 - 1)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer().vocab_size
+        super().__post_init__()
 
     @cached_property
     def bytes_per_token(self) -> float:
@@ -127,21 +118,18 @@ class Stream:
                 f"data.held_out={self.held_out} keeps {len(tokens)} tokens for validation, and {rows} rows of "
                 f"{self.seq_len} need {n_tokens}; hold out more, or evaluate on fewer rows"
             )
-        return _to_batch(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
+        return Batch.shifted(tokens[np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)])
 
     def digests(self) -> dict[str, str]:
         return {"data.dataset": self._groups.digest() if self._is_local else self._groups.commit}
 
-    def stay_at(self, commit: str) -> None:
-        """Read a dataset of the hub as it was at the commit that the run began with, also for validation."""
+    def resume(self, digests: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        # A dataset of the hub is read as it was at the commit that the run began with, also for validation.
+        commit = digests["data.dataset"]
         if not self._is_local and commit != self._groups.commit:
-            self.__dict__["_groups"] = replace(self, revision=commit)._groups  # where cached_property looks
+            self._replace_cached("_groups", replace(self, revision=commit)._groups)
 
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def open_tokenizer(self) -> Tokenizer:
         tokenizer = open_tokenizer(self.vocabulary)
         if tokenizer.eos_id is None:
             raise ValueError(
@@ -201,7 +189,7 @@ class Lanes:
         """
         windows, places = zip(*self._pool.map(_Lane.next, self._lanes), strict=True)
         self.state[:, :3] = places
-        return _to_batch(np.stack(windows))
+        return Batch.shifted(np.stack(windows))
 
     @property
     def skipped(self) -> Counter[str]:
@@ -268,7 +256,3 @@ def _to_words(commit: str) -> np.ndarray:
 
 def _from_words(words: np.ndarray) -> str:
     return words.astype("<i8").tobytes()[:20].hex()
-
-
-def _to_batch(ids: np.ndarray) -> Batch:
-    return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))

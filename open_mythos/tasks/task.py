@@ -1,22 +1,28 @@
-"""What a task stream gives the trainer: batches that are a pure function of (seed, step).
+"""What a task is: a source of batches that are a pure function of (seed, step).
 
     batch = task.batch(stream(seed, step, Purpose.DATA), rows=64)
 
-A stream has no hidden state: its position is the step, so resuming it is asking for the next step.
+A task has no hidden state: its position is the step, so a run resumes by asking for the next step.
 Shape letters: B rows, T tokens, L loops.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from open_mythos.tokenization.tokenizer import Tokenizer
+from open_mythos.checks import check_section
+from open_mythos.tokenization.tokenizer import SymbolTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORE = -100  # label of a position without loss, the default of torch's cross_entropy
+IGNORE = -100
+"""Label of a position without loss, the default of torch's cross_entropy."""
+PAD_SYMBOL, END_SYMBOL = "<pad>", "$"
+"""Symbols that stand for padding and for the end of an answer, in tasks that have them."""
 
 
 @dataclass(frozen=True)
@@ -24,67 +30,152 @@ class Batch:
     """Rows to train or evaluate on.
 
     input_ids: (B, T) int64.
-    labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE. With labels
-    of their own for every loop, (L, B, T).
-    documents: (B, T) int64, the number of each token's document in its row, where attention is to stop at their ends.
+    labels: (B, T) int64; `labels[b, t]` is the token to predict at position t (already shifted), or IGNORE. (L, B, T)
+    where every loop has labels of its own.
+    documents: (B, T) int64, the number of each token's document in its row, where attention stops at their ends.
     """
 
     input_ids: "Tensor"
     labels: "Tensor"
     documents: "Tensor | None" = None
 
+    @classmethod
+    def of(cls, ids: np.ndarray, labels: np.ndarray, documents: np.ndarray | None = None) -> "Batch":
+        """Make a batch of arrays of integers."""
+        return cls(to_tensor(ids), to_tensor(labels), None if documents is None else to_tensor(documents))
+
+    @classmethod
+    def shifted(
+        cls, ids: np.ndarray, is_label: np.ndarray | None = None, documents: np.ndarray | None = None
+    ) -> "Batch":
+        """Make a batch of rows of T + 1 tokens, in which each token is to be predicted from those before it.
+
+        Args:
+            ids: (B, T + 1).
+            is_label: (B, T + 1), False for tokens that need not be predicted; None: all are.
+            documents: (B, T + 1).
+        """
+        labels = ids if is_label is None else np.where(is_label, ids, IGNORE)
+        return cls.of(ids[:, :-1], labels[:, 1:], None if documents is None else documents[:, :-1])
+
     def take(self, rows: "slice | Tensor") -> "Batch":
-        """Some of the rows; by an index, copies of them."""
+        """Return some of the rows; by an index, copies of them."""
         documents = None if self.documents is None else self.documents[rows]
         return Batch(self.input_ids[rows], self.labels[..., rows, :], documents)
 
 
-class Task(Protocol):
-    """A source of batches, which is also its section of the configuration."""
+@dataclass(frozen=True)
+class Task:
+    """Base class of all tasks; a task is also the section `data` of a run's configuration.
+
+    A task of your own is a frozen dataclass with `name`, `symbols`, `seq_len` and `batch`; docs/training.md has one.
+    """
 
     name: ClassVar[str]
-    on_disk: ClassVar[bool]
-    """Whether the data has to be prepared before it can be read. A row then depends on its number, and not on `rng`."""
+    on_disk: ClassVar[bool] = False
+    """True where data has to be prepared before it can be read. A row then depends on its number and not on `rng`."""
+    has_turns: ClassVar[bool] = False
+    """True for conversations: a trained model's folder then gets the chat template."""
+
+    # For type checkers only: a dataclass would take properties of its base for the defaults of its fields.
+    if TYPE_CHECKING:
+
+        @property
+        def symbols(self) -> Sequence[str]:
+            """Texts of the tokens, each at its id; PAD_SYMBOL and END_SYMBOL have their roles where they occur."""
+            ...
+
+        @property
+        def seq_len(self) -> int:
+            """Tokens in a row."""
+            ...
+
+    def __post_init__(self) -> None:
+        check_section(self, "data.")
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the model must at least have."""
-        ...
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a row."""
-        ...
+        """Number of tokens that the model must have at least."""
+        return len(self.symbols)
 
     @property
     def bytes_per_token(self) -> float | None:
         """Bytes of validation text per token, for bits per byte; None where bytes mean nothing."""
-        ...
+        return None
 
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
         """Draw `rows` rows to train on; everything random comes from `rng`.
 
         Args:
-            depths: (rows,) loops that each row is going to run; a task may fit its questions to them.
-            first_row: rows of the run before these. A task that goes through a file reads its place off it.
+            depths: (rows,) loops that each row is going to run, for tasks whose questions depend on them.
+            first_row: number of rows of the run before these, which is the position of a task that reads a file.
         """
-        ...
+        raise NotImplementedError
 
     def validation_batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Draw `rows` rows to validate on: held out where the data is a file, fresh draws of a synthetic task."""
-        ...
+        """Draw `rows` rows to validate on: held-out data of a file, fresh draws of a synthetic task."""
+        return self.batch(rng, rows)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer between a user's text and this task's ids."""
-        ...
+        """Return the tokenizer between a user's text and the task's ids."""
+        pad, end = (symbol if symbol in self.symbols else None for symbol in (PAD_SYMBOL, END_SYMBOL))
+        return SymbolTokenizer(list(self.symbols), pad=pad, eos=end)
+
+    def check_losses(self, per_loop: bool) -> None:
+        """Raise ValueError where the task's labels do not fit losses after every loop, or a loss after the last."""
+
+    def with_tokenizer_of(self, folder: str) -> "Task":
+        """Return the task for a run that begins with the model of a folder, whose tokenizer it should use."""
+        return self
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the contents behind each field that names files: a resumed run refuses other contents."""
+        return {}
+
+    def resume(self, digests: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        """Take over what a checkpoint recorded, where reading or making it again could give something else."""
+
+    def verify(self, rank: int, size: int, report: Callable[[str], None]) -> None:
+        """Compare the files with the digests that they were written with: of `size` processes, each its share.
+
+        Args:
+            report: called with a line now and then when this takes long.
+
+        Raises:
+            ValueError: a file is damaged; the message names it.
+        """
+
+
+class FileTask(Task):
+    """Base class of tasks that read text, with a tokenizer that is opened once."""
+
+    on_disk = True
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self.open_tokenizer()
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Open or make the tokenizer of the text."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    def _replace_cached(self, name: str, value: Any) -> None:
+        """Set a `cached_property`: it looks into `__dict__`, which a frozen dataclass leaves open."""
+        self.__dict__[name] = value
 
 
 def example(batch: Batch, tokenizer: Tokenizer) -> tuple[str, str, int]:
-    """The first row of `batch` as a user would ask it: the prompt, the right answer, and the tokens of the answer.
+    """Return the first row of `batch` as a user would ask it: prompt, right answer and number of the answer's tokens.
 
-    Where the row itself holds the answer, behind the place that is first asked, the prompt is what stands before it:
-    `12+34=` of addition. Else the whole row is the prompt and the answer is a token that the row does not hold, as of
-    khop and parity.
+    Where the row itself holds the answer, behind the first labelled position, the prompt is what stands before it:
+    `12+34=` of addition. Elsewhere, as in khop and parity, the whole row is the prompt and the answer is one token.
     """
     ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
     asked = [place for place, label in enumerate(labels) if label != IGNORE]
@@ -96,7 +187,7 @@ def example(batch: Batch, tokenizer: Tokenizer) -> tuple[str, str, int]:
 
 
 def to_tensor(ids: np.ndarray) -> "Tensor":
-    """int64 tensor of an integer array."""
+    """Return an int64 tensor of an integer array."""
     # Imported here so that a configuration, and with it a command line, can be checked without torch.
     import torch
 

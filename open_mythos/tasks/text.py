@@ -6,44 +6,37 @@ The tokenizer is made from the training part alone, so nothing of the held-out p
 import hashlib
 import io
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 
 from open_mythos.assets import novel
-from open_mythos.checks import check_choice, check_int, check_number
+from open_mythos.checks import PositiveInt, Range
 from open_mythos.data.text_files import DAMAGE, Unreadable, convert_command, explain, open_utf8
-from open_mythos.tasks.task import Batch, to_tensor
+from open_mythos.tasks.task import Batch, FileTask
 from open_mythos.tokenization.limits import MAX_ENTRIES
 from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
-Kind = Literal["bytes", "bpe"]
-
 
 @dataclass(frozen=True)
-class Text:
+class Text(FileTask):
     """Windows of `seq_len` tokens at uniformly random places of a text file."""
 
     path: str | None = None
     """File to read; None is the novel that ships with the package."""
-    kind: Kind = "bytes"
-    bpe_vocab_size: int = 1024
+    kind: Literal["bytes", "bpe"] = "bytes"
+    bpe_vocab_size: Annotated[int, Range(ByteTokenizer.vocab_size, MAX_ENTRIES)] = 1024
     """Tokens of the BPE; kind="bpe" only."""
-    seq_len: int = 128
-    held_out: float = 0.1
+    seq_len: PositiveInt = 128
+    held_out: Annotated[float, Range(0, 0.9, above=True)] = 0.1
     """Share of the characters, from the end, that is never trained on."""
 
-    name: ClassVar[str] = "text"
-    on_disk: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_choice("data.kind", self.kind, get_args(Kind))
-        check_int("data.bpe_vocab_size", self.bpe_vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES)
-        check_int("data.seq_len", self.seq_len, 1)
-        check_number("data.held_out", self.held_out, 0, 0.9, above=True)
+    name = "text"
+    on_disk = False
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +44,7 @@ class Text:
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
-        """Training text and held-out text."""
+        """Read training text and held-out text."""
         text = novel() if self.path is None else read_text(Path(self.path))
         cut = int(len(text) * (1 - self.held_out))
         return text[:cut], text[cut:]
@@ -60,22 +53,18 @@ class Text:
         text = "".join(self._parts)
         return {"data.path": hashlib.sha256(text.encode()).hexdigest()}
 
-    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Take a tokenizer that was made from this text before, in place of making it again.
+    def resume(self, digests: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        # Another version of the `tokenizers` library could train another one, whose ids the weights do not know.
+        self._replace_cached("_tokenizer", tokenizer)
 
-        Another version of the `tokenizers` library could make another one, whose ids the weights do not know.
-        """
-        self.__dict__["_tokenizer"] = tokenizer  # where cached_property looks
-
-    @cached_property
-    def _tokenizer(self) -> BPETokenizer | ByteTokenizer:
+    def open_tokenizer(self) -> BPETokenizer | ByteTokenizer:
         if self.kind == "bytes":
             return ByteTokenizer()
         return BPETokenizer.train_from_text(self._parts[0], self.bpe_vocab_size)
 
     @cached_property
     def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the two parts, each long enough for one window.
+        """Encode both parts, each of which has to be long enough for one window.
 
         Raises:
             ValueError: a part is shorter than a window.
@@ -91,7 +80,6 @@ class Text:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the held-out part."""
         return len(self._parts[1].encode()) / len(self._tokens[1])
 
     def batch(self, rng: np.random.Generator, rows: int, depths: np.ndarray | None = None, first_row: int = 0) -> Batch:
@@ -102,15 +90,11 @@ class Text:
 
     def _windows(self, tokens: np.ndarray, rng: np.random.Generator, rows: int) -> Batch:
         starts = rng.integers(0, len(tokens) - self.seq_len, size=rows)
-        ids = tokens[starts[:, None] + np.arange(self.seq_len + 1)]
-        return Batch(to_tensor(ids[:, :-1]), to_tensor(ids[:, 1:]))
-
-    def tokenizer(self) -> BPETokenizer | ByteTokenizer:
-        return self._tokenizer
+        return Batch.shifted(tokens[starts[:, None] + np.arange(self.seq_len + 1)])
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in what its byte order mark says; it may be compressed with gzip.
+    """Return the text of a file in UTF-8, or in what its byte order mark says; it may be compressed with gzip.
 
     Raises:
         ValueError: the file is absent, a folder or no text; the message says what to do.

@@ -1,4 +1,4 @@
-"""How many loops each row of a batch runs: the depth laws.
+"""The depth laws: the number of loops that each row of a batch runs.
 
 The depth of a row is a pure function of (seed, step, rows of the global batch, index of the row in it), so it does not
 depend on micro-batches, processes or what ran before.
@@ -6,15 +6,13 @@ depend on micro-batches, processes or what ran before.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 
-from open_mythos.checks import check_choice, check_int, check_number
+from open_mythos.checks import NonNegativeInt, PositiveInt, Range, check_section
 from open_mythos.config import MAX_LOOPS
 from open_mythos.tasks.rng import Purpose, stream
-
-Law = Literal["fixed", "uniform", "poisson", "poisson_lognormal"]
 
 
 @dataclass(frozen=True)
@@ -32,36 +30,27 @@ class LoopsConfig:
     Source of poisson_lognormal: Geiping et al. 2025, arXiv 2502.05171.
     """
 
-    law: Law = "fixed"
-    mean: float = 4
-    sigma: float = 0.5
+    law: Literal["fixed", "uniform", "poisson", "poisson_lognormal"] = "fixed"
+    mean: Annotated[float, Range(1, MAX_LOOPS)] = 4
+    sigma: Annotated[float, Range(0, 100)] = 0.5
     """Spread of log depth; poisson_lognormal only."""
     per: Literal["sequence", "batch"] = "sequence"
-    """Whether every row has its own depth or all rows of a step share one."""
-    max_loops: int | None = None
+    """sequence: every row has its own depth. batch: all rows of a step have the same."""
+    max_loops: Annotated[int, Range(1, MAX_LOOPS)] | None = None
     """Depths above are cut to this; None does not cut below 4096."""
-    ramp_steps: int = 0
+    ramp_steps: NonNegativeInt = 0
     """Steps over which the cut rises from 1 to max_loops, each depth for as many steps; 0 starts at max_loops."""
-    mean_ramp_steps: int = 0
+    mean_ramp_steps: NonNegativeInt = 0
     """Steps over which `mean` rises from 1, slowly at first: 1 + (mean - 1) (1 - sqrt(1 - step / mean_ramp_steps))."""
-    backprop_depth: int | None = None
+    backprop_depth: PositiveInt | None = None
     """Back-propagate through the last so many loops only; None goes through all."""
 
     def __post_init__(self) -> None:
-        check_choice("loops.law", self.law, get_args(Law))
-        check_number("loops.mean", self.mean, 1, MAX_LOOPS)
-        check_number("loops.sigma", self.sigma, 0, 100)
-        check_choice("loops.per", self.per, ("sequence", "batch"))
-        if self.max_loops is not None:
-            check_int("loops.max_loops", self.max_loops, 1, MAX_LOOPS)
-        check_int("loops.ramp_steps", self.ramp_steps, 0)
-        check_int("loops.mean_ramp_steps", self.mean_ramp_steps, 0)
+        check_section(self, "loops.")
         if self.ramp_steps and self.max_loops is None:
             raise ValueError(
                 f"loops.ramp_steps={self.ramp_steps} needs a depth to rise to; use loops.max_loops={int(2 * self.mean)}"
             )
-        if self.backprop_depth is not None:
-            check_int("loops.backprop_depth", self.backprop_depth, 1)
         steps = {"fixed": 1, "uniform": 2}.get(self.law)
         if steps and (self.mean * steps) % 1:
             raise ValueError(
@@ -70,11 +59,11 @@ class LoopsConfig:
             )
 
     def depths(self, seed: int, step: int, rows: int) -> np.ndarray:
-        """(rows,) int64 depths >= 1 of the global batch.
+        """Draw (rows,) int64 depths >= 1 of the global batch.
 
-        They are drawn for each row, and then dealt so that any rows that stand side by side, as those of a process do,
-        have about their share of the loops. For 64 processes of 8 rows at Poisson(8) the slowest has 7 % more than the
-        mean, where drawing alone gives it 29 %.
+        They are drawn for each row, and then arranged so that any neighbouring rows, such as those of one process, have
+        about their share of the loops. For 64 processes of 8 rows at Poisson(8) the slowest has 7 % more than the mean;
+        without the arrangement it has 29 % more.
         """
         rng = stream(seed, step, Purpose.DEPTH)
         n = rows if self.per == "sequence" else 1
@@ -95,14 +84,14 @@ class LoopsConfig:
         return np.broadcast_to(np.roll(depth, rng.integers(n)), rows)
 
     def mean_at(self, step: int) -> float:
-        """The law's `mean` at a step: less than at the end while it rises."""
+        """Return the law's mean at a step: lower than at the end while it rises."""
         if step >= self.mean_ramp_steps:
             return self.mean
         return 1 + (self.mean - 1) * (1 - math.sqrt(1 - step / self.mean_ramp_steps))
 
 
 def _evenly(n: int) -> np.ndarray:
-    """A permutation of n in which every run of neighbours is spread evenly: the ranks of van der Corput's numbers."""
+    """Return a permutation of n that spreads every run of neighbours evenly: the ranks of van der Corput's numbers."""
     index, reversed_bits = np.arange(n), np.zeros(n, np.int64)
     for bit in range(max(1, n - 1).bit_length()):
         reversed_bits = reversed_bits << 1 | index >> bit & 1

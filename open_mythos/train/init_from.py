@@ -1,7 +1,6 @@
 """Starting a run from the weights of a model folder."""
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -9,33 +8,30 @@ import torch
 from open_mythos import model_folder as weights
 from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
-from open_mythos.tasks import Chat
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.identity import tokenizer_digest
 
 FREE = ("max_seq_len", "max_output_tokens", "dropout")
-"""What may differ from the folder: it changes neither a tensor nor what one is for."""
+"""Fields that may differ from the folder's: they change neither a tensor nor its meaning."""
 
 
 def adopt(cfg: TrainConfig, folder: str) -> TrainConfig:
-    """`cfg` with the folder's architecture in place of its own, and the folder's tokenizer for a task that names one.
+    """Return `cfg` with the architecture of a folder, and with its tokenizer for a task that names a tokenizer.
 
-    Its sections are not held against each other: fields may still be given that make them fit.
+    The sections are not checked against each other: flags that are applied later may make them fit.
     """
-    adopted = {"init_from": folder, "model": weights.read_config(weights.locate(folder))}
-    if isinstance(cfg.data, Chat):
-        adopted["data"] = dataclasses.replace(cfg.data, tokenizer_from=folder)
-    cfg = copy.copy(cfg)
-    for name, value in adopted.items():
+    adopted, cfg = weights.read_config(weights.locate(folder)), copy.copy(cfg)
+    changes = {"init_from": folder, "model": adopted, "data": cfg.data.with_tokenizer_of(folder)}
+    for name, value in changes.items():
         object.__setattr__(cfg, name, value)
     return cfg
 
 
 def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
-    """The tensors of a model folder, or of a hub repository, for a model of configuration `cfg`.
+    """Open the tensors of a model folder, or of a hub repository, for a model of configuration `cfg`.
 
-    They are slices of the file, which read the rows that they are asked for: no process reads more than it keeps.
+    They are slices of the file, and reading rows of a slice reads no others: a process reads its own shards only.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks a file.

@@ -2,34 +2,29 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from open_mythos.checks import check_choice, check_int, check_number
-
-Shape = Literal["cosine", "linear", "constant"]
+from open_mythos.checks import NonNegativeInt, Range, check_section
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Warm-up, plateau, cool-down. A run shorter than its warm-up ends inside it."""
 
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps over which the rate rises linearly; step 0 already has 1 / warmup_steps of the peak."""
-    shape: Shape = "cosine"
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
     """Form of the cool-down; "constant" has none."""
-    cooldown: float = 1.0
+    cooldown: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the steps after warm-up that cool down; the steps before it stay at the peak."""
-    final_ratio: float = 0.0
+    final_ratio: Annotated[float, Range(0, 1)] = 0.0
     """Rate at the end of the run over the peak rate."""
 
     def __post_init__(self) -> None:
-        check_int("schedule.warmup_steps", self.warmup_steps, 0)
-        check_choice("schedule.shape", self.shape, get_args(Shape))
-        check_number("schedule.cooldown", self.cooldown, 0, 1, above=True)
-        check_number("schedule.final_ratio", self.final_ratio, 0, 1)
+        check_section(self, "schedule.")
 
     def factor(self, step: int, n_steps: int) -> float:
-        """Factor of the peak rate at 0-based `step` of `n_steps`.
+        """Return the factor of the peak rate at 0-based `step` of `n_steps`.
 
         The value `final_ratio` belongs to step `n_steps`, one past the last, so no step is spent at a rate of 0.
         """

@@ -1,4 +1,4 @@
-"""Which steps are not taken: those whose loss or gradient is not finite, and if wished those that stick out."""
+"""Steps that are left out: those whose loss or gradient is not finite, and on request those with a spike in either."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import PositiveFloat, PositiveInt, check_section
 
 WINDOW = 128
 """Steps that a spike is measured against, and half of them are needed first. Source: OLMo-core's SkipStep."""
@@ -20,16 +20,14 @@ STATE = ("skipped", "scale", "_in_a_row", "_good", "_losses", "_norms")
 class GuardConfig:
     """A step that is not taken leaves parameters, moments and the optimizers' counters as they were."""
 
-    spike_sigmas: float | None = None
+    spike_sigmas: PositiveFloat | None = None
     """Also leave out steps whose loss or gradient norm is above the mean of the last 128 by so many standard
     deviations; None: only such as are not finite. Not for runs whose loss jumps by design, as with ramp_steps."""
-    max_skips: int = 10
+    max_skips: PositiveInt = 10
     """Steps left out in a row after which the run ends with an error."""
 
     def __post_init__(self) -> None:
-        if self.spike_sigmas is not None:
-            check_number("guard.spike_sigmas", self.spike_sigmas, 0, above=True)
-        check_int("guard.max_skips", self.max_skips, 1)
+        check_section(self, "guard.")
 
 
 class Guard:

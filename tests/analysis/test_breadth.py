@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.analysis.breadth import breadth, path_mass, way
+from open_mythos.analysis.breadth import breadth, path_mass, path_of
 from open_mythos.analysis.lens import Lens
 from open_mythos.tasks import KHop
 from tests.models import scaled, tiny
@@ -51,10 +51,10 @@ def test_no_alternative() -> None:
 def test_the_way_follows_the_pointers() -> None:
     # 0 > 0, 1 > 0, 2 > 1, 3 > 3; asked for 2, 3 and 1.
     table = [0, 0, 1, 3]
-    nodes, distance = way(torch.tensor([[*table, 2], [*table, 3], [*table, 1]]))
+    nodes, distance = path_of(torch.tensor([[*table, 2], [*table, 3], [*table, 1]]))
     assert distance.tolist() == [2, 0, 1]
     assert nodes[0].tolist() == [2, 1, 0, 0, 0]
-    assert way(torch.tensor([[1, 0, 0]]))[1].tolist() == [3]
+    assert path_of(torch.tensor([[1, 0, 0]]))[1].tolist() == [3]
 
 
 def test_mass_is_that_of_each_node_at_each_depth() -> None:
@@ -62,7 +62,7 @@ def test_mass_is_that_of_each_node_at_each_depth() -> None:
     cfg = tiny(vocab_size=9)
     model, ids = scaled(cfg), task.batch(np.random.default_rng(0), 20).input_ids
     found = path_mass(model, ids, 3)
-    nodes, distance = way(ids)
+    nodes, distance = path_of(ids)
     for n in range(1, 4):
         with torch.no_grad():
             p = model(ids, n, exit="fixed")[:, -1].double().softmax(-1)

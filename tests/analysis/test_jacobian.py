@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.analysis.jacobian import arnoldi, spectrum
-from open_mythos.analysis.unroll import step, unroll
+from open_mythos.analysis.unroll import run, unroll
 from tests.models import ATTENTIONS, PARTS, random_ids, scaled, tiny
 
 CPU = torch.device("cpu")
@@ -15,14 +15,13 @@ CPU = torch.device("cpu")
 
 def dense(model: torch.nn.Module, ids: Tensor, n_loops: int) -> Tensor:
     """(T, D, T, D)"""
-    states = unroll(model, ids, n_loops)
-    call = states.call
+    hidden, e, view = unroll(model, ids, n_loops)
 
     def loop(h: Tensor) -> Tensor:
-        return step(model, h[None], call.e, n_loops, call.view)[0]
+        return run(model, h[None], e, range(n_loops, n_loops + 1), view)[-1][0]
 
     with torch.enable_grad():
-        return torch.autograd.functional.jacobian(loop, states.hidden[-1][0]).detach()
+        return torch.autograd.functional.jacobian(loop, hidden[-1][0]).detach()
 
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.loop_roles import SPLIT, LoopRoles, interventions, loop_roles, run_loops, split, update
-from open_mythos.reports.stats import mean_band
+from open_mythos.analysis.loop_roles import LoopRoles, across, interventions, loop_roles, run_loops, split, update
 from tests.models import random_ids, scaled, tiny
 
 BARE = {"loop_embedding": False, "lora_rank": 0}
 LAST_STATE = {"halting": "none"}
+SPLIT = ("delta", "function", "function_before", "function_after", "state", "state_before", "state_after")
 
 
 def ids(model: OpenMythos, rows: int = 3, tokens: int = 7) -> Tensor:
@@ -55,12 +55,12 @@ def test_the_parts_add_up_to_the_change(injection: str, halting: str) -> None:
         parts = split((early[0], early[1]), (late[0], late[1]))
         torch.testing.assert_close(late[1], run.states[t + 2] - run.states[t + 1], rtol=0, atol=1e-13)
         for whole in (
-            parts.function + parts.state,
-            parts.function_after + parts.state_before,
-            parts.function_before + parts.state_after,
+            parts["function"] + parts["state"],
+            parts["function_after"] + parts["state_before"],
+            parts["function_before"] + parts["state_after"],
         ):
             torch.testing.assert_close(whole, late[1] - early[0], rtol=0, atol=1e-13)
-        assert parts.function.norm() > 0.01 * parts.delta.norm()
+        assert parts["function"].norm() > 0.01 * parts["delta"].norm()
 
 
 @torch.no_grad()
@@ -199,21 +199,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
         loop_roles(scaled(tiny(recurrent_layers=0)), random_ids(tiny(), 2, 3))
 
 
-def test_intervals_of_one_model_are_over_sequences() -> None:
-    """Against the normal theory of a mean: 1.96 standard errors."""
-    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    band = mean_band([x])
-    torch.testing.assert_close(band.mean, x.mean(0))
-    torch.testing.assert_close(band.high - band.low, 2 * 1.96 * x.std(0) / 20, rtol=0.1, atol=0)
-    holes = torch.cat((x[:30], torch.full((5, 2), torch.nan)))
-    for models in ([holes], [holes, holes]):
-        torch.testing.assert_close(mean_band(models).mean, x[:30].mean(0))
-    assert mean_band([x[:1]]).low.isnan().all()
-
-
-def test_intervals_of_several_models_hold_the_mean_as_often_as_they_say() -> None:
-    generator = torch.Generator().manual_seed(0)
-    # 2,000 trainings of five seeds at once, whose means differ by more than their sequences tell.
-    bands = mean_band([torch.randn(2000, generator=generator).expand(4, -1) for _ in range(5)])
-    held = ((bands.low <= 0) & (bands.high >= 0)).double().mean().item()
-    assert held == pytest.approx(0.95, abs=0.02)
+def test_intervals_of_one_model_are_over_sequences_and_of_several_over_seeds() -> None:
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # The numbers are made up, so they can stand for models.
+    one, several = across([x], lambda x: x), across([x, x + 1], lambda x: x)  # ty: ignore[invalid-argument-type]
+    assert one.mean.tolist() == pytest.approx(x.mean(0).tolist())
+    assert (one.high - one.low).tolist() == pytest.approx((2 * 1.96 * x.std(0) / 30**0.5).tolist(), rel=0.2)
+    assert several.mean.tolist() == pytest.approx((x.mean(0) + 0.5).tolist())
+    # Student's t at one degree of freedom, times the standard error of values that differ by 1.
+    assert (several.high - several.low).tolist() == pytest.approx([12.706] * 2)

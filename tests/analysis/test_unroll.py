@@ -21,7 +21,7 @@ def test_states_are_those_of_a_trace(attn_type: str, part: str) -> None:
     trace = model(ids, 6, exit="fixed", trace=True)
     states = unroll(model, ids, 6)
     assert worst(states.hidden[1:], trace.hidden) < 1e-12
-    assert worst(states.hidden[0], begin(model, ids).h) < 1e-12
+    assert worst(states.hidden[0], begin(model, ids)[0]) < 1e-12
 
 
 def test_noise_of_the_first_state_is_that_of_a_call() -> None:

@@ -19,7 +19,7 @@ from open_mythos.tasks import TASKS, Addition, Brackets, Chat, KHop, Mixed, Pari
 from open_mythos.tasks.task import IGNORE, example
 from open_mythos.train.config import EvalConfig, TrainConfig
 
-CONVERSATIONS = str(Path(__file__).parent / "train" / "chat.jsonl")
+CONVERSATIONS = str(Path(__file__).parents[1] / "tasks" / "chat.jsonl")
 SYNTHETIC = [KHop(), Addition(), Parity(), Brackets(), Mixed()]
 
 

@@ -175,7 +175,7 @@ def test_a_run_that_goes_on_validates_on_what_it_began_with(task: Stream, server
     server.folder.mkdir()
     parquet.write_table(pyarrow.table({"text": ["other", "texts"] * 999}), server.folder / "a.parquet")
     moved, stays = dataclasses.replace(remote), dataclasses.replace(remote)
-    stays.stay_at(commit)
+    stays.resume({"data.dataset": commit}, stays.tokenizer())
     assert torch.equal(joined(stays.validation_batch(RNG, 5)), before) and stays.digests() == remote.digests()
     assert moved.digests() == {"data.dataset": "b" * 40}
 

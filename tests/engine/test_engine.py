@@ -93,19 +93,22 @@ def test_rare_parts_and_rules_given_as_objects(part: dict[str, Any]) -> None:
 
 
 class Certainty(HaltingRule):
-    """Weighs each state by how sure its prediction is; it leaves the last loop to the engine."""
+    """Weighs each state by how sure its prediction is."""
 
     needs_probe = weighted = True
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"n_loops": n_loops}
+        return {"sure": torch.zeros(h.shape[:2], dtype=h.dtype)}
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         assert probe is not None
         sure = probe.softmax(-1).amax(-1)
-        return state, sure > self.threshold, sure
+        return {"sure": sure}, sure > self.threshold
+
+    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
+        return after["sure"]
 
 
 def test_a_rule_of_ones_own_sees_its_own_token_only() -> None:

@@ -1,17 +1,14 @@
 """The command `mythos exp`, on an experiment that is made up."""
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from open_mythos import experiments
 from open_mythos.cli import main
-from open_mythos.experiments import NAMES
-from open_mythos.experiments.study import Experiment, Lab, load
-from open_mythos.reports.document import Report
+from open_mythos.experiments import EXPERIMENTS
+from open_mythos.experiments.study import Run, Study, load
 from open_mythos.train.trainer import Interrupted
 
 Calls = list[tuple[int, bool, int]]
@@ -23,22 +20,23 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.chdir(tmp_path)
     done: Calls = []
 
-    def run(lab: Lab) -> dict:
-        def compute(seed: int) -> dict:
-            done.append((seed, lab.quick, lab.threads))
-            if seed == 99:
-                raise Interrupted(3, True)
-            return {"x": seed}
+    def measure(run: Run) -> dict:
+        done.append((run.seed, run.lab.quick, run.lab.threads))
+        if run.seed == 99:
+            raise Interrupted(3, True)
+        return {"x": run.seed}
 
-        return {"runs": [lab.computed(f"seed-{seed}", lambda s=seed: compute(s), seed=seed) for seed in lab.seeds]}
-
-    def report(results: dict) -> Report:
-        return Report(f"The sum is {sum(run['x'] for run in results['runs'])}.", ["Text."])
-
-    module = ModuleType("open_mythos.experiments.made_up")
-    module.EXPERIMENT = Experiment("Sums", "What is the sum?", "Adding.", ("1 s", "5 s"), run, report)  # ty: ignore[unresolved-attribute]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(experiments, "NAMES", ("made_up",))
+    page = "# Protocol\nAdding.\n# Finding\nThe sum is {sum:.0f}.\n# Report\nText."
+    made_up = Study(
+        title="Sums",
+        question="What is the sum?",
+        page=page,
+        cost=("1 s", "5 s"),
+        arms=lambda quick: {"seed": None},
+        measure=measure,
+        fill=lambda r: {"sum": r["seed", "x"].values.sum()},
+    )
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"made_up": made_up})
     return done
 
 
@@ -108,7 +106,7 @@ def test_list_has_a_line_for_each_experiment(capsys: pytest.CaptureFixture, monk
         monkeypatch.setenv("COLUMNS", str(width))
         assert main(["exp", "list"]) == 0
         *lines, blank, legend, more = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == [*NAMES] and blank == "" and "quick form" in legend
+        assert [line.split()[0] for line in lines] == [*EXPERIMENTS] and blank == "" and "quick form" in legend
         assert max(map(len, lines)) <= width and "mythos exp show NAME" in more
         assert width == 80 or all("?" in line for line in lines)
 
@@ -116,11 +114,27 @@ def test_list_has_a_line_for_each_experiment(capsys: pytest.CaptureFixture, monk
 def test_show_tells_all_of_one(capsys: pytest.CaptureFixture) -> None:
     assert main(["exp", "show", "khop"]) == 0
     out, experiment = " ".join(capsys.readouterr().out.split()), load("khop")
-    assert experiment.question in out and " ".join(experiment.protocol.split()) in out
+    assert experiment.question in out and " ".join(experiment.text("Protocol").split()) in out
     assert "2 min in the quick form, 65 min in all" in out and "mythos exp khop --quick" in out
 
 
 def test_list_names_every_experiment(capsys: pytest.CaptureFixture) -> None:
     assert main(["exp", "list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in NAMES)
+    assert all(name in out for name in EXPERIMENTS)
+
+
+def test_an_experiment_of_a_users_file_runs(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The file that docs/experiments.md shows, with runs of two steps."""
+    page = (repo_root / "docs" / "experiments.md").read_text(encoding="utf-8")
+    source = page.partition("```python\n")[2].partition("```")[0]
+    assert len(source.splitlines()) <= 80
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", dict(EXPERIMENTS))
+    exec(compile(source.replace("100 if quick", "2 if quick"), "experiments.md", "exec"), {"__name__": "mine"})
+    assert main(["exp", "ramp", "--quick", "--seeds", "0", "1"]) == 0
+    assert "A ramp " in capsys.readouterr().out and Path("runs/exp/ramp-quick/report/loops.svg").exists()
+    assert main(["exp", "list"]) == 0
+    assert "Does it help to begin" in capsys.readouterr().out

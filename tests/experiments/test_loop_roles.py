@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
-from open_mythos.analysis.loop_roles_report import verdict
+from open_mythos.analysis.loop_roles import LoopRoles, loop_roles, verdict
 from open_mythos.experiments import loop_roles as experiment
 from open_mythos.experiments.study import Lab
 from open_mythos.reports.document import Figure, write_record

@@ -189,7 +189,7 @@ class PerChannel(LatentDiff):
     """A rule whose state is neither of a row nor of a token."""
 
     def init(self, h: Tensor, n_loops: Tensor) -> dict[str, Tensor]:
-        return {"n_loops": n_loops, "mean": h.mean(1)}
+        return {"mean": h.mean(1)}
 
 
 def test_a_state_without_rows_or_tokens_is_named() -> None:

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import ACTHalting, MythosConfig, OpenMythos
-from open_mythos.nn.halting import ACT, HaltingRule, make_rule
+from open_mythos.nn.halting import ACT, Exit, HaltingRule, make_rule
 from tests.models import random_ids, scaled, tiny, worst
 
 NAMES = ("fixed", "act", "latent_diff", "second_difference", "kl")
 THRESHOLDS = {"fixed": None, "act": 0.9, "latent_diff": 0.6, "second_difference": 0.7, "kl": 0.2}
 V = 11
+CFG = tiny(vocab_size=V)
 
 
 def path(n_loops: int, B: int, T: int, D: int) -> Tensor:
@@ -74,16 +75,15 @@ class Given(nn.Module):
 
 
 def drive(rule: HaltingRule, states: Tensor, n_loops: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Exit loops (counted from one) and weights (L, B, T), with frozen tokens handled as the driver does."""
+    """Exit loops (counted from one) and weights (L, B, T) of tokens whose states are given."""
     state, weights = rule.init(states[0], n_loops), []
     active, loops = torch.ones(states.shape[1:3], dtype=torch.bool), torch.zeros(states.shape[1:3], dtype=torch.int64)
     for t in range(int(n_loops.max())):
-        index = torch.full_like(n_loops, t)
-        state, out, weight = rule.update(
-            state, states[t], states[t + 1], index, None if probe is None else probe[t + 1]
-        )
+        rows = {"h": states[t], "n_loops": n_loops, "out": torch.zeros_like(states[t])}
+        exit = Exit(rule, lambda _, t=t: None if probe is None else probe[t + 1])
+        _, state, out, weight = exit.apply(rows, state, states[t + 1], torch.full_like(n_loops, t), active)
         loops += active
-        weights.append(torch.zeros(loops.shape) if weight is None else weight * active)
+        weights.append(torch.zeros(loops.shape) if weight is None else weight)
         active = active & ~out
     assert not active.any()
     return loops, torch.stack(weights)
@@ -96,9 +96,7 @@ def test_rules_are_the_plain_ones(name: str, min_loops: int) -> None:
     n_loops = torch.tensor([9, 4, 1])
     states, p = path(9, B, T, D), torch.rand(9, B, T) * 0.6
     probe = states @ torch.randn(D, V).double()
-    rule = (
-        make_rule(name, THRESHOLDS[name], min_loops, V, None, 0.9) if name != "act" else ACT(Given(p), 0.9, min_loops)
-    )
+    rule = make_rule(name, THRESHOLDS[name], min_loops, CFG, None) if name != "act" else ACT(Given(p), 0.9, min_loops)
     loops, _ = drive(rule, states, n_loops, probe)
     for b in range(B):
         for t in range(T):
@@ -115,17 +113,19 @@ def test_state_can_be_indexed_by_rows(name: str) -> None:
     act = ACTHalting(5, 4).double()
     nn.init.normal_(act.halt.weight)
     states, probe = path(6, 4, 7, 5), torch.randn(7, 4, 7, V).double()
-    rule = make_rule(name, THRESHOLDS[name], 1, V, act, 0.9)
+    rule = make_rule(name, THRESHOLDS[name], 1, CFG, act)
     n_loops, rows = torch.tensor([6, 3, 5, 2]), torch.tensor([2, 0])
     full = rule.init(states[0], n_loops)
     for t in range(3):
         full, *_ = rule.update(full, states[t], states[t + 1], torch.full((4,), t), probe[t])
     some = {key: x[rows] for key, x in full.items()}
     index = torch.tensor([3, 3, 3, 3])
-    _, exits, weight = rule.update(full, states[3], states[4], index, probe[4])
-    _, some_exits, some_weight = rule.update(some, states[3][rows], states[4][rows], index[rows], probe[4][rows])
-    assert torch.equal(exits[rows], some_exits)
-    assert weight is None or worst(weight[rows], some_weight) < 1e-14
+    after, done = rule.update(full, states[3], states[4], index, probe[4])
+    some_after, some_done = rule.update(some, states[3][rows], states[4][rows], index[rows], probe[4][rows])
+    assert torch.equal(done[rows], some_done)
+    if rule.weighted:
+        weight, some_weight = rule.weigh(full, after, done), rule.weigh(some, some_after, some_done)
+        assert worst(weight[rows], some_weight) < 1e-14
 
 
 def probabilities(n_loops: int) -> Tensor:
@@ -213,7 +213,7 @@ def test_halting_is_wide() -> None:
 
 
 def test_kl_needs_its_probe() -> None:
-    rule = make_rule("kl", None, 1, V, None, 0.9)
+    rule = make_rule("kl", None, 1, CFG, None)
     h = torch.zeros(1, 1, 5)
     with pytest.raises(ValueError, match="probe"):
         rule.update(rule.init(h, torch.tensor([3])), h, h, torch.tensor([0]))

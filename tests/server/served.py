@@ -20,8 +20,9 @@ import openai
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine, EngineConfig
 from open_mythos.server.app import make_app
+from open_mythos.server.config import ServeConfig
 from open_mythos.server.connection import Server, configure
-from open_mythos.server.service import ServeConfig, Service
+from open_mythos.server.service import Service
 from open_mythos.tokenization.tokenizer import BPETokenizer
 from tests.models import scaled, tiny
 
@@ -87,12 +88,12 @@ class Served:
 
     def settle(self) -> None:
         """Wait until nothing is in work, and see that nothing was left behind."""
-        worker = self.service.worker
-        until(lambda: not (worker.jobs or worker.n_reserved or self.engine.busy))
+        worker = self.service.async_engine
+        until(lambda: not (worker.submissions or worker.n_taken or self.engine.busy))
         scheduler, runner = self.engine.scheduler, self.engine.runner
-        until(lambda: not (worker._of or self.engine.work or self.engine.of or self.engine.rows))
-        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.n_pages_used) == (0, 0, 0)
-        assert len(runner.free_rows) == self.service.max_rows and not runner.cohorts and not runner.left
+        until(lambda: not (worker._of or self.engine.sequences))
+        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.block_manager.n_used) == (0, 0, 0)
+        assert len(runner.free_rows) == self.service.config.max_rows and not runner.batches and not runner.exited
 
 
 def until(done: Callable[[], Any], seconds: float = 20) -> None:
@@ -109,6 +110,7 @@ def serving(
     make: Callable[[], Engine] | None = None,
     max_rows: int = 8,
     wait: bool = True,
+    knows_turns: bool = True,
     **config: Any,
 ) -> Generator[Served]:
     """Run a server meanwhile."""
@@ -117,19 +119,19 @@ def serving(
     def made() -> Engine:
         return Engine(model(), tokenizer(), EngineConfig(max_rows=max_rows, max_queue=max_rows + config["max_queue"]))
 
-    service = Service(make or made, max_rows, ServeConfig(MODEL, **config), key)
+    service = Service(make or made, ServeConfig(name=MODEL, max_rows=max_rows, **config), key, knows_turns)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     served = Served(service, Server(configure(make_app(service)), service), listener.getsockname()[1], key)
     thread = threading.Thread(target=served.server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         if wait:
-            until(lambda: service.ready)
+            until(lambda: service.is_ready)
         yield served
     finally:
         served.server.should_exit = True
         thread.join(20)
-        service.worker.stop(20)
+        service.async_engine.stop(20)
         assert not thread.is_alive()
         # What was cut off is dropped here, and not in a test that counts what is there.
         gc.collect()
@@ -144,7 +146,7 @@ def events(lines: Iterator[str]) -> Iterator[Any]:
 
 def n_tasks(served: Served) -> int:
     """Tasks of the server's event loop."""
-    loop = served.service.worker._loop
+    loop = served.service.async_engine._loop
     assert loop is not None
     return len(asyncio.all_tasks(loop))
 

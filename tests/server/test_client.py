@@ -1,32 +1,22 @@
 """The server as OpenAI's own client sees it."""
 
-from collections.abc import Iterator
+import json
 
 import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Request, TokenEvent
-from open_mythos.server.responses import Shape
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence
+from open_mythos.server.protocol import CompletionRequest
+from open_mythos.server.responses import ResponseBuilder
 from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import ByteTokenizer
-from tests.server.served import MODEL, Served, serving, tokenizer, until
+from tests.server.served import MODEL, Served, tokenizer, until
 
 PROMPT = "\u0416\u0438\u0437\u043d\u044c \u044d\u0442\u043e \U0001f30a"
 TURNS = [{"role": "user", "content": "\u65e5\u672c\u8a9e?"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return served.client()
 
 
 def alone(served: Served, ids: list[int], **params: object) -> tuple[str, list[int], list[int]]:
@@ -133,8 +123,11 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
-    event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
-    (choice,) = Shape(MODEL, TokenTexts(ByteTokenizer()), False, 3, False).piece(0, event, 0)["choices"]
+    request = Sequence(0, [1], SamplingParams(), 1, None, True, 1)
+    event = TokenEvent(request, 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
+    asked = CompletionRequest(prompt=["a"], logprobs=3)
+    (data,) = ResponseBuilder(asked, [1], MODEL, TokenTexts(ByteTokenizer())).piece(0, event)
+    (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]
     told = {"bytes:\\xe6": -0.5, "a": -1.5, "bytes:\\xe7": -2.5, "<eos>": -3.5}
     assert list(choice["logprobs"]["top_logprobs"][0].items()) == list(told.items())
 
@@ -194,9 +187,9 @@ def test_a_stream_that_is_closed_is_over(served: Served, client: openai.OpenAI) 
         model=MODEL, prompt="a", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    assert served.service.worker.jobs
+    assert served.service.async_engine.submissions
     stream.close()
-    until(lambda: not served.service.worker.jobs)
+    until(lambda: not served.service.async_engine.submissions)
     served.settle()
 
 

@@ -7,9 +7,10 @@ import io
 import re
 from pathlib import Path
 
+from open_mythos.cli.options import flags
 from open_mythos.cli.serve import ServeArgs
 from open_mythos.server.app import make_app
-from open_mythos.server.fields import EFFORTS, NEUTRAL, UNSEEN
+from open_mythos.server.fields import EFFORTS, UNSEEN, UNSUPPORTED
 from open_mythos.server.protocol import ChatRequest, CompletionRequest
 from open_mythos.server.responses_api import ResponseRequest
 from tests.server.served import MODEL, serving
@@ -24,7 +25,7 @@ IGNORED |= {"prompt_cache_retention"}
 def test_options() -> None:
     table = {cells[0]: cells[1] for cells in ROWS if cells[0].startswith("`--")}
     fields = [field for field in dataclasses.fields(ServeArgs) if field.name != "folder"]
-    assert table == {f"`--{field.name.replace('_', '-')}`": f"`{field.default}`" for field in fields}
+    assert table == {f"`{flags(ServeArgs)[field.name]}`": f"`{field.default}`" for field in fields}
 
 
 def test_fields() -> None:
@@ -34,8 +35,8 @@ def test_fields() -> None:
     for name, told in table.items():
         field = known[name]
         assert told == "required" if field.is_required() else ast.literal_eval(told) == field.default, name
-    newer = ResponseRequest.model_fields.keys() | ResponseRequest.neutral.keys()
-    assert all(f"`{name}`" in TEXT for name in IGNORED | NEUTRAL.keys() | newer - {"reasoning"})
+    newer = ResponseRequest.model_fields.keys() | ResponseRequest.unsupported.keys()
+    assert all(f"`{name}`" in TEXT for name in IGNORED | UNSUPPORTED.keys() | newer - {"reasoning"})
 
 
 def test_efforts_and_messages() -> None:

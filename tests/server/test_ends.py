@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from open_mythos import SamplingParams
 from open_mythos.engine.engine import Engine, EngineConfig
@@ -56,15 +57,15 @@ def test_a_client_that_goes_frees_all_it_had(
     until(lambda: served.engine.scheduler.n_admitted == 2 and served.engine.scheduler.n_waiting == 2)
     for connection in reversed(connections):
         leave(connection)
-    until(lambda: not served.service.worker.jobs)
+    until(lambda: not served.service.async_engine.submissions)
     served.settle()
-    assert all(request.finish_reason != "length" for request in served.engine.of)
+    assert all(request.finish_reason != "length" for request in served.engine.sequences.values())
 
 
 def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a job is in the step that follows its cancellation."""
     cancelled: set[Any] = set()
-    step, worker = served.engine.step, served.service.worker
+    step, worker = served.engine.step, served.service.async_engine
     cancel = worker._cancel
 
     def cancelling(job: Any) -> None:
@@ -72,7 +73,7 @@ def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monke
         cancelled.update(job.requests)
 
     def checked() -> Any:
-        assert not cancelled & set(served.engine.of)
+        assert not cancelled & set(served.engine.sequences.values())
         return step()
 
     monkeypatch.setattr(worker, "_cancel", cancelling)
@@ -144,7 +145,9 @@ def test_a_reader_that_stops_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None
         until(lambda: not served.server.server_state.connections)
         served.settle()
         connection.close()
-        assert b'finish_reason="length"' not in served.service.meters.text(), "it was cut off before its end"
+        assert b'finish_reason="length"' not in generate_latest(served.service.metrics.registry), (
+            "it was cut off before its end"
+        )
 
 
 def test_no_packet_waits_for_an_acknowledgement(served: Served) -> None:
@@ -179,16 +182,15 @@ def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPat
         assert http.get("/ready").status_code == 503 and http.get("/health").status_code == 200
         assert http.post(P, json=LONG).status_code == 503
         # One that was let in before is told too.
-        late = asyncio.run_coroutine_threadsafe(submitted(served), served.service.worker._loop)
+        late = asyncio.run_coroutine_threadsafe(submitted(served), served.service.async_engine._loop)
         assert isinstance(late.exception(10), EngineDead)
         served.server._give_up()
         until(lambda: not served.server.server_state.connections)
-        assert served.service.fatal and not served.service.worker.jobs
+        assert served.service.fatal and not served.service.async_engine.submissions
 
 
 async def submitted(served: Served) -> None:
-    served.service.worker.reserve(1)
-    await served.service.worker.submit([([1], SamplingParams())]).accepted
+    await served.service.async_engine.submit(1, lambda: [([1], SamplingParams())])
 
 
 def test_a_stuck_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +219,8 @@ def test_a_stuck_tokenizer_is_told_and_ends_the_server(monkeypatch: pytest.Monke
     monkeypatch.setattr(BPETokenizer, "encode", lambda *_: release.wait(20))
     with serving(stuck_s=0.6) as served, served.connect() as connection:
         connection.sendall(served.ask(P, LONG))
-        until(lambda: not served.service.ready)
-        assert not served.service.worker.stop(2)
+        until(lambda: not served.service.is_ready)
+        assert not served.service.async_engine.stop(2)
         assert b"HTTP/1.1 500" in connection.recv(1000) and served.service.fatal and served.server.should_exit
         release.set()
 
@@ -261,7 +263,7 @@ def test_a_model_that_does_not_load_ends_the_server() -> None:
 
     with serving(make=fail, wait=False) as served:
         until(lambda: served.server.should_exit)
-        assert isinstance(served.service.worker.error, ValueError) and served.service.fatal
+        assert isinstance(served.service.async_engine.error, ValueError) and served.service.fatal
 
 
 def test_nothing_is_answered_before_the_model_is_there() -> None:
@@ -286,7 +288,7 @@ def drained(served: Served, n: int, body: dict[str, Any]) -> list[bytes]:
     connections = [served.connect() for _ in range(n)]
     for i, connection in enumerate(connections):
         connection.sendall(served.ask(P, {**body, "stream": i % 2 == 0}))
-    until(lambda: len(served.service.worker.jobs) == n)
+    until(lambda: len(served.service.async_engine.submissions) == n)
     with served.http() as http:
         served.server.handle_exit(signal.SIGTERM, None)
         assert http.get("/ready").status_code == 503
@@ -320,9 +322,9 @@ def test_told_to_end_it_lets_slow_readers_have_the_rest() -> None:
         connection.settimeout(10)
         connection.connect(("127.0.0.1", served.port))
         connection.sendall(served.ask(P, {**LONG, "max_tokens": 100, "stream": True, "logprobs": 5}))
-        until(lambda: served.service.worker.jobs)
+        until(lambda: served.service.async_engine.submissions)
         served.server.handle_exit(signal.SIGTERM, None)
-        until(lambda: not served.service.worker.jobs)
+        until(lambda: not served.service.async_engine.submissions)
         time.sleep(0.3)
         assert not served.server.should_exit
         data = b""

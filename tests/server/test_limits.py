@@ -13,7 +13,7 @@ import pytest
 from open_mythos.server import connection as listen
 from open_mythos.server import middleware as gate
 from open_mythos.server.connection import MAX_CONNECTIONS, RESERVED_FILES, Faults, connection_limit
-from open_mythos.server.middleware import Bodies
+from open_mythos.server.middleware import BodyMemory
 from open_mythos.server.protocol import MAX_BODY_BYTES
 from tests.server.served import Served, serving, until
 
@@ -33,7 +33,7 @@ def served(running: Served) -> Iterator[Served]:
     yield running
     until(lambda: not running.server.server_state.connections)
     running.settle()
-    until(lambda: running.service.bodies.held == 0)
+    until(lambda: running.service.body_memory.used == 0)
 
 
 def begun(served: Served, length: int, sent: int) -> socket.socket:
@@ -48,39 +48,39 @@ def status(connection: socket.socket) -> bytes:
 
 
 def test_bodies_have_one_bound_together(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies = served.service.bodies
-    monkeypatch.setattr(bodies, "most", 100_000)
+    bodies = served.service.body_memory
+    monkeypatch.setattr(bodies, "limit", 100_000)
     first = begun(served, 60_000, 50_000)
-    until(lambda: bodies.held == 50_000)
+    until(lambda: bodies.used == 50_000)
     with begun(served, 50_001, 0) as second:
         answer = second.recv(1000) + second.recv(1000)
         assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer and b"100000 bytes" in answer
-    assert bodies.held == 50_000, "nothing of a body without room is read"
+    assert bodies.used == 50_000, "nothing of a body without room is read"
     # Both have room when they begin, and not when they go on.
     third = begun(served, 50_000, 30_000)
-    until(lambda: bodies.held == 80_000)
+    until(lambda: bodies.used == 80_000)
     first.sendall(b" " * 9_999)
-    until(lambda: bodies.held == 89_999)
+    until(lambda: bodies.used == 89_999)
     third.sendall(b" " * 19_999)
     assert status(third) == b"HTTP/1.1 429"
-    until(lambda: bodies.held == 59_999)
+    until(lambda: bodies.used == 59_999)
     third.close()
     first.close()
-    until(lambda: bodies.held == 0)
+    until(lambda: bodies.used == 0)
     with served.http() as http:
         assert http.post(P, json={"prompt": "a", "max_tokens": 1}).status_code == 200
         assert 'reason="busy"} 2.0' in http.get("/metrics").text
 
 
 def test_chunked_bodies_count_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.service.bodies, "most", 50_000)
+    monkeypatch.setattr(served.service.body_memory, "limit", 50_000)
     chunked = served.head(P, 0).replace(b"content-length: 0", b"transfer-encoding: chunked")
     with served.connect() as one, served.connect() as two:
         one.sendall(chunked + b"7530\r\n" + b" " * 30_000 + b"\r\n")
-        until(lambda: served.service.bodies.held == 30_000)
+        until(lambda: served.service.body_memory.used == 30_000)
         two.sendall(chunked + b"7530\r\n" + b" " * 30_000 + b"\r\n")
         assert status(two) == b"HTTP/1.1 429"
-        until(lambda: served.service.bodies.held == 30_000)
+        until(lambda: served.service.body_memory.used == 30_000)
 
 
 def test_a_body_counts_until_its_request_is_answered(served: Served) -> None:
@@ -90,32 +90,32 @@ def test_a_body_counts_until_its_request_is_answered(served: Served) -> None:
     with served.connect() as connection:
         connection.sendall(request)
         assert status(connection) == b"HTTP/1.1 200"
-        assert served.service.bodies.held == n_bytes
-    until(lambda: served.service.bodies.held == 0)
+        assert served.service.body_memory.used == n_bytes
+    until(lambda: served.service.body_memory.used == 0)
 
 
 def test_memory_is_looked_through_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, and not for ordinary requests."""
     trims: list[int] = []
     monkeypatch.setattr(gate, "_trim", lambda: trims.append(1))
-    bodies = Bodies(most=20 * 2**20)
+    bodies = BodyMemory(limit=20 * 2**20)
     for _ in range(1000):
-        with bodies.share() as take:
+        with bodies.account() as take:
             assert take(2**20)
     assert not trims
-    shares = [bodies.share() for _ in range(20)]
+    shares = [bodies.account() for _ in range(20)]
     for share in shares:
         assert share.__enter__()(2**20)
-    with bodies.share() as take:
-        assert not take(1) and bodies.held == bodies.most
+    with bodies.account() as take:
+        assert not take(1) and bodies.used == bodies.limit
     for share in shares:
         share.__exit__(None, None, None)
-    assert len(trims) == 1 and bodies.held == 0
+    assert len(trims) == 1 and bodies.used == 0
 
 
 def test_a_request_that_can_never_fit_is_not_asked_to_come_again(served: Served) -> None:
     """24 places: a client that waits for 64 waits for ever."""
-    assert served.service.worker.most == 24
+    assert served.service.async_engine.n_places == 24
     with served.http() as http:
         for body, n, field in (({"prompt": ["a"] * 8, "n": 8}, 64, "n"), ({"prompt": ["a"] * 5, "n": 5}, 25, "n")):
             for stream in (False, True):
@@ -135,19 +135,19 @@ def test_many_bodies_take_bounded_memory_and_give_it_back(served: Served) -> Non
     """300 bodies of 1 MiB without their last byte. Without the bound they take 390 MiB, and keep it."""
     before = rss_mib()
     connections = [begun(served, MAX_BODY_BYTES, MAX_BODY_BYTES - 1) for _ in range(300)]
-    assert served.service.bodies.held <= gate.MAX_BODIES_BYTES == 64 * 2**20
+    assert served.service.body_memory.used <= gate.MAX_BODIES_BYTES == 64 * 2**20
     assert rss_mib() - before < 200
     with served.http() as http:
         assert http.get("/health").status_code == 200
     for connection in connections:
         connection.close()
-    until(lambda: served.service.bodies.held == 0)
+    until(lambda: served.service.body_memory.used == 0)
     until(lambda: rss_mib() - before < 64)
 
 
 def test_a_connection_too_many_is_turned_away_with_an_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     few = 5
-    made = partial(listen.Connection, most=few)
+    made = partial(listen.Connection, limit=few)
     monkeypatch.setattr(served.server.config, "http_protocol_class", made)
     connections = [served.connect() for _ in range(few)]
     until(lambda: len(served.server.server_state.connections) == few)

@@ -106,7 +106,7 @@ def test_keys_are_compared_in_constant_time() -> None:
     """The key is in no comparison but that of hmac."""
     tree = ast.parse(inspect.getsource(gate))
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    assert [call for call in calls if "digest" in call] == ["hmac.compare_digest(key, self._key)"]
+    assert [call for call in calls if "digest" in call] == ["hmac.compare_digest(given, self._key)"]
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and "self._key" in ast.unparse(node):
             assert ast.unparse(node) in ("self._key is None", "self._key is not None")
@@ -327,7 +327,7 @@ def test_a_full_server_refuses_and_takes_the_rest() -> None:
 
 
 def fill(served: Served) -> None:
-    most = served.service.worker.most
+    most = served.service.async_engine.n_places
     assert most == 8 + 16
     body = {"prompt": "a", "max_tokens": 500, "n_loops": 4, "stream": True, "ignore_eos": True, "n": 2}
     connections = [served.connect() for _ in range(most // 2)]
@@ -335,14 +335,14 @@ def fill(served: Served) -> None:
         connection.sendall(served.ask(P, body))
     for connection in connections:
         assert connection.recv(12) == b"HTTP/1.1 200"
-    assert served.service.worker.n_reserved == most
+    assert served.service.async_engine.n_taken == most
     with served.http() as http:
         for n in (1, 2):
             refused = http.post(P, json={"prompt": "a", "n": n})
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
         # One ends, and its two places are free for others.
         connections.pop().close()
-        until(lambda: served.service.worker.n_reserved == most - 2)
+        until(lambda: served.service.async_engine.n_taken == most - 2)
         assert http.post(P, json={"prompt": "a", "n": 3}).status_code == 429
         connections.append(served.connect())
         connections[-1].sendall(served.ask(P, body))

@@ -26,7 +26,7 @@ from open_mythos.variants import VARIANTS
 ON_SHARDS = [name for name in RECIPES if isinstance(load_recipe(name).data, Shards)]
 FIT = ["ablation-118m", "parcae-style-140m"]
 
-CONVERSATIONS = str(Path(__file__).parent / "chat.jsonl")
+CONVERSATIONS = str(Path(__file__).parents[1] / "tasks" / "chat.jsonl")
 
 TRAINING = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text("utf-8")
 
