@@ -9,7 +9,7 @@ EXPERIMENTS: dict[str, Any] = {
     "brackets": "open_mythos.experiments.brackets:EXPERIMENT",
     "verify": "open_mythos.experiments.verify:EXPERIMENT",
     "exits": "open_mythos.experiments.exits:STUDY",
-    "loop_roles": "open_mythos.experiments.loop_roles:EXPERIMENT",
+    "loop_roles": "open_mythos.experiments.loop_roles:STUDY",
     "adaptive": "open_mythos.experiments.adaptive:STUDY",
     "small_text": "open_mythos.experiments.small_text:EXPERIMENT",
 }
