@@ -80,7 +80,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float], within: Sequence[fl
     ranks = [_ranks(np.asarray(values)) for values in (a, b)]
     rest = [x - (np.bincount(level, x) / np.bincount(level))[level] for x in ranks]
     norms = [np.linalg.norm(x) for x in rest]
-    if min(norms) < 1e-9 * len(level) ** 1.5:
+    if min(norms) <= 1e-9 * len(level) ** 1.5:
         return float("nan")
     return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
 
