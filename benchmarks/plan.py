@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ from open_mythos.accounting import count_parameters
 from open_mythos.costs.depth_distribution import with_gradient
 from open_mythos.costs.flops import step_flops
 from open_mythos.costs.memory import micro_batches, peak, rows_at_once
-from open_mythos.costs.saved_activations import Path
+from open_mythos.costs.saved_activations import execution_of
 from open_mythos.tasks import Text
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
@@ -66,7 +66,7 @@ STEPS = 2
 class Args:
     """Measure FLOPs and memory of small runs on the CPU beside their plans. Under torchrun: memory of every rank."""
 
-    out: File = File("docs/results/plan.md")
+    out: Path = Path("docs/results/plan.md")
     """The report; ranks of torchrun print their lines instead."""
     cases: tuple[str, ...] = ()
     """Names of cases; none: all."""
@@ -122,13 +122,13 @@ def kept_loops(cfg: TrainConfig) -> np.ndarray:
 def measure_flops(cfg: TrainConfig) -> Reading:
     """Of the second step."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
+        trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
         trainer.train_step(0)
         with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
             trainer.train_step(1)
     depths = cfg.loops.depths(cfg.seed, 1, cfg.batch_size)
     kept = with_gradient(cfg.loops, depths)
-    planned = step_flops(cfg, Path.of(cfg, "cpu"), int(depths.sum()), int(kept.sum()))
+    planned = step_flops(cfg, execution_of(cfg, "cpu"), int(depths.sum()), int(kept.sum()))
     return Reading(planned.total, counter.get_total_flops())
 
 
@@ -136,7 +136,7 @@ def measure_memory(cfg: TrainConfig) -> Reading:
     """Of one process, building the model and two steps."""
     gc.collect()  # what an earlier run left in cycles would be freed meanwhile, and count as less than nothing
     with tempfile.TemporaryDirectory() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
+        trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
         for step in range(STEPS):
             trainer.train_step(step)
     live = highest = 0
@@ -145,7 +145,7 @@ def measure_memory(cfg: TrainConfig) -> Reading:
         if event.name() == "[memory]":
             live += event.nbytes()
             highest = max(highest, live)
-    return Reading(peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).total, highest)
+    return Reading(peak(cfg, execution_of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).total, highest)
 
 
 class _MallocInfo(ctypes.Structure):
@@ -181,7 +181,7 @@ def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
         gc.collect()
         before = given_out()
         with tempfile.TemporaryDirectory() as folder, Meter() as meter:
-            trainer = Trainer(cfg, File(folder), device="cpu", progress=False)
+            trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
             for step in range(STEPS):
                 trainer.train_step(step)
         trainer.world.leave()
@@ -189,7 +189,7 @@ def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
         del trainer
     # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.
     each = kept_loops(cfg).reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
-    return Reading(peak(cfg, Path.of(cfg, "cpu"), world, int(each[rank].max())).total, taken)
+    return Reading(peak(cfg, execution_of(cfg, "cpu"), world, int(each[rank].max())).total, taken)
 
 
 HEAD = """# The plan against measurement
@@ -226,7 +226,7 @@ def rows(chosen: dict[str, TrainConfig]) -> Iterator[str]:
     """Lines of the table, measured one by one."""
     for name, cfg in track(chosen.items(), description="measuring"):
         flops, memory = measure_flops(cfg), measure_memory(cfg)
-        moment = peak(cfg, Path.of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).moment
+        moment = peak(cfg, execution_of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).moment
         yield (
             f"| {name} | {count_parameters(cfg.model).total:,} | {flops.predicted / 1e9:.2f} G | "
             f"{flops.measured / 1e9:.2f} G | {flops.off:+.2%} | {_bytes(memory)} | {moment} |"

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from open_mythos.convert.open_mythos_0_5 import convert_open_mythos_0_5 as convert_open_mythos_0_5
     from open_mythos.engine.llm import LLM as LLM
     from open_mythos.generation.sampling_params import SamplingParams as SamplingParams
+    from open_mythos.model import LoopTrace as LoopTrace
     from open_mythos.model import OpenMythos as OpenMythos
+    from open_mythos.model import TrainOutput as TrainOutput
     from open_mythos.nn.attention import GQAttention as GQAttention
     from open_mythos.nn.block import TransformerBlock as TransformerBlock
     from open_mythos.nn.cache import KVCache as KVCache
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from open_mythos.nn.norm import RMSNorm as RMSNorm
     from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
     from open_mythos.nn.rope import apply_rope as apply_rope
-    from open_mythos.outputs import LoopTrace as LoopTrace
-    from open_mythos.outputs import TrainOutput as TrainOutput
     from open_mythos.tokenization.tokenizer import MythosTokenizer as MythosTokenizer
     from open_mythos.tokenization.tokenizer import load_tokenizer as load_tokenizer
     from open_mythos.variants import VARIANTS as VARIANTS
@@ -49,8 +49,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": ["MythosConfig"],
     "convert.open_mythos_0_5": ["convert_open_mythos_0_5"],
-    "model": ["OpenMythos"],
-    "outputs": ["LoopTrace", "TrainOutput"],
+    "model": ["LoopTrace", "OpenMythos", "TrainOutput"],
     "nn.attention": ["GQAttention"],
     "nn.block": ["TransformerBlock"],
     "nn.cache": ["KVCache"],

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from open_mythos.checks import check_choice
-from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import View
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.nn.static_cache import StaticKVCache, StaticLevel
@@ -23,14 +22,15 @@ MANY_SHAPES = 64
 """Batch sizes, and other things that need a graph of their own, up to which decoding compiles."""
 
 
-def compile_model(model: OpenMythos, scope: Scope = "model", backend: str = "inductor") -> Callable[..., Any]:
-    """A function with the signature of `model(...)` that runs compiled, without graph breaks.
+def compile_model(model: Any, scope: Scope = "model", backend: str = "inductor") -> Callable[..., Any]:
+    """Return a function with the signature of `model(...)` that runs compiled, without graph breaks.
 
     In "block" and "model" shapes are static, and so are training mode and whether there are gradients: each combination
     is compiled when it first occurs, for tens of seconds, and at most eight of them (torch's `recompile_limit`). A call
     with a cache, whose length grows, is therefore left to `model(...)` itself.
 
     Args:
+        model: an `OpenMythos`.
         scope: "block" compiles one loop, in place, and returns `model`: one graph for any number of loops, as long as
             all rows run the same number and none exits. "model" compiles everything from the ids to the output, with
             the loops unrolled: the fastest for small models, one graph for each plan or `n_loops`. No loop is then left
@@ -62,7 +62,7 @@ def compile_model(model: OpenMythos, scope: Scope = "model", backend: str = "ind
     return model
 
 
-def _compile_stages(model: OpenMythos, backend: str) -> None:
+def _compile_stages(model: Any, backend: str) -> None:
     stages: list[tuple[nn.Module, str]] = [(model, "encode"), (model, "readout")]
     if model.recurrent is not None:
         stages += [(model.recurrent, "loop"), (model.recurrent, "advance")]

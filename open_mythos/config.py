@@ -4,13 +4,14 @@ The first 23 fields keep the names, defaults and meanings of open-mythos 0.5.0; 
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
 
 MAX_LOOPS = 4096
-"""The most loops one call may ask for. A call costs time and cache in proportion, so there has to be an end."""
+"""Loops that one call may ask for at most: its time and its cache grow in proportion."""
 
 LARGEST = {
     "vocab_size": 2**30,
@@ -33,14 +34,72 @@ LARGEST = {
     "expert_dim": 2**22,
     "lora_rank": 2**20,
 }
-"""The largest value of each size: far above every model that there is, and small enough to reckon with."""
+"""Upper bounds of the sizes, far above every existing model."""
 MAY_BE_ZERO = ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank")
-
-ATTN_TYPES = ("mla", "gqa")
-INJECTIONS = ("lti", "diagonal", "concat", "add")
 INITIAL_STATES = ("e", "zero", "normal")
 HALTINGS = ("act", "none")
 BLOCK_NORMS = ("pre", "sandwich")
+
+
+@dataclass(frozen=True)
+class NotImported:
+    """Placeholder of one of this package's classes in a table of parts, until the class is imported, and torch with it.
+
+    So the names and the checks of a configuration are there before torch is.
+    """
+
+    check: "Callable[[MythosConfig], None] | None" = None
+
+
+def check_grouped_heads(cfg: "MythosConfig") -> None:
+    """Refuse heads that do not divide the width, or that the key and value heads do not divide."""
+    if cfg.dim % cfg.n_heads:
+        raise ValueError(
+            f"n_heads={cfg.n_heads} must divide dim={cfg.dim}; use n_heads={_divisor(cfg.dim, cfg.n_heads)}"
+        )
+    if cfg.head_dim % 2:
+        raise ValueError(
+            f"dim={cfg.dim} / n_heads={cfg.n_heads} gives an odd head width {cfg.head_dim}, which cannot "
+            f"be rotated; use dim={2 * cfg.dim} or fewer heads"
+        )
+    if cfg.n_heads % cfg.n_kv_heads:
+        raise ValueError(
+            f"n_kv_heads={cfg.n_kv_heads} must divide n_heads={cfg.n_heads}; "
+            f"use n_kv_heads={_divisor(cfg.n_heads, cfg.n_kv_heads)}"
+        )
+
+
+def check_latent_heads(cfg: "MythosConfig") -> None:
+    """Refuse an odd rotary width, and norms of queries and keys beside those of the latents."""
+    if cfg.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim={cfg.qk_rope_head_dim} must be even; use {cfg.qk_rope_head_dim + 1}")
+    if cfg.qk_norm:
+        raise ValueError("qk_norm=True needs attn_type='gqa': mla already normalises its latents; use qk_norm=False")
+
+
+def _divisor(whole: int, near: int) -> int:
+    """Return the divisor of `whole` nearest to `near`, in at most `near` steps: 1 divides everything."""
+    candidates = (near + sign * distance for distance in range(near) for sign in (-1, 1))
+    return next(d for d in candidates if whole % d == 0)
+
+
+# The tables of parts, which `open_mythos.nn` fills with its classes and a user's file with classes of its own
+# (docs/extending.md). Import them from nn/block.py, nn/injection.py and nn/halting.py.
+ATTENTIONS: dict[str, Any] = {"mla": NotImported(check_latent_heads), "gqa": NotImported(check_grouped_heads)}
+FEED_FORWARDS: dict[str, Any] = {"swiglu": NotImported()}
+INJECTIONS: dict[str, Any] = dict.fromkeys(("lti", "diagonal", "concat", "add"), NotImported())
+HALTING_RULES: dict[str, Any] = dict.fromkeys(("fixed", "act", "latent_diff", "second_difference", "kl"), NotImported())
+
+
+def check_part(name: str, value: object, table: Mapping[str, Any], table_name: str) -> None:
+    """Refuse a name that is not in a table of parts; the remedy tells how a user's own part gets into it."""
+    try:
+        check_choice(name, value, tuple(table))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A part of your own has to be registered first: {table_name}[...] = its class, in a file that "
+            "you import or give to mythos --plugin"
+        ) from None
 
 
 @dataclass
@@ -98,6 +157,8 @@ class MythosConfig:
     block_norm: str = "pre"
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
+    feed_forward: str = "swiglu"
+    """Dense feed-forward: of prelude and coda and, with n_experts=0, of the recurrent block."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -106,11 +167,6 @@ class MythosConfig:
     def head_dim(self) -> int:
         """Width of one `gqa` head."""
         return self.dim // self.n_heads
-
-    @property
-    def rope_dim(self) -> int:
-        """Channels of one head that the rotary embedding turns."""
-        return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -129,9 +185,13 @@ class MythosConfig:
             check_int(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1, largest)
         check_int("max_loop_iters", self.max_loop_iters, 1, MAX_LOOPS)
         check_int("min_loops", self.min_loops, 1, self.max_loop_iters)
+        for name, table_name, table in (
+            ("attn_type", "ATTENTIONS", ATTENTIONS),
+            ("feed_forward", "FEED_FORWARDS", FEED_FORWARDS),
+            ("injection", "INJECTIONS", INJECTIONS),
+        ):
+            check_part(name, getattr(self, name), table, table_name)
         for name, allowed in (
-            ("attn_type", ATTN_TYPES),
-            ("injection", INJECTIONS),
             ("halting", HALTINGS),
             ("initial_state", INITIAL_STATES),
             ("block_norm", BLOCK_NORMS),
@@ -144,34 +204,11 @@ class MythosConfig:
         check_number("dropout", self.dropout, 0, 1, below=True, remedy="use dropout=0.0")
         for name in ("act_threshold", "rope_theta", "dropout"):
             setattr(self, name, float(getattr(self, name)))
-        self._check_attention()
+        # A part may have a check of the fields that it uses.
+        for part in (ATTENTIONS[self.attn_type], FEED_FORWARDS[self.feed_forward], INJECTIONS[self.injection]):
+            if (check := getattr(part, "check", None)) is not None:
+                check(self)
         self._check_layers()
-
-    def _check_attention(self) -> None:
-        if self.attn_type == "mla":
-            if self.qk_rope_head_dim % 2:
-                raise ValueError(
-                    f"qk_rope_head_dim={self.qk_rope_head_dim} must be even; use {self.qk_rope_head_dim + 1}"
-                )
-            if self.qk_norm:
-                raise ValueError(
-                    "qk_norm=True needs attn_type='gqa': mla already normalises its latents; use qk_norm=False"
-                )
-            return
-        if self.dim % self.n_heads:
-            raise ValueError(
-                f"n_heads={self.n_heads} must divide dim={self.dim}; use n_heads={_divisor(self.dim, self.n_heads)}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"dim={self.dim} / n_heads={self.n_heads} gives an odd head width {self.head_dim}, which cannot "
-                f"be rotated; use dim={2 * self.dim} or fewer heads"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}; "
-                f"use n_kv_heads={_divisor(self.n_heads, self.n_kv_heads)}"
-            )
 
     def _check_layers(self) -> None:
         if self.n_experts and self.n_experts_per_tok > self.n_experts:
@@ -188,9 +225,3 @@ class MythosConfig:
                 f"dim={self.dim} is too narrow for loop_embedding=True, which uses dim//8 channels; "
                 "use dim=8 or loop_embedding=False"
             )
-
-
-def _divisor(whole: int, near: int) -> int:
-    """Return the divisor of `whole` nearest to `near`, in at most `near` steps: 1 divides everything."""
-    candidates = (near + sign * distance for distance in range(near) for sign in (-1, 1))
-    return next(d for d in candidates if whole % d == 0)

@@ -6,8 +6,10 @@ The stages `encode`, `recur`, `readout` and the whole loop `recurrent` are what 
 Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from open_mythos import model_folder as weights
 from open_mythos.accounting import count_parameters
 from open_mythos.checks import check_int, check_number
 from open_mythos.config import MythosConfig
+from open_mythos.generation.generate import GenerationMixin
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache, View, make_view
 from open_mythos.nn.depth import LoopPlan
@@ -38,11 +41,56 @@ from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.static_cache import StaticKVCache, make_static_view
-from open_mythos.ops.linear import Linear, autocasts
-from open_mythos.outputs import LoopTrace, TrainOutput
+from open_mythos.ops.linear import Linear, autocasts, linear
 
 
-class OpenMythos(nn.Module):
+@dataclass
+class LoopTrace:
+    """One forward pass with everything the loop did. L counts executed loops; a token that exited repeats its state."""
+
+    logits: Tensor
+    """(B, T, V)"""
+    hidden: Tensor
+    """(L, B, T, D), the state after each loop."""
+    halt_weight: Tensor
+    """(L, B, T), the weight of each loop's state in the output; sums to 1 over L."""
+    exit_loop: Tensor
+    """(B, T) int64, the last loop each token ran, 0-based; -1 for padding."""
+
+
+@dataclass
+class TrainOutput:
+    """What a training step needs of one forward pass. Logits are made when they are first asked for, and then kept."""
+
+    hidden: Tensor
+    """(B, T, D), what the head reads: after coda and norm, in the dtype of the head's product."""
+    loop_hidden: Tensor | None
+    """(L, B, T, D), what the head reads of the state after each loop; only with trace."""
+    head: Tensor
+    """(V, D), the head's weight in the same dtype: with `hidden`, all that a chunked cross-entropy needs."""
+    loops: Tensor
+    """(B, T) int64, loops each token ran."""
+    ponder_cost: Tensor | None
+    """Scalar, mean over tokens of loops plus remainder (Graves 2016); only with halting="act"."""
+    router_z_loss: Tensor | None
+    """Scalar, mean over routed tokens of logsumexp(router logits)^2 (Zoph et al. 2022); only with experts."""
+    tokens_per_expert: Tensor | None
+    """(recurrent_layers, n_experts), for `update_expert_bias`; only with experts."""
+    n_routed: Tensor | None
+    """Scalar, loops that tokens have run: what `router_z_loss` is the mean over, layers apart; only with experts."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, T, V)"""
+        return linear(self.hidden, self.head)
+
+    @cached_property
+    def loop_logits(self) -> Tensor | None:
+        """(L, B, T, V), what coda and head read off the state after each loop; only with trace."""
+        return None if self.loop_hidden is None else linear(self.loop_hidden, self.head)
+
+
+class OpenMythos(GenerationMixin):
     """The model. Its values are drawn once, by `init_weights`; under `torch.device("meta")` it has none."""
 
     def __init__(self, cfg: MythosConfig) -> None:
@@ -110,20 +158,10 @@ class OpenMythos(nn.Module):
     ) -> View:
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
         check_documents(documents, shape, cache)
-        dim, theta = self.cfg.rope_dim, self.cfg.rope_theta
+        dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
         if isinstance(cache, StaticKVCache):
             return make_static_view(shape, dim, theta, cache, attention_mask)
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
-
-    @overload
-    def make_cache(
-        self, batch_size: int, max_len: int, n_loops: int | None = ..., static: Literal[False] = ...
-    ) -> KVCache: ...
-
-    @overload
-    def make_cache(
-        self, batch_size: int, max_len: int, n_loops: int | None = ..., *, static: Literal[True]
-    ) -> StaticKVCache: ...
 
     def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None, static: bool = False) -> KVCache:
         """An empty, preallocated key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
@@ -148,51 +186,6 @@ class OpenMythos(nn.Module):
         return kind(layers, batch_size, max_len, levels, self.dtype, self.device)
 
     # The whole model.
-
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        n_loops: int | None = ...,
-        *,
-        attention_mask: Tensor | None = ...,
-        cache: KVCache | None = ...,
-        plan: None = ...,
-        exit: str | HaltingRule | None = ...,
-        exit_threshold: float | None = ...,
-        trace: Literal[False] = ...,
-        last_only: bool = ...,
-        generator: torch.Generator | None = ...,
-        documents: Tensor | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        n_loops: int | None = ...,
-        *,
-        attention_mask: Tensor | None = ...,
-        cache: KVCache | None = ...,
-        plan: None = ...,
-        exit: str | HaltingRule | None = ...,
-        exit_threshold: float | None = ...,
-        trace: Literal[True],
-        generator: torch.Generator | None = ...,
-        documents: Tensor | None = ...,
-    ) -> LoopTrace: ...
-
-    @overload
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        attention_mask: Tensor | None = ...,
-        plan: LoopPlan,
-        trace: bool = ...,
-        generator: torch.Generator | None = ...,
-        documents: Tensor | None = ...,
-    ) -> TrainOutput: ...
 
     def forward(
         self,
@@ -297,20 +290,6 @@ class OpenMythos(nn.Module):
         h = initial_state(self.cfg.initial_state, e, view, cache, generator, self.training)
         return self.recurrent(h, e, view, depth, rule, self._probe, trace)
 
-    def generate(
-        self,
-        input_ids: Any,
-        max_new_tokens: int = 64,
-        n_loops: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        **options: Any,
-    ) -> Any:
-        """Continue one prompt, a padded batch or a list of prompts; the options are those of generation/generate.py."""
-        from open_mythos.generation.generate import generate
-
-        return generate(self, input_ids, max_new_tokens, n_loops, temperature, top_k, **options)
-
     def exit_rule(self, exit: str | HaltingRule | None, threshold: float | None = None) -> HaltingRule | None:
         """The rule object that `exit` and `exit_threshold` of a call mean; None: the model's own halting."""
         if exit is None:
@@ -330,7 +309,7 @@ class OpenMythos(nn.Module):
             raise TypeError(
                 f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
             )
-        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg.vocab_size, act, self.cfg.act_threshold)
+        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg, act)
 
     @torch.no_grad()
     def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> Tensor:

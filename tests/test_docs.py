@@ -24,10 +24,9 @@ from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
 from open_mythos.experiments import EXPERIMENTS
-from open_mythos.generation.generate import generate
 from open_mythos.generation.sampling import sample
 from open_mythos.generation.sampling_params import SamplingParams
-from open_mythos.nn.halting import EXIT_THRESHOLDS
+from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
 from open_mythos.reports.terminal import duration
 from open_mythos.tasks import TASKS
@@ -75,14 +74,10 @@ def defaults(path: Path, columns: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
-def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     found = blocks(path, "python")
-    # What a document adds to a table goes when its test ends.
-    monkeypatch.setattr("open_mythos.tasks.TASKS", {**TASKS})
-    monkeypatch.setattr("open_mythos.experiments.EXPERIMENTS", {**EXPERIMENTS})
-    monkeypatch.setattr("open_mythos.train.config.TASKS", open_mythos.tasks.TASKS)
     assert found or path.name not in ("README.md", "open_mythos.md", "training.md")
     for line, source in found:
         # The line numbers of a traceback are then those of the document.
@@ -337,7 +332,7 @@ def told_signature(path: Path, start: str) -> inspect.Signature:
 
 @pytest.mark.parametrize(
     ("start", "function", "own"),
-    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", generate, ["model"])],
+    [("model", OpenMythos.forward, ["self", "removed"]), ("model.generate", OpenMythos.generate, ["self"])],
 )
 def test_signatures_are_those_of_the_code(start: str, function: Callable, own: list[str]) -> None:
     """Names, order, defaults and what is keyword-only; and each argument is explained in a table."""
@@ -352,8 +347,8 @@ def test_signatures_are_those_of_the_code(start: str, function: Callable, own: l
 
 def test_thresholds_are_those_of_the_code() -> None:
     table = {cells[0].strip("`").removeprefix('"').removesuffix('"'): cells for cells in rows(REFERENCE)}
-    for name, threshold in EXIT_THRESHOLDS.items():
-        assert float(table[name][2]) == threshold
+    for name in HALTING_RULES.keys() - {"fixed", "act"}:
+        assert float(table[name][2]) == HALTING_RULES[name].default_threshold
 
 
 def test_sampling_is_told_as_it_runs() -> None:

@@ -8,20 +8,47 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from open_mythos.checks import did_you_mean
+from open_mythos.config import HALTING_RULES
+from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.generation.sampling_params import OPTIONS
+
+if TYPE_CHECKING:
+    from open_mythos.model import OpenMythos
+    from open_mythos.tokenization.tokenizer import Tokenizer
 
 T = TypeVar("T")
 MAX_NEW_TOKENS = 64
 """New tokens of `mythos generate`, unless it is given others."""
-Exit = Literal["fixed", "act", "latent_diff", "second_difference", "kl"]
+
+
+class TableKey(str):
+    """A word that has to be a key of `table`, as the table is when the command line is read."""
+
+    table: ClassVar[Mapping[str, Any]]
+
+
+class Exit(TableKey):
+    table = HALTING_RULES
 
 
 def _options_of(names: Sequence[str], **changes: tuple[Any, Any]) -> Any:
@@ -42,6 +69,39 @@ SamplingOptions: Any = _options_of(_NAMES, exit=(Exit | None, None), top_k=(int,
 def chosen(args: Any) -> dict[str, Any]:
     """Return the `SamplingOptions` of a command by name, as `SamplingParams` and `generate` take them."""
     return {name: getattr(args, name) for name in _NAMES}
+
+
+@dataclasses.dataclass(kw_only=True)
+class MachineOptions:
+    """Options of commands that compute."""
+
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    threads: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelOptions(MachineOptions):
+    """Options of commands that load a model."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model and its tokenizer, such as RUN/final."""
+
+    def check_folder(self) -> None:
+        """Refuse a folder that does not exist, before torch is imported."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"folder {self.folder} does not exist; give a model's folder, such as RUN/final")
+
+    def load(self) -> "tuple[OpenMythos, Tokenizer]":
+        """Load the model and its tokenizer."""
+        import torch
+
+        from open_mythos.model import OpenMythos
+        from open_mythos.tokenization.tokenizer import load_tokenizer
+
+        device = setup_device(self.device, self.threads)
+        tokenizer = load_tokenizer(self.folder)
+        return OpenMythos.from_pretrained(self.folder, device=device, dtype=getattr(torch, self.dtype)), tokenizer
 
 
 def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
@@ -140,8 +200,11 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Read one of some words; a refusal names the nearest."""
-    allowed = get_args(info.type)
-    if get_origin(info.type) is not Literal or not all(isinstance(name, str) for name in allowed):
+    if isinstance(info.type, type) and issubclass(info.type, TableKey):
+        allowed = tuple(info.type.table)
+    elif get_origin(info.type) is Literal and all(isinstance(name, str) for name in get_args(info.type)):
+        allowed = get_args(info.type)
+    else:
         return None
 
     def convert(words: list[str]) -> Any:
@@ -161,7 +224,8 @@ def flags(options: type) -> dict[str, str]:
     for name, hint in get_type_hints(options, include_extras=True).items():
         if get_origin(hint) is typing.ClassVar:
             continue
-        alone = get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
+        markers = getattr(hint, "__metadata__", ())
+        alone, named = tyro.conf.Positional in markers, next((m.name for m in markers if getattr(m, "name", "")), "")
         sections = [
             kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
         ]
@@ -172,7 +236,7 @@ def flags(options: type) -> dict[str, str]:
                 f"{name}.{field}": f"--{name.replace('_', '-')}.{flag[2:]}" for field, flag in flags(section).items()
             }
         if not sections:
-            found[name] = "" if alone else "--" + name.replace("_", "-")
+            found[name] = "" if alone else "--" + (named or name.replace("_", "-"))
     return found
 
 

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import tyro
 
 from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, TableKey, read
 from open_mythos.device import Device, Dtype
+from open_mythos.train.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
@@ -49,6 +50,10 @@ def demo(rest: list[str]) -> None:
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
 
 
+class TrackerName(TableKey):
+    table = TRACKERS
+
+
 @dataclass
 class TrainArgs:
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
@@ -77,7 +82,7 @@ class TrainArgs:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
-    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
     """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""

@@ -1,8 +1,9 @@
 """FLOPs of a training step, counted as they are executed.
 
 A weight costs two FLOPs per token forward and four backward. Rows that wait for deeper ones cost nothing, loops outside
-the window of back-propagation run forward only, and what is recomputed runs forward twice. Elementwise work is not
-counted.
+the window of back-propagation run forward only, and recomputed ones run forward twice. Elementwise work is not counted.
+
+`torch.utils.flop_counter` would have to run each of these passes; benchmarks/plan.py compares the formulas with it.
 
 Shapes: B rows, T tokens, K and W key and value width of a head, H heads.
 """
@@ -10,50 +11,45 @@ Shapes: B rows, T tokens, K and W key and value width of a head, H heads.
 from collections import Counter
 from dataclasses import dataclass
 
+from open_mythos.accounting import shared_width
 from open_mythos.config import MythosConfig
-from open_mythos.costs.saved_activations import Path
+from open_mythos.nn.block import attention_costs, feed_forward_costs
+from open_mythos.nn.injection import injection_costs
+from open_mythos.nn.layer_costs import Execution
 from open_mythos.ops.causal_attention import BLOCK
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.muon import ITERATIONS
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Values of the matrices that one token meets: those of chosen experts only, no norms and no embedding."""
+class MatrixSizes:
+    """Values of the matrices that one token meets: of the experts the chosen ones, no norms and no embedding."""
 
     outer: int
     """Prelude and coda."""
     coda: int
-    """Of these, the coda's."""
     prepared: int
-    """Once per call, on the prelude's output: the injection's part that no loop changes."""
+    """The injection's matrices that meet a token once per call."""
     loop: int
     head: int
 
 
-def weights_met(cfg: MythosConfig) -> Weights:
-    D = cfg.dim
-    plain = attention_weights(cfg) + 3 * D * (D * 4 // 3)
-    ffn = 3 * D * cfg.expert_dim
-    if cfg.n_experts:
-        ffn = D * cfg.n_experts + cfg.n_experts_per_tok * (1 + cfg.n_shared_experts) * 3 * D * cfg.expert_dim
+def matrix_sizes(cfg: MythosConfig) -> MatrixSizes:
+    """Add up the matrices of all layers that one token meets."""
+    D, attention = cfg.dim, attention_costs(cfg).weights
+    plain = attention + feed_forward_costs(cfg, recurrent=False).weights
     loop = prepared = 0
     if cfg.recurrent_layers:
-        prepared = D * D if cfg.injection in ("diagonal", "concat") else 0
-        loop = cfg.recurrent_layers * (attention_weights(cfg) + ffn) + 2 * D * cfg.lora_rank
-        loop += D * D if cfg.injection == "concat" else 0
+        injection = injection_costs(cfg)
+        prepared, loop = injection.prepared, injection.per_loop
+        if cfg.n_experts:
+            ffn = D * cfg.n_experts + cfg.n_experts_per_tok * (1 + cfg.n_shared_experts) * 3 * D * cfg.expert_dim
+        else:
+            ffn = feed_forward_costs(cfg, recurrent=True).weights
+        loop += cfg.recurrent_layers * (attention + ffn) + 2 * D * cfg.lora_rank
         loop += D if cfg.halting == "act" else 0
     outer = (cfg.prelude_layers + cfg.coda_layers) * plain
-    return Weights(outer, cfg.coda_layers * plain, prepared, loop, cfg.vocab_size * D)
-
-
-def attention_weights(cfg: MythosConfig) -> int:
-    D, H = cfg.dim, cfg.n_heads
-    if cfg.attn_type == "gqa":
-        return 2 * D * D + 2 * D * cfg.n_kv_heads * cfg.head_dim
-    ranks = cfg.q_lora_rank + cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    key, value = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
-    return D * ranks + H * (cfg.q_lora_rank * key + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + value) + value * D)
+    return MatrixSizes(outer, cfg.coda_layers * plain, prepared, loop, cfg.vocab_size * D)
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,13 @@ class StepFlops:
     """FLOPs of one optimizer step over all ranks, by what they are for."""
 
     once: float
-    """Prelude, coda and what the loop prepares, with their attention."""
+    """Prelude, coda and the injection's `prepare`, with their attention."""
     loop: float
     head: float
     recomputed: float
-    """Forward a second time, for `checkpoint_loops`."""
+    """Second forward passes, for `checkpoint_loops`."""
     optimizer: float
-    """Muon's iterations, once."""
+    """Muon's iterations, counted once."""
 
     @property
     def total(self) -> float:
@@ -75,17 +71,17 @@ class StepFlops:
 
     @property
     def model(self) -> float:
-        """Forward and backward, nothing twice."""
+        """Forward and backward passes, without recomputation and optimizer."""
         return self.once + self.loop + self.head
 
 
-def step_flops(cfg: TrainConfig, path: Path, loops: float, grad_loops: float) -> StepFlops:
-    """What one step costs whose rows run `loops` loops in all, `grad_loops` of them with gradient."""
+def step_flops(cfg: TrainConfig, execution: Execution, loops: float, grad_loops: float) -> StepFlops:
+    """Return the FLOPs of a step whose rows run `loops` loops in all, `grad_loops` of them with gradient."""
     model, T = cfg.model, cfg.data.seq_len
-    met, rows = weights_met(model), cfg.batch_size
-    attention = _Attention(model, path, T)
+    met, rows = matrix_sizes(model), cfg.batch_size
+    attention = _Attention(model, execution, T)
     layers = model.prelude_layers + model.coda_layers
-    # With a loss after every loop, coda and head read them all.
+    # With a loss after every loop, coda and head run for each of them.
     readouts = loops / rows if cfg.losses.per_loop else 1
     coda_again = (readouts - 1) * (3 * 2 * met.coda + model.coda_layers * attention.both)
     once = 3 * 2 * (met.outer + met.prepared) + layers * attention.both + coda_again
@@ -107,29 +103,31 @@ def step_flops(cfg: TrainConfig, path: Path, loops: float, grad_loops: float) ->
 class _Attention:
     """Products of queries, keys and values of one layer, per token."""
 
-    def __init__(self, cfg: MythosConfig, path: Path, T: int) -> None:
-        K = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim if cfg.attn_type == "mla" else cfg.head_dim
-        W = cfg.v_head_dim if cfg.attn_type == "mla" else K
+    def __init__(self, cfg: MythosConfig, execution: Execution, T: int) -> None:
+        H, K, W = attention_costs(cfg).heads
         padded = max(K, W)  # torch's kernels take values as wide as keys
-        blocks = path.attends_in_blocks(T)
-        keys, width = (_keys_in_blocks(T), W) if blocks else (path.keys_of_kernel(T), padded)
-        each = 2 * cfg.n_heads * keys
+        blocks = execution.attends_in_blocks(T)
+        keys, width = (_keys_in_blocks(T), W) if blocks else (execution.keys_of_kernel(T), padded)
+        each = 2 * H * keys
         self.forward = each * (K + width)
         """q k^T and p v."""
         # Without gradient torch's kernel runs, whatever runs with it.
-        self.without_grad = 2 * cfg.n_heads * path.keys_of_kernel(T) * (K + padded)
+        self.without_grad = 2 * H * execution.keys_of_kernel(T) * (K + padded)
         self.both = self.forward + each * (3 * K + 2 * width)
         """Backward the scores are made again; then the gradients of p, v, q and k."""
 
 
 def _keys_in_blocks(T: int) -> float:
-    """Keys that a query is multiplied with, on average, where whole blocks above the diagonal are left out."""
+    """Return the average number of keys of a query where whole blocks above the diagonal are left out."""
     ends = [min(start + BLOCK, T) for start in range(0, T, BLOCK)]
     return sum((end - start) * end for start, end in zip(range(0, T, BLOCK), ends, strict=True)) / T
 
 
 def _newton_schulz(cfg: MythosConfig) -> int:
-    """Three products an iteration for each matrix: two of (r, c) with (r, r), r the shorter side, and one of (r, r)."""
+    """Return the FLOPs of Muon's iterations.
+
+    Each makes three products for a matrix: two of (r, c) with (r, r), r the shorter side, and one of (r, r).
+    """
     total = 0
     for shape, n in hidden_matrices(cfg).items():
         r, c = sorted(shape)
@@ -138,31 +136,17 @@ def _newton_schulz(cfg: MythosConfig) -> int:
 
 
 def hidden_matrices(cfg: MythosConfig) -> Counter[tuple[int, int]]:
-    """(rows, columns) -> how many, as Muon takes them. Maps of one input that are one parameter are told apart."""
-    D = cfg.dim
-    if cfg.attn_type == "gqa":
-        kv = cfg.n_kv_heads * cfg.head_dim
-        attention = [(D, D), (D, D), (kv, D), (kv, D)]
+    """Count the matrices by (rows, columns) as Muon takes them: maps of one input count apart."""
+    D, attention = cfg.dim, attention_costs(cfg).matrices
+    outer, inner = attention + feed_forward_costs(cfg, recurrent=False).matrices, Counter(attention)
+    if not cfg.n_experts:
+        inner += feed_forward_costs(cfg, recurrent=True).matrices
     else:
-        key, value = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim
-        attention = [(rank, D) for rank in (cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim)]
-        attention += [
-            (cfg.n_heads * key, cfg.q_lora_rank),
-            (cfg.n_heads * (cfg.qk_nope_head_dim + value), cfg.kv_lora_rank),
-            (D, cfg.n_heads * value),
-        ]
-
-    def swiglu(hidden: int) -> list[tuple[int, int]]:
-        return [(hidden, D), (hidden, D), (D, hidden)] if hidden else []
-
-    outer, inner = Counter(attention + swiglu(D * 4 // 3)), Counter(attention)
-    if cfg.n_experts:
-        inner.update(swiglu(cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim))
-        # Gate and up of an expert are one matrix.
-        inner[2 * cfg.expert_dim, D] += cfg.n_experts
-        inner[D, cfg.expert_dim] += cfg.n_experts
-    else:
-        inner.update(swiglu(cfg.expert_dim))
+        # Gate and up of a routed expert are one matrix; of the shared experts they are two.
+        inner.update({(2 * cfg.expert_dim, D): cfg.n_experts})
+        inner.update({(D, cfg.expert_dim): cfg.n_experts})
+        if width := shared_width(cfg):
+            inner.update([(width, D), (width, D), (D, width)])
     counts: Counter[tuple[int, int]] = Counter()
     for layers, shapes in ((cfg.prelude_layers + cfg.coda_layers, outer), (cfg.recurrent_layers, inner)):
         for shape, n in shapes.items():

@@ -13,8 +13,8 @@ from open_mythos.costs.depth_distribution import mean_loops
 from open_mythos.costs.flops import StepFlops, step_flops
 from open_mythos.costs.gpus import CARDS, RESERVED_SHARE, Card, link_gb_s
 from open_mythos.costs.memory import Memory, micro_batches, peak, rows_at_once
-from open_mythos.costs.saved_activations import Path
-from open_mythos.costs.traffic import sent_bytes
+from open_mythos.costs.saved_activations import execution_of
+from open_mythos.nn.layer_costs import Execution
 from open_mythos.train.config import TrainConfig
 
 MOST_GPUS = 2**16
@@ -104,17 +104,17 @@ def make_plan(
     if price_per_hour is not None:
         check_number("price_per_hour", price_per_hour, 0)
     _check_spread(cfg, gpus)
-    card, path = CARDS[gpu], Path.of(cfg)
+    card, execution = CARDS[gpu], execution_of(cfg)
     loops, grad_loops = (mean_loops(cfg.loops, window) * cfg.batch_size for window in (False, True))
     if not cfg.model.recurrent_layers:
         loops = grad_loops = 0.0
-    flops = step_flops(cfg, path, loops, grad_loops)
+    flops = step_flops(cfg, execution, loops, grad_loops)
     # With ddp each rank makes every update itself.
     alone = flops.optimizer if cfg.parallel.kind == "ddp" else flops.optimizer / gpus
     per_gpu = (flops.total - flops.optimizer) / gpus + alone
-    sent = sent_bytes(cfg, path, gpus, loops, grad_loops)
+    sent = sent_bytes(cfg, execution, gpus, loops, grad_loops)
     room = card.memory_gb * 1e9 * (1 - RESERVED_SHARE)
-    memory = peak(cfg, path, gpus)
+    memory = peak(cfg, execution, gpus)
     return Plan(
         gpus=gpus,
         gpu=gpu,
@@ -136,6 +136,42 @@ def make_plan(
         price_per_hour=price_per_hour,
         remedy=None if memory.total <= room else _remedy(cfg, gpus, room),
     )
+
+
+def sent_bytes(
+    cfg: TrainConfig, execution: Execution, n_gpus: int, loops: float, grad_loops: float
+) -> dict[str, float]:
+    """Return the bytes that one rank sends in a step, by kind of exchange.
+
+    In a ring each of n ranks sends (n - 1) / n of the data.
+
+    Args:
+        loops: of all rows of the step together; `grad_loops` of them have gradient.
+    """
+    counts, ranks = count_parameters(cfg.model), cfg.parallel.experts
+    spread = counts.routed_experts if ranks > 1 else 0
+    s, w = execution.state_bytes, execution.value_bytes
+
+    def ring(values: float, n: float) -> float:
+        return values * (n - 1) / n
+
+    sent = {}
+    if n_gpus > 1 and cfg.parallel.kind == "ddp":
+        sent["all-reduce of gradients"] = 2 * s * ring(counts.total, n_gpus)
+    elif n_gpus > 1:
+        times = micro_batches(cfg, n_gpus)
+        # Also the recurrent block is gathered once forward and once backward, however often it loops.
+        sent["all-gather of weights"] = 2 * times * s * ring(counts.total - spread, n_gpus)
+        sent["reduce-scatter of gradients"] = times * s * ring(counts.total - spread, n_gpus)
+    if n_gpus > ranks > 1:
+        sent["all-reduce of experts' gradients"] = 2 * s * ring(spread / ranks, n_gpus / ranks)
+    if ranks > 1:
+        model = cfg.model
+        # To the experts in the stream's dtype and back in the products', for each of a token's choices.
+        both_ways = model.n_experts_per_tok * model.dim * (s + w) * model.recurrent_layers
+        passes = loops + grad_loops * (2 if cfg.checkpoint_loops else 1)
+        sent["all-to-all of tokens"] = ring(both_ways, ranks) * passes * cfg.data.seq_len / n_gpus
+    return sent
 
 
 def _peak_flops(cfg: TrainConfig, card: Card) -> float:
@@ -164,16 +200,16 @@ def _slowest(cfg: TrainConfig, gpus: int, steps: int = 64) -> float:
 def _remedy(cfg: TrainConfig, gpus: int, room: float) -> str:
     """The fewest changes that fit; those that keep more rows first."""
     for changes, changed in _changes(cfg, gpus):
-        if peak(changed, Path.of(changed), gpus).total <= room:
+        if peak(changed, execution_of(changed), gpus).total <= room:
             return f"use {' '.join(changes)}"
     more = gpus * 2
     while more <= MOST_GPUS and cfg.batch_size % more == 0:
         for changes, changed in _changes(cfg, more):
-            if peak(changed, Path.of(changed), more).total <= room:
+            if peak(changed, execution_of(changed), more).total <= room:
                 return f"use {' '.join((f'--gpus {more}', *changes))}"
         more *= 2
     counts = count_parameters(cfg.model)
-    core = Path.of(cfg).state_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
+    core = execution_of(cfg).state_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
     return (
         f"no number of these GPUs holds it: the recurrent block without its routed experts is {core:.1f} GB, which "
         "every GPU needs whole, and its gradient twice; use larger GPUs"

@@ -10,7 +10,7 @@ EXPERIMENTS: dict[str, Any] = {
     "verify": "open_mythos.experiments.verify:EXPERIMENT",
     "exits": "open_mythos.experiments.exits:EXPERIMENT",
     "loop_roles": "open_mythos.experiments.loop_roles:EXPERIMENT",
-    "adaptive": "open_mythos.experiments.adaptive:EXPERIMENT",
+    "adaptive": "open_mythos.experiments.adaptive:STUDY",
     "small_text": "open_mythos.experiments.small_text:STUDY",
 }
 """The studies by name, in the order of `mythos exp list`: a `Study`, or the path to import it from, so that the names

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.analysis.per_loop import rank_correlation, right_by_loop, rows_right, settled
+from open_mythos.analysis.per_loop import right_by_loop, rows_right, settled
 from open_mythos.config import MythosConfig
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
 from open_mythos.model import OpenMythos
 from open_mythos.reports.figures import Curve, stacked
-from open_mythos.reports.stats import ONE_SEED, Estimate
+from open_mythos.reports.stats import ONE_SEED, Estimate, rank_correlation
 from open_mythos.tasks import Addition, Brackets, Mixed
 from open_mythos.tasks.brackets import KINDS, first_break, nesting
 from open_mythos.tasks.rng import Purpose, stream

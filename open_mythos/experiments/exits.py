@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.analysis.per_loop import rank_correlation, right_by_loop, settled
-from open_mythos.experiments.adaptive import Dealt, shuffled
+from open_mythos.analysis.per_loop import right_by_loop, settled
+from open_mythos.experiments.adaptive import GivenDepths, shuffled
 from open_mythos.experiments.brackets import LENGTH
 from open_mythos.experiments.brackets import arms as bracket_arms
 from open_mythos.experiments.exits_report import END_ONLY, exits_report
@@ -21,6 +21,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import ACT, ACTHalting, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.stats import rank_correlation
 from open_mythos.tasks import Addition, Brackets, KHop
 from open_mythos.tasks.addition import PLUS
 from open_mythos.tasks.brackets import END, first_break, nesting
@@ -45,7 +46,7 @@ DEEPEST = 12
 DISTANCES = range(1, 9)
 
 
-class DealtACT(ACT):
+class GivenDepthsACT(ACT):
     """ACT's weights, at depths given from outside, (B, T) int64: the null control's of learned halting."""
 
     def __init__(self, act: ACTHalting, depths: Tensor) -> None:
@@ -158,7 +159,7 @@ def measure(model: OpenMythos, task: Task, n_loops: int, rows: int, seed: int) -
     act = None if model.recurrent is None else model.recurrent.act
 
     def dealt(depths: Tensor) -> HaltingRule:
-        return Dealt(depths) if act is None else DealtACT(act, depths)
+        return GivenDepths(depths) if act is None else GivenDepthsACT(act, depths)
 
     def point(name: str, threshold: float | None, rule: HaltingRule) -> Result:
         hit, loops = answered(model, batch, rule, n_loops)
@@ -188,7 +189,7 @@ def measure(model: OpenMythos, task: Task, n_loops: int, rows: int, seed: int) -
         for name, chosen in (("oracle, stays right", stays), ("oracle, first right", first)):
             depths = torch.full_like(batch.labels, n_loops)
             depths[asked] = chosen
-            points.append(point(name, None, Dealt(depths)))
+            points.append(point(name, None, GivenDepths(depths)))
     for name, thresholds in (THRESHOLDS if act is None else {"act": ACT_THRESHOLDS}).items():
         for threshold in thresholds:
             rule = model.exit_rule(name, threshold)

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.checks import check_int
+from open_mythos.compile import compile_model
+from open_mythos.config import MythosConfig
 from open_mythos.generation.sampling import generator_of, sample
 from open_mythos.generation.sampling_params import Biases, Sampling
-from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.inputs import check_generator, check_ids, check_mask, check_n_loops
 from open_mythos.nn.static_cache import StaticKVCache
+from open_mythos.tokenization.chat_template import END, Message, end_of_turn, render
 from open_mythos.tokenization.detokenizer import AnswerText
 from open_mythos.tokenization.tokenizer import Tokenizer
 
@@ -25,118 +27,198 @@ OnToken = Callable[[int, int, int], Any]
 """on_token(row, token_id, loops), called for every new token as soon as it is chosen."""
 
 
-def generate(
-    model: OpenMythos,
-    input_ids: Any,
-    max_new_tokens: int = 64,
-    n_loops: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    *,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    logit_bias: Mapping[int, float] | Biases = (),
-    attention_mask: Tensor | None = None,
-    exit: str | HaltingRule | None = None,
-    exit_threshold: float | None = None,
-    stop: int | str | Sequence[int | str] = (),
-    tokenizer: Tokenizer | None = None,
-    seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
-    on_token: OnToken | None = None,
-    return_loops: bool = False,
-    pad_id: int = 0,
-    compiled: bool = False,
-) -> Any:
-    """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
+class GenerationMixin(nn.Module):
+    """`generate` for a model that has the four methods declared here."""
 
-    Args:
-        input_ids: a tensor (B, T), a string or a list of ids for one prompt, or a list of such prompts of any lengths.
-            Strings need a `tokenizer`.
-        max_new_tokens: tokens to add, at most `max_output_tokens`; prompt and new tokens have to fit `max_seq_len`.
-        n_loops: loops per token; None: `max_loop_iters`.
-        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see
-            `Sampling`; temperature 0 is greedy.
-        attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
-        exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
-        stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
-        seed: one per row, or one int s that gives row i the seed s + i; any int64. A row's draws do not depend on the
-            other rows.
-        generator: one generator for all rows, instead of seeds.
-        on_token: called with (row, token_id, loops) for every new token.
-        return_loops: also return the loops that each new token took, meaning those of the position it was read from.
-        pad_id: fills the rows of a tensor that stopped before the longest.
-        compiled: decode with machine code made for this model and number of rows, which takes tens of seconds when
-            first asked for; see `compile_model`. Rows that have stopped are then computed on to the end.
+    cfg: MythosConfig
+    make_cache: Callable[..., Any]
+    make_view: Callable[..., Any]
+    run: Callable[..., Any]
+    exit_rule: Callable[..., HaltingRule | None]
 
-    Returns:
-        Prompts with their continuations, of the same kind as came in: a (B, T + N) tensor, one string, one list of ids,
-        or a list of them. Text is cut before a stop string. With `return_loops`, (that, loops), where loops is a (B, N)
-        int64 tensor with 0 for padding if a tensor came in, else a list per prompt.
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        n_loops: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | Biases = (),
+        attention_mask: Tensor | None = None,
+        exit: str | HaltingRule | None = None,
+        exit_threshold: float | None = None,
+        stop: int | str | Sequence[int | str] = (),
+        tokenizer: Tokenizer | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        on_token: OnToken | None = None,
+        return_loops: bool = False,
+        pad_id: int = 0,
+        compiled: bool = False,
+    ) -> Any:
+        """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
 
-    Raises:
-        TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
-        RuntimeError: `compiled` on a CPU without a C++ compiler.
-    """
-    penalties = repetition_penalty, frequency_penalty, presence_penalty
-    params = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias)
-    prompts = _read_prompts(input_ids, attention_mask, tokenizer, model)
-    limit = min(model.cfg.max_output_tokens, model.cfg.max_seq_len - prompts.ids.shape[1])
-    if limit < 1:
-        raise ValueError(
-            f"the prompt's {prompts.ids.shape[1]} tokens fill max_seq_len={model.cfg.max_seq_len}; shorten the prompt"
-        )
-    remedy = (
-        f"the prompt has {prompts.ids.shape[1]} tokens, max_seq_len={model.cfg.max_seq_len} and "
-        f"max_output_tokens={model.cfg.max_output_tokens}, so use max_new_tokens={limit} or less, or a shorter prompt"
-    )
-    check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
-    for token, _ in params.biases:
-        check_int("logit_bias", token, 0, model.cfg.vocab_size - 1)
-    depth = check_n_loops(n_loops, model.cfg)
-    rule = model.exit_rule(exit, exit_threshold)
-    stops = _Stops(stop, prompts, tokenizer, model.cfg.vocab_size)
-    generators = _generators(seed, generator, prompts.ids.shape[0])
-    if on_token is not None and not callable(on_token):
-        raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
-    check_int("pad_id", pad_id, 0, model.cfg.vocab_size - 1)
-    if compiled:
-        from open_mythos.compile import compile_model
+        Args:
+            input_ids: a tensor (B, T), a string or a list of ids for one prompt, or a list of such prompts of any
+                lengths. Strings need a `tokenizer`.
+            max_new_tokens: tokens to add, at most `max_output_tokens`; prompt and new tokens have to fit `max_seq_len`.
+            n_loops: loops per token; None: `max_loop_iters`.
+            temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see
+                `Sampling`; temperature 0 is greedy.
+            attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
+            exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
+            stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
+            seed: one per row, or one int s that gives row i the seed s + i; any int64. A row's draws do not depend on
+                the other rows.
+            generator: one generator for all rows, instead of seeds.
+            on_token: called with (row, token_id, loops) for every new token.
+            return_loops: also return the loops of each new token, which are those of the position that predicted it.
+            pad_id: fills the rows of a tensor that stopped before the longest.
+            compiled: decode with machine code made for this model and number of rows, which takes tens of seconds at
+                the first call; see `compile_model`. Rows that have stopped are then computed until all have.
 
-        compile_model(model, "decode")
-    with evaluating(model):
-        new, loops = _decode(model, prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, compiled)
-    return prompts.answer(new, loops, stops, pad_id, return_loops)
+        Returns:
+            Prompts with their continuations, of the kind that was given: a (B, T + N) tensor, one string, one list of
+            ids, or a list of them. Text is cut before a stop string. With `return_loops`, (that, loops): a (B, N) int64
+            tensor with 0 for padding if a tensor was given, else a list per prompt.
+
+        Raises:
+            TypeError, ValueError: an argument is unusable or the context too short; nothing has been generated.
+            RuntimeError: `compiled` on a CPU without a C++ compiler.
+        """
+        cfg = self.cfg
+        penalties = repetition_penalty, frequency_penalty, presence_penalty
+        params = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias)
+        prompts = _read_prompts(input_ids, attention_mask, tokenizer, cfg, next(self.parameters()).device)
+        prompts.check_room(max_new_tokens, cfg)
+        for token, _ in params.biases:
+            check_int("logit_bias", token, 0, cfg.vocab_size - 1)
+        depth, rule = check_n_loops(n_loops, cfg), self.exit_rule(exit, exit_threshold)
+        stops = _Stops(stop, prompts, tokenizer, cfg.vocab_size)
+        generators = _generators(seed, generator, len(prompts.ids))
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
+        check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
+        if compiled:
+            compile_model(self, "decode")
+        with evaluating(self):
+            new, loops = self._decode(
+                prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, compiled
+            )
+        return prompts.answer(new, loops, stops, pad_id, return_loops)
+
+    def _decode(
+        self,
+        prompts: "_Prompts",
+        max_new_tokens: int,
+        depth: int,
+        rule: HaltingRule | None,
+        params: Sampling,
+        generators: torch.Generator | list[torch.Generator] | None,
+        stops: "_Stops",
+        on_token: OnToken | None,
+        compiled: bool,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return every row's new tokens, and the loops of each. A row that has stopped leaves, unless `compiled`."""
+        n_rows, T = prompts.ids.shape
+        # The last token is never fed back.
+        cache = self.make_cache(n_rows, T + max_new_tokens - 1, depth if self.cfg.recurrent_layers else None)
+        ids, mask = prompts.ids.long(), prompts.mask
+        # Earlier tokens are collected only for the penalties that need them.
+        seen = None
+        if params.repetition_penalty != 1:
+            seen = ids if mask is None else ids.where(mask, -1)
+        answered = ids[:, :0] if params.penalizes_answer else None
+        rows = list(range(n_rows))
+        """For each row of the batch its row in the answer."""
+        new: list[list[int]] = [[] for _ in rows]
+        used: list[list[int]] = [[] for _ in rows]
+        stopped: set[int] = set()
+        for _ in range(max_new_tokens):
+            view = self.make_view((len(rows), ids.shape[1]), mask, cache)
+            logits, result = self.run(ids, view, depth, rule, cache, last_only=True)
+            tokens = sample(logits[:, -1], params, generators, seen, answered)
+            # At fixed depth the host waits for nothing else in a token.
+            news = torch.stack((tokens, result.loops[:, -1], logits.isnan().any(-1)[:, -1])).T.tolist()
+            if any(bad for _, _, bad in news):
+                raise FloatingPointError(
+                    "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
+                )
+            for row, (token, loops, _) in sorted(zip(rows, news, strict=True)):
+                if row in stopped:
+                    continue
+                new[row].append(token)
+                used[row].append(loops)
+                if on_token is not None:
+                    on_token(row, token, loops)
+                if stops.hit(row, token):
+                    stopped.add(row)
+            keep = [i for i, row in enumerate(rows) if row not in stopped]
+            if not keep:
+                break
+            ids, mask = tokens[:, None], None
+            seen, answered = (None if x is None else torch.cat((x, ids), dim=1) for x in (seen, answered))
+            if len(keep) < len(rows) and not isinstance(cache, StaticKVCache):
+                keep = _close_up(keep)
+                rows = [rows[i] for i in keep]
+                cache.keep_rows(keep)
+                index = torch.tensor(keep, device=ids.device)
+                ids = ids[index]
+                seen, answered = (None if x is None else x[index] for x in (seen, answered))
+                if isinstance(generators, list):
+                    generators = [generators[i] for i in keep]
+            if compiled and not isinstance(cache, StaticKVCache):
+                cache = StaticKVCache.over(cache)
+        return new, used
+
+
+def reply(model: GenerationMixin, tokenizer: Tokenizer, messages: Sequence[Message], *args: Any, **options: Any) -> str:
+    """Return the assistant's next message; further arguments are those of `generate`, from `max_new_tokens` on."""
+    ids, _ = render(messages, tokenizer, reply=True)
+    out = model.generate(ids, *args, stop=end_of_turn(tokenizer), tokenizer=tokenizer, **options)
+    return tokenizer.decode(out[len(ids) :]).split(END)[0]
 
 
 @dataclass
 class _Prompts:
-    """Prompts as one left-padded batch, and the kind they came in."""
+    """Prompts as one left-padded batch, and the kind in which they were given."""
 
     ids: Tensor
     mask: Tensor | None
     kind: str
     single: bool
     texts: Sequence[str] = ()
-    """The prompts as they were given, when they are text."""
+    """The prompts themselves, when they are text."""
+
+    def check_room(self, max_new_tokens: int, cfg: MythosConfig) -> None:
+        """Refuse more new tokens than the context or the configuration allow."""
+        n, longest, most = self.ids.shape[1], cfg.max_seq_len, cfg.max_output_tokens
+        if (limit := min(most, longest - n)) < 1:
+            raise ValueError(f"the prompt's {n} tokens fill max_seq_len={longest}; shorten the prompt")
+        remedy = (
+            f"the prompt has {n} tokens, max_seq_len={longest} and max_output_tokens={most}, so use "
+            f"max_new_tokens={limit} or less, or a shorter prompt"
+        )
+        check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
 
     def lists(self) -> list[list[int]]:
-        """The prompts without padding."""
+        """Return the prompts without padding."""
         lengths = [self.ids.shape[1]] * len(self.ids) if self.mask is None else self.mask.sum(1).tolist()
         return [ids[len(ids) - n :] for ids, n in zip(self.ids.tolist(), lengths, strict=True)]
 
     def answer(
         self, new: list[list[int]], loops: list[list[int]], stops: "_Stops", pad_id: int, with_loops: bool
     ) -> Any:
+        """Join prompts and new tokens to the result of `generate`."""
         if self.kind == "tensor":
-            width = max(map(len, new))
-            tail = torch.tensor([row + [pad_id] * (width - len(row)) for row in new], device=self.ids.device)
-            out = torch.cat((self.ids, tail.to(self.ids.dtype)), dim=1)
-            used = torch.tensor([row + [0] * (width - len(row)) for row in loops], device=self.ids.device)
-            return (out, used) if with_loops else out
+            out = torch.cat((self.ids, self._padded(new, pad_id).to(self.ids.dtype)), dim=1)
+            return (out, self._padded(loops, 0)) if with_loops else out
         if self.kind == "text":
             rows: list[Any] = [text + stops.text(row) for row, text in enumerate(self.texts)]
         else:
@@ -144,10 +226,16 @@ class _Prompts:
         answer, used = (rows[0], loops[0]) if self.single else (rows, loops)
         return (answer, used) if with_loops else answer
 
+    def _padded(self, rows: list[list[int]], fill: int) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=self.ids.device)
 
-def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None, model: OpenMythos) -> _Prompts:
+
+def _read_prompts(
+    prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None, cfg: MythosConfig, device: torch.device
+) -> _Prompts:
     if isinstance(prompts, Tensor):
-        check_ids(prompts, model.cfg)
+        check_ids(prompts, cfg)
         check_mask(prompts, mask)
         if mask is not None:
             mask = mask.bool()
@@ -168,13 +256,11 @@ def _read_prompts(prompts: Any, mask: Tensor | None, tokenizer: Tokenizer | None
     kind = "text" if isinstance(rows[0], str) else "ids"
     ids = [_encode(row, tokenizer, kind, i) for i, row in enumerate(rows)]
     width = max(map(len, ids))
-    batch = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
-    check_ids(batch, model.cfg)
-    lengths = torch.tensor([len(row) for row in ids], device=model.device)
-    padded = torch.arange(width, device=model.device) >= width - lengths[:, None]
-    return _Prompts(
-        batch, None if min(map(len, ids)) == width else padded, kind, single, rows if kind == "text" else ()
-    )
+    batch = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
+    check_ids(batch, cfg)
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths[:, None] if min(map(len, ids)) < width else None
+    return _Prompts(batch, mask, kind, single, rows if kind == "text" else ())
 
 
 def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> list[int]:
@@ -195,7 +281,7 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> li
 
 
 class _Stops:
-    """What ends a row."""
+    """The ids and strings that end a row."""
 
     def __init__(self, stop: Any, prompts: _Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         items = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
@@ -217,6 +303,7 @@ class _Stops:
         self.texts = [""] * len(self.answers)
 
     def hit(self, row: int, token: int) -> bool:
+        """Take a row's new token, and return whether the row ends with it."""
         if self.answers:
             self.texts[row] += self.answers[row].push(token)
             if self.answers[row].stopped is not None:
@@ -224,7 +311,7 @@ class _Stops:
         return token in self.ids
 
     def text(self, row: int) -> str:
-        """The continuation of a row that has ended."""
+        """Return the continuation of a row that has ended."""
         return self.texts[row] + self.answers[row].flush()
 
 
@@ -246,79 +333,8 @@ def _generators(
     return [generator_of(s) for s in seeds]
 
 
-def _decode(
-    model: OpenMythos,
-    prompts: _Prompts,
-    max_new_tokens: int,
-    depth: int,
-    rule: HaltingRule | None,
-    params: Sampling,
-    generators: torch.Generator | list[torch.Generator] | None,
-    stops: _Stops,
-    on_token: OnToken | None,
-    compiled: bool,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The new tokens of every row, and the loops each took.
-
-    A row that has stopped leaves the batch, but for `compiled` calls: another number of rows is another graph.
-    """
-    n_rows, T = prompts.ids.shape
-    # The last token is never fed back.
-    cache = model.make_cache(n_rows, T + max_new_tokens - 1, depth if model.recurrent is not None else None)
-    ids, mask = prompts.ids.long(), prompts.mask
-    # Every token so far is kept only where something asks for them.
-    seen = None
-    if params.repetition_penalty != 1:
-        seen = ids if mask is None else ids.where(mask, -1)
-    answered = ids[:, :0] if params.penalizes_answer else None
-    rows = list(range(n_rows))
-    """The row of the answer that each row of the batch is."""
-    new: list[list[int]] = [[] for _ in rows]
-    used: list[list[int]] = [[] for _ in rows]
-    stopped: set[int] = set()
-    for _ in range(max_new_tokens):
-        view = model.make_view((len(rows), ids.shape[1]), mask, cache)
-        logits, result = model.run(ids, view, depth, rule, cache, last_only=True)
-        tokens = sample(logits[:, -1], params, generators, seen, answered)
-        # The only thing in a token that the host waits for at fixed depth.
-        news = torch.stack((tokens, result.loops[:, -1], logits.isnan().any(-1)[:, -1])).T.tolist()
-        if any(bad for _, _, bad in news):
-            raise FloatingPointError(
-                "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
-            )
-        for row, (token, loops, _) in sorted(zip(rows, news, strict=True)):
-            if row in stopped:
-                continue
-            new[row].append(token)
-            used[row].append(loops)
-            if on_token is not None:
-                on_token(row, token, loops)
-            if stops.hit(row, token):
-                stopped.add(row)
-        keep = [i for i, row in enumerate(rows) if row not in stopped]
-        if not keep:
-            break
-        ids, mask = tokens[:, None], None
-        if seen is not None:
-            seen = torch.cat((seen, ids), dim=1)
-        if answered is not None:
-            answered = torch.cat((answered, ids), dim=1)
-        if len(keep) < len(rows) and not isinstance(cache, StaticKVCache):
-            keep = _close_up(keep)
-            rows = [rows[i] for i in keep]
-            cache.keep_rows(keep)
-            index = torch.tensor(keep, device=model.device)
-            ids = ids[index]
-            seen, answered = (None if x is None else x[index] for x in (seen, answered))
-            if isinstance(generators, list):
-                generators = [generators[i] for i in keep]
-        if compiled and not isinstance(cache, StaticKVCache):
-            cache = StaticKVCache.over(cache)
-    return new, used
-
-
 def _close_up(keep: list[int]) -> list[int]:
-    """`keep`, ascending, in the order that moves fewest rows: the last ones fill the gaps."""
+    """Return `keep`, ascending, in the order that moves fewest rows: the last ones fill the gaps."""
     n = len(keep)
     stay, fill = [i for i in keep if i < n], [i for i in keep if i >= n]
     return [i if i in stay else fill.pop() for i in range(n)]

@@ -6,8 +6,9 @@ Shapes: B rows, T query tokens, S key tokens, H query heads, G key/value heads, 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import MythosConfig, check_grouped_heads
 from open_mythos.nn.cache import View
+from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 from open_mythos.ops.causal_attention import CausalAttention, takes_blocks
@@ -35,8 +36,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: f
     return out.transpose(1, 2)[..., :width]
 
 
-class GQAttention(nn.Module):
+class Attention(nn.Module):
+    """Base class of attentions, with the defaults of one that caches rotated keys and values of `head_dim` channels.
+
+    Made from a `MythosConfig` alone. An attention may also have a static `check(cfg)`, which refuses fields that do not
+    fit it, and a static `costs(cfg)`; without the latter its costs are measured.
+    """
+
+    @staticmethod
+    def rope_dim(cfg: MythosConfig) -> int:
+        """Return the channels of one head that the rotary embedding turns."""
+        return cfg.head_dim
+
+    @staticmethod
+    def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
+        """Return the shapes per token of the cached tensors: keys, values."""
+        return [(cfg.n_kv_heads, cfg.head_dim)] * 2
+
+
+class GQAttention(Attention):
     """Causal attention; H / G query heads share a key/value head. Source: Ainslie et al. 2023, arXiv 2305.13245."""
+
+    check = staticmethod(check_grouped_heads)
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -48,9 +69,24 @@ class GQAttention(nn.Module):
         self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
     @staticmethod
-    def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
-        """Shapes per token of what is kept: keys, values."""
-        return [(cfg.n_kv_heads, cfg.head_dim)] * 2
+    def costs(cfg: MythosConfig) -> LayerCosts:
+        """Return the maps of queries, keys, values and output, and the bytes saved for their gradients."""
+        D, H, G, K = cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+
+        def saved(execution: Execution, T: int) -> float:
+            w, stat, blocks = execution.value_bytes, execution.state_bytes, execution.attends_in_blocks(T)
+            q, k = w * H * K, w * G * K
+            projected = q + 2 * k
+            # Torch's kernel takes v as a view, which keeps the whole projection alive; the blocks take a copy.
+            v = k if blocks else projected
+            norms = 0
+            if cfg.qk_norm:
+                norms = (projected if blocks else 0) + stat * (H + G)
+            # The layer's input, q, k, v, the output, and the logarithms of the softmax's sums.
+            return w * D + q + k + v + q + stat * H + norms
+
+        maps = (D, D, G * K, G * K), (D, D)
+        return LayerCosts(maps, saved, 2 * K if cfg.qk_norm else 0, (H, K, K))
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""

@@ -2,22 +2,26 @@
 
 from torch import Tensor, nn
 
-from open_mythos.config import MythosConfig
+from open_mythos.config import ATTENTIONS, FEED_FORWARDS, MythosConfig
 from open_mythos.nn.attention import GQAttention
-from open_mythos.nn.cache import View
+from open_mythos.nn.cache import View, make_view
+from open_mythos.nn.layer_costs import LayerCosts, measured
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 
-ATTENTIONS: dict[str, type[GQAttention] | type[MLAttention]] = {"gqa": GQAttention, "mla": MLAttention}
+# ATTENTIONS: a class made from a configuration; see nn/attention.py. FEED_FORWARDS: a class made from the model's width
+# and a hidden width, x (..., D) -> (..., D). docs/extending.md shows one of each.
+ATTENTIONS.update(gqa=GQAttention, mla=MLAttention)
+FEED_FORWARDS.update(swiglu=Expert)
 
 
 class TransformerBlock(nn.Module):
     """x + attn(norm(x)), then x + ffn(norm(x)); `block_norm="sandwich"` also normalises each sum.
 
-    `recurrent` blocks have the mixture of experts (or one dense SwiGLU of width `expert_dim`), the others a SwiGLU of
-    width dim * 4 // 3.
+    `recurrent` blocks have the mixture of experts, or without experts one dense feed-forward of width `expert_dim`; the
+    others have a dense one of width dim * 4 // 3.
     """
 
     def __init__(self, cfg: MythosConfig, recurrent: bool = False) -> None:
@@ -27,11 +31,11 @@ class TransformerBlock(nn.Module):
         self.attn_out_norm = RMSNorm(cfg.dim) if sandwich else nn.Identity()
         self.ffn_out_norm = RMSNorm(cfg.dim) if sandwich else nn.Identity()
         self.attn = ATTENTIONS[cfg.attn_type](cfg)
-        self.ffn: MoEFFN | Expert
+        self.ffn: nn.Module
         if recurrent and cfg.n_experts:
             self.ffn = MoEFFN(cfg)
         else:
-            self.ffn = Expert(cfg.dim, cfg.expert_dim if recurrent else cfg.dim * 4 // 3)
+            self.ffn = FEED_FORWARDS[cfg.feed_forward](cfg.dim, dense_width(cfg, recurrent))
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
@@ -40,3 +44,30 @@ class TransformerBlock(nn.Module):
         u = self.ffn_norm(x)
         y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
         return self.ffn_out_norm(x + self.dropout(y))
+
+
+def dense_width(cfg: MythosConfig, recurrent: bool) -> int:
+    """Return the hidden width of a block's dense feed-forward."""
+    return cfg.expert_dim if recurrent else cfg.dim * 4 // 3
+
+
+def attention_costs(cfg: MythosConfig) -> LayerCosts:
+    """Return the costs of one attention layer."""
+    kind = ATTENTIONS[cfg.attn_type]
+    # A subclass may have parameters that its parent's formulas do not count.
+    if "costs" in vars(kind):
+        return kind.costs(cfg)
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        shape = x.shape[0], x.shape[1]
+        return layer(x, make_view(shape, kind.rope_dim(cfg), cfg.rope_theta, x.dtype, x.device), 0)
+
+    return measured(lambda: kind(cfg), run, cfg.dim, (cfg.n_heads, cfg.head_dim, cfg.head_dim))
+
+
+def feed_forward_costs(cfg: MythosConfig, recurrent: bool) -> LayerCosts:
+    """Return the costs of one dense feed-forward."""
+    kind, width = FEED_FORWARDS[cfg.feed_forward], dense_width(cfg, recurrent)
+    if "costs" in vars(kind):
+        return kind.costs(cfg.dim, width)
+    return measured(lambda: kind(cfg.dim, width), lambda layer, x: layer(x), cfg.dim, (0, 0, 0))

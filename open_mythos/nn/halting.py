@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from open_mythos.checks import check_choice, check_number
+from open_mythos.checks import check_number
+from open_mythos.config import HALTING_RULES, MythosConfig, check_part
 from open_mythos.ops.batch_invariant import invariant
 from open_mythos.ops.precision import at_least_float32, float32_linear
 
@@ -40,9 +41,19 @@ class HaltingRule(ABC):
     """True if `update` needs the logits of head(norm(h))."""
     weighted = False
     """True if the output is the sum of states by `weigh`; otherwise it is the last state."""
+    default_threshold: float = 0.0
+    """Threshold of a call that names the rule alone; 0 for a rule without one."""
+    max_threshold = math.inf
 
     def __init__(self, threshold: float, min_loops: int = 1) -> None:
         self.threshold, self.min_loops = threshold, min_loops
+
+    @classmethod
+    def make(
+        cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None"
+    ) -> "HaltingRule":
+        """Make the rule for a call that names it; `act` is the model's learned halting, None if it has none."""
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops)
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         """Make the state before the first loop; h (B, T, D), n_loops (B,) int64 the most loops each row may run."""
@@ -105,6 +116,10 @@ class Fixed(HaltingRule):
     def __init__(self, min_loops: int = 1) -> None:
         super().__init__(0.0, min_loops)
 
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: "ACTHalting | None") -> "Fixed":
+        return cls(min_loops)
+
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
@@ -146,10 +161,18 @@ class ACT(HaltingRule):
     """
 
     weighted = True
+    default_threshold = 0.99
+    max_threshold = 1.0
 
     def __init__(self, act: ACTHalting, threshold: float, min_loops: int = 1) -> None:
         super().__init__(threshold, min_loops)
         self.act = act
+
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "ACT":
+        if act is None:
+            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
+        return cls(act, cfg.act_threshold if threshold is None else threshold, min_loops)
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"sum": at_least_float32(h).new_zeros(h.shape[:2])}
@@ -168,6 +191,8 @@ class ACT(HaltingRule):
 class LatentDiff(HaltingRule):
     """Exit when the loop's step is small against the state: |h - h_prev| / |h| < threshold."""
 
+    default_threshold = 0.03
+
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
@@ -179,6 +204,8 @@ class SecondDifference(HaltingRule):
 
     Source: after Pappone et al. 2025, arXiv 2509.23314; the division by |h| makes the threshold independent of width.
     """
+
+    default_threshold = 0.03
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         # No step before the first: an infinite one is never near the next.
@@ -200,10 +227,15 @@ class KL(HaltingRule):
     """
 
     needs_probe = True
+    default_threshold = 5e-4
 
     def __init__(self, threshold: float, min_loops: int, vocab_size: int) -> None:
         super().__init__(threshold, min_loops)
         self.vocab_size = vocab_size
+
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "KL":
+        return cls(cls.default_threshold if threshold is None else threshold, min_loops, cfg.vocab_size)
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
         return {"log_p": at_least_float32(h).new_zeros(*h.shape[:2], self.vocab_size)}
@@ -224,37 +256,27 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
 
-EXIT_THRESHOLDS = {"latent_diff": 0.03, "second_difference": 0.03, "kl": 5e-4}
-"""Default threshold of each rule that needs no training."""
+HALTING_RULES.update(fixed=Fixed, act=ACT, latent_diff=LatentDiff, second_difference=SecondDifference, kl=KL)
 
 
 def make_rule(
-    name: str, threshold: float | None, min_loops: int, vocab_size: int, act: ACTHalting | None, act_threshold: float
+    name: str, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None
 ) -> HaltingRule:
-    """The rule called `name`: fixed, act, latent_diff, second_difference or kl. `threshold` None takes its default.
+    """Return the rule called `name`, one of HALTING_RULES. A `threshold` of None takes the rule's default.
 
     Raises:
-        TypeError, ValueError: the name or threshold is not usable, or the model has no learned halting to use.
+        TypeError, ValueError: the name or the threshold is unusable, or the model has no learned halting to use.
     """
-    names = ("fixed", "act", *EXIT_THRESHOLDS)
-    check_choice("exit", name, names)
+    check_part("exit", name, HALTING_RULES, "HALTING_RULES")
     if threshold is not None:
         check_threshold(name, threshold)
-    if name == "fixed":
-        return Fixed(min_loops)
-    if name == "act":
-        if act is None:
-            raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
-        return ACT(act, act_threshold if threshold is None else threshold, min_loops)
-    value = EXIT_THRESHOLDS[name] if threshold is None else threshold
-    if name == "kl":
-        return KL(value, min_loops, vocab_size)
-    return (LatentDiff if name == "latent_diff" else SecondDifference)(value, min_loops)
+    return HALTING_RULES[name].make(threshold, min_loops, cfg, act)
 
 
 def check_threshold(name: str, threshold: object) -> None:
-    """Refuse an `exit_threshold` that is no positive finite number, or that `name` cannot use."""
-    if name == "fixed":
-        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit='fixed'; leave it out")
-    remedy = f"use exit_threshold={EXIT_THRESHOLDS.get(name, 0.99)}"
-    check_number("exit_threshold", threshold, 0, 1 if name == "act" else math.inf, above=True, remedy=remedy)
+    """Refuse an `exit_threshold` that is no positive finite number, or that the rule called `name` does not use."""
+    rule = HALTING_RULES[name]
+    if not rule.default_threshold:
+        raise ValueError(f"exit_threshold={threshold!r} means nothing to exit={name!r}; leave it out")
+    remedy = f"use exit_threshold={rule.default_threshold}"
+    check_number("exit_threshold", threshold, 0, rule.max_threshold, above=True, remedy=remedy)

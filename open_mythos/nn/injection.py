@@ -7,12 +7,13 @@
 | concat   | W [h; e]                        | RMSNorm(y)                         | Huginn, arXiv 2502.05171    |
 | add      | h + e                           | y                                  | ablation                    |
 
-What no loop changes is made once for all of them: `prepare(e)`, which stands for e in both functions, and `get_A()`,
-the decay that they take.
+Two results serve all loops of a call: `prepare(e)`, which takes the place of e in both functions, and `get_A()`, the
+decay that both receive.
 
 Shapes: h, e, y and u are (B, T, D).
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_mythos.config import INJECTIONS, MythosConfig
+from open_mythos.nn.layer_costs import Execution, InjectionCosts, saved_bytes
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.linear import Linear, linear
 from open_mythos.ops.precision import at_least_float32
@@ -58,11 +61,42 @@ def bounded_decay(a: Tensor, b: Tensor) -> Tensor:
     return torch.exp(-torch.exp(_Bounded.apply(exponent)))
 
 
-class LTIInjection(nn.Module):
-    """h' = A*h + B*e + y with A = exp(-exp(log_A + log_dt)) per channel; A = exp(-1) at initialisation."""
+class Injection(nn.Module):
+    """Base class of injections, with the defaults of one without parameters: the block works on h + e.
+
+    Made from the width D. An injection may also have a static `costs(dim)`; without it its costs are measured.
+    """
+
+    normalises_input = False
+    """True if the block's input passes an RMSNorm of its own."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+
+    def get_A(self) -> Tensor | None:
+        """Return the decay of each channel (D,), in at least float32; None where there is none."""
+        return None
+
+    def prepare(self, e: Tensor) -> Tensor:
+        """Return what takes the place of e in every loop of a call."""
+        return e
+
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
+        """Return the block's input u."""
+        return h + e
+
+    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
+        """Return the next state, from the block's output y."""
+        return y
+
+
+class LTIInjection(Injection):
+    """h' = A*h + B*e + y with A = exp(-exp(log_A + log_dt)) per channel; A = exp(-1) at initialisation."""
+
+    normalises_input = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
         self.log_A = nn.Parameter(torch.empty(dim))
         self.log_dt = nn.Parameter(torch.empty(1))
         self.B = nn.Parameter(torch.empty(dim))
@@ -77,25 +111,31 @@ class LTIInjection(nn.Module):
         """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
         return bounded_decay(self.log_A, self.log_dt)
 
-    def prepare(self, e: Tensor) -> Tensor:
-        return e
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        """Return the counts of log_A, log_dt, B and the norm's gain, and the bytes saved for their gradients."""
 
-    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
-        return h + e
+        def saved(execution: Execution) -> float:
+            # The state, and what the norm of the block's input reads.
+            return execution.state_bytes * dim + execution.state_bytes * dim + execution.state_bytes
+
+        return InjectionCosts(
+            vectors=3 * dim + 1, saved_once=lambda execution: execution.state_bytes * dim, saved=saved
+        )
 
     def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         kept = torch.addcmul(at_least_float32(y), decay, at_least_float32(h))
         return torch.addcmul(kept, at_least_float32(self.B), at_least_float32(e)).to(h.dtype)
 
 
-class DiagonalInjection(nn.Module):
+class DiagonalInjection(Injection):
     """The block works on A*h + dt*(B e): A = exp(-dt * exp(A_log)) and dt = softplus(dt_bias) per channel, B a matrix.
 
     Initialised to A = sqrt(1/5) and B the identity. Source: Prairie et al. 2026, arXiv 2604.12946.
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.A_log = nn.Parameter(torch.empty(dim))
         self.dt_bias = nn.Parameter(torch.empty(dim))
         self.B = nn.Parameter(torch.empty(dim, dim))
@@ -116,21 +156,28 @@ class DiagonalInjection(nn.Module):
         log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())
         return bounded_decay(log_dt, self.A_log)
 
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        """Return the counts of B, A_log and dt_bias, and the bytes saved for their gradients."""
+        return InjectionCosts(
+            prepared=dim * dim,
+            vectors=2 * dim,
+            saved_once=lambda execution: 2 * execution.value_bytes * dim,
+            saved=lambda execution: execution.state_bytes * dim,
+        )
+
     def prepare(self, e: Tensor) -> Tensor:
         return F.softplus(at_least_float32(self.dt_bias)) * linear(e, self.B)
 
     def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return torch.addcmul(at_least_float32(e), decay, at_least_float32(h)).to(h.dtype)
 
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
-        return y
 
-
-class ConcatInjection(nn.Module):
+class ConcatInjection(Injection):
     """The block works on W [h; e], and its output is normalised. Source: Geiping et al. 2025, arXiv 2502.05171."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.adapter = Linear(2 * dim, dim)
         self.norm = RMSNorm(dim)
         self.reset_parameters()
@@ -138,8 +185,22 @@ class ConcatInjection(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.adapter.weight, std=math.sqrt(2 / (5 * self.adapter.out_features)))
 
-    def get_A(self) -> None:
-        """There is no decay."""
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        """Return the counts of the adapter's halves and the norm, and the bytes saved for their gradients."""
+
+        def saved(execution: Execution) -> float:
+            # The state, and what the norm behind the block reads.
+            return 2 * execution.value_bytes * dim + execution.state_bytes
+
+        return InjectionCosts(
+            prepared=dim * dim,
+            per_loop=dim * dim,
+            vectors=dim,
+            saved_once=lambda execution: execution.value_bytes * dim,
+            saved=saved,
+            narrows=True,
+        )
 
     def prepare(self, e: Tensor) -> Tensor:
         return linear(e, self.adapter.weight[:, e.shape[-1] :])
@@ -151,29 +212,41 @@ class ConcatInjection(nn.Module):
         return self.norm(y)
 
 
-class AddInjection(nn.Module):
+class AddInjection(Injection):
     """The block works on h + e: the plainest injection, without parameters."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def get_A(self) -> None:
-        """There is no decay."""
-
-    def prepare(self, e: Tensor) -> Tensor:
-        return e
-
-    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
-        return h + e
-
-    def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
-        return y
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        return InjectionCosts()
 
 
-Injection = LTIInjection | DiagonalInjection | ConcatInjection | AddInjection
-INJECTIONS: dict[str, type[Injection]] = {
-    "lti": LTIInjection,
-    "diagonal": DiagonalInjection,
-    "concat": ConcatInjection,
-    "add": AddInjection,
-}
+INJECTIONS.update(lti=LTIInjection, diagonal=DiagonalInjection, concat=ConcatInjection, add=AddInjection)
+
+
+def injection_costs(cfg: MythosConfig) -> InjectionCosts:
+    """Return the costs of the injection; one that states none is built without values, and autograd says what it saves.
+
+    Its matrices then count as used in every loop, and the state as one of the residual stream's dtype.
+    """
+    kind, D = INJECTIONS[cfg.injection], cfg.dim
+    if "costs" in vars(kind):
+        return kind.costs(D)
+    with torch.device("meta"):
+        parameters = list(kind(D).parameters())
+
+    def run(injection: nn.Module, h: Tensor) -> Tensor:
+        assert isinstance(injection, Injection)
+        e, decay = torch.empty_like(h, requires_grad=True), injection.get_A()
+        return injection.after(h, e, injection.before(h, e, decay), decay)
+
+    def saved(execution: Execution) -> float:
+        # So many tokens that what does not depend on them no longer counts.
+        wide = dataclasses.replace(execution, value_bytes=execution.state_bytes)
+        return saved_bytes(lambda: kind(D), run, (1, 1024, D), wide) / 1024
+
+    return InjectionCosts(
+        per_loop=sum(p.numel() for p in parameters if p.ndim > 1),
+        vectors=sum(p.numel() for p in parameters if p.ndim < 2),
+        saved_once=lambda execution: execution.state_bytes * D,
+        saved=saved,
+    )

@@ -7,23 +7,26 @@ Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from open_mythos.config import MythosConfig
-from open_mythos.nn.attention import attend
+from open_mythos.config import MythosConfig, check_latent_heads
+from open_mythos.nn.attention import Attention, attend
 from open_mythos.nn.cache import View
+from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 from open_mythos.ops.batch_invariant import by_rows, invariant
 from open_mythos.ops.linear import Linear
 
 
-class MLAttention(nn.Module):
+class MLAttention(Attention):
     """Causal attention through low-rank queries, keys and values.
 
     Many query tokens expand the latents into keys and values per head. Few of them (decode) instead fold `kv_up` into
     the query and the output and attend in the latent: the same mathematics, and the past is never expanded.
     """
+
+    check = staticmethod(check_latent_heads)
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
@@ -38,9 +41,37 @@ class MLAttention(nn.Module):
         self.wo = Linear(cfg.n_heads * self.v_dim, cfg.dim)
 
     @staticmethod
+    def rope_dim(cfg: MythosConfig) -> int:
+        return cfg.qk_rope_head_dim
+
+    @staticmethod
     def cache_shapes(cfg: MythosConfig) -> list[tuple[int, ...]]:
-        """Shape per token of what is kept: the normed latent, then the rotated key that all heads share."""
+        """Return the shape per token of the cached tensor: the normed latent, then the rotated key of all heads."""
         return [(cfg.kv_lora_rank + cfg.qk_rope_head_dim,)]
+
+    @staticmethod
+    def costs(cfg: MythosConfig) -> LayerCosts:
+        """Return the maps down to the latents, up to the heads and to the output, and the bytes saved for gradients."""
+        D, H, Q, R, P = cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim
+        N, W = cfg.qk_nope_head_dim, cfg.v_head_dim
+        K = N + P
+
+        def saved(execution: Execution, T: int) -> float:
+            w, stat = execution.value_bytes, execution.state_bytes
+            # The latents twice, before the norms, which read views of them, and after.
+            latents = 2 * w * (Q + R + P) + 2 * stat
+            if execution.attends_in_blocks(T):
+                v = out = w * H * W
+            elif W < K:
+                # v is padded to the keys' width; cutting the padding off the result makes a copy.
+                v, out = w * H * K, w * H * (K + W)
+            else:
+                v, out = w * H * (N + W), w * H * W
+            # The layer's input, the latents, q and k, v, the output, and the logarithms of the softmax's sums.
+            return w * D + latents + 2 * w * H * K + v + out + stat * H
+
+        maps = (D, Q, R, P), (Q, H * K), (R, H * (N + W)), (H * W, D)
+        return LayerCosts(maps, saved, Q + R, (H, K, W), decode_heads=(H, R + P, R))
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""

@@ -32,7 +32,7 @@ class RecurrentBlock(nn.Module):
         self.injection: Injection = INJECTIONS[cfg.injection](cfg.dim)
         self.act = ACTHalting(cfg.dim, cfg.max_loop_iters) if cfg.halting == "act" else None
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
-        self.norm = RMSNorm(cfg.dim) if cfg.injection == "lti" else None
+        self.norm = RMSNorm(cfg.dim) if self.injection.normalises_input else None
         self.checkpoint_loops = False
         """Recompute each loop and each outer block in the backward pass instead of keeping their activations."""
         self.compaction: Compaction = "counts"

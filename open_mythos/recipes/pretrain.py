@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from open_mythos.accounting import count_parameters
 from open_mythos.config import MythosConfig
 from open_mythos.tasks import Shards
 from open_mythos.train.config import OptimConfig, ParallelConfig, TrainConfig
@@ -58,8 +57,11 @@ def pretrain(variant: str) -> TrainConfig:
     Ours, and nobody has run them: they are what `mythos plan` starts from. From 10b on the experts are spread over
     ranks, and the rate falls with the square root of the width.
     """
+    from open_mythos.accounting import count_parameters  # needs torch, which the other recipes do without
+
     model = VARIANTS[variant]()
     model = replace(model, vocab_size=max(model.vocab_size, GPT_OSS_VOCAB), max_seq_len=SEQ_LEN)
+
     rows = _ROWS[variant]
     base = mythos_3b_fineweb_edu()
     return replace(

@@ -127,6 +127,25 @@ class TextEstimate(Estimate):
         return "lower" if high < 0 and (means < 0).all() else "undecided"
 
 
+def rank_correlation(a: ArrayLike, b: ArrayLike, within: ArrayLike = 0) -> float:
+    """Compute Spearman's correlation of (N,) and (N,); equal values share their mean rank. NaN if a or b is constant.
+
+    Args:
+        within: levels (N,) of a third quantity. Ranks are then taken less their mean at the same level, which removes
+            an influence of any shape; a straight line through its ranks would leave some.
+    """
+    level = np.unique(np.broadcast_to(within, np.shape(a)), return_inverse=True)[1]
+    rest = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum() - (counts + 1) / 2)[place]
+        rest.append(ranks - (np.bincount(level, ranks) / np.bincount(level))[level])
+    norms = [np.linalg.norm(x) for x in rest]
+    if min(norms) <= 1e-9 * len(level) ** 1.5:
+        return math.nan
+    return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
+
+
 def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy in bits, (B, T), of labels (B, T) under logits (B, T, V)."""
     return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)

@@ -12,13 +12,10 @@ conversation begin with the ids of each shorter one.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from open_mythos.files import inside, read_text
 from open_mythos.tokenization.tokenizer import BPETokenizer, Tokenizer
-
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
@@ -190,23 +187,6 @@ def check_messages(messages: object) -> Sequence[Message]:
 def end_of_turn(tokenizer: Tokenizer) -> int | str:
     """Return what ends an answer, as `stop` of `generate` takes it."""
     return END if tokenizer.eos_id is None else tokenizer.eos_id
-
-
-def reply(
-    model: "OpenMythos",
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    max_new_tokens: int = 64,
-    n_loops: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    seed: int | None = None,
-) -> str:
-    """Return the assistant's next message; the arguments are those of `generate`."""
-    ids, _ = render(messages, tokenizer, reply=True)
-    stop = end_of_turn(tokenizer)
-    out = model.generate(ids, max_new_tokens, n_loops, temperature, top_k, stop=stop, tokenizer=tokenizer, seed=seed)
-    return tokenizer.decode(out[len(ids) :]).split(END)[0]
 
 
 def _marker(role: str, tokenizer: Tokenizer) -> list[int]:

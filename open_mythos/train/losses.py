@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from open_mythos.outputs import TrainOutput
+from open_mythos.model import TrainOutput
 from open_mythos.train.config import LossConfig
 from open_mythos.train.cross_entropy import linear_cross_entropy
 

@@ -1,14 +1,13 @@
 """When answers settle, against slow references."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.per_loop import CHUNK, by_loop, rank_correlation, right_by_loop, rows_right, settled
+from open_mythos.analysis.per_loop import CHUNK, by_loop, right_by_loop, rows_right, settled
 from open_mythos.recipes import load_recipe
 from open_mythos.tasks.task import IGNORE
 
@@ -60,23 +59,3 @@ def test_a_plain_model_has_one_loop() -> None:
     recipe = load_recipe("tiny-addition")
     model = OpenMythos(dataclasses.replace(recipe.model, dim=16, recurrent_layers=0)).eval()
     assert right_by_loop(model, recipe.data.batch(np.random.default_rng(0), 3), 5).shape == (1, 3, recipe.data.seq_len)
-
-
-def test_rank_correlation() -> None:
-    # By hand: ranks (0.5, 0.5, 2, 3) and (0, 1, 2, 3) less their mean 1.5 give 4.5 / sqrt(4.5 * 5).
-    assert rank_correlation([1, 1, 5, 9], [2, 3, 4, 8]) == pytest.approx(math.sqrt(0.9))
-    assert rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
-    assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
-
-
-def test_rank_correlation_within_levels_leaves_nothing_of_them() -> None:
-    rng = np.random.default_rng(0)
-    level = rng.integers(0, 13, 4000)
-    # Both follow the level, and not along a line.
-    a, noise = np.abs(level - 6) + rng.integers(0, 4, 4000), rng.integers(0, 4, 4000)
-    assert rank_correlation(a, np.abs(level - 6) + noise) > 0.5
-    assert rank_correlation(a, np.abs(level - 6) + noise, level) == pytest.approx(0, abs=0.05)
-    assert rank_correlation(a, a + noise, level) > 0.5
-    # By hand: within the first level ranks -0.5, 0.5 and 1, -1, within the second -0.5, 0.5 and -1, 1.
-    assert rank_correlation([1, 2, 3, 4], [3, 1, 2, 4], [0, 0, 1, 1]) == pytest.approx(0)
-    assert math.isnan(rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]))

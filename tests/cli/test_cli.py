@@ -1,11 +1,13 @@
 """The commands as a user types them, in this process; what they print, write and refuse."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from open_mythos.cli import COMMANDS, demo, main
+from open_mythos.cli import COMMANDS, main
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
+
+demo = import_module("open_mythos.cli.demo")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +192,7 @@ def test_demo_writes_what_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Two steps of each recipe: the numbers mean nothing, the path through the demo is whole."""
+    demo = importlib.import_module("open_mythos.cli.demo")  # the package has a function of this name
     monkeypatch.setattr(demo, "load_recipe", lambda name: dataclasses.replace(load_recipe(name), steps=2, batch_size=4))
     monkeypatch.setattr(demo, "EVALUATION_ROWS", 4)
     monkeypatch.setattr(demo, "TEXT_STEPS", 2)

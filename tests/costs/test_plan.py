@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from open_mythos.costs import make_plan
 from open_mythos.costs.depth_distribution import deepest, mean_loops, probabilities
 from open_mythos.costs.flops import hidden_matrices
 from open_mythos.costs.gpus import CARDS
-from open_mythos.costs.memory import Held, peak
-from open_mythos.costs.saved_activations import Path
-from open_mythos.costs.traffic import sent_bytes
+from open_mythos.costs.memory import RankParameters, peak
+from open_mythos.costs.plan import sent_bytes
+from open_mythos.costs.saved_activations import execution_of
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import RECIPES, load_recipe
 from open_mythos.train.config import TrainConfig
@@ -84,12 +84,12 @@ def test_the_deepest_micro_batch_by_enumeration() -> None:
 
 def test_exchanges_worked_out_by_hand() -> None:
     cfg = dataclasses.replace(load_recipe("mythos-1b"), checkpoint_loops=False)
-    counts, path = count_parameters(cfg.model), Path.of(cfg)
+    counts, execution = count_parameters(cfg.model), execution_of(cfg)
     total, routed = counts.total, counts.routed_experts
 
     def sent(gpus: int, **parallel: object) -> dict[str, float]:
         changed = dataclasses.replace(cfg, parallel=ParallelConfig(**parallel))
-        return sent_bytes(changed, path, gpus, 16 * 256, 16 * 256)
+        return sent_bytes(changed, execution, gpus, 16 * 256, 16 * 256)
 
     assert sent(1) == {}
     assert sent(4) == {"all-reduce of gradients": pytest.approx(2 * 4 * total * 3 / 4)}
@@ -108,11 +108,11 @@ def test_shares_add_up_to_the_model() -> None:
     cfg = load_recipe("mythos-3b-fineweb-edu")
     counts = count_parameters(cfg.model)
     for gpus in (8, 64, 512):
-        assert Held.of(cfg, gpus).all * gpus == pytest.approx(counts.total)
+        assert RankParameters.of(cfg, gpus).stored * gpus == pytest.approx(counts.total)
     # Spread experts are held whole by each group of ranks.
     cfg = dataclasses.replace(cfg, parallel=ParallelConfig("fsdp", experts=8))
     rest = counts.total - counts.routed_experts
-    assert Held.of(cfg, 64).all * 64 == pytest.approx(rest + 8 * counts.routed_experts)
+    assert RankParameters.of(cfg, 64).stored * 64 == pytest.approx(rest + 8 * counts.routed_experts)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_less_memory_where_it_should_be() -> None:
 
     def at(**changes: object) -> float:
         changed = dataclasses.replace(cfg, **changes)
-        return peak(changed, Path.of(changed), 8).total
+        return peak(changed, execution_of(changed), 8).total
 
     assert at(checkpoint_loops=True) < at() < at(parallel=ParallelConfig(rows=32))
     assert at(loops=LoopsConfig("poisson", 8, backprop_depth=2)) < at() < at(loops=LoopsConfig("poisson", 8))
@@ -180,7 +180,7 @@ def test_what_cannot_be_is_refused(args: list[str], told: str, capsys: pytest.Ca
     assert told in capsys.readouterr().err
 
 
-def test_a_configuration_file_is_planned(tmp_path: File, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_file_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(load_recipe("ablation-118m").to_yaml())
     assert main(["plan", "--config", str(path), "--gpus", "1", "--json"]) == 0

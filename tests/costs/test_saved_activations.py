@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from open_mythos.config import MythosConfig
-from open_mythos.costs.saved_activations import Path, one_loop
+from open_mythos.costs.saved_activations import one_loop
 from open_mythos.model import OpenMythos
 from open_mythos.nn.cache import KeyValues, Scratch, View
 from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.layer_costs import Execution
 from open_mythos.nn.moe import StackedExperts
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.ops.experts import by_group
@@ -60,7 +61,7 @@ def held_bytes(cfg: MythosConfig, T: int, depth: int, autocast: bool) -> int:
 def test_a_loop_keeps_what_the_formula_says(options: dict, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, autocast, gpu = dataclasses.replace(SMALL, **options), how.startswith("bf16"), how.endswith("GPU")
     T = 512 if how == "float32 in blocks" else 32
-    path = Path("cuda" if gpu else "cpu", autocast, 2 if autocast else 4, 4)
+    execution = Execution("cuda" if gpu else "cpu", autocast, 2 if autocast else 4, 4)
     if gpu:
         monkeypatch.setattr(
             StackedExperts,
@@ -69,11 +70,11 @@ def test_a_loop_keeps_what_the_formula_says(options: dict, how: str, monkeypatch
         )
     monkeypatch.setattr("open_mythos.ops.experts.FEW_PRODUCTS", 0)  # one expert after another, as with many tokens
     got = held_bytes(cfg, T, 3, autocast) - held_bytes(cfg, T, 2, autocast)
-    planned = ROWS * T * one_loop(cfg, path, T).total
+    planned = ROWS * T * one_loop(cfg, execution, T).total
     # What the formulas leave out: rotary tables, one for all rows; rows that pad an expert's; bf16 copies of weights
     # that autocast does not keep for the next loop, and of norms' gains.
-    tables = cfg.recurrent_layers * T * (4 * cfg.rope_dim if cfg.attn_type == "mla" else 8 * cfg.head_dim)
-    padding = 8 * cfg.n_experts * 2 * cfg.expert_dim * path.value_bytes * cfg.recurrent_layers
+    tables = cfg.recurrent_layers * T * (4 * cfg.qk_rope_head_dim if cfg.attn_type == "mla" else 8 * cfg.head_dim)
+    padding = 8 * cfg.n_experts * 2 * cfg.expert_dim * execution.value_bytes * cfg.recurrent_layers
     copies = 0
     if autocast:
         copies = 2 * (cfg.dim**2 * (cfg.injection == "concat") + cfg.dim * cfg.lora_rank)

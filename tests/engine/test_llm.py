@@ -8,7 +8,8 @@ import torch
 
 from open_mythos import LLM, OpenMythos, SamplingParams
 from open_mythos.engine.engine import Engine, EngineConfig
-from open_mythos.tokenization.chat_template import BadMessages, reply
+from open_mythos.generation.generate import reply
+from open_mythos.tokenization.chat_template import BadMessages
 from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import scaled, tiny
 
@@ -159,7 +160,7 @@ def test_progress_goes_to_stderr(llm: LLM, capsys: pytest.CaptureFixture) -> Non
 def test_refusals_leave_nothing_behind(llm: LLM, prompts: Any, params: Any, error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         llm.generate(prompts, params, progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_a_loaded_model_has_its_device(model: OpenMythos) -> None:
@@ -176,7 +177,7 @@ def test_nan_is_an_error_with_a_remedy(model: OpenMythos) -> None:
     llm = LLM(broken, ByteTokenizer())
     with pytest.raises(FloatingPointError, match="use earlier weights, or float32"):
         llm.generate(["a", "b"], GREEDY, progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], SamplingParams(max_tokens=40), progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_a_machine_without_invariant_products_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

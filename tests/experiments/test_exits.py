@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.per_loop import rank_correlation
 from open_mythos.experiments import exits
 from open_mythos.experiments.exits_report import choices, exits_report, follows
 from open_mythos.nn.halting import ACT
+from open_mythos.reports.stats import rank_correlation
 from open_mythos.tasks import Addition, Brackets
 from open_mythos.tasks.brackets import SYMBOLS
 from open_mythos.tasks.task import IGNORE
@@ -64,7 +64,7 @@ def test_dealt_act_at_its_own_depths_is_act() -> None:
         model.recurrent.act.halt.weight.normal_()
         ids = exits.questions(Addition(2, 3), 20, 0)[0].input_ids
         own = model(ids, 5, exit=ACT(model.recurrent.act, 0.7), trace=True)
-        dealt = model(ids, 5, exit=exits.DealtACT(model.recurrent.act, own.exit_loop + 1), trace=True)
+        dealt = model(ids, 5, exit=exits.GivenDepthsACT(model.recurrent.act, own.exit_loop + 1), trace=True)
     assert len(own.exit_loop.unique()) > 2
     assert torch.equal(dealt.exit_loop, own.exit_loop)
     torch.testing.assert_close(dealt.logits, own.logits)

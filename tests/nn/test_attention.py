@@ -89,7 +89,7 @@ def test_values_and_gradients(changes: dict, T: int, padded: bool) -> None:
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         attn = build(cfg, dtype)
         x = torch.randn(B, T, cfg.dim, dtype=dtype, requires_grad=True)
-        view = make_view((B, T), cfg.rope_dim, cfg.rope_theta, dtype, x.device, mask)
+        view = make_view((B, T), attn.rope_dim(cfg), cfg.rope_theta, dtype, x.device, mask)
         out = attn(x, view, 0)
         wanted = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.bool()
         expected = naive(attn.double(), cfg, x.double(), view.positions, seen)

@@ -13,6 +13,7 @@ from tests.models import random_ids, scaled, tiny, worst
 NAMES = ("fixed", "act", "latent_diff", "second_difference", "kl")
 THRESHOLDS = {"fixed": None, "act": 0.9, "latent_diff": 0.6, "second_difference": 0.7, "kl": 0.2}
 V = 11
+CFG = tiny(vocab_size=V)
 
 
 def path(n_loops: int, B: int, T: int, D: int) -> Tensor:
@@ -95,9 +96,7 @@ def test_rules_are_the_plain_ones(name: str, min_loops: int) -> None:
     n_loops = torch.tensor([9, 4, 1])
     states, p = path(9, B, T, D), torch.rand(9, B, T) * 0.6
     probe = states @ torch.randn(D, V).double()
-    rule = (
-        make_rule(name, THRESHOLDS[name], min_loops, V, None, 0.9) if name != "act" else ACT(Given(p), 0.9, min_loops)
-    )
+    rule = make_rule(name, THRESHOLDS[name], min_loops, CFG, None) if name != "act" else ACT(Given(p), 0.9, min_loops)
     loops, _ = drive(rule, states, n_loops, probe)
     for b in range(B):
         for t in range(T):
@@ -114,7 +113,7 @@ def test_state_can_be_indexed_by_rows(name: str) -> None:
     act = ACTHalting(5, 4).double()
     nn.init.normal_(act.halt.weight)
     states, probe = path(6, 4, 7, 5), torch.randn(7, 4, 7, V).double()
-    rule = make_rule(name, THRESHOLDS[name], 1, V, act, 0.9)
+    rule = make_rule(name, THRESHOLDS[name], 1, CFG, act)
     n_loops, rows = torch.tensor([6, 3, 5, 2]), torch.tensor([2, 0])
     full = rule.init(states[0], n_loops)
     for t in range(3):
@@ -214,7 +213,7 @@ def test_halting_is_wide() -> None:
 
 
 def test_kl_needs_its_probe() -> None:
-    rule = make_rule("kl", None, 1, V, None, 0.9)
+    rule = make_rule("kl", None, 1, CFG, None)
     h = torch.zeros(1, 1, 5)
     with pytest.raises(ValueError, match="probe"):
         rule.update(rule.init(h, torch.tensor([3])), h, h, torch.tensor([0]))

@@ -51,7 +51,7 @@ def test_a_whole_model_sees_distances_only(attn_type: str) -> None:
         model = scaled(cfg).to(torch.bfloat16).to(dtype)
         view = model.make_view((1, 7))
         moved = model.make_view((1, 7))
-        rope = rotary_table(view.positions + 40, cfg.rope_dim, cfg.rope_theta, dtype)
+        rope = rotary_table(view.positions + 40, 2 * view.rope[0].shape[-1], cfg.rope_theta, dtype)
         moved = type(moved)(**{**moved.__dict__, "positions": view.positions + 40, "rope": rope})
         assert worst(model.encode(ids, moved), model.encode(ids, view)) < tolerance
     assert not [name for name in model.state_dict() if "rope" in name or "freq" in name or "cos" in name]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.reports.stats import Estimate, TextEstimate, bootstrap, over_seeds, token_bits
+from open_mythos.reports.stats import Estimate, TextEstimate, bootstrap, over_seeds, rank_correlation, token_bits
 
 
 def test_bits_of_tokens() -> None:
@@ -69,3 +69,23 @@ def test_a_verdict_needs_the_interval_and_every_seed() -> None:
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
     assert low < mean < high and mean == pytest.approx(noise[0].mean())
     assert one.between(".2f") == f"{low:.2f} to {high:.2f}"
+
+
+def test_rank_correlation() -> None:
+    # By hand: ranks (0.5, 0.5, 2, 3) and (0, 1, 2, 3) less their mean 1.5 give 4.5 / sqrt(4.5 * 5).
+    assert rank_correlation([1, 1, 5, 9], [2, 3, 4, 8]) == pytest.approx(math.sqrt(0.9))
+    assert rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+
+
+def test_rank_correlation_within_levels_leaves_nothing_of_them() -> None:
+    rng = np.random.default_rng(0)
+    level = rng.integers(0, 13, 4000)
+    # Both follow the level, and not along a line.
+    a, noise = np.abs(level - 6) + rng.integers(0, 4, 4000), rng.integers(0, 4, 4000)
+    assert rank_correlation(a, np.abs(level - 6) + noise) > 0.5
+    assert rank_correlation(a, np.abs(level - 6) + noise, level) == pytest.approx(0, abs=0.05)
+    assert rank_correlation(a, a + noise, level) > 0.5
+    # By hand: within the first level ranks -0.5, 0.5 and 1, -1, within the second -0.5, 0.5 and -1, 1.
+    assert rank_correlation([1, 2, 3, 4], [3, 1, 2, 4], [0, 0, 1, 1]) == pytest.approx(0)
+    assert math.isnan(rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]))

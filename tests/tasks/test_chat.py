@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from open_mythos.cli import main
+from open_mythos.generation.generate import reply
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Chat
 from open_mythos.tasks.task import IGNORE
-from open_mythos.tokenization.chat_template import render, reply
+from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from open_mythos.train.config import TrainConfig
 

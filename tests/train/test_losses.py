@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos.outputs import TrainOutput
+from open_mythos.model import TrainOutput
 from open_mythos.tasks.task import IGNORE
 from open_mythos.train.losses import LossConfig, total_loss
 
