@@ -289,7 +289,7 @@ class Study:
         values = self.fill(results)
         parts: list[Part] = []
         for paragraph in self.text("Report").split("\n\n"):
-            image = re.fullmatch(r"!\[(.*)\]\((\w+)\.png\)", paragraph)
+            image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)
             if image:
                 draw = functools.partial(self.figures[image[2]], results)
                 parts.append(Figure(image[2], image[1].format_map(values), draw))
