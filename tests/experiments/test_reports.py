@@ -63,7 +63,7 @@ def shrunk(cfg: TrainConfig) -> TrainConfig:
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("small_text", "adaptive")])
 def test_every_arm_runs_once_and_fills_the_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of every arm and a few questions; small_text and adaptive, which need smaller models, have tests of their own."""
+    """Two steps of every arm and a few questions; the studies of text have small tests of their own."""
     study, grid = load(name), khop.accuracy_grid
     # One distance of the 16 stands for all.
     monkeypatch.setattr(khop, "accuracy_grid", lambda *args: grid(*args[:4], (3,), args[5]) * len(args[4]))
