@@ -217,7 +217,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _Refused(ValueError):
-    """A text that is YAML, and is refused all the same."""
+    """Raised for valid YAML that goes beyond a limit."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ DROPPED = ("freqs_cis", "freqs_cis_mla", "head.weight")
 
 
 def convert_open_mythos_0_5(state_dict: dict[str, Tensor], cfg: MythosConfig) -> dict[str, Tensor]:
-    """Rename and regroup a state dict of open-mythos 0.5.0; every value is kept exactly.
+    """Rename and regroup a state dict of open-mythos 0.5.0; every value stays exact.
 
     The rotary tables are dropped (angles are computed here), the head is the embedding, routed experts are stacked,
     shared experts become one wider feed-forward, and maps of the same input become one product. Load the result into a

@@ -31,7 +31,7 @@ MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "z
 
 
 class Unreadable(Exception):
-    """A file that is no text from here on."""
+    """Raised where a file stops being text."""
 
     def __init__(self, skipped: Skipped) -> None:
         super().__init__(skipped)

@@ -42,7 +42,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Return the text still held back, once no id follows."""
+        """Return the pending text at the end."""
         return self._tokenizer.decode(self._ids)[self._n_shown :]
 
     def _forget(self, text: str) -> None:

@@ -182,7 +182,7 @@ class BPETokenizer(Tokenizer):
         """Train a byte-level BPE with <bos>, <eos> and <pad> as ids 0 to 2; other text comes back exactly.
 
         Args:
-            text: what to train on; short or repetitive text gives fewer tokens than asked for.
+            text: what to train on; short or repetitive text gives fewer tokens than requested.
             vocab_size: at least 259 (256 bytes and three special tokens).
         """
         return BPETokenizer.train([text], vocab_size)
@@ -244,7 +244,7 @@ class BPETokenizer(Tokenizer):
         return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text.
+        """Return the ids of a text.
 
         Raises:
             ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
@@ -292,7 +292,7 @@ class MythosTokenizer(BPETokenizer):
 
 
 def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
-    """Bytes of UTF-8 that a token gives a text which begins with it; none if it is special."""
+    """Return the bytes of UTF-8 that a token adds to a text which begins with it; none if it is special."""
     text = tokenizer.decode([token_id])
     if "\ufffd" not in text:
         return len(text.encode())
