@@ -2,9 +2,9 @@
 
     bits_per_byte(model, tokenizer, [text], n_loops=8).bits_per_byte
 
-Every token of a text is scored once. Windows of `context` tokens advance by half of that, so a token is read with at
-least half a window before it, unless the text begins nearer. A text begins after the tokenizer's end token, as the
-documents of prepared data do; what follows one text in a list does not see it.
+Every token of a text is scored once. Windows of `context` tokens advance by half of that, so at least half a window
+precedes each scored token, unless the text begins nearer. A text begins after the tokenizer's end token, as the
+documents of prepared data do; the texts of a list do not see each other.
 
 Shapes: B windows, T tokens of a window, V vocabulary.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
@@ -27,14 +27,14 @@ from open_mythos.ops.precision import at_least_float32
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 LOGITS = 2**24
-"""Logits of one call, at most, where a single window does not already have more: 64 MiB in float32."""
+"""Most logits of one call, unless a single window has more: 64 MiB in float32."""
 Windows = list[tuple[Tensor, int]]
-"""A window's ids, one more than the model reads, and how many of its last ones are scored."""
+"""Ids of each window, one more than the model reads, and how many of the last ones are scored."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """Of one model at one number of loops, over all tokens of the texts."""
+    """Score of one model at one number of loops, over all tokens of the texts."""
 
     n_loops: int
     nats: float
@@ -53,7 +53,7 @@ class TextScore:
 
 
 def cut(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, n_scored) of each window: what it reads, and how many of its last predictions it scores."""
+    """Yield (start, end, n_scored) of each window: the tokens it reads, and how many of its last predictions count."""
     scored = 0
     while scored < n_tokens:
         end = min(scored + (context if scored == 0 else max(1, context // 2)), n_tokens)
@@ -62,7 +62,7 @@ def cut(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 def windows(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Windows:
-    """The windows of all texts, the longest first, so that those of a call are of about one length.
+    """Cut all texts into windows, the longest first, so that those of a call are of about the same length.
 
     Raises:
         ValueError: the texts are empty, `context` is below 1, or the tokenizer has no end token to begin after.
@@ -133,11 +133,8 @@ def bits_per_byte(
 
 
 def _padded(batch: Windows) -> tuple[Tensor, Tensor]:
-    """ids (B, T + 1), filled up on the right, which nothing before it sees; and which of (B, T) predictions count."""
-    width = len(batch[0][0])
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    scored = torch.zeros(len(batch), width - 1, dtype=torch.bool)
-    for row, (window, n) in enumerate(batch):
-        ids[row, : len(window)] = window
-        scored[row, len(window) - 1 - n : len(window) - 1] = True
-    return ids, scored
+    """Return ids (B, T + 1), padded on the right, and the predictions (B, T) that count; none of them sees padding."""
+    ids = nn.utils.rnn.pad_sequence([window for window, _ in batch], batch_first=True)
+    ends, counts = torch.tensor([(len(window) - 1, n) for window, n in batch])[..., None].unbind(1)
+    at = torch.arange(ids.shape[1] - 1)
+    return ids, (at < ends) & (at >= ends - counts)

@@ -15,13 +15,13 @@ from open_mythos.data.documents import cut_into_units, find_files, read_document
 from open_mythos.data.records import Reading
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.evals.bits_per_byte import bits_per_byte, windows
+from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
 from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.nn.inputs import check_n_loops
 from open_mythos.reports.figures import Curve, draw_curves, require_matplotlib
 from open_mythos.reports.terminal import ProgressLine, table
-from open_mythos.tokenization.tokenizer import load_tokenizer
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 RESULTS_FILE, FIGURE = "eval.json", "bits_per_byte"
 MAX_DOCUMENT_BYTES = 2**30
@@ -66,21 +66,8 @@ def evaluate_files(
         check_n_loops(n, cfg)
     texts, skipped = read_texts(text, column)
     context = (trained_context(folder) or cfg.max_seq_len) if context is None else context
-    # A window costs about as much as it has loops, plus the layers around the loop.
-    around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
-    total = len(windows(tokenizer, texts, context)) * sum(n + around for n in n_loops)
-    scores, n_tokens, began = [], 0, time.perf_counter()
-    with ProgressLine(total, "eval", progress, stderr=True, unit="") as line:
-        for n in n_loops:
-
-            def advance(windows: int, tokens: int, loss: float, n: int = n) -> None:
-                nonlocal n_tokens
-                n_tokens += tokens
-                numbers = {"loss": loss, "tokens/s": n_tokens / (time.perf_counter() - began)}
-                line.advance(numbers, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
-
-            how = {"exit": exit, "exit_threshold": exit_threshold, "context": context, "advance": advance}
-            scores.append(bits_per_byte(model, tokenizer, texts, n if cfg.recurrent_layers else None, **how))
+    how = {"context": context, "exit": exit, "exit_threshold": exit_threshold}
+    scores = _score(model, tokenizer, texts, n_loops, progress, **how)
     best = min(score.bits_per_byte for score in scores)
     results = {
         "model": str(folder),
@@ -90,9 +77,7 @@ def evaluate_files(
         "skipped_places": list(skipped.lines()),
         "bytes": scores[0].n_bytes,
         "tokens": scores[0].n_tokens,
-        "context": context,
-        "exit": exit,
-        "exit_threshold": exit_threshold,
+        **how,
         "dtype": dtype,
         "scores": [
             {
@@ -113,6 +98,29 @@ def evaluate_files(
     for ending in (".png", ".svg"):
         draw_curves({title: [curve]}, out / (FIGURE + ending), ("loops", "bits per byte"), ticks=curve.xs, log="x")
     return results
+
+
+def _score(
+    model: OpenMythos, tokenizer: Tokenizer, texts: list[str], n_loops: Sequence[int], progress: bool, **how: Any
+) -> list[TextScore]:
+    """Score the texts at each number of loops, and show how far that is."""
+    cfg = model.cfg
+    # A window costs about as much as it has loops, plus the layers around the loop.
+    around = (cfg.prelude_layers + cfg.coda_layers) / max(1, cfg.recurrent_layers)
+    total = len(windows(tokenizer, texts, how["context"])) * sum(n + around for n in n_loops)
+    scores, n_tokens, began = [], 0, time.perf_counter()
+    with ProgressLine(total, "eval", progress, stderr=True, unit="") as line:
+        for n in n_loops:
+
+            def advance(windows: int, tokens: int, loss: float, n: int = n) -> None:
+                nonlocal n_tokens
+                n_tokens += tokens
+                numbers = {"loss": loss, "tokens/s": n_tokens / (time.perf_counter() - began)}
+                line.advance(numbers, windows * (n + around), f"eval at {n} loop{'s' * (n > 1)}")
+
+            depth = n if cfg.recurrent_layers else None
+            scores.append(bits_per_byte(model, tokenizer, texts, depth, advance=advance, **how))
+    return scores
 
 
 def trained_context(folder: Path) -> int | None:

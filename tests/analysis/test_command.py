@@ -31,19 +31,21 @@ def analysis(out: Path) -> dict[str, Any]:
     return json.loads((out / "analysis.json").read_text("utf-8"), parse_constant=refuse)
 
 
-def test_text_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A model with every part switched on: latent attention, experts, ACT."""
+def test_text_with_experts(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with every part switched on: latent attention, experts, ACT; and a user's own section."""
+    monkeypatch.setitem(SECTIONS, "mine", lambda subject: analyze_report.Section("My own", "It runs.", {"n": 7}))
     folder, out = folder_of(scaled(tiny(vocab_size=259, attn_type="mla")), tmp_path / "model"), tmp_path / "out"
     prompts = ["--prompt", "She had been | forced", "into prudence in her youth"]
     assert main(["analyze", folder, *prompts, "--loops", "9", "--out", str(out), *CPU]) == 0
     found = analysis(out)
     assert list(found["results"]) == list(SECTIONS)
     assert bytes(found["prompts"][1]) == b"prudence in her youth"
+    assert found["results"]["mine"] == {"n": 7}
     assert found["results"]["sweep"]["loops"] == list(range(1, 10))
     assert len(found["results"]["routing"]["changed"]) == 3
     assert sum(found["results"]["fixed_point"]["shares"].values()) == pytest.approx(1)
     printed = capsys.readouterr().out
-    assert "Read-out lens" in printed and "Experts by loop" in printed
+    assert "Read-out lens" in printed and "My own\nIt runs." in printed and "Experts by loop" in printed
     html = (out / "report.html").read_text("utf-8")
     for name in ("sweep", "ranks", "steps", "attenuation", "swap", "experts", "candidates"):
         assert (out / f"{name}.png").stat().st_size and (out / f"{name}.svg").stat().st_size
