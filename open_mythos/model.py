@@ -21,26 +21,17 @@ from open_mythos.checks import check_int, check_number
 from open_mythos.config import MythosConfig
 from open_mythos.generation.generate import GenerationMixin
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
-from open_mythos.nn.cache import KVCache, View, make_view
-from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.depth import LoopPlan, check_n_loops, check_plan
 from open_mythos.nn.halting import HaltingRule, make_rule
 from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.initial_state import initial_state
-from open_mythos.nn.inputs import (
-    check_documents,
-    check_generator,
-    check_ids,
-    check_load,
-    check_mask,
-    check_n_loops,
-    check_plan,
-    check_room,
-    refuse_unknown,
-)
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.initial_state import check_generator, initial_state
+from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
+from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
-from open_mythos.nn.static_cache import StaticKVCache, make_static_view
+from open_mythos.nn.static_cache import StaticKVCache
+from open_mythos.nn.view import View
 from open_mythos.ops.linear import Linear, autocasts, linear
 
 
@@ -159,8 +150,6 @@ class OpenMythos(GenerationMixin):
         """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
         check_documents(documents, shape, cache)
         dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
-        if isinstance(cache, StaticKVCache):
-            return make_static_view(shape, dim, theta, cache, attention_mask)
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
 
     def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None, static: bool = False) -> KVCache:
@@ -233,7 +222,7 @@ class OpenMythos(GenerationMixin):
         check_mask(input_ids, attention_mask)
         check_room(input_ids, cache, self.cfg, self.dtype, self.device)
         check_generator(generator)
-        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, cache)
+        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, None if cache is None else cache.n_loops)
         if plan is not None:
             others = {
                 "n_loops": n_loops,

@@ -7,8 +7,8 @@ from open_mythos.checks import check_int
 from open_mythos.config import MythosConfig
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
-from open_mythos.nn.inputs import check_n_loops
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 Rules = WeakValueDictionary[Hashable, HaltingRule]

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig, check_grouped_heads
-from open_mythos.nn.cache import View
 from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.nn.view import View
 from open_mythos.ops.causal_attention import CausalAttention, takes_blocks
 from open_mythos.ops.linear import Linear
 

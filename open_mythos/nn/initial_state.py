@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from open_mythos.nn.cache import KVCache, View
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.view import View
 
 NOISE_STD = math.sqrt(2 / 5)
 """Standard deviation of the noise. Source: Geiping et al. 2025, arXiv 2502.05171."""
@@ -58,3 +59,9 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse a generator that is none of torch's."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r} must be a torch.Generator; use torch.Generator().manual_seed(0)")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig, check_latent_heads
 from open_mythos.nn.attention import Attention, attend
-from open_mythos.nn.cache import View
 from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.nn.view import View
 from open_mythos.ops.batch_invariant import by_rows, invariant
 from open_mythos.ops.linear import Linear
 
@@ -141,4 +141,4 @@ def _per_head(view: View, n_heads: int) -> View:
         mask = torch.ones(T, T, dtype=torch.bool, device=view.positions.device).tril()[None, None]
     if mask is not None:
         mask = mask.repeat_interleave(n_heads, dim=2)
-    return dataclasses.replace(view, mask=mask, is_causal=False, starts=None)
+    return dataclasses.replace(view, mask=mask, starts=None)

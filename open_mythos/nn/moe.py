@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from open_mythos.config import MythosConfig
-from open_mythos.nn.cache import View
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.token_dispatch import dispatch_and_combine
+from open_mythos.nn.view import View
 from open_mythos.ops.experts import ExpertWeights, routed_experts
 from open_mythos.ops.linear import Linear, autocasts
 from open_mythos.ops.precision import float32_linear
@@ -120,3 +120,17 @@ class StackedExperts(nn.Module):
                 x, chosen, gates, len(self.gate_up), self.group, partial(routed_experts, weights=weights)
             )
         return routed_experts(x, chosen, gates, weights)
+
+
+def check_load(tokens_per_expert: Tensor, cfg: MythosConfig) -> None:
+    """Refuse counts without a row for each block of the core and a column for each expert."""
+    if not isinstance(tokens_per_expert, Tensor):
+        raise TypeError(
+            f"tokens_per_expert must be a tensor, not {type(tokens_per_expert).__name__}; pass that of a TrainOutput"
+        )
+    shape = (cfg.recurrent_layers, cfg.n_experts)
+    if tuple(tokens_per_expert.shape) != shape:
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, but (recurrent_layers, n_experts) is "
+            f"{shape}; pass that of a TrainOutput"
+        )
