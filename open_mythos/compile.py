@@ -71,7 +71,7 @@ def _compile_stages(model: Any, backend: str) -> None:
 
 
 def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """A stage, compiled for calls that bring one token per row to a static cache, and as it is for others."""
+    """Compile a stage for calls that bring one token per row to a static cache; other calls run as before."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     compiled = torch.compile(  # ty: ignore[no-matching-overload] (two options are missing in torch's overloads)

@@ -51,7 +51,7 @@ class LoopTrace:
 
 @dataclass
 class TrainOutput:
-    """What a training step needs of one forward pass. Logits are made when they are first asked for, and then kept."""
+    """The outputs of a forward pass in training. Logits are computed when they are first used, and stored."""
 
     hidden: Tensor
     """(B, T, D), what the head reads: after coda and norm, in the dtype of the head's product."""
@@ -147,13 +147,13 @@ class OpenMythos(GenerationMixin):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
     ) -> View:
-        """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
+        """Return the view of a call with `shape` = (B, T) new tokens: positions, masks, angles and the store of keys."""
         check_documents(documents, shape, cache)
         dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
 
     def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None, static: bool = False) -> KVCache:
-        """An empty, preallocated key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
+        """Make an empty key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
 
         With `static`, a `StaticKVCache`: calls at fixed depth that a CUDA graph can capture, each of which reads all
         `max_len` slots.
@@ -255,7 +255,7 @@ class OpenMythos(GenerationMixin):
         trace: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
-        """What `forward` does once its arguments are checked: logits, and what the loop left besides."""
+        """Compute `forward` from checked arguments; return logits and the result of the loop."""
         result = self._loop(input_ids, view, depth, rule, cache, generator, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
@@ -280,7 +280,7 @@ class OpenMythos(GenerationMixin):
         return self.recurrent(h, e, view, depth, rule, self._probe, trace)
 
     def exit_rule(self, exit: str | HaltingRule | None, threshold: float | None = None) -> HaltingRule | None:
-        """The rule object that `exit` and `exit_threshold` of a call mean; None: the model's own halting."""
+        """Return the rule for `exit` and `exit_threshold` of a call; None: the model's own halting."""
         if exit is None:
             if threshold is not None:
                 raise ValueError(
@@ -387,5 +387,5 @@ class OpenMythos(GenerationMixin):
         return self.recurrent
 
     def _probe(self, h: Tensor) -> Tensor:
-        """The prediction read off a state, (B, T, D) -> (B, T, V), without the coda: it sees one token and no cache."""
+        """Predict from a state without the coda, (B, T, D) -> (B, T, V): this sees one token and no cache."""
         return self.head(self.norm(h))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from open_mythos.nn.view import KeyValues, Selection, View
+from open_mythos.nn.view import KeyValues, View
 
 
 @dataclass
@@ -56,11 +56,12 @@ def like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
-def _rows(x: Tensor, at: Selection | None) -> Tensor:
-    """Return the selection's rows of x (B, ...), without a copy where they are neighbours."""
-    if at is None or isinstance(at.rows, slice):
-        return x if at is None else x[at.rows]
-    return x.index_select(0, at.rows)
+def _values(store: Tensor, level: int | Tensor, rows: slice | Tensor, slots: slice) -> Tensor:
+    """Return a level's values (B, S, ...) in some rows and slots of a store (L, B, S, ...)."""
+    if isinstance(level, int) and isinstance(rows, Tensor):
+        # Three times as fast on a CPU as indexing with both.
+        return store[level, :, slots].index_select(0, rows)
+    return store[level, rows, slots]
 
 
 class KVCache:
@@ -104,25 +105,19 @@ class KVCache:
         return sum(x[0, 0, 0].nbytes for layer in layers for x in self.layers[layer])
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
+        at, level, below = view.selection, view.lockstep or 0, (view.lockstep or 0) - 1
+        rows = slice(None) if at is None else at.rows
         if view.loop_index is not None and view.lockstep is None:
-            return self._write_at(view.loop_index, layer, new, view)
-        level, at = view.lockstep or 0, view.selection
+            # Whole rows that are at loops of their own.
+            level, below = view.loop_index, (view.loop_index - 1).clamp(min=0)
+            rows = torch.arange(self.batch_size, device=self.device)
         fresh = slice(self.length, self.length + (new[0].shape[1] if at is None else at.n_new))
         for store, x in zip(self.layers[layer], new, strict=True):
-            if view.active is not None and level:
-                x = _overwrite(_rows(store[level - 1, :, fresh], at), x, view)
-            store[level, slice(None) if at is None else at.rows, fresh] = x
-        return tuple(_rows(store[level, :, : fresh.stop], at) for store in self.layers[layer])
-
-    def _write_at(self, level: Tensor, layer: int, new: KeyValues, view: View) -> KeyValues:
-        """Write for whole rows that are at loops of their own, (B,) int64."""
-        rows, end = torch.arange(self.batch_size, device=new[0].device), self.length + new[0].shape[1]
-        for store, x in zip(self.layers[layer], new, strict=True):
-            if view.active is not None:
-                before = store[(level - 1).clamp(min=0), rows, self.length : end]
-                x = torch.where(like(view.active, x), x, before)
-            store[level, rows, self.length : end] = x.to(store.dtype)
-        return tuple(store[level, rows, :end] for store in self.layers[layer])
+            # A token that has exited writes what the level below has of it: fill-forward, level by level.
+            if view.active is not None and view.lockstep != 0:
+                x = _overwrite(_values(store, below, rows, fresh), x, view)
+            store[level, rows, fresh] = x.to(store.dtype)
+        return tuple(_values(store, level, rows, slice(0, fresh.stop)) for store in self.layers[layer])
 
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
         """Let the new tokens' last written level, `n_done - 1`, stand for every deeper one, in all rows or some."""

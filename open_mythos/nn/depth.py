@@ -1,4 +1,4 @@
-"""What tells one loop from another: how many each row runs (`LoopPlan`), and the parts that see the loop's index.
+"""Depth: how many loops each row runs (`LoopPlan`), and the parts that see the index of a loop.
 
 Shapes: B rows, T tokens, D width, R rank.
 """
@@ -16,7 +16,7 @@ from open_mythos.ops.linear import Linear, linear
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """How deep each row of a training batch goes. The trainer draws it; the model only follows.
+    """The depth of each row of a training batch. The trainer draws it; the model only follows.
 
     Rows are right-aligned: with T = max(depths), a row of depth d joins at tick T - d. So every row is inside the
     window of the last `n_grad` ticks, and a row that has not joined costs nothing.
@@ -88,7 +88,7 @@ def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, trace: bool
 
 
 def loop_index_embedding(h: Tensor, loop_index: Tensor | int, loop_dim: int, theta: float = 10000.0) -> Tensor:
-    """h plus the sines, then cosines, of loop_index * theta^(-2i/loop_dim) in its first `loop_dim` channels.
+    """Add the sines, then cosines, of loop_index * theta^(-2i/loop_dim) to the first `loop_dim` channels of h.
 
     Args:
         h: (B, T, D).
@@ -101,6 +101,7 @@ def loop_index_embedding(h: Tensor, loop_index: Tensor | int, loop_dim: int, the
 def loop_embeddings(index: Tensor, h: Tensor, loop_dim: int, theta: float = 10000.0) -> Tensor:
     """Return what `loop_index_embedding` adds at each index: (N,) -> (N, D), in at least float32."""
     dtype = torch.promote_types(h.dtype, torch.float32)
+    # The frequencies of the sinusoidal position encoding (Vaswani et al. 2017), with the loop in place of the position.
     frequency = theta ** (-torch.arange(0, loop_dim, 2, device=h.device, dtype=dtype) / loop_dim)
     angle = index[:, None].to(dtype) * frequency
     waves = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :loop_dim]
@@ -127,7 +128,7 @@ class LoRAAdapter(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor, loop_index: Tensor | int) -> Tensor:
-        """x (B, T, D), loop_index (B,) int64 or one int -> (B, T, D)."""
+        """Compute x (B, T, D), loop_index (B,) int64 or one int -> (B, T, D)."""
         last = self.scale.num_embeddings - 1
         if isinstance(loop_index, int):
             scale = self.scale.weight[min(loop_index, last)]

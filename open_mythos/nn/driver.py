@@ -25,8 +25,8 @@ Compaction = Literal["counts", "always", "never"]
 """When tokens that have exited leave the computation; see `RecurrentBlock.compaction`."""
 Loop = Callable[[Tensor, Tensor, Tensor, View], Tensor]
 """loop(h, e, loop_index, view) -> the next h"""
-Advance = Callable[[Rows, State, Tensor, Tensor, View, Exit], tuple[Rows, State, Tensor | None]]
-"""advance(rows, state, e, loop_index, view, exit) -> what `after_loop` returns; a loop and its end in one piece"""
+Advance = Callable[[Rows, State, Tensor, Tensor, View, Exit], tuple[Rows, State, Tensor, Tensor | None]]
+"""advance(rows, state, e, loop_index, view, exit) -> what `Exit.apply` returns; a loop and its end in one piece"""
 
 
 @dataclass
@@ -47,19 +47,6 @@ class RecurrentOutput:
     """(L, B, T, D), the state after each loop; only with trace."""
     halt_weight: Tensor | None = None
     """(L, B, T), the weight of each state in `out`; only with trace."""
-
-
-def after_loop(
-    exit: Exit, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None
-) -> tuple[Rows, State, Tensor | None]:
-    """Apply the exit and count loops; return rows and the rule's state, and the weight of `h_new` if it has one."""
-    was_active = rows["active"]
-    rows, state, exit_mask, weight = exit.apply(rows, state, h_new, loop_index, active)
-    rows["loops"] = rows["loops"] + was_active
-    rows["active"] = ~exit_mask if active is None else was_active & ~exit_mask
-    if weight is not None:
-        rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
-    return rows, state, weight
 
 
 @dataclass
@@ -105,7 +92,7 @@ class LoopDriver:
         self.rows: Rows = {}
         self.state: State = {}
         self.row_ids: list[int] = []
-        """The rows of the call that are in `rows`."""
+        """Rows of the call that are in `rows`, by their index in it."""
         self.n_active: list[int] | None = []
         """Tokens in the loop, of each row in `rows`; None: not counted yet."""
         self.n_joined = 0
@@ -164,11 +151,14 @@ class LoopDriver:
                     self._run_empty_loop()
                 return
             self._compact(tick)
+        # 1. What this loop computes: rows count their loops down, so that all end at the last tick.
         h = self.rows["h"]
         view, e, n_loops = self.current
         loop_index, active = n_loops - (self.n_ticks - tick), self._active()
         last = tick + 1 == self.n_ticks
-        exit = Exit(self.rule, self.probe, last)  # all rows end at the same tick
+        # All rows end at the same tick. Only a rule with a probe gains from that; others would need another graph.
+        exit = Exit(self.rule, self.probe, last and self.rule.needs_probe)
+        # 2. The loop, then its exits.
         if self.static is not None and self.adaptive:
             # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
             active = self.rows["active"] if self.rows["active"].numel() > 1 or self.in_graph else None
@@ -185,7 +175,7 @@ class LoopDriver:
             if log:
                 self.routers.append(log)
             if self.adaptive:
-                self._store(*after_loop(exit, self.rows, self.state, h_new, loop_index, active), last)
+                self._store(*exit.apply(self.rows, self.state, h_new, loop_index, active), last)
             else:
                 self.rows["h"] = h_new
         if self.trace:
@@ -219,11 +209,10 @@ class LoopDriver:
         everyone = whole and self.n_active is not None and min(self.n_active, default=n_tokens) == n_tokens
         return self.rows["active"] if self.adaptive and not everyone else None
 
-    def _store(self, rows: Rows, state: State, weight: Tensor | None, last: bool) -> None:
+    def _store(self, rows: Rows, state: State, exit_mask: Tensor, weight: Tensor | None, last: bool) -> None:
         """Take over the results of a loop."""
         if self.trace:
-            exits = self.rows["active"] & ~rows["active"]
-            weight = exits.to(rows["h"].dtype) if weight is None else weight
+            weight = exit_mask.to(rows["h"].dtype) if weight is None else weight
             none = weight.new_zeros(self.view.positions.shape)
             self.weights.append(weight if self.selection is None else self.selection.put(none, weight))
         self.rows, self.state = rows, state

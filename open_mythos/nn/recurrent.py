@@ -12,7 +12,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_embeddings
-from open_mythos.nn.driver import Compaction, LoopDriver, RecurrentOutput, after_loop
+from open_mythos.nn.driver import Compaction, LoopDriver, RecurrentOutput
 from open_mythos.nn.halting import ACT, ACTHalting, Exit, Fixed, HaltingRule, Probe, Rows, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.moe import MoEFFN
@@ -44,23 +44,23 @@ class RecurrentBlock(nn.Module):
 
     @property
     def blocks(self) -> list[TransformerBlock]:
-        """The core's blocks, whether there is one or several."""
+        """Blocks of the core as a list, also when there is only one."""
         return list(self.block) if isinstance(self.block, nn.ModuleList) else [self.block]  # ty: ignore[invalid-explicit-return]
 
     @property
     def layers(self) -> range:
-        """The places of the core's blocks in a store of keys and values."""
+        """Indices of the core's blocks in a store of keys and values."""
         return range(self.cfg.prelude_layers, self.cfg.prelude_layers + self.cfg.recurrent_layers)
 
     @property
     def rule(self) -> HaltingRule:
-        """The model's own halting."""
+        """Halting rule of the model itself."""
         if self.act is None:
             return Fixed(self.cfg.min_loops)
         return ACT(self.act, self.cfg.act_threshold, self.cfg.min_loops)
 
     def loop(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
-        """One loop: h' = after(h, e, y), y = core(u) + lora(core(u)), u = before(h + loop embedding, e).
+        """Compute one loop: h' = after(h, e, y), y = core(u) + lora(core(u)), u = before(h + loop embedding, e).
 
         Args:
             h: (B, T, D), the state.
@@ -72,6 +72,7 @@ class RecurrentBlock(nn.Module):
         last = self.cfg.max_loop_iters - 1
         # A compiler would make a graph for each value of an int.
         index = loop_index.clamp(max=last) if is_traced() or view.lockstep is None else min(view.lockstep, last)
+        # 1. Tell the block which loop this is, and inject the prelude's output.
         u = h
         if shared.loop_embeddings is not None:
             embedding = shared.loop_embeddings[index]
@@ -79,18 +80,20 @@ class RecurrentBlock(nn.Module):
         u = self.injection.before(u, e, shared.decay)
         if self.norm is not None:
             u = self.norm(u)
+        # 2. The core, and a low-rank change of it for each loop.
         for i, block in enumerate(self.blocks):
             u = block(u, view, self.cfg.prelude_layers + i)
         if self.lora is not None:
             u = u + self.lora(u, index)
+        # 3. The next state.
         return self.injection.after(h, e, u, shared.decay)
 
     def advance(
         self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit
-    ) -> tuple[Rows, State, Tensor | None]:
+    ) -> tuple[Rows, State, Tensor, Tensor | None]:
         """Run a loop and decide after it, in one piece for a compiler; see `Exit.apply`."""
         h_new = self.loop(rows["h"], e, loop_index, view)
-        return after_loop(exit, rows, state, h_new, loop_index, view.active)
+        return exit.apply(rows, state, h_new, loop_index, view.active)
 
     def constants(self, h: Tensor) -> LoopConstants:
         """Return the tensors that the loops of a call on states like `h` share."""
@@ -99,6 +102,7 @@ class RecurrentBlock(nn.Module):
             every = torch.arange(self.cfg.max_loop_iters, device=h.device)
             embeddings = loop_embeddings(every, h, self.cfg.dim // 8)
         experts = {}
+        # Autocast would convert the experts' weights again in every loop.
         if autocasts(h):
             ffns = zip(self.layers, (block.ffn for block in self.blocks), strict=True)
             experts = {layer: ffn.experts.weights(h) for layer, ffn in ffns if isinstance(ffn, MoEFFN)}
@@ -114,7 +118,7 @@ class RecurrentBlock(nn.Module):
         probe: Probe | None = None,
         trace: bool = False,
     ) -> RecurrentOutput:
-        """Loop until every token has exited.
+        """Run the loop until every token has exited.
 
         Args:
             h: (B, T, D), the state before the first loop.

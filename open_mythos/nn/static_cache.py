@@ -15,7 +15,7 @@ from open_mythos.nn.view import KeyValues, View
 
 
 class StaticKVCache(KVCache):
-    """A `KVCache` that counts on the device: tokens are written at a position held in a tensor, and attention reads
+    """A `KVCache` that counts on the device: a tensor has the position at which tokens are written, and attention reads
     every slot under a mask. At fixed depth a call waits for nothing, and can be captured and replayed. With a rule that
     exits, tokens that are done stay in the computation until the last one is.
 
@@ -28,7 +28,7 @@ class StaticKVCache(KVCache):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
-        """The number of slots in use."""
+        """Number of slots in use, (1,) int64."""
         self._levels: dict[int, list[KeyValues]] = {}
 
     @classmethod
@@ -43,6 +43,7 @@ class StaticKVCache(KVCache):
         """Return one loop's level of the cache. `n_exited`: new tokens of each row, if some of them may have exited."""
         below: list[KeyValues] = []
         if n_exited:
+            # A token that has exited writes again what the level below has of it: fill-forward.
             slots = self._new_slots(n_exited)
             below = [tuple(x.index_select(1, slots) for x in stored) for stored in self._stored(max(level - 1, 0))]
         return StaticLevel(self._stored(level), below, self.cursor)
@@ -75,6 +76,7 @@ class StaticKVCache(KVCache):
 
     def advance(self, n_tokens: int, valid: Tensor | None) -> None:
         new = torch.ones_like(self.valid[:, :n_tokens]) if valid is None else valid
+        # The device counts for graphs, the host for ordinary calls.
         self.valid.index_copy_(1, self._new_slots(n_tokens), new)
         self.n_valid += new.sum(1)
         self.cursor += n_tokens
@@ -109,6 +111,7 @@ class StaticLevel:
         if view.active is not None:
             active = view.active
             new = tuple(torch.where(like(active, x), x, old) for x, old in zip(new, self.below[layer], strict=True))
+        # In place: a captured graph writes to the same memory whenever it is replayed.
         for store, x in zip(self.stored[layer], new, strict=True):
             store.index_copy_(1, slots, x)
         return self.stored[layer]

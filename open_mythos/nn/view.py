@@ -1,4 +1,4 @@
-"""The view of a call: what the layers need to know of it besides their input, and the store of its keys and values.
+"""The view of a call: positions, masks and the store of keys and values, for layers that see their input alone.
 
 Shapes: B rows, T new tokens, S key slots (earlier tokens, then the new ones), D width, K rotary width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from open_mythos.ops.experts import ExpertWeights
 
 KeyValues = tuple[Tensor, ...]
-"""What an attention stores per token, each (B, S, ...): `gqa` keys and values, `mla` a latent with its rotary key."""
+"""Tensors that an attention stores, each (B, S, ...): `gqa` keys and values, `mla` a latent with its rotary key."""
 RouterLog = list[tuple[Tensor, Tensor]]
 """One entry for each mixture of experts: the sum of squared log-sum-exp, and the tokens per expert."""
 
@@ -95,7 +95,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class View:
-    """What the layers of one call need to know of it. Immutable: each loop gets a copy made by `at_loop`."""
+    """Positions, masks and the store of one call, for its layers. Immutable: `at_loop` makes a copy for each loop."""
 
     store: KVStore
     positions: Tensor
@@ -134,7 +134,7 @@ class View:
 
     @property
     def tokens(self) -> TokenStore | None:
-        """The store, if rows are single tokens of sequences with pasts of their own; there is no mask then."""
+        """Store of an engine's call, whose rows are single tokens of sequences with pasts of their own; else None."""
         return cast(TokenStore, self.store) if self.store.attends else None
 
     def at_loop(
@@ -169,6 +169,7 @@ class View:
                 return x
             return selection.pick(x.expand(B, *x.shape[1:]))
 
+        # A mask is (B, 1, T, S): with queries first it is picked like any other tensor of tokens.
         by_query = None if mask is None else pick(mask.transpose(1, 2))
         cos, sin = self.rope
         return dataclasses.replace(
