@@ -147,7 +147,7 @@ class OpenMythos(GenerationMixin):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
     ) -> View:
-        """Return the view of a call with `shape` = (B, T) new tokens: positions, masks, angles and the store of keys."""
+        """Return the view of a call with `shape` = (B, T) new tokens: positions, masks, angles and the store."""
         check_documents(documents, shape, cache)
         dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)

@@ -130,9 +130,9 @@ class LoopDriver:
             loops = torch.zeros_like(active, dtype=torch.int64)
             rows |= {"active": active, "loops": loops, "n_loops": self.n_loops[new]}
             if self.rule.weighted:
-                # Sums of many small weights: at least float32.
-                sums = torch.zeros_like(at_least_float32(h[new]))
-                rows |= {"out": sums, "ponder_cost": torch.zeros_like(sums[..., 0])}
+                # Sums of many small weights: at least float32. Contiguous, whatever h is: one graph serves all loops.
+                sums = at_least_float32(h[new])
+                rows |= {"out": sums.new_zeros(sums.shape), "ponder_cost": sums.new_zeros(sums.shape[:2])}
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)
         self.parked = _extend(self.parked, rows) if self.parked else {}
