@@ -65,7 +65,7 @@ class InfoArgs:
 def info(rest: list[str]) -> None:
     """count a model's parameters, FLOPs per token, cache and memory"""
     args = read(InfoArgs, "mythos info", rest)
-    from open_mythos.costs.info import print_info
+    from open_mythos.costs.tables import print_info
 
     if args.tokenizer is not None:
         if args.vocab_size is not None:
