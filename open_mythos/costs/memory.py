@@ -9,7 +9,7 @@ With fsdp the recurrent block, an outer layer and the embedding are whole at onc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from open_mythos.accounting import count_parameters, shared_width
+from open_mythos.accounting import count_parameters
 from open_mythos.costs.depth_distribution import deepest
 from open_mythos.costs.flops import hidden_matrices, matrix_sizes
 from open_mythos.costs.saved_activations import (
@@ -152,14 +152,14 @@ class _Step:
             again, again_outer = loop, outer
             saved_loop = SavedBytes(keys_and_values(model, self.execution), stream=s * model.dim) * tokens
             saved_outer = tokens * s * model.dim
-        coda = self.readouts * (model.coda_layers * saved_outer + tokens * before_head(model, self.execution).total)
+        coda = self.readouts * (model.coda_layers * saved_outer + tokens * before_head(model, self.execution))
         # The states of all loops, and what the coda makes of them.
         coda += (self.readouts - 1) * tokens * 2 * s * model.dim
-        prelude = model.prelude_layers * saved_outer + tokens * (8 + around_loop(model, self.execution).total)
+        prelude = model.prelude_layers * saved_outer + tokens * (8 + around_loop(model, self.execution))
 
         # Working memory: gradients of gate, up and their product, that product and silu again; states of the stream.
         dense, stream = 5 * w * tokens, 3 * s * model.dim * tokens
-        inner = shared_width(model) if model.n_experts else dense_width(model, recurrent=True)
+        inner = dense_width(model, recurrent=True)
         all_loops = saved_loop * self.ticks
         yield self._moment("the loss", all_loops, prelude + coda, self.loss_working)
         working = dense * dense_width(model, recurrent=False) + stream
