@@ -8,7 +8,7 @@ EXPERIMENTS: dict[str, Any] = {
     "parity": "open_mythos.experiments.parity:EXPERIMENT",
     "brackets": "open_mythos.experiments.brackets:EXPERIMENT",
     "verify": "open_mythos.experiments.verify:EXPERIMENT",
-    "exits": "open_mythos.experiments.exits:EXPERIMENT",
+    "exits": "open_mythos.experiments.exits:STUDY",
     "loop_roles": "open_mythos.experiments.loop_roles:EXPERIMENT",
     "adaptive": "open_mythos.experiments.adaptive:STUDY",
     "small_text": "open_mythos.experiments.small_text:EXPERIMENT",

@@ -29,7 +29,7 @@ from open_mythos.model import OpenMythos
 from open_mythos.reports.document import Figure, Part, Report, write_record
 from open_mythos.reports.figures import Curve, require_matplotlib
 from open_mythos.reports.stats import Estimate, over_seeds
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.final import find_problem
 from open_mythos.train.trainer import Trainer
@@ -65,10 +65,10 @@ class Lab:
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
         if find_problem(final) is not None:
-            keeping = Keeping(max(1, cfg.steps // 10), 1)
+            checkpoint = CheckpointConfig(max(1, cfg.steps // 10), 1)
             began, before = time.process_time(), self.cpu_s(label)
             try:
-                Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+                Trainer(cfg, folder, device="cpu", threads=self.threads, checkpoint=checkpoint, resume=True).run()
             finally:
                 if folder.exists():
                     write_text(folder / "cpu_s", f"{before + time.process_time() - began:.1f}\n")
@@ -289,7 +289,7 @@ class Study:
         values = self.fill(results)
         parts: list[Part] = []
         for paragraph in self.text("Report").split("\n\n"):
-            image = re.fullmatch(r"!\[(.*)\]\((\w+)\.png\)", paragraph)
+            image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)
             if image:
                 draw = functools.partial(self.figures[image[2]], results)
                 parts.append(Figure(image[2], image[1].format_map(values), draw))

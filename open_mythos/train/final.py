@@ -9,7 +9,7 @@ from torch import Tensor
 
 from open_mythos import model_folder as weights
 from open_mythos.config import MythosConfig
-from open_mythos.files import make_folder, naming, to_disk
+from open_mythos.files import make_folder, to_disk, writing
 from open_mythos.model import OpenMythos
 from open_mythos.tokenization.chat_template import save_template
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ def save_model_folder(
     if partial.exists():
         shutil.rmtree(partial)
     make_folder(partial)
-    with naming(folder):
+    with writing(folder):
         weights.save(partial, cfg, state)
         tokenizer.save(partial)
         if knows_turns:
@@ -66,7 +66,7 @@ def set_aside(folder: Path, steps: int) -> None:
             f"{folder} cannot be used ({problem}); it is now {aside}, and is made again from the newest checkpoint",
             stacklevel=2,
         )
-    with naming(aside):
+    with writing(aside):
         if aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside)
         else:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from open_mythos.files import make_folder, naming
+from open_mythos.files import make_folder, writing
 
 LOCK_FILE = "run.lock"
 BEAT_S = 5.0
@@ -114,7 +114,7 @@ class RunLock:
         now = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         started, place = _start_of(os.getpid()) or "", _place(path.parent)
         holder = Holder(self._token, socket.gethostname(), os.getpid(), started, place, now)
-        with naming(path):
+        with writing(path):
             try:
                 file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,13 @@ from open_mythos.nn.depth import LoopPlan
 from open_mythos.reports.terminal import ProgressLine
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE
-from open_mythos.train.checkpoint import Checkpoints, Keeping, optimizer_pieces, read_state, restore_optimizer
+from open_mythos.train.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    optimizer_shards,
+    read_state,
+    restore_optimizer,
+)
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.distributed import World
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
@@ -36,9 +42,9 @@ from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
 from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
-from open_mythos.train.sharding import Spread
+from open_mythos.train.sharding import ShardedModel
 from open_mythos.train.step_guard import Guard
-from open_mythos.train.tensor_shards import Piece, Stored
+from open_mythos.train.tensor_shards import ShardReader, TensorShard
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
@@ -57,7 +63,7 @@ class Trainer:
         cfg: the run.
         out_dir: made if absent; refused if it already holds a run, unless `resume`.
         progress: whether to show the live line in a terminal.
-        keeping: when to save checkpoints.
+        checkpoint: when to save checkpoints, and which to keep.
         resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
         workers: processes that make batches ahead of time; 0: none.
         trackers: get what metrics.jsonl gets; see `make_trackers`.
@@ -65,7 +71,7 @@ class Trainer:
     Raises:
         ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
             data cannot be read. Nothing is written then.
-        RankFailed: the same, in another process of the run.
+        RankFailed: the processes of the run have different configurations, options or data.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Trainer:
         device: Device = "auto",
         threads: int | None = None,
         progress: bool = True,
-        keeping: Keeping | None = None,
+        checkpoint: CheckpointConfig | None = None,
         resume: bool = False,
         workers: int = 0,
         trackers: Sequence[Tracker] = (),
@@ -84,23 +90,23 @@ class Trainer:
         self.cfg = cfg
         self.trackers = trackers
         self.out_dir = Path(out_dir)
-        self.keeping = keeping or Keeping()
         self.device = setup_device(device, threads)
         self.world = World(self.device, cfg.parallel)
-        with self._answering():
+        with self.world.reporting():
             # Before the first of the calls in which processes wait for each other.
-            options = repr((self.keeping, resume))
+            checkpoint = checkpoint or CheckpointConfig()
+            options = repr((checkpoint, resume))
             self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
             check_int("workers", workers, 0)
             self.world.check_fit(cfg.parallel, cfg.batch_size)
             self.progress = progress
-            self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, self.keeping, self.world, self._describe)
+            self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, checkpoint, self.world, self._describe)
             self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, self.world, resume)
             self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
             self.world.agree({"data": _hash(repr(self.digests).encode())})
             self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
-            self.spread = Spread(cfg, self.world, self.device)
-            self.model = self.spread.model
+            self.sharded = ShardedModel(cfg, self.world, self.device)
+            self.model = self.sharded.model
             self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
             self.optimizers = build_optimizers(self.model, cfg.optim)
             self.guard = Guard(cfg.guard, scaled=cfg.dtype == "float16")
@@ -112,7 +118,7 @@ class Trainer:
                 place = self._restore(self.folder.newest)
                 self.folder.tell_of_more_steps(self.steps_done)
             elif cfg.init_from is not None:
-                self.spread.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
+                self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
             self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
             if self.steps_done < cfg.steps:
                 verify_data(cfg.data, self._tell)
@@ -136,13 +142,12 @@ class Trainer:
             FloatingPointError: steps had to be left out again and again, or a weight that is to be saved is not finite.
             ValueError: another trainer has the folder, or has changed it since this one was made.
             Interrupted: a signal ended the run.
-            RankFailed: another process has failed.
+            RankFailed: the processes differ in a step or in its depths.
         """
         final = self.folder.final
-        with contextlib.ExitStack() as stack, self._answering():
-            if self.folder.is_done:
-                self.world.leave()
-                return final
+        if self.folder.is_done:
+            return final
+        with self.world.reporting(), contextlib.ExitStack() as stack:
             stack.enter_context(signals_into(self._signalled))
             metrics = tracking = None
             if self.world.is_first:
@@ -152,8 +157,7 @@ class Trainer:
                 run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics))
                 tracking = Tracking(self.trackers, run)
                 self.folder.begin(self.steps_done)
-            # The other processes of the run know by then if one has failed, so a save in progress has an end.
-            stack.callback(self.checkpoints.join)
+            stack.enter_context(self.checkpoints)
             shown = self.progress and self.world.is_first
             with (
                 MetricsWriter(metrics, self.steps_done, tracking) as writer,
@@ -162,7 +166,7 @@ class Trainer:
                 self._loop(writer, line)
             # A signal that comes now changes nothing: there is less left to do than to do again.
             self.checkpoints.wait()
-            state = self.spread.full_state()
+            state = self.sharded.full_state()
             if self.world.is_first:
                 self.folder.lock.check()
                 try:
@@ -170,7 +174,6 @@ class Trainer:
                 except OSError as error:
                     raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
             self.folder.is_done = True
-            self.world.leave()
             return final
 
     def _tell(self, line: str) -> None:
@@ -205,57 +208,39 @@ class Trainer:
                 writer.sync()
                 self._save()
             if stopping and done < cfg.steps:
-                saved = self.checkpoints.wait()
-                self.world.leave()
-                raise Interrupted(done, saved)
-
-    @contextlib.contextmanager
-    def _answering(self) -> Generator[None]:
-        """Tell the other processes of what goes wrong inside, and name what went wrong first in any of them."""
-        try:
-            yield
-        except Interrupted:
-            raise
-        except BaseException as error:
-            named = self.world.fail(error)
-            if named is error or not isinstance(error, Exception):
-                raise
-            raise named from error
-
-    def _held(self) -> dict[Tensor, tuple[str, Piece]]:
-        return {p: (name, self.spread.piece(p)) for name, p in self.model.named_parameters()}
+                raise Interrupted(done, self.checkpoints.wait())
 
     def _describe(self, folder: Path) -> None:
-        """What a checkpoint holds besides tensors and numbers, so that it can stand alone."""
+        """Write the files of a checkpoint besides tensors and numbers, so that it can stand alone."""
         (folder / CONFIG_FILE).write_text(self.cfg.to_yaml(), "utf-8")
         self.tokenizer.save(folder)
 
     def _save(self) -> None:
         # Between logged steps nothing else looks; and weights that are lost must not push good ones out.
-        groups = {"model": self.spread.pieces()}
-        for name, piece in groups["model"].items():
-            if not piece.local.isfinite().all():
+        groups = {"model": self.sharded.shards()}
+        for name, shard in groups["model"].items():
+            if not shard.local.isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}, so nothing is saved; lower optim.lr or "
                     "lengthen schedule.warmup_steps"
                 )
-        held = self._held()
+        parameters = self.sharded.named_shards()
         for i, optimizer in enumerate(self.optimizers):
-            groups[f"optimizer{i}"] = optimizer_pieces(optimizer, held)
+            groups[f"optimizer{i}"] = optimizer_shards(optimizer, parameters)
         if self.loader.place is not None:
-            groups["data"] = {"place": Piece(self.loader.place, self.rows.start, self.cfg.batch_size)}
+            groups["data"] = {"place": TensorShard(self.loader.place, self.rows.start, self.cfg.batch_size)}
         self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state(), "data": self.digests})
 
     def _restore(self, folder: Path) -> Tensor | None:
         """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
         # Whatever is random in a step is made from the seed, the step and the row, so there is no more state than this.
-        stored, state, held = Stored(folder), read_state(folder), self._held()
+        reader, state, parameters = ShardReader(folder), read_state(folder), self.sharded.named_shards()
         self.steps_done = state["step"]
         self.guard.restore(state["guard"])
-        self.spread.restore(stored)
+        self.sharded.restore(reader)
         for i, optimizer in enumerate(self.optimizers):
-            restore_optimizer(optimizer, held, stored, f"optimizer{i}")
-        return stored.read("data", "place", self.rows.start, len(self.rows)) if stored.names("data") else None
+            restore_optimizer(optimizer, parameters, reader, f"optimizer{i}")
+        return reader.read("data", "place", self.rows.start, len(self.rows)) if reader.names("data") else None
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
@@ -263,8 +248,8 @@ class Trainer:
         The trainer reads the device once, to know whether loss and gradient allow the step. (Exits and spread experts
         read it in every loop.)
         """
-        cfg, batch = self.cfg, self.loader.get(step)
-        depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
+        cfg, data = self.cfg, self.loader.get(step)
+        batch, depths = data.batch, data.depths
         # Before the first of the calls in which processes wait for each other.
         n_labels = self.world.agree(
             {"step": step, "depths": _hash(depths.tobytes())}, int((batch.labels != IGNORE).sum())
@@ -289,9 +274,9 @@ class Trainer:
             )
             ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
             documents = None if part.documents is None else self._on_device(part.documents)
-            with self.spread.accumulate(last):
+            with self.sharded.accumulate(last):
                 with self._autocast():
-                    out = self.spread.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
+                    out = self.sharded.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
                 loss, parts = total_loss(out, labels, cfg.losses, share)
                 # Processes' gradients are averaged, and each process's loss is a share of the whole.
                 (loss * (self.world.size * self.guard.scale)).backward()
@@ -333,8 +318,8 @@ class Trainer:
 
     def _update(self, step: int, sums: dict[str, Tensor]) -> tuple[Metrics, bool]:
         """Sum over the processes, and take the step if the guard allows it; the step's numbers, and whether it did."""
-        self.spread.reduce_experts()
-        gradients = self.spread.gradients()
+        self.sharded.reduce_experts()
+        gradients = self.sharded.gradients()
         grads = [g for g, _ in gradients]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         squares = torch.stack(torch._foreach_norm(grads)).to(wide).square()
