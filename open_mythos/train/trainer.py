@@ -9,9 +9,11 @@ gives the same weights bit for bit. Elsewhere sums may round differently.
 import contextlib
 import dataclasses
 import hashlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,15 +35,13 @@ from open_mythos.train.checkpoint import (
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.distributed import World
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
-from open_mythos.train.final import save_model_folder
 from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
-from open_mythos.train.interrupts import Interrupted, signals_into
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
-from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
+from open_mythos.train.run_folder import CHECKPOINTS, RunFolder, save_model_folder
 from open_mythos.train.sharding import ShardedModel
 from open_mythos.train.step_guard import Guard
 from open_mythos.train.tensor_shards import ShardReader, TensorShard
@@ -51,6 +51,14 @@ Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
 
 SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}  # what the live line has room for
+
+
+class Interrupted(Exception):
+    """A signal has ended a run."""
+
+    def __init__(self, steps_done: int, saved: bool) -> None:
+        state = "saved" if saved else "which could not be saved"
+        super().__init__(f"stopped after step {steps_done}, {state}; go on with the same command and --resume")
 
 
 class Trainer:
@@ -116,7 +124,7 @@ class Trainer:
             place = None
             if self.folder.newest is not None:
                 place = self._restore(self.folder.newest)
-                self.folder.tell_of_more_steps(self.steps_done)
+                self.folder.warn_of_more_steps(self.steps_done)
             elif cfg.init_from is not None:
                 self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
             self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
@@ -148,7 +156,7 @@ class Trainer:
         if self.folder.is_done:
             return final
         with self.world.reporting(), contextlib.ExitStack() as stack:
-            stack.enter_context(signals_into(self._signalled))
+            stack.enter_context(_signals_into(self._signalled))
             metrics = tracking = None
             if self.world.is_first:
                 stack.callback(self.folder.lock.release)
@@ -376,6 +384,19 @@ class Trainer:
         if self.cfg.dtype not in ("bfloat16", "float16"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.cfg.dtype))
+
+
+@contextlib.contextmanager
+def _signals_into(seen: list[int]) -> Generator[None]:
+    """Put SIGTERM and SIGINT into `seen` instead of letting them end the process; in the main thread only."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _hash(value: bytes) -> int:
