@@ -31,7 +31,7 @@ from open_mythos.extras import DISTRIBUTION
 from open_mythos.files import FileError
 
 EXIT_BROKEN_PIPE = 1
-"""Exit status when nobody reads the output any more, which is that of rich."""
+"""Exit status when nobody reads the output any more, the same as rich's."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _flags(options: type) -> dict[str, str]:
-    """The flags of a command, with those of a run's configuration where it takes them."""
+    """Return the flags of a command, with those of a run's configuration where it takes them."""
     if options not in (TrainArgs, PlanArgs):
         return flags(options)
     from open_mythos.train.config import TrainConfig
@@ -100,7 +100,7 @@ class Command(NamedTuple):
     """A command and its options."""
 
     run: Callable[[list[str]], None]
-    """Its docstring is the line of `mythos --help`."""
+    """Runs the command; its docstring is the line of `mythos --help`."""
     options: type
 
 

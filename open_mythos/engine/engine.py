@@ -15,11 +15,12 @@ from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.model_runner import ModelRunner
 from open_mythos.engine.paged_kv_cache import PagedKVCache
 from open_mythos.engine.readout_policy import StepCosts
-from open_mythos.engine.request_checks import Rules, check_request, depth_of, encode_prompt
+from open_mythos.engine.request_checks import Rules, check_request, depth_of
 from open_mythos.engine.sampler import SampledToken, SamplerState, log_probabilities, sample_batch
 from open_mythos.engine.scheduler import Refill, Scheduler
 from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.engine.structured_outputs import Grammars
+from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed
