@@ -1,5 +1,6 @@
-"""`python -m benchmarks`: run cases, keep what they found, and write the report."""
+"""`python -m benchmarks`: run cases, store what they found, and write the pages."""
 
+import fnmatch
 import signal
 import sys
 import time
@@ -13,65 +14,95 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import machine
-from benchmarks.bench import Bench, Settings
-from benchmarks.cases import CASES, Case
+from benchmarks.case import Case, Results, commit, plain, source
+from benchmarks.cases import CASES, PAGES, engine, exits, pairs
+from benchmarks.client import ROOT
+from benchmarks.harness import Bench, Settings
 from benchmarks.report import write_report
-from benchmarks.results import Results, commit, plain, source
+
+AGAINST = (pairs.pair, exits.exits, engine.policies)
+"""Measures of one timed task, which another checkout can run too."""
 
 
 @dataclass
 class Args:
-    """Time this package against its peers and the machine's limits, each pair in turns, and write the report."""
+    """Time this package against its peers and the machine's limits, each pair in turns, and write the pages."""
 
     cases: tuple[str, ...] = ()
-    """Names of cases, with spaces or commas between; none: all."""
-    out: Path = Path("docs/results/performance")
-    """Folder for results.json and figures; the report stands beside it, under the folder's name."""
+    """Names of cases, with spaces or commas between, or patterns such as 'engine_*'; none: all."""
+    out: Path = Path("docs/results")
+    """Folder of the pages; each has a folder of its name beside it, with results.json and the figures."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     """Threads of each worker; one worker computes at a time."""
+    against: Path | None = None
+    """Folder of another checkout of this package: time its side of the cases against this one, on a page `against`."""
     quick: bool = False
     """Few repetitions: shows that everything runs, and gives no figure to quote."""
     fresh: bool = False
-    """Measure again what the folder already holds from the same code."""
+    """Measure again what the folder already has from the same code."""
     list: bool = False
     """Only name the cases."""
     report: bool = False
-    """Only write the report again, from what the folder holds."""
+    """Only write the pages again, from what the folder has."""
 
 
 def main(args: Args) -> int:
-    """The exit status: 1 if a case failed."""
+    """Return the exit status: 1 if a case failed."""
     console = Console()
-    args = replace(args, cases=tuple(name for given in args.cases for name in given.split(",")))
+    chosen = _chosen(args)
     if args.list:
-        for case in CASES.values():
+        for case in chosen:
             console.print(f"{case.name:28} {case.title}", highlight=False)
         return 0
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown:
-        raise SystemExit(f"--cases {unknown[0]} is no case; use some of {', '.join(CASES)}")
     if sys.platform != "linux":
         raise SystemExit("benchmarks read memory and load from /proc; run them on Linux")
     if args.threads < 1:
         raise SystemExit(f"--threads {args.threads} must be at least 1; use --threads 1")
-    results = Results(args.out)
-    if not args.report:
-        run(args, results, console)
-    console.print(f"Wrote {write_report(results, args.out)}.", highlight=False)
-    return int(any(case["error"] for case in results.data["cases"].values()))
+    failed = False
+    for page in ("against",) if args.against else PAGES:
+        cases = [case for case in chosen if args.against or case.page == page]
+        results = Results(args.out / page)
+        if cases and not args.report:
+            run(args, cases, results, console)
+        if cases and (results.data["cases"] or not args.report):
+            console.print(f"Wrote {write_report(results, args.out / page)}.", highlight=False)
+            failed |= any(case["error"] for case in results.data["cases"].values())
+    return int(failed)
 
 
-def run(args: Args, results: Results, console: Console) -> None:
+def _chosen(args: Args) -> list[Case]:
+    """Find the cases that are asked for."""
+    chosen: dict[str, Case] = {} if args.cases else dict(CASES)
+    for pattern in (name for given in args.cases for name in given.split(",")):
+        names = fnmatch.filter(CASES, pattern)
+        if not names:
+            raise SystemExit(f"--cases {pattern} is no case; use some of {', '.join(CASES)}")
+        chosen |= {name: CASES[name] for name in names}
+    found = [case for name, case in CASES.items() if name in chosen]
+    if args.against is None:
+        return found
+    if not (args.against / "open_mythos" / "__init__.py").exists():
+        raise SystemExit(f"--against {args.against} has no open_mythos in it; use the root of a checkout")
+    usable = [case for case in found if case.measure in AGAINST]
+    if args.cases and len(usable) < len(found):
+        other = next(case.name for case in found if case not in usable)
+        raise SystemExit(f"--cases {other} has no side of another checkout; leave it out, or leave out --against")
+    return [replace(case, measure=pairs.checkout) for case in usable]
+
+
+def run(args: Args, cases: list[Case], results: Results, console: Console) -> None:
     """Measure what is not there yet."""
     # Workers and weights of gigabytes are then cleared away, as after ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    settings = Settings(args.device, args.threads, args.quick)
+    against = str(args.against.resolve()) if args.against else ""
+    settings = Settings(args.device, args.threads, args.quick, against)
     described = machine.describe()
     made_by = {"source": source(), **asdict(settings), **{name: described[name] for name in machine.DECISIVE}}
-    wanted = [CASES[name] for name in args.cases or CASES]
-    todo = [case for case in wanted if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
-    console.print(f"{len(todo)} cases to measure, {len(wanted) - len(todo)} already there", highlight=False)
+    # No absolute path goes into a record.
+    made_by["against"] = commit(against) if against else ""
+    todo = [case for case in cases if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
+    console.print(f"{len(todo)} cases to measure, {len(cases) - len(todo)} already there", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         whole = progress.add_task("all", total=len(todo))
@@ -93,19 +124,19 @@ def run(args: Args, results: Results, console: Console) -> None:
 
 
 def planned(case: Case) -> dict[str, Any]:
-    """What a record says of the case itself; a case that was changed is measured again."""
+    """Return what a record says of the case itself; a case that was changed is measured again."""
     return {"title": case.title, "protocol": case.protocol}
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
-    """The case's record; a failure is one, too, and leaves no figure."""
+    """Return the case's record; a failure is one, too, and leaves no figure."""
     started, load = time.time(), machine.load()
     record: dict[str, Any] = {"error": None}
     try:
-        record |= plain(case.run(bench))
+        record |= plain(case.measure(case, bench))
     except Exception as error:
         traceback.print_exc()
-        record["error"] = f"{type(error).__name__}: {error}"
+        record["error"] = f"{type(error).__name__}: {error}".replace(f"{ROOT}/", "")
     return record | {
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "seconds": time.time() - started,

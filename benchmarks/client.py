@@ -22,13 +22,17 @@ class WorkerError(RuntimeError):
 
 
 class Client:
-    """A worker process, which lives until the `with` block ends."""
+    """A worker process, which lives until the `with` block ends.
+
+    Args:
+        side: a module of `benchmarks.sides`; "SIDE@FOLDER" imports open_mythos from that checkout instead of this one.
+    """
 
     def __init__(self, side: str, threads: int) -> None:
         if side in NEEDS:
             install(NEEDS[side])
         self.side = side
-        # A file, not a pipe: nobody reads it while the worker runs, and a full pipe would stop the worker.
+        # A file, not a pipe: nobody empties it while the worker runs, and a full pipe would stop the worker.
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", side, str(threads)],
@@ -53,7 +57,7 @@ class Client:
                     stream.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """One request.
+        """Send one request and return its answer.
 
         Raises:
             WorkerError: with the worker's message, or the end of what it printed if it died.
@@ -76,5 +80,5 @@ class Client:
         return reply["answer"]
 
     def prepare(self, id: str, job: Job) -> dict[str, Any]:
-        """Build the job's model and inputs."""
+        """Build the job's model and inputs, and return what the report says of them."""
         return self.ask("prepare", id=id, job=job.to_dict())

@@ -8,7 +8,7 @@ from torch import Tensor
 FORWARD_LIMIT = 1e-5
 GRADIENT_LIMIT = 1e-4
 GRADIENT = "gradient."
-"""What the names of gradients begin with among a task's outputs."""
+"""Prefix of the names of gradients among a task's outputs."""
 LOOPS = "loops"
 
 
@@ -29,7 +29,7 @@ class Agreement:
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Agreement:
-    """Hold our outputs against the reference's.
+    """Compare our outputs with the reference's.
 
     Raises:
         Different: a tensor is missing or of another shape, an error is above its limit, tokens or loops differ, or a
@@ -58,7 +58,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Agreement:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest difference over the reference's largest value; inf if a value is not finite."""
+    """Return the largest difference over the reference's largest value; inf if a value is not finite."""
     if not (torch.isfinite(value).all() and torch.isfinite(reference).all()):
         return float("inf")
     scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)

@@ -6,12 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """One side of a comparison. Sent to the worker as JSON."""
+    """A task on a model. It travels to the worker as JSON."""
 
-    side: str
-    """ours, open_mythos_0_5, transformers or limits."""
     task: str
-    """A name of the table in `tasks`, or of the side's own measurements."""
+    """Name in the table of `benchmarks.tasks`, or of the side's own tasks."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of MythosConfig (those of 0.5.0), or for transformers the class and the fields of its configuration."""
     rows: int = 1
@@ -24,18 +22,18 @@ class Job:
     checkpoint: bool = False
     """Recompute each loop in the backward pass (ours alone can)."""
     compiled: bool = False
-    """Run compiled, a whole training step or a token's decoding (ours alone can)."""
+    """Compile a whole training step, or the decoding of a token (ours alone can)."""
     halt_at: int = 0
     """The loop, counted from 1, in which every token halts, on both sides; 0: the last one of the call. So all loops
     run and the weights of the states sum to 1, which 0.5.0 ensures only for tokens that reach the threshold."""
     seed: int = 0
     device: str = "cpu"
     load: str = ""
-    """A safetensors file in the layout of open-mythos 0.5.0 to take the weights from; empty: the side's own."""
+    """A safetensors file in the layout of open-mythos 0.5.0 to take the weights from; empty: made from the seed."""
     save: str = ""
     """Where to write the weights in that layout; only open_mythos_0_5 can."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """What a side's own measurement needs besides."""
+    """Parameters that only this task has."""
 
     @property
     def halting_loop(self) -> int:
@@ -43,9 +41,11 @@ class Job:
         return self.halt_at or max(self.depths, default=self.n_loops)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":
+        """Read what `to_dict` wrote."""
         known: dict[str, Any] = {**values, "depths": tuple(values["depths"])}
         return cls(**known)

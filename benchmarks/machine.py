@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, software, load, and the limits that no model is asked about."""
+"""The machine that the figures were measured on: processor, software, load, and its limits without any model."""
 
 import importlib.metadata
 import os
@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Bench
+from benchmarks.harness import Bench
 from benchmarks.job import Job
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
@@ -15,11 +15,11 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIO
 """Settings of the libraries in the environment; workers inherit them, and they decide what a figure means."""
 
 DECISIVE = ("cpu", "python", "torch", "environment")
-"""What of `describe` a result is valid for."""
+"""Entries of `describe` that decide whether an earlier result still stands."""
 
 
 def describe() -> dict[str, Any]:
-    """The processor and the environment, without starting anything."""
+    """Describe the processor and the environment, without starting anything."""
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in FLAGS if flag in (_cpuinfo("flags") or "").split()],
@@ -32,27 +32,27 @@ def describe() -> dict[str, Any]:
 
 
 def load() -> float:
-    """Mean number of running processes over the last minute."""
+    """Return the mean number of running processes over the last minute."""
     return os.getloadavg()[0]
 
 
 def limits(bench: Bench) -> dict[str, Any]:
-    """The best matrix products and memory streams, in float32 and bf16."""
+    """Measure the best matrix products, in float32 and bf16, and the memory streams."""
     device = bench.settings.device
     bench.tell("limits of the machine", 0, 1)
     with bench.workers("limits") as [worker]:
         found: dict[str, Any] = {"worker": worker.ask("hello"), "products": {}}
         for dtype in ("float32", "bfloat16"):
-            job = Job("limits", "products", device=device, arguments={"shapes": SQUARES, "dtype": dtype})
+            job = Job("products", device=device, arguments={"shapes": SQUARES, "dtype": dtype})
             found["products"][dtype] = worker.prepare(dtype, job)["rates"]
-        worker.prepare("stream", Job("limits", "stream", device=device))
-        stream = worker.ask("call", id="stream")
+        worker.prepare("stream", Job("stream", device=device))
+        stream = worker.ask("call", id="stream")["reading"]
         found["stream"] = {name: stream[name] for name in ("read", "copy")}
     return found
 
 
 def _cpuinfo(name: str) -> str | None:
-    """The first value of a line of /proc/cpuinfo, or None where there is none."""
+    """Return the first value of a line of /proc/cpuinfo, or None where there is none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0] == name), None)

@@ -18,7 +18,7 @@ class Peer:
     name: str
     requirement: str
     dependencies: bool
-    """Whether to install what it requires, too."""
+    """Whether to install its requirements, too."""
 
     @property
     def folder(self) -> Path:
@@ -31,7 +31,7 @@ TRANSFORMERS = Peer("transformers", "transformers==5.23.0", dependencies=True)
 
 
 def install(peer: Peer) -> Path:
-    """The peer's folder, filled by pip (or uv, in an environment that uv made) first if it is not there.
+    """Return the peer's folder, filled by pip (or uv, in an environment that uv made) first if it is not there.
 
     Both read their settings, such as the index, from the environment.
 
@@ -60,7 +60,7 @@ def install(peer: Peer) -> Path:
 
 
 def installed(peer: Peer) -> Path:
-    """The folder of a peer that the coordinator has installed."""
+    """Return the folder of a peer that the coordinator has installed."""
     if not peer.folder.is_dir():
         raise FileNotFoundError(f"{peer.requirement} is not in {peer.folder}; start the worker through the coordinator")
     return peer.folder

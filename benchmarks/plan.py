@@ -184,7 +184,6 @@ def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
             trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
             for step in range(STEPS):
                 trainer.train_step(step)
-        trainer.world.leave()
         taken = meter.highest - before
         del trainer
     # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.

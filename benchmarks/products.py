@@ -1,4 +1,4 @@
-"""The matrix products and the bytes that a model's mathematics needs, from its configuration.
+"""The matrix products and the bytes that a model's mathematics needs, computed from its configuration.
 
 Shapes of a product: (m, k, n) is x (m, k) times the transpose of w (n, k).
 """
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.job import Job
-from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers, shared_width
+from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers
 from open_mythos.config import MythosConfig
-from open_mythos.nn.block import attention_costs
+from open_mythos.nn.block import attention_costs, dense_width
 
 Shape = tuple[int, int, int]
 Products = Counter[Shape]
@@ -18,12 +18,12 @@ Products = Counter[Shape]
 
 
 def flops(products: Products) -> int:
-    """A multiplication and an addition for each term."""
+    """Count a multiplication and an addition for each term."""
     return sum(2 * m * k * n * count for (m, k, n), count in products.items())
 
 
 def forward_products(cfg: MythosConfig, rows: int, tokens: int, n_loops: int, last_only: bool = False) -> Products:
-    """Of one forward pass, with projections of the same input fused and the experts evenly loaded."""
+    """List the products of one forward pass, with projections of one input fused and the experts evenly loaded."""
     D, N = cfg.dim, rows * tokens
     products: Products = Counter()
     layers, attention = n_layers(cfg, n_loops), attention_costs(cfg)
@@ -41,7 +41,7 @@ def forward_products(cfg: MythosConfig, rows: int, tokens: int, n_loops: int, la
         busy = min(cfg.n_experts, N * cfg.n_experts_per_tok)
         swiglu(products, -(-N * cfg.n_experts_per_tok // busy), D, cfg.expert_dim, loops * busy)
         if cfg.n_shared_experts:
-            swiglu(products, N, D, shared_width(cfg), loops)
+            swiglu(products, N, D, dense_width(cfg, recurrent=True), loops)
     else:
         swiglu(products, N, D, cfg.expert_dim, loops)
     if cfg.lora_rank:
@@ -58,7 +58,7 @@ def swiglu(products: Products, m: int, dim: int, hidden: int, count: int) -> Non
 
 
 def training_products(forward: Products) -> Products:
-    """A training step: each forward product, and those for the gradients of its input and its weight."""
+    """List the products of a training step: each forward one, and those for the gradients of its input and weight."""
     step: Products = Counter()
     for (m, k, n), count in forward.items():
         for shape in ((m, k, n), (m, n, k), (n, m, k)):
@@ -67,7 +67,7 @@ def training_products(forward: Products) -> Products:
 
 
 def decode_bytes(cfg: MythosConfig, rows: int, context: int, n_loops: int, bytes_per_value: int = 4) -> int:
-    """Bytes of weights and cached keys and values that one token of each row has to touch, each loop anew.
+    """Count the bytes of weights and cached keys and values that one token of each row touches, each loop anew.
 
     A token's experts are counted as if every row chose at random: E * (1 - (1 - C/E)^rows) distinct ones.
     """
@@ -82,7 +82,7 @@ def decode_bytes(cfg: MythosConfig, rows: int, context: int, n_loops: int, bytes
 
 
 def decode_flops(cfg: MythosConfig, rows: int, context: int, n_loops: int) -> int:
-    """FLOPs of one token of each row, attending in the latent where there is one."""
+    """Count the FLOPs of one token of each row, attending in the latent where there is one."""
     weights = count_parameters(cfg).unrolled(n_loops) + cfg.vocab_size * cfg.dim
     attention = attention_costs(cfg)
     n_heads, keys, values = attention.decode_heads or attention.heads
@@ -90,8 +90,8 @@ def decode_flops(cfg: MythosConfig, rows: int, context: int, n_loops: int) -> in
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a task needs at least: FLOPs, of which `products` tells the shapes, and bytes to stream.
+class Workload:
+    """The least work of a task: FLOPs, in the shapes of `products`, and bytes to stream.
 
     Without `products` the bytes are the limit, and `flops` is for the record.
     """
@@ -102,30 +102,31 @@ class Work:
 
     @property
     def shapes(self) -> list[Shape]:
+        """The shapes of the products, in order."""
         return sorted(self.products)
 
     def seconds(self, rates: Sequence[float], bytes_per_s: float) -> float:
-        """The time that the machine's limits leave: products at the FLOP/s of each of `shapes`, then the bytes."""
+        """Return the time at the machine's limits: products at the FLOP/s of each of `shapes`, then the bytes."""
         ideal = sum(2 * m * k * n * self.products[m, k, n] / r for (m, k, n), r in zip(self.shapes, rates, strict=True))
-        # The shapes tell the mix of rates; the amount of work is the accounting's.
+        # The shapes decide the mix of rates; the amount of work is the accounting's.
         products = self.flops / flops(self.products) * ideal if self.products else 0.0
         return products + (self.bytes / bytes_per_s if self.bytes else 0.0)
 
 
-def work_of(job: Job) -> Work:
-    """The work of a task on a looped model; raises KeyError for a task without an analytic count."""
+def workload_of(job: Job) -> Workload:
+    """Count the work of a task on a looped model."""
     cfg = MythosConfig(**job.model)
     B, T, L = job.rows, job.tokens, job.n_loops
     if job.task == "decode":
-        return Work(decode_flops(cfg, B, T, L), bytes=decode_bytes(cfg, B, T, L))
+        return Workload(decode_flops(cfg, B, T, L), bytes=decode_bytes(cfg, B, T, L))
     forward = forward_products(cfg, B, T, L, last_only=job.task in ("prefill", "generate"))
     # A causal query sees (T + 1) / 2 keys in the mean.
     total = B * T * flops_per_token(cfg, L, context_tokens=(T + 1) // 2)
     if job.task in ("prefill", "generate"):
         total -= 2 * B * (T - 1) * cfg.vocab_size * cfg.dim
     if job.task == "train":
-        return Work(3 * total, training_products(forward))
+        return Workload(3 * total, training_products(forward))
     decoded = 0
     if job.task == "generate":
         decoded = sum(decode_bytes(cfg, B, T + i, L) for i in range(job.new_tokens - 1))
-    return Work(total, forward, decoded)
+    return Workload(total, forward, decoded)

@@ -1,20 +1,20 @@
-"""Where the time of ours goes, by torch's operators: python -m benchmarks.profiles CASE... [--out FILE].
+"""Where our time goes, by torch's operators: python -m benchmarks.profiles CASE... [--out FILE].
 
-For the cases of `benchmarks.cases` that compare a task with 0.5.0. The profiler itself slows small operators down, so
-shares are to be read and not times.
+For the cases that compare a task with 0.5.0. The profiler itself slows small operators down: its shares mean more than
+its times.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.case import Case, commit
 from benchmarks.cases import CASES
-from benchmarks.cases.pair import Pair
-from benchmarks.results import commit
+from benchmarks.cases.pairs import pair
 from benchmarks.sides import ours
 from benchmarks.tasks import TASKS
 
@@ -31,10 +31,11 @@ class Args:
     out: Path = Path("docs/results/performance/profiles.md")
 
 
-def table(case: Pair) -> str:
-    """A Markdown section with the operators that take longest."""
-    job = replace(case.job, side="ours", **case.ours)
-    task = TASKS[job.task](ours.make(job), job)
+def table(case: Case) -> str:
+    """Write a Markdown section with the operators that take longest."""
+    job = replace(case.job, **case.ours)
+    task: Any = TASKS[job.task]
+    task = task(job, ours, ours.make(job))
     for _ in range(WARM_UP):
         task.run(task.fresh())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -60,9 +61,10 @@ def table(case: Pair) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Profile the cases that are named, and write the page."""
     args = tyro.cli(Args, args=arguments)
     torch.set_num_threads(1)
-    pairs = {name: case for name, case in CASES.items() if isinstance(case, Pair)}
+    pairs = {name: case for name, case in CASES.items() if case.measure is pair}
     if not args.cases or set(args.cases) - set(pairs):
         raise SystemExit(f"cases={args.cases} must name some of {', '.join(pairs)}")
     command = f"python -m benchmarks.profiles {' '.join(args.cases)}"

@@ -1,127 +1,111 @@
-"""performance.md, from results.json alone."""
+"""The pages of docs/results that are made from results.json alone: tables and figures between two marks.
 
+What stands outside of the marks is written by hand, and stays.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.draw import draw_scaling
-from benchmarks.reach import REACH
-from benchmarks.results import Results
+from benchmarks.case import Results
+from benchmarks.cases import reach_of
+from benchmarks.cases.engine import AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
 from benchmarks.stats import Spread, differs
+from open_mythos.reports.figures import Curve, draw_curves
 
-COLUMNS = (
-    "case",
-    "peer = 1",
-    "ours",
-    "figure",
-    "reach",
-    "met",
-    "quartiles (all) of n pairs",
-    "same command against itself",
-    "wall",
-    "share of the limit: peer, ours",
-)
-
-INTRODUCTION = """\
-What the package costs beside open-mythos 0.5.0, beside models of transformers, and beside what the machine can do.
-Written by `python -m benchmarks` from [results.json]({folder}/results.json).
-
-- A figure without a unit is the peer's time over ours. Each side is a process of its own; they are called in turn, one
-  at a time, and the figure is the median of the ratios of neighbouring calls. Times are {clock}.
-- Before any timing both sides compute on copied weights and the same inputs: outputs within 1e-5, gradients within 1e-4
-  of the largest value, greedy tokens and loops run equal. Otherwise there is no figure. The halting layer gives every
-  token the probability 1/n, so that all n loops run and the weights of the states sum to 1 on both sides.
-- "Itself" is the same ratio of ours against ours. A figure nearer to 1 than its farther quartile is no difference.
-- The limit is what the same work would take at the machine's best: each matrix product at the FLOP/s that the better of
-  two library kernels reaches at its shape (in training also the shapes of the gradients), attention's products counted
-  as causal; in decoding, the bytes of all weights met, every loop anew, and of the cache, at the rate of memory. It is
-  measured in the same rounds. Weights that stay in a processor's cache can exceed it.
-- Where the time goes, by operator, for cases that miss their reach: `python -m benchmarks.profiles CASE...`, kept under
-  `profiles.md` beside results.json.
-"""
-
+BEGIN, END = "<!-- written by python -m benchmarks -->", "<!-- end of what it has written -->"
+Record = dict[str, Any]
+Cases = dict[str, Record]
 CLOCKS = {
     "cpu": "CPU time of one thread, which other jobs disturb least; the ratio in wall time stands beside it",
     "wall": "wall time",
     "device": "the device's, between two events",
 }
-
-AGAIN = """\
-```console
-python -m benchmarks --list                    # the cases
-python -m benchmarks --out {out}               # all that the folder does not hold of this code yet
-python -m benchmarks --cases train_mid decode_128 --fresh
-python -m benchmarks --report --out {out}      # this page again
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks --out runs/avx2
-```
-
-`make bench` is the second line in the environment of `make setup`; `BENCH='--quick'` passes options. The peers are
-installed by pip into `benchmarks/.peers` when they are first needed. Expect hours for all cases.
-"""
+SWEEPS = {"tokens": "tokens of one row, 8 loops", "loops": "loops, 256 tokens", "rows": "rows of 64 tokens, 8 loops"}
 
 
-def write_report(results: Results, out: Path) -> Path:
-    """Write the figures into the folder of the results, and the report beside it, under its name."""
-    curves = results.data["cases"].get("scaling", {}).get("curves")
-    if curves:
-        draw_scaling(curves, out / "scaling.png")
-    path = out.with_suffix(".md")
-    path.write_text(render(results.data, out.name), encoding="utf-8")
+def write_page(path: Path, text: str, title: str) -> Path:
+    """Put text between the marks of a page; a page that does not exist gets a title.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    page = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n\n{BEGIN}\n{END}\n"
+    before, _, rest = page.partition(BEGIN)
+    if END not in rest:
+        raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r}; put them where the figures go")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{BEGIN}\n\n{text.rstrip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return path
 
 
-def render(data: dict[str, Any], folder: str) -> str:
-    """The report's text; `folder` is where figures are, seen from the report."""
-    cases: dict[str, dict[str, Any]] = data["cases"]
+def write_report(results: Results, out: Path) -> Path:
+    """Draw the figures into the folder of the results, and write the page beside it, under its name."""
+    cases = results.data["cases"]
+    if curves := cases.get("scaling", {}).get("curves"):
+        draw_scaling(curves, out / "scaling.png")
+    if policies := _of(cases, "exits"):
+        for ending in (".png", ".svg"):
+            draw_policies(policies, out / f"throughput{ending}")
+    return write_page(out.with_suffix(".md"), render(results.data, out.name), out.name.capitalize())
+
+
+def render(data: Record, folder: str) -> str:
+    """Write the tables; `folder` is where the figures are, seen from the page."""
+    cases: Cases = data["cases"]
+    lines = []
+    if any(case["made_by"]["quick"] for case in cases.values()):
+        lines = ["**Made with `--quick`: this shows that the harness runs. No figure here is to be quoted.**", ""]
+    for title, section in ENGINE if folder == "engine" else PERFORMANCE:
+        if found := section(data, folder):
+            lines += [*([f"## {title}", ""] if title else []), *found, ""]
+    return "\n".join(lines)
+
+
+def table(columns: Sequence[str] | Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> list[str]:
+    """Write a Markdown table of rows of cells, or of records from which each column makes its cell."""
+    if isinstance(columns, Mapping):
+        rows = [[cell(row) for cell in columns.values()] for row in rows]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+# The page of comparisons.
+
+
+def _comparisons(data: Record, folder: str) -> list[str]:
+    cases: Cases = data["cases"]
     runs = {(case["made_by"]["device"], case["made_by"]["threads"]) for case in cases.values()}
     clocks = sorted({"device" if device == "cuda" else "cpu" if n == 1 else "wall" for device, n in runs})
-    lines = ["# Performance", "", INTRODUCTION.format(folder=folder, clock="; ".join(CLOCKS[c] for c in clocks))]
-    if any(case["made_by"]["quick"] for case in cases.values()):
-        lines += ["**Made with `--quick`: this shows that the harness runs. No figure here is to be quoted.**", ""]
-    lines += [_table(COLUMNS), *(line for name, case in cases.items() for line in _rows(name, case)), ""]
-    lines += ["## Machine", "", *_machine(data["machine"]), ""]
-    if curves := cases.get("scaling", {}).get("curves"):
-        lines += ["## Cost as work grows", "", *_scaling(curves, folder), ""]
-    lines += ["## Cases", "", *(line for name, case in cases.items() for line in _case(name, case, data["machine"]))]
-    lines += ["## Matrix products by shape", "", *_products(cases), ""]
-    lines += ["## Run it again", "", AGAIN.format(out=f"docs/results/{folder}").rstrip()]
-    return "\n".join(lines) + "\n"
+    rows = []
+    for name, case in cases.items():
+        if case["error"]:
+            reason = case["error"].splitlines()[0].replace("|", "\\|")
+            rows.append([f"{case['title']} (`{name}`)", f"no figure: {reason}", *[""] * 8])
+        rows += [_row(name if row["id"].removesuffix(".checkout") == name else "", row) for row in case.get("rows", ())]
+    columns = ("case", "peer = 1", "ours", "figure", "reach", "met", "quartiles (all) of n pairs")
+    columns += ("same command against itself", "wall", "share of the limit: peer, ours")
+    return [f"Times are {'; '.join(CLOCKS[c] for c in clocks)}.", "", *table(columns, rows)]
 
 
-def _table(columns: tuple[str, ...]) -> str:
-    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
-
-
-def _rows(name: str, case: dict[str, Any]) -> list[str]:
-    if case["error"]:
-        reason = case["error"].splitlines()[0].replace("|", "\\|")
-        return [f"| {case['title']} (`{name}`) | no figure: {reason} |{' |' * (len(COLUMNS) - 2)}"]
-    return [_row(name if row["id"] == name else "", row) for row in case["rows"]]
-
-
-def _row(name: str, row: dict[str, Any]) -> str:
-    reach = REACH.get(row["id"])
-    spread, noise = _spread(row["spread"]), _spread(row["noise"])
-    shares = [share for share in (row["peer_share"], row["ours_share"]) if share]
-    cells = [
+def _row(name: str, row: Record) -> list[str]:
+    reach = reach_of(row["id"])
+    spread, noise = (Spread(**row[which]) if row[which] else None for which in ("spread", "noise"))
+    met = "" if reach is None else "yes" if reach.met(row["value"]) else "no"
+    if row["unit"] == "x" and noise is not None and not differs(row["value"], noise):
+        met = f"{met}; no difference shown" if met else "no difference shown"
+    return [
         f"{row['what']} (`{name}`)" if name else row["what"],
         row["peer"],
         row["ours"],
         _value(row["value"], row["unit"]),
         reach.text(row["unit"]) if reach else "",
-        _met(row, noise),
-        _numbers(spread) + (f", n={spread.n}" if spread else ""),
-        _numbers(noise),
+        met,
+        f"{_quartiles(spread)}, n={spread.n}" if spread else "",
+        _quartiles(noise) if noise else "",
         f"{row['wall']:.2f}" if row["wall"] is not None else "",
-        ", ".join(shares),
+        ", ".join(share for share in (row["peer_share"], row["ours_share"]) if share),
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _met(row: dict[str, Any], noise: Spread | None) -> str:
-    met = "" if (reach := REACH.get(row["id"])) is None else "yes" if reach.met(row["value"]) else "no"
-    if row["unit"] == "x" and noise is not None and not differs(row["value"], noise):
-        return f"{met}; no difference shown" if met else "no difference shown"
-    return met
 
 
 def _value(value: float, unit: str) -> str:
@@ -132,15 +116,12 @@ def _value(value: float, unit: str) -> str:
     return f"**{value:.3g}** {unit}".rstrip()
 
 
-def _spread(values: dict[str, Any] | None) -> Spread | None:
-    return Spread(**values) if values else None
+def _quartiles(spread: Spread) -> str:
+    return f"{spread.q1:.2f}-{spread.q3:.2f} ({spread.min:.2f}-{spread.max:.2f})"
 
 
-def _numbers(spread: Spread | None) -> str:
-    return f"{spread.q1:.2f}-{spread.q3:.2f} ({spread.min:.2f}-{spread.max:.2f})" if spread else ""
-
-
-def _machine(machine: dict[str, Any]) -> list[str]:
+def _machine(data: Record, folder: str) -> list[str]:
+    machine = data["machine"]
     if not machine:
         return ["Not recorded."]
     limits = machine["limits"]
@@ -161,19 +142,36 @@ def _machine(machine: dict[str, Any]) -> list[str]:
         "largest matrix products, GFLOP/s": ", ".join(rates),
         "memory, GB/s": f"read {stream['read'] / 1e9:.1f}, copy (read and written) {stream['copy'] / 1e9:.1f}",
     }
-    return [_table(("", "")), *(f"| {name} | {value} |" for name, value in rows.items())]
+    return table(("", ""), rows.items())
 
 
-def _scaling(curves: dict[str, Any], folder: str) -> list[str]:
-    lines = [f"![time against size, with the line fitted to it]({folder}/scaling.png)", ""]
-    lines += [_table(("sweep", "size", "time", "over the line's"))]
+def _scaling(data: Record, folder: str) -> list[str]:
+    if not (curves := data["cases"].get("scaling", {}).get("curves")):
+        return []
+    rows = [
+        (sweep, size, f"{1e3 * time['median']:.4g} ms", f"{deviation:+.0%}")
+        for sweep, curve in curves.items()
+        for size, time, deviation in zip(curve["sizes"], curve["times"], curve["deviations"], strict=True)
+    ]
+    image = f"![time against size, with the line fitted to it]({folder}/scaling.png)"
+    return [image, "", *table(("sweep", "size", "time", "over the line's"), rows)]
+
+
+def draw_scaling(curves: Record, path: Path) -> None:
+    """Draw time against size in three panels, as measured and as the fitted line has it."""
+    panels = {}
     for sweep, curve in curves.items():
-        for size, time, deviation in zip(curve["sizes"], curve["times"], curve["deviations"], strict=True):
-            lines.append(f"| {sweep} | {size} | {1e3 * time['median']:.4g} ms | {deviation:+.0%} |")
-    return lines
+        low, median, high = ([time[which] for time in curve["times"]] for which in ("q1", "median", "q3"))
+        line = Curve(curve["sizes"], curve["line"], "line in FLOPs", None)
+        panels[SWEEPS[sweep]] = [line, Curve(curve["sizes"], median, "median, quartiles", 0, low, high, points=True)]
+    draw_curves(panels, path, ("size", "seconds of one forward pass"), columns=len(panels), log="xy")
 
 
-def _case(name: str, case: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+def _each_case(data: Record, folder: str) -> list[str]:
+    return [line for name, case in data["cases"].items() for line in _case(name, case, data["machine"])]
+
+
+def _case(name: str, case: Record, machine: Record) -> list[str]:
     made = case["made_by"]
     lines = [f"### {name}", "", case["protocol"], ""]
     if case["error"]:
@@ -183,8 +181,7 @@ def _case(name: str, case: dict[str, Any], machine: dict[str, Any]) -> list[str]
         parts += ["tokens equal"] if gate["forward"] is None else []
         parts += [f"{gate['loops']} loops on both sides"] if gate["loops"] else []
         lines.append(f"- Gate: {', '.join(parts)}; draw {gate['seed']} of the inputs.")
-    for side, found in case["sides"].items():
-        lines.append(f"- {side}: {_side(found, machine)}")
+    lines += [f"- {side}: {_side(found, machine)}" for side, found in case["sides"].items()]
     lines += [f"- {note}" for note in case["notes"]]
     lines.append(
         f"- Commit {case['commit']}, {case['date']}, {case['seconds']:.0f} s, {made['device']}, {made['threads']} "
@@ -193,7 +190,7 @@ def _case(name: str, case: dict[str, Any], machine: dict[str, Any]) -> list[str]
     return [*lines, ""]
 
 
-def _side(found: dict[str, Any], machine: dict[str, Any]) -> str:
+def _side(found: Record, machine: Record) -> str:
     parts = [f"{found['parameters']:,} parameters"] if "parameters" in found else []
     for clock in ("cpu", "wall", "device"):
         if clock in found:
@@ -218,9 +215,9 @@ def _side(found: dict[str, Any], machine: dict[str, Any]) -> str:
     return ", ".join(parts or ["nothing besides the figure"]) + "."
 
 
-def _products(cases: dict[str, dict[str, Any]]) -> list[str]:
+def _products(data: Record, folder: str) -> list[str]:
     rates: dict[tuple[int, ...], dict[str, float]] = {}
-    for case in cases.values():
+    for case in data["cases"].values():
         limits = {} if case["error"] else case["limits"]
         for shape, found in zip(limits.get("shapes", ()), limits.get("rates", ()), strict=True):
             for kernel, rate in found.items():
@@ -229,7 +226,180 @@ def _products(cases: dict[str, dict[str, Any]]) -> list[str]:
     if not rates:
         return ["None measured."]
     kernels = sorted({kernel for found in rates.values() for kernel in found})
-    lines = ["GFLOP/s in float32; x is (m, k), the weight (n, k).", "", _table(("m", "k", "n", *kernels))]
-    for shape, found in sorted(rates.items()):
-        lines.append(f"| {' | '.join(map(str, shape))} | {' | '.join(f'{found[k] / 1e9:.0f}' for k in kernels)} |")
-    return lines
+    rows = [(*shape, *(f"{found[k] / 1e9:.0f}" for k in kernels)) for shape, found in sorted(rates.items())]
+    return ["GFLOP/s in float32; x is (m, k), the weight (n, k).", "", *table(("m", "k", "n", *kernels), rows)]
+
+
+Section = Callable[[Record, str], list[str]]
+PERFORMANCE: list[tuple[str, Section]] = [
+    ("", _comparisons),
+    ("Machine", _machine),
+    ("Cost as work grows", _scaling),
+    ("Cases", _each_case),
+    ("Matrix products by shape", _products),
+]
+
+# The engine's page. Records of one kind are known by a name that only they have among their curves.
+
+
+def _of(cases: Cases, name: str) -> list[Record]:
+    return [case["curves"] for case in cases.values() if not case["error"] and name in case["curves"]]
+
+
+def _groups(policies: list[Record]) -> dict[tuple[str, str], list[Record]]:
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for case in policies:
+        groups.setdefault((case["subject"], case["law"]), []).append(case)
+    return groups
+
+
+def draw_policies(policies: list[Record], path: Path) -> None:
+    """Draw tokens per second by requests in work, a panel for each model and law, a curve for each policy."""
+    panels = {}
+    for (subject, law), group in _groups(policies).items():
+        places = [case["n_rows"] for case in group]
+        panels[f"{subject}, {law}"] = curves = []
+        for policy in POLICIES[:-1]:
+            low, rate, high = ([case["rates"][policy][which] for case in group] for which in ("q1", "median", "q3"))
+            curves.append(Curve(places, rate, policy, 0, low, high))
+    places = sorted({case["n_rows"] for case in policies})
+    draw_curves(panels, path, ("requests in work", "tokens per second"), columns=3, ticks=places, log="xy")
+
+
+def _summary(data: Record, folder: str) -> list[str]:
+    """Compare every figure that is to reach something with its bound, the worst case by name."""
+    found: dict[tuple[str, str], list[tuple[float, str, bool]]] = {}
+    for case in data["cases"].values():
+        for row in case.get("rows", ()):
+            if (reach := reach_of(row["id"])) is not None:
+                sign = 1 if reach.at_most else -1
+                found.setdefault((row["what"], reach.text("x")), []).append(
+                    (sign * row["value"], case["title"], reach.met(row["value"]))
+                )
+    rows = []
+    for (what, text), values in found.items():
+        worst, where, _ = max(values)
+        middle = sorted(abs(value) for value, _, _ in values)[len(values) // 2]
+        n_met = sum(met for _, _, met in values)
+        met = "yes" if n_met == len(values) else f"no ({n_met} of {len(values)})"
+        rows.append((what, text, f"**{abs(worst):.2f}**", where, f"{middle:.2f}", met))
+    return table(("what", "reach", "worst", "where", "median of all", "met"), rows)
+
+
+def _policies(data: Record, folder: str) -> list[str]:
+    if not (policies := _of(data["cases"], "exits")):
+        return []
+    columns: dict[str, Callable[[Record], str]] = {
+        "R": lambda case: str(case["n_rows"]),
+        "ours, tok/s": lambda case: _rate(case, OURS),
+        "(a) fixed": lambda case: _rate(case, FIXED),
+        "(b) all done": lambda case: _rate(case, TOGETHER),
+        "(c) dropped": lambda case: _rate(case, DROPPED),
+        "at once": lambda case: _rate(case, AT_ONCE),
+        "ours over (a)": lambda case: _ratio(case["over_fixed"]),
+        "limit": lambda case: f"{case['limit']:.2f}",
+        "share": lambda case: f"{case['share']:.0%}",
+        "best threshold": lambda case: f"{case['threshold']:.2f} ({case['threshold_rows']})",
+        "ours over the best of (a)-(c)": lambda case: (
+            f"({'abc'[SIMPLE.index(case['best'])]}) {_ratio(case['over_best'])}"
+        ),
+        "over at once": lambda case: _ratio(case["over_at_once"]),
+        "itself": lambda case: _ratio(case["noise"]),
+        "mean loops": lambda case: f"{case['depths'][OURS]:.2f}",
+        "L, O in ms": lambda case: f"{1e3 * case['loop_s']:.3g}, {1e3 * case['outer_s']:.3g}",
+    }
+    lines = [f"![tokens per second by requests in work, for each policy]({folder}/throughput.svg)", ""]
+    for (subject, law), group in _groups(policies).items():
+        title = SUBJECTS[subject][0]
+        lines += [f"### {title[0].upper()}{title[1:]}, {law}", "", *table(columns, group), ""]
+    most = max(case["n_rows"] for case in policies)
+    costs = {case["subject"]: case["costs"] for case in policies if case["n_rows"] == most}
+    rows = [
+        (subject, what, *(f"{1e3 * cost[i]:.3g}" for cost in measured.values()))
+        for subject, measured in costs.items()
+        for i, what in enumerate(("a loop", "all around the loops"))
+    ]
+    sizes = [f"{n} tokens" for n in next(iter(costs.values()))]
+    return [*lines, "### Costs measured at the start, in ms", "", *table(("model", "of", *sizes), rows)]
+
+
+def _others(data: Record, folder: str) -> list[str]:
+    rows = []
+    for case in _of(data["cases"], "over"):
+        for law, over in case["over"].items():
+            for name, ratio in over.items():
+                rates = [f"{case['rates'][key]['median']:,.1f}" for key in (f"engine, {law}", name)]
+                rows.append((case["n_rows"], law, rates[0], name.partition(", " + law)[0], rates[1], _ratio(ratio)))
+        flops = " and ".join(f"{name} {value / 1e6:.1f}" for name, value in case["flops"].items())
+    columns = ("R", "law of ours", "ours, tok/s", "against", "tok/s", "ours over it")
+    return [f"MFLOP per token: {flops}.", "", *table(columns, rows)] if rows else []
+
+
+def _modes(data: Record, folder: str) -> list[str]:
+    columns: dict[str, Callable[[Record], str]] = {
+        "model": lambda case: case["subject"],
+        "R": lambda case: str(case["n_rows"]),
+        "on, tok/s": lambda case: _rate(case, "on"),
+        "off, tok/s": lambda case: _rate(case, "off"),
+        "on over off": lambda case: _ratio(case["on_over_off"]),
+        "on against itself": lambda case: _ratio(case["noise"]),
+    }
+    found = _of(data["cases"], "on_over_off")
+    return table(columns, found) if found else []
+
+
+def _fairness(data: Record, folder: str) -> list[str]:
+    gaps: dict[str, Callable[[Record], str]] = {
+        "clients": lambda case: str(case["clients"]),
+        "p95 gap, mixed": lambda case: f"{1e3 * case['p95']['mixed']['median']:.3g} ms",
+        "p95 gap, shallow": lambda case: f"{1e3 * case['p95']['shallow']['median']:.3g} ms",
+        "mixed over shallow": lambda case: _ratio(case["over_shallow"]),
+        "shallow against itself": lambda case: _ratio(case["noise"]),
+    }
+    found = _of(data["cases"], "kinds")
+    rows = [
+        (case["clients"], name, kind["answers"], *(_longest(kind[what]) for what in ("turnaround", "wait")))
+        for case in found
+        for name, kind in case["kinds"].items()
+    ]
+    columns = ("clients", "request", "answers", "turnaround: median, longest", "wait: median, longest")
+    return [*table(gaps, found), "", *table(columns, rows)] if found else []
+
+
+def _runs(data: Record, folder: str) -> list[str]:
+    cases, machine = data["cases"], data["machine"]
+    dates, commits = ({case[name] for case in cases.values()} for name in ("date", "commit"))
+    load = [max(each) for each in zip(*(case["load"] for case in cases.values()), strict=True)] or [0.0, 0.0]
+    line = (
+        f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores, one thread, torch "
+        f"{machine.get('torch', '?')}; {', '.join(sorted(dates))}, commit {', '.join(sorted(commits))}; "
+        f"{len(cases)} cases in {sum(case['seconds'] for case in cases.values()) / 60:.0f} minutes; the machine's load "
+        f"at most {load[0]:.1f} before and {load[1]:.1f} after a case."
+    )
+    failed: dict[str, list[str]] = {}
+    for name, case in cases.items():
+        if case["error"]:
+            failed.setdefault(case["error"].splitlines()[0], []).append(f"`{name}`")
+    return [line, "", *(f"- No figure for {', '.join(names)}: {error}" for error, names in failed.items())]
+
+
+def _rate(case: Record, player: str) -> str:
+    return f"{case['rates'][player]['median']:,.0f}"
+
+
+def _ratio(spread: Record) -> str:
+    return f"**{spread['median']:.2f}** ({spread['q1']:.2f}-{spread['q3']:.2f})"
+
+
+def _longest(spread: Record | None) -> str:
+    return f"{spread['median']:.2f}, {spread['max']:.2f}" if spread else "none complete"
+
+
+ENGINE: list[tuple[str, Section]] = [
+    ("", _summary),
+    ("", _policies),
+    ("Beside others", _others),
+    ("The same bits whatever the neighbours", _modes),
+    ("Shallow requests beside deep ones", _fairness),
+    ("Runs", _runs),
+]

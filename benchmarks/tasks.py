@@ -3,8 +3,9 @@
 Shapes: B rows, T tokens, V vocabulary.
 """
 
+import contextlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,42 +23,42 @@ class Side(ABC):
 
     @abstractmethod
     def logits(self, ids: Tensor, n_loops: int) -> Tensor:
-        """(B, T) -> (B, T, V), without a cache."""
+        """Compute (B, T) -> (B, T, V), without a cache."""
 
     @abstractmethod
     def loss(self, ids: Tensor, labels: Tensor, job: Job) -> Tensor:
-        """Mean cross-entropy of a training step's forward pass."""
+        """Compute the mean cross-entropy of a training step's forward pass."""
 
     @abstractmethod
     def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
-        """An empty cache."""
+        """Make an empty cache."""
 
     @abstractmethod
     def feed(self, ids: Tensor, cache: Any, start: int, n_loops: int) -> Tensor:
-        """Append (B, T) tokens to a cache that holds `start` -> logits of the last position, (B, V)."""
+        """Append (B, T) tokens to a cache of `start` tokens -> logits of the last position, (B, V)."""
 
     @abstractmethod
     def copy_cache(self, cache: Any) -> Any:
-        """A cache that can be written to without changing `cache`."""
+        """Make a cache that can be written to without changing `cache`."""
 
     @abstractmethod
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
-        """Greedy: (B, T) -> (B, T + new_tokens)."""
+        """Continue greedily, (B, T) -> (B, T + new_tokens)."""
 
     @abstractmethod
     def cache_tensors(self, cache: Any) -> list[Tensor]:
-        """What a cache consists of."""
+        """List the tensors of a cache."""
 
     def info(self) -> dict[str, Any]:
-        """What the report says of the model besides its parameters."""
+        """Return what the report says of the model besides its parameters."""
         return {}
 
     def weight_gradients(self) -> dict[str, Tensor]:
-        """Gradients by parameter name, zeros where there is none."""
+        """Return gradients by parameter name, zeros where there is none."""
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.model.named_parameters()}
 
     def count_loops(self) -> "LoopCounter | None":
-        """A counter of the loops that the next calls run; None for a model without loops."""
+        """Make a counter of the loops that the next calls run; None for a model without loops."""
         return None
 
 
@@ -78,23 +79,65 @@ class LoopCounter:
         self._hook.remove()
 
 
-class Task(ABC):
+class Task:
     """One thing to time. `fresh` is made anew, untimed, before every `run`."""
 
     training = False
-    counts_loops = True
-    """Whether the core's calls are the loops run, so that the gate can compare them; not with a depth for each row."""
+    counts_loops = False
+    """Whether the core's calls are the loops run, so that the gate can compare them."""
 
-    def __init__(self, side: Side, job: Job) -> None:
-        self.side, self.job = side, job
+    def __init__(self, job: Job, module: Any = None) -> None:
+        self.job, self.module = job, module
+
+    def info(self) -> dict[str, Any]:
+        """Return what the report says of the model."""
+        return {}
+
+    def draw(self, seed: int) -> None:
+        """Draw other inputs, from `seed`."""
+
+    def fresh(self) -> Any:
+        """Make what a run uses up."""
+
+    def run(self, fresh: Any) -> dict[str, Tensor]:
+        """Do the timed work -> what the gate compares."""
+        return {}
+
+    def reading(self) -> dict[str, Any]:
+        """Return what the last run measured itself."""
+        return {}
+
+    def time(self) -> dict[str, float]:
+        """Run once -> seconds by clock."""
+        fresh = self.fresh()
+        cuda = torch.cuda if self.job.device == "cuda" else None
+        if cuda:
+            start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+            cuda.synchronize()
+            start.record()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.run(fresh)
+        if cuda:
+            end.record()
+            cuda.synchronize()
+        spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        return spent | ({"device": start.elapsed_time(end) / 1e3} if cuda else {})
+
+
+class ModelTask(Task):
+    """A task on the model of a side."""
+
+    counts_loops = True
+
+    def __init__(self, job: Job, module: Any, side: Side) -> None:
+        super().__init__(job, module)
+        self.side = side
         self.draw(0)
 
     def info(self) -> dict[str, Any]:
-        """What the report says of the model."""
         return {"parameters": sum(p.numel() for p in self.side.model.parameters())} | self.side.info()
 
     def draw(self, seed: int) -> None:
-        """Other inputs, from `seed`."""
         self.side.model.train(self.training)
         generator = torch.Generator().manual_seed(1000 * self.job.seed + seed)
         shape = (self.job.rows, self.job.tokens)
@@ -105,16 +148,8 @@ class Task(ABC):
         # Tasks of different modes may share a model.
         self.side.model.train(self.training)
 
-    def reading(self) -> dict[str, Any]:
-        """What the last `run` measured itself."""
-        return {}
 
-    @abstractmethod
-    def run(self, fresh: Any) -> dict[str, Tensor]:
-        """The timed work -> what the gate compares."""
-
-
-class Forward(Task):
+class Forward(ModelTask):
     """Logits of every position, without a cache."""
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
@@ -122,7 +157,7 @@ class Forward(Task):
             return {"logits": self.side.logits(self.ids, self.job.n_loops)}
 
 
-class Train(Task):
+class Train(ModelTask):
     """Forward, cross-entropy and backward. The optimizer, the same on both sides, is left out."""
 
     training = True
@@ -138,7 +173,7 @@ class Train(Task):
 
 
 class TrainRows(Train):
-    """The same, one row after the other, each at its own depth: the slow reference of a batch with depths."""
+    """One row after the other, each at its own depth: the slow reference of a training step with depths."""
 
     counts_loops = False
 
@@ -152,7 +187,7 @@ class TrainRows(Train):
         return {"loss": total}
 
 
-class Prefill(Task):
+class Prefill(ModelTask):
     """A prompt into an empty cache, and the logits of its last position."""
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
@@ -162,7 +197,7 @@ class Prefill(Task):
             return {"logits": self.side.feed(self.ids, cache, 0, n_loops)}
 
 
-class Decode(Task):
+class Decode(ModelTask):
     """One token, with a cache of `tokens` before it."""
 
     def draw(self, seed: int) -> None:
@@ -180,34 +215,58 @@ class Decode(Task):
             return {"logits": self.side.feed(self.labels[:, :1], fresh, self.job.tokens, self.job.n_loops)}
 
 
-class Generate(Task):
+class Generate(ModelTask):
     """Greedy continuation of a prompt."""
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
         return {"tokens": self.side.generate(self.ids, self.job.new_tokens, self.job.n_loops)}
 
 
-TASKS: dict[str, type[Task]] = {
-    "forward": Forward,
-    "train": Train,
-    "train_rows": TrainRows,
-    "prefill": Prefill,
-    "decode": Decode,
-    "generate": Generate,
-}
-
-
-class Build:
-    """Construct a model, which is dropped again, untimed: the next side then finds the same free memory."""
-
-    device: str
-
-    def __init__(self, construct: Callable[[dict[str, Any]], nn.Module], job: Job) -> None:
-        self.construct, self.job = construct, job
-        self.model: nn.Module | None = None
+class CacheBytes(ModelTask):
+    """Bytes of a cache after a prompt of `tokens` and `new_tokens` decoded ones, unused room included; nothing runs."""
 
     def info(self) -> dict[str, Any]:
-        return {}
+        job, side = self.job, self.side
+        total = job.tokens + job.new_tokens
+        cache = side.new_cache(job.rows, total, job.n_loops)
+        ids = torch.zeros(job.rows, total, dtype=torch.int64, device=job.device)
+        with torch.no_grad():
+            side.feed(ids[:, : job.tokens], cache, 0, job.n_loops)
+            for position in range(job.tokens, total):
+                side.feed(ids[:, position : position + 1], cache, position, job.n_loops)
+        # Storages, not tensors: a view keeps the whole of what it is a part of.
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in side.cache_tensors(cache)}
+        return {"bytes": sum(storages.values()), "bytes_per_token": sum(storages.values()) / (job.rows * total)}
+
+
+class Rope(Task):
+    """The cost of a long context before it is used, and how exact its rotary angles are; nothing runs."""
+
+    def info(self) -> dict[str, Any]:
+        model, longest = self.job.model, self.job.model["max_seq_len"]
+        frequency = model["rope_theta"] ** (
+            -torch.arange(0, model["qk_rope_head_dim"], 2, dtype=torch.float64) / model["qk_rope_head_dim"]
+        )
+        positions, worst = torch.arange(longest), 0.0
+        cos, sin = self.module.rope(positions, model["qk_rope_head_dim"], model["rope_theta"])
+        # In parts: the float64 angles of all positions take gigabytes.
+        for at in positions.split(2**17):
+            angle = at.double()[:, None] * frequency
+            worst = max(worst, (cos[at] - angle.cos()).abs().max().item(), (sin[at] - angle.sin()).abs().max().item())
+        return {"bytes": (self._bytes(longest) - self._bytes(1)) * longest / (longest - 1), "error": worst}
+
+    def _bytes(self, max_seq_len: int) -> int:
+        """Return the bytes of parameters and buffers of a model for so many tokens."""
+        with torch.device("meta"):
+            model = self.module.construct({**self.job.model, "max_seq_len": max_seq_len})
+        return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+
+
+class Build(Task):
+    """Construct a model on the CPU, which is dropped again, untimed: the next side then finds the same free memory."""
+
+    device = "cpu"
+    model: nn.Module | None = None
 
     def reading(self) -> dict[str, Any]:
         assert self.model is not None
@@ -219,24 +278,28 @@ class Build:
         # Of several calls that make one sample.
         self.model = None
 
-    def run(self, fresh: None) -> None:
-        if self.device == "cpu":
-            self.model = self.construct(self.job.model)
-            return
-        with torch.device(self.device):
-            self.model = self.construct(self.job.model)
+    def run(self, fresh: None) -> dict[str, Tensor]:
+        # A device mode slows construction, so there is none for the default device.
+        with torch.device(self.device) if self.device != "cpu" else contextlib.nullcontext():
+            self.model = self.module.construct(self.job.model)
+        return {}
 
 
 class BuildMeta(Build):
-    """Without memory: what a large model costs to describe."""
+    """Construct a model without memory for its weights."""
 
     device = "meta"
 
 
-class BuildCpu(Build):
-    """With weights, on the CPU."""
-
-    device = "cpu"
-
-
-BUILDS: dict[str, type[Build]] = {"build": BuildCpu, "build_meta": BuildMeta}
+TASKS: dict[str, type[Task]] = {
+    "forward": Forward,
+    "train": Train,
+    "train_rows": TrainRows,
+    "prefill": Prefill,
+    "decode": Decode,
+    "generate": Generate,
+    "cache_bytes": CacheBytes,
+    "rope": Rope,
+    "build": Build,
+    "build_meta": BuildMeta,
+}

@@ -1,4 +1,4 @@
-"""Generation and prefill with exits, by this package's trained model: what the cases of `cases.exits` time.
+"""Generation and prefill with exits, by this package's trained model: the timed tasks of `cases.exits`.
 
 Shapes: B rows, T prompt tokens, N new tokens.
 """
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.job import Job
-from open_mythos import OpenMythos
-from open_mythos.nn.cache import KVCache
-from open_mythos.nn.eval_mode import evaluating
-from open_mythos.recipes import load_recipe
-from open_mythos.tasks.rng import Purpose, stream
+from benchmarks.sides import first_of
+from benchmarks.tasks import Task
+from open_mythos import KVCache, OpenMythos
 
+load_recipe = first_of("open_mythos.recipes:load_recipe")
+Purpose = first_of("open_mythos.tasks.rng:Purpose", "open_mythos.train.rng:Purpose")
+stream = first_of("open_mythos.tasks.rng:stream", "open_mythos.train.rng:stream")
 RECIPE = "adaptive-text"
 
 
 @cache
 def trained(folder: str, device: str) -> OpenMythos:
-    """The recipe's model.
+    """Load the recipe's model, in eval mode.
 
     Raises:
-        FileNotFoundError: it has not been trained; the message says how.
+        FileNotFoundError: it has not been trained; the message names the command.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(
@@ -36,16 +37,21 @@ def trained(folder: str, device: str) -> OpenMythos:
     return OpenMythos.from_pretrained(folder, device)
 
 
-class Exits:
+def held_out_text(seed: int, place: int, rows: int) -> Tensor:
+    """Draw windows of the text that was held out from training, (rows, 512)."""
+    return load_recipe(RECIPE).data.validation_batch(stream(seed, place, Purpose.VALIDATION), rows).input_ids
+
+
+class Exits(Task):
     """A task on held-out text. `arguments`: folder, exit ("fixed" for full depth) and exit_threshold (None: none)."""
 
-    training = False
-    counts_loops = False
+    compaction = "counts"
+    """How often the driver leaves exited tokens out of the computation."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, module: Any = None) -> None:
+        super().__init__(job)
         self.model = trained(job.arguments["folder"], job.device)
-        self.exit, self.threshold = job.arguments["exit"], job.arguments["exit_threshold"]
+        self.rule = {name: job.arguments[name] for name in ("exit", "exit_threshold")}
         self.outputs: dict[str, Tensor] = {}
         self.draw(0)
 
@@ -53,24 +59,17 @@ class Exits:
         return {"parameters": sum(p.numel() for p in self.model.parameters())}
 
     def draw(self, seed: int) -> None:
-        """Other prompts, from `seed`: windows of the text that was held out from training."""
-        rng = stream(self.job.seed, seed, Purpose.VALIDATION)
-        text = load_recipe(RECIPE).data.validation_batch(rng, self.job.rows).input_ids
+        text = held_out_text(self.job.seed, seed, self.job.rows)
         self.ids = text[:, : self.job.tokens].to(self.job.device)
 
-    def reading(self) -> dict[str, Any]:
-        return {}
-
     def fresh(self) -> Any:
-        assert self.model.recurrent is not None
-        self.model.recurrent.compaction = "counts"
+        block: Any = self.model.recurrent
+        block.compaction = self.compaction
 
-    def compute(self) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def run(self, fresh: Any) -> dict[str, Tensor]:
-        self.outputs = self.compute()
-        return self.outputs
+    @torch.no_grad()
+    def trace(self, ids: Tensor) -> Any:
+        """Run a full pass without a cache -> its LoopTrace."""
+        return self.model(ids, self.job.n_loops, trace=True, **self.rule)
 
 
 class Generate(Exits):
@@ -78,68 +77,62 @@ class Generate(Exits):
 
     def draw(self, seed: int) -> None:
         super().draw(seed)
-        with evaluating(self.model):
-            trace = self.model(self.ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
-        self.prompt_depth = (trace.exit_loop + 1).double().mean().item()
+        self.prompt_depth = (self.trace(self.ids).exit_loop + 1).double().mean().item()
 
-    def compute(self) -> dict[str, Tensor]:
-        tokens, depths = self.model.generate(
-            self.ids,
-            self.job.new_tokens,
-            self.job.n_loops,
-            temperature=0,
-            exit=self.exit,
-            exit_threshold=self.threshold,
-            return_loops=True,
-        )
-        return {"tokens": tokens, "depths": depths}
+    def run(self, fresh: Any) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"temperature": 0, "return_loops": True, **self.rule}
+        tokens, depths = self.model.generate(self.ids, self.job.new_tokens, self.job.n_loops, **options)
+        self.outputs = {"tokens": tokens, "depths": depths}
+        return self.outputs
 
     def reading(self) -> dict[str, Any]:
-        """Loops of every new token, row by row, and mean loops of the prompts' tokens."""
+        """Return the loops of every new token, row by row, and the mean loops of the prompts' tokens."""
         return {"depths": self.outputs["depths"].tolist(), "prompt_depth": self.prompt_depth}
 
 
-class Reference(Generate):
-    """The same text the slow way: for every token a full pass over all before it, without a cache, that leaves nothing
-    out of the computation."""
+class GenerateReference(Generate):
+    """The same text the slow way: a full pass over the whole text for every token, without a cache or compaction."""
 
-    def compute(self) -> dict[str, Tensor]:
-        assert self.model.recurrent is not None
-        self.model.recurrent.compaction = "never"
+    compaction = "never"
+
+    def run(self, fresh: Any) -> dict[str, Tensor]:
         ids, depths = self.ids, []
-        with evaluating(self.model):
-            for _ in range(self.job.new_tokens):
-                out = self.model(ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
-                ids = torch.cat((ids, out.logits[:, -1:].argmax(-1)), dim=1)
-                depths.append(out.exit_loop[:, -1] + 1)
+        for _ in range(self.job.new_tokens):
+            out = self.trace(ids)
+            ids = torch.cat((ids, out.logits[:, -1:].argmax(-1)), dim=1)
+            depths.append(out.exit_loop[:, -1] + 1)
         return {"tokens": ids, "depths": torch.stack(depths, dim=1)}
 
 
 class Prefill(Exits):
     """A prompt into an empty cache, and the logits of its last position; the timed path."""
 
-    def compute(self) -> dict[str, Tensor]:
-        model, (B, T) = self.model, self.ids.shape
-        with evaluating(model):
-            kv = model.make_cache(B, T + 1, self.job.n_loops)
-            rule = model.exit_rule(self.exit, self.threshold)
-            view = model.make_view((B, T), None, kv)
-            logits, result = model.run(self.ids, view, self.job.n_loops, rule, kv, last_only=True)
-        return {"logits": logits[:, -1], "depths": result.loops}
+    def __init__(self, job: Job, module: Any = None) -> None:
+        super().__init__(job)
+        assert self.model.recurrent is not None
+        self.model.recurrent.register_forward_hook(self._store_loops)
+
+    def _store_loops(self, block: Any, inputs: Any, output: Any) -> None:
+        self.loops = output.loops
+
+    def run(self, fresh: Any) -> dict[str, Tensor]:
+        kv = self.model.make_cache(self.job.rows, self.job.tokens + 1, self.job.n_loops)
+        logits = self.model(self.ids, self.job.n_loops, cache=kv, last_only=True, **self.rule)
+        self.outputs = {"logits": logits[:, -1], "depths": self.loops}
+        return self.outputs
 
     def reading(self) -> dict[str, Any]:
-        """Mean loops of a token."""
+        """Return the mean loops of a token."""
         return {"mean_depth": self.outputs["depths"].double().mean().item()}
 
 
 class PrefillReference(Prefill):
-    """The same without a cache, leaving nothing out of the computation."""
+    """The same logits without a cache or compaction."""
 
-    def compute(self) -> dict[str, Tensor]:
-        assert self.model.recurrent is not None
-        self.model.recurrent.compaction = "never"
-        with evaluating(self.model):
-            out = self.model(self.ids, self.job.n_loops, exit=self.exit, exit_threshold=self.threshold, trace=True)
+    compaction = "never"
+
+    def run(self, fresh: Any) -> dict[str, Tensor]:
+        out = self.trace(self.ids)
         return {"logits": out.logits[:, -1], "depths": out.exit_loop + 1}
 
 
@@ -151,23 +144,23 @@ class Decode(Exits):
         self.cache = self.model.make_cache(self.job.rows, self.job.tokens, self.job.n_loops)
         self._feed(self.ids[:, : -self.job.new_tokens], self.cache)
 
-    def fresh(self) -> Any:
+    def fresh(self) -> KVCache:
         super().fresh()
         return copy.deepcopy(self.cache)
 
-    def run(self, fresh: Any) -> dict[str, Tensor]:
+    def run(self, fresh: KVCache) -> dict[str, Tensor]:
         for token in self.ids[:, -self.job.new_tokens :].split(1, dim=1):
             logits = self._feed(token, fresh)
         return {"logits": logits}
 
     def _feed(self, ids: Tensor, kv: KVCache) -> Tensor:
-        return self.model(ids, cache=kv, exit=self.exit, exit_threshold=self.threshold, last_only=True)
+        return self.model(ids, cache=kv, last_only=True, **self.rule)
 
 
-TASKS = {
+TASKS: dict[str, type[Task]] = {
     "exits_decode": Decode,
     "exits_generate": Generate,
-    "exits_generate_reference": Reference,
+    "exits_generate_reference": GenerateReference,
     "exits_prefill": Prefill,
     "exits_prefill_reference": PrefillReference,
 }

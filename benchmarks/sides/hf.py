@@ -25,7 +25,7 @@ class Transformer(Side):
         torch.manual_seed(job.seed)
         self.model = construct(job.model).to(job.device)
         self.vocab_size = job.model["vocab_size"]
-        # No token ends a row: the number of tokens is what is asked for.
+        # No token ends a row: the number of tokens is fixed.
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
 
@@ -33,7 +33,7 @@ class Transformer(Side):
         return {"flops_per_token": 2 * self._active_parameters()}
 
     def _active_parameters(self) -> int:
-        """Those that one token meets: of the stacked experts the chosen ones, and the tied embedding as the head."""
+        """Count the parameters that one token meets: of stacked experts the chosen ones, the tied embedding as head."""
         cfg, active = self.model.config, 0.0
         for name, p in self.model.named_parameters():
             stacked = ".experts." in name and p.ndim == 3
@@ -64,7 +64,7 @@ class Transformer(Side):
 
 
 def construct(model: dict[str, Any]) -> Any:
-    """A fresh model of the class `model["class"]`."""
+    """Make a fresh model of the class `model["class"]`."""
     fields = {name: value for name, value in model.items() if name != "class"}
     config = getattr(transformers, f"{model['class']}Config")(**fields)
     return getattr(transformers, f"{model['class']}ForCausalLM")(config)

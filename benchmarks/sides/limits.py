@@ -14,43 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.job import Job
+from benchmarks.tasks import Task
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` by oneDNN."""
+    """Compute `F.linear` by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 def kernels(device: str) -> dict[str, Kernel]:
-    """The matrix products of this build of torch, by name."""
+    """Return the matrix products of this build of torch, by name."""
     found: dict[str, Kernel] = {"F.linear": F.linear}
     if device == "cpu" and torch.backends.mkldnn.is_available():
         found["oneDNN"] = onednn
     return found
 
 
-class Measure:
-    """A task without a model: `run` keeps what it read."""
+class Measure(Task):
+    """A task without a model: `run` stores its own measurement."""
 
-    training = False
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.read: dict[str, Any] = {}
-
-    def info(self) -> dict[str, Any]:
-        return {}
-
-    def fresh(self) -> None:
-        return None
+    measured: dict[str, Any]
 
     def reading(self) -> dict[str, Any]:
-        return self.read
+        return self.measured
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Of one call, on the clock that ratios are taken on."""
+        """Time one call on the clock that ratios are taken on."""
         if self.job.device == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -65,9 +56,9 @@ class Measure:
 
 
 class MatrixProducts(Measure):
-    """FLOP/s of each shape in `arguments`, by the kernel that was best at it when it was prepared."""
+    """FLOP/s of each shape in `arguments`, by the kernel that was fastest when the task was prepared."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
         self.dtype = getattr(torch, job.arguments.get("dtype", "float32"))
         self.shapes = [tuple(shape) for shape in job.arguments["shapes"]]
@@ -95,7 +86,7 @@ class MatrixProducts(Measure):
         return x.to(self.job.device, self.dtype), weight.to(self.job.device, self.dtype)
 
     def rate(self, kernel: Kernel, shape: tuple[int, int, int], repeats: int) -> float:
-        """The best of some repeats; small products are repeated inside each, so that the clock can tell."""
+        """Return the best FLOP/s of some repeats; each repeats small products, which the clock could not time."""
         x, weight = self.operands[shape]
         m, k, n = shape
         work = 2 * m * k * n
@@ -109,27 +100,29 @@ class MatrixProducts(Measure):
             repeat()
             return inner * work / min(self.seconds(repeat) for _ in range(repeats))
 
-    def run(self, fresh: None) -> None:
-        self.read = {"rates": [self.rate(best, s, 2) for best, s in zip(self.best, self.shapes, strict=True)]}
+    def run(self, fresh: None) -> dict[str, Tensor]:
+        self.measured = {"rates": [self.rate(best, s, 2) for best, s in zip(self.best, self.shapes, strict=True)]}
+        return {}
 
 
 class Stream(Measure):
     """Bytes per second through main memory: read alone (a matrix times a vector), and read plus written (a copy)."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
         # 512 MiB: far above any cache.
         self.matrix = torch.ones(2**13, 2**14, device=job.device)
         self.vector = torch.ones(2**14, device=job.device)
         self.target = torch.empty_like(self.matrix)
 
-    def run(self, fresh: None) -> None:
+    def run(self, fresh: None) -> dict[str, Tensor]:
         n = self.matrix.nbytes
         # The first one only loads the library.
         read = min(self.seconds(lambda: F.linear(self.vector, self.matrix)) for _ in range(3))
         summed = min(self.seconds(lambda: self.matrix.sum()) for _ in range(2))
         copy = min(self.seconds(lambda: self.target.copy_(self.matrix)) for _ in range(3))
-        self.read = {"read": n / min(read, summed), "copy": 2 * n / copy}
+        self.measured = {"read": n / min(read, summed), "copy": 2 * n / copy}
+        return {}
 
 
-TASKS: dict[str, Callable[[Job], Any]] = {"products": MatrixProducts, "stream": Stream}
+TASKS: dict[str, type[Task]] = {"products": MatrixProducts, "stream": Stream}

@@ -1,4 +1,4 @@
-"""What the two packages called open_mythos share: the names of the parts that a benchmark touches."""
+"""Parts that both packages called open_mythos have under the same names."""
 
 import math
 from typing import Any

@@ -21,7 +21,7 @@ NAME = "open_mythos_0_5"
 
 
 def package() -> ModuleType:
-    """The module `open_mythos.main` of 0.5.0, under a name of its own."""
+    """Load the module `open_mythos.main` of 0.5.0, under a name of its own."""
     if NAME not in sys.modules:
         spec = importlib.util.spec_from_file_location(NAME, installed(OPEN_MYTHOS) / "open_mythos" / "main.py")
         assert spec is not None and spec.loader is not None
@@ -58,10 +58,10 @@ class OpenMythos05(Looped):
         return self.model(ids, n_loops=n_loops, kv_cache=cache, start_pos=start)[:, -1]
 
     def copy_cache(self, cache: dict[str, Any]) -> dict[str, Any]:
-        return {layer: {name: x.clone() for name, x in kept.items()} for layer, kept in cache.items()}
+        return {layer: {name: x.clone() for name, x in layer_cache.items()} for layer, layer_cache in cache.items()}
 
     def cache_tensors(self, cache: dict[str, Any]) -> list[Tensor]:
-        return [x for kept in cache.values() for x in kept.values()]
+        return [x for layer_cache in cache.values() for x in layer_cache.values()]
 
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
         # It always samples; among one candidate there is nothing to sample.
@@ -69,12 +69,12 @@ class OpenMythos05(Looped):
 
 
 def construct(model: dict[str, Any]) -> nn.Module:
-    """A fresh model on the default device."""
+    """Make a fresh model on the default device."""
     return package().OpenMythos(package().MythosConfig(**model))
 
 
 def rope(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine as the model uses them, each (len(positions), dim // 2)."""
+    """Compute cosine and sine as the model uses them, each (len(positions), dim // 2)."""
     table = package().precompute_rope_freqs(dim, int(positions.max()) + 1, theta)[positions]
     return table.real, table.imag
 

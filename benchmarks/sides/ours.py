@@ -1,4 +1,4 @@
-"""This package."""
+"""This package, of any checkout."""
 
 import copy
 from typing import Any
@@ -8,15 +8,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.job import Job
+from benchmarks.sides import first_of
 from benchmarks.sides.looped import Looped
 from benchmarks.tasks import LoopCounter
-from open_mythos import KVCache, MythosConfig, OpenMythos, convert_open_mythos_0_5
-from open_mythos.compile import compile_model
+from open_mythos import KVCache, LoopPlan, MythosConfig, OpenMythos, convert_open_mythos_0_5
 from open_mythos.device import keep_freed_memory
-from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.rope import rotary_table
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.train.losses import LossConfig, total_loss
+
+compile_model = first_of("open_mythos.compile:compile_model", "open_mythos.compiling:compile_model")
 
 
 class Ours(Looped):
@@ -39,7 +40,7 @@ class Ours(Looped):
         scope = "decode" if job.task in ("decode", "generate") else "model"
         self.called = compile_model(model, scope) if job.compiled else model
         self.static: tuple[KVCache, StaticKVCache] | None = None
-        """A cache, and the static one made from it."""
+        """A cache, and the static cache made from it."""
         self.countable = not (job.compiled or job.checkpoint)
 
     def logits(self, ids: Tensor, n_loops: int) -> Tensor:
@@ -60,7 +61,7 @@ class Ours(Looped):
             return copy.deepcopy(cache)
         if self.static is None or self.static[0] is not cache:
             self.static = cache, StaticKVCache.over(copy.deepcopy(cache))
-        # The same cache again, as in the middle of a text: what is made once for each cache is not of this token.
+        # The same cache again, as in the middle of a text: work done once for each cache is not part of a token.
         self.static[1].rewind(cache.length)
         return self.static[1]
 
@@ -72,21 +73,21 @@ class Ours(Looped):
         return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, **options)
 
     def count_loops(self) -> LoopCounter | None:
-        # A hook would have a model compiled again, and sees what a checkpoint recomputes: the outputs have to do then.
+        # A hook makes a model compile again, and counts recomputed loops twice; the outputs have to do then.
         return super().count_loops() if self.countable else None
 
     def regroup(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of 0.5.0 under our names: what regroups weights regroups their gradients."""
+        """Put gradients of 0.5.0 under our names: what regroups weights regroups their gradients."""
         return convert_open_mythos_0_5(gradients, self.cfg)
 
 
 def construct(model: dict[str, Any]) -> OpenMythos:
-    """A fresh model on the default device."""
+    """Make a fresh model on the default device."""
     return OpenMythos(MythosConfig(**model))
 
 
 def rope(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine as the model uses them, each (len(positions), dim // 2)."""
+    """Compute cosine and sine as the model uses them, each (len(positions), dim // 2)."""
     return rotary_table(positions, dim, theta, torch.float32)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.job import Job
+from benchmarks.tasks import Task
 from open_mythos.tasks import Text
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
@@ -18,13 +21,11 @@ from open_mythos.train.trainer import Trainer
 from open_mythos.variants import VARIANTS
 
 
-class Training:
+class Training(Task):
     """A variant with Muon, on bytes of the embedded novel. `folder` of the job's arguments gets the runs."""
 
-    training = False
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, module: Any = None) -> None:
+        super().__init__(job)
         self.cfg = TrainConfig(
             VARIANTS[job.arguments["variant"]](),
             Text(seq_len=job.tokens),
@@ -38,17 +39,17 @@ class Training:
     def info(self) -> dict[str, Any]:
         return {"tokens": self.job.rows * self.job.tokens}
 
-    def trainer(self, keeping: Keeping | None = None) -> Trainer:
-        """A new run, in a folder of its own."""
+    def trainer(self, checkpoint: CheckpointConfig | None = None) -> Trainer:
+        """Make a new run, in a folder of its own."""
         out = Path(tempfile.mkdtemp(dir=self.job.arguments["folder"])) / "run"
         device = "cuda" if self.job.device == "cuda" else "cpu"
-        return Trainer(self.cfg, out, device=device, progress=False, keeping=keeping)
+        return Trainer(self.cfg, out, device=device, progress=False, checkpoint=checkpoint)
 
 
 class Steps(Training):
-    """Steps of one run. Read: the part of the last one's CPU time that Muon took."""
+    """Steps of one run. Its reading is the share of the last step's CPU time that Muon took."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
         self.run_on = self.trainer()
         self.step, self.muon_s, self.step_s = 0, 0.0, 0.0
@@ -61,40 +62,39 @@ class Steps(Training):
         self._inner()
         self.muon_s = time.process_time() - start
 
-    def fresh(self) -> None:
-        return None
-
-    def run(self, fresh: None) -> None:
+    def run(self, fresh: None) -> dict[str, Tensor]:
         start = time.process_time()
         self.run_on.train_step(self.step)
         self.step_s = time.process_time() - start
         self.step += 1
+        return {}
 
     def reading(self) -> dict[str, float]:
-        return {f"muon {self.job.rows}": self.muon_s / self.step_s}
+        return {"muon": self.muon_s / self.step_s}
 
 
 class WholeRun(Training):
-    """A run with a line of metrics after every step. Read: the part of it that was no step, by its own timers."""
+    """A run with a line of metrics after every step. Its reading is the share of time outside steps, by its timers."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
-        self.keeping = Keeping(job.arguments["checkpoint_every"])
-        self.read: dict[str, float] = {}
+        self.checkpoint = CheckpointConfig(job.arguments["checkpoint_every"])
+        self.overhead = 0.0
 
     def fresh(self) -> Trainer:
-        return self.trainer(self.keeping)
+        return self.trainer(self.checkpoint)
 
-    def run(self, fresh: Trainer) -> None:
+    def run(self, fresh: Trainer) -> dict[str, Tensor]:
         fresh.run()
         steps_s = whole_s = 0.0
         for line in read_metrics(fresh.out_dir / "metrics.jsonl"):
             step_s = self.job.rows * self.job.tokens / line["perf/tok_s"]
             steps_s, whole_s = steps_s + step_s, whole_s + step_s / (1 - line["perf/overhead"])
-        self.read = {f"overhead {self.keeping.every}": 1 - steps_s / whole_s}
+        self.overhead = 1 - steps_s / whole_s
+        return {}
 
     def reading(self) -> dict[str, float]:
-        return self.read
+        return {"overhead": self.overhead}
 
 
-TASKS: dict[str, Callable[[Job], Any]] = {"steps": Steps, "run": WholeRun}
+TASKS: dict[str, type[Task]] = {"steps": Steps, "run": WholeRun}

@@ -3,42 +3,26 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from open_mythos.checks import check_int
-from open_mythos.cli.options import SamplingOptions, chosen, read
-from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.generation.sampling_params import SamplingParams, check_bounds
+from open_mythos.checks import PositiveInt
+from open_mythos.cli.options import ModelOptions, SamplingOptions, check_folder, chosen, read
+from open_mythos.generation.sampling_params import SamplingParams
 
 
-@dataclass
-class ChatArgs(SamplingOptions):
+@dataclass(kw_only=True)
+class ChatArgs(SamplingOptions, ModelOptions):
     """Talk with the model of a folder. Every token has the colour of the loops it took; /help lists what can be
     changed on the way. Reads lines from a pipe too."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the model and its tokenizer, such as RUN/final."""
     plain: bool = False
     """For a model that was not trained on conversations: it continues your text, line after line."""
     system: str = ""
     """A system message before the conversation."""
-    max_tokens: int = 256
+    max_tokens: PositiveInt = 256
     """Tokens of an answer, at most."""
-    kv_tokens: int | None = None
+    kv_tokens: PositiveInt | None = None
     """Tokens of the conversation that there is memory for, at the loops in use; left out: the model's whole context,
     or what a quarter of the free memory holds."""
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        check_int("max_tokens", self.max_tokens, 1)
-        if self.kv_tokens is not None:
-            check_int("kv_tokens", self.kv_tokens, 1)
 
 
 def chat(rest: list[str]) -> None:
@@ -46,19 +30,13 @@ def chat(rest: list[str]) -> None:
     args = read(ChatArgs, "mythos chat", rest)
     if args.plain and args.system:
         raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
-    if not args.folder.is_dir():
-        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
-    import torch
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.cli.chat_session import Session
-    from open_mythos.model import OpenMythos
     from open_mythos.tokenization.chat_template import end_of_turn, turns_unknown
-    from open_mythos.tokenization.tokenizer import load_tokenizer
 
-    device = setup_device(args.device, args.threads)
-    tokenizer = load_tokenizer(args.folder)
-    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
+    model, tokenizer = args.load()
     end = end_of_turn(tokenizer)
     params = SamplingParams(
         **chosen(args),
@@ -75,7 +53,7 @@ def chat(rest: list[str]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed or piped in, line by line."""
+    """Yield the lines that are typed or piped in."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

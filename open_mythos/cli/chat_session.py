@@ -1,13 +1,11 @@
 """A conversation in a terminal: lines in, answers out as they come, each token in the colour of its loops."""
 
-import inspect
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -22,28 +20,36 @@ from open_mythos.reports.terminal import loop_legend, loop_style, write
 from open_mythos.tokenization.chat_template import end_of_turn, render
 from open_mythos.tokenization.tokenizer import Tokenizer
 
-N = TypeVar("N", int, float)
-
 FEWEST_TOKENS = 64
-"""Tokens of a conversation, fewer of which are not worth having."""
-TYPED = {
-    "n_loops": "/loops",
-    "max_tokens": "/max",
-    "temperature": "/temperature",
-    "exit": "/rule",
-    "exit_threshold": "THRESHOLD",
+"""Tokens of the shortest conversation that is worth having."""
+SETTINGS: dict[str, tuple[dict[str, type], int, str]] = {
+    "/loops": ({"n_loops": int}, 0, "/loops N: the most loops of a token; without N the model's own"),
+    "/rule": (
+        {"exit": str, "exit_threshold": float},
+        0,
+        "/rule NAME [THRESHOLD]: when a token leaves the loop: fixed, act, latent_diff, second_difference, kl",
+    ),
+    "/temperature": (
+        {"temperature": float},
+        1,
+        "/temperature T: 0 takes the best token, 1 draws from the model's own distribution",
+    ),
+    "/max": ({"max_tokens": int}, 1, "/max N: the most tokens of an answer"),
 }
+"""Commands that change sampling parameters: their fields with types, the fewest values, and the line of /help."""
+COMMANDS = (*SETTINGS, "/reset", "/help")
+TYPED = {next(iter(fields)): name for name, (fields, _, _) in SETTINGS.items()} | {"exit_threshold": "THRESHOLD"}
 """What a user types for a field that a message names."""
 
 
 class Session:
-    """A conversation with a model, kept as the ids that it has read and written: so the next turn finds them computed.
+    """A conversation with a model, stored as the ids of all turns: the engine finds them computed at the next turn.
 
     Args:
-        params: for every answer, until a command changes them. A seed is that of the first answer; the next one has the
-            next seed.
-        plain: for a model that knows no turns: each line is put behind the text so far, which the model continues.
-        system: what precedes a conversation, unless `plain`.
+        params: parameters of every answer, until a command changes them. The seed is that of the first answer; each
+            further answer has the next seed.
+        plain: for a model that knows no turns: each line is appended to the text so far, which the model continues.
+        system: a system message before the conversation, unless `plain`.
         kv_tokens: tokens of a conversation that there is memory for; None: a whole context, or what fits into a share
             of the free memory.
     """
@@ -66,14 +72,6 @@ class Session:
         self._params, self._plain, self._system = params, plain, system
         self._ids: list[int] = []
         self._n_answers = 0
-        self._commands: dict[str, Callable[..., None]] = {
-            "/loops": self._loops,
-            "/rule": self._rule,
-            "/temperature": self._temperature,
-            "/max": self._max,
-            "/reset": self._reset,
-            "/help": self._help,
-        }
 
     def run(self, lines: Iterable[str]) -> None:
         """Answer or obey each line, until they end or one is /quit.
@@ -89,12 +87,12 @@ class Session:
                     self._obey(*line.split())
                 elif line.strip() or (self._plain and self._ids):
                     self._answer(line)
-            # What was typed has to be given differently; the conversation is as it was.
+            # The line has to be typed differently; the conversation has not changed.
             except (TypeError, ValueError) as error:
                 self._note(as_typed(str(error), TYPED))
 
     def greet(self) -> None:
-        """Say what the colours mean and where help is."""
+        """Print the meaning of the colours and the command for help."""
         self._console.print(loop_legend(self._most), Text("   /help lists the commands", "dim"))
 
     @property
@@ -129,7 +127,7 @@ class Session:
                 "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
             )
         self._ids, self._n_answers = ids + request.token_ids, self._n_answers + 1
-        # A turn that was cut off is over all the same.
+        # A turn that was cut off ends here all the same.
         if not self._plain and request.finish_reason != "stop":
             end = end_of_turn(self._tokenizer)
             self._ids += self._tokenizer.encode(end) if isinstance(end, str) else [end]
@@ -141,20 +139,20 @@ class Session:
         )
 
     def _with_room(self) -> tuple[Engine, int]:
-        """An engine, and the tokens of a conversation that it has room for at the loops that a token may take now.
+        """Return an engine, and the tokens of a conversation that it has room for at the current number of loops.
 
-        The engine is made anew where more loops need more memory than it has; it then has to read the conversation
-        again.
+        Where more loops need more memory than the engine has, a new engine takes its place, and computes the
+        conversation again.
         """
         if self._engine is None or self._engine.n_tokens_at(self._most) < self._n_tokens:
             self._engine = None
-            # There are no neighbours, and one row without padding is 1.4 times as fast (docs/results/engine.md).
+            # One row without padding is 1.4 times as fast (docs/results/engine.md), and there are no other requests.
             config = EngineConfig(max_rows=1, kv_tokens=self._room(), batch_invariant=False)
             self._engine = Engine(self._model, self._tokenizer, config)
         return self._engine, min(self._n_tokens, self._engine.n_tokens_at(self._most))
 
     def _room(self) -> int:
-        """The `kv_tokens` of an engine for a conversation at the loops that a token may take now."""
+        """Return the `kv_tokens` of an engine for a conversation at the current number of loops."""
         cfg, n_tokens = self._model.cfg, self._n_tokens
         each = kv_bytes_per_token(cfg, self._most, self._model.dtype.itemsize)
         share = cache_bytes(self._model.device)
@@ -176,49 +174,31 @@ class Session:
         return render([*first, {"role": "user", "content": line}], self._tokenizer, reply=True)[0]
 
     def _obey(self, name: str, *values: str) -> None:
-        if name not in self._commands:
-            raise ValueError(f"{name} is no command; use one of {', '.join(self._commands)}, /quit")
-        command = self._commands[name]
-        try:
-            inspect.signature(command).bind(*values)
-        except TypeError:
-            raise ValueError(f"{' '.join([name, *values])} does not fit; {command.__doc__}") from None
-        command(*values)
-
-    def _loops(self, n_loops: str = "") -> None:
-        """/loops N: the most loops of a token; without N the model's own"""
-        value = _number(int, n_loops) if n_loops else None
-        check_n_loops(value, self._model.cfg)
-        self._params = replace(self._params, n_loops=value)
-
-    def _rule(self, name: str = "", threshold: str = "") -> None:
-        """/rule NAME [THRESHOLD]: when a token leaves the loop: fixed, act, latent_diff, second_difference, kl"""
-        limit = _number(float, threshold) if threshold else None
-        self._model.exit_rule(name or None, limit)
-        self._params = replace(self._params, exit=name or None, exit_threshold=limit)
-
-    def _temperature(self, value: str) -> None:
-        """/temperature T: 0 takes the best token, 1 draws from the model's own distribution"""
-        self._params = replace(self._params, temperature=_number(float, value))
-
-    def _max(self, n_tokens: str) -> None:
-        """/max N: the most tokens of an answer"""
-        value = _number(int, n_tokens)
-        check_int("max_tokens", value, 1, 2**31)
-        self._params = replace(self._params, max_tokens=value)
-
-    def _reset(self) -> None:
-        """/reset: forget the conversation"""
-        self._ids = []
-
-    def _help(self) -> None:
-        """/help: this list"""
-        for command in self._commands.values():
-            self._note(command.__doc__ or "")
-        self._note("/quit, or Ctrl-D: leave. Ctrl-C cancels an answer; twice, it leaves.")
+        if name not in COMMANDS:
+            raise ValueError(f"{name} is no command; use one of {', '.join(COMMANDS)}, /quit")
+        fields, fewest, text = SETTINGS.get(name, ({}, 0, name))
+        if not fewest <= len(values) <= len(fields):
+            raise ValueError(f"{' '.join([name, *values])} does not fit; {text}")
+        if name == "/reset":
+            self._ids = []
+        elif name == "/help":
+            for *_, text in SETTINGS.values():
+                self._note(text)
+            self._note("/reset: forget the conversation")
+            self._note("/help: this list")
+            self._note("/quit, or Ctrl-D: leave. Ctrl-C cancels an answer; twice, it leaves.")
+        else:
+            given = dict.fromkeys(fields) | {
+                field: _parse(kind, value) for (field, kind), value in zip(fields.items(), values, strict=False)
+            }
+            params = replace(self._params, **given)
+            check_n_loops(params.n_loops, self._model.cfg)
+            self._model.exit_rule(params.exit, params.exit_threshold)
+            check_int("max_tokens", params.max_tokens, 1, 2**31)
+            self._params = params
 
 
-def _number(kind: Callable[[str], N], text: str) -> N:
+def _parse(kind: type, text: str) -> object:
     try:
         return kind(text)
     except ValueError:
@@ -227,7 +207,7 @@ def _number(kind: Callable[[str], N], text: str) -> N:
 
 @contextmanager
 def _interrupts() -> Generator[threading.Event]:
-    """Set when Ctrl-C is pressed, so that a step is done in full; pressed again, it is a KeyboardInterrupt."""
+    """Yield an event that Ctrl-C sets, so that the current step ends first; pressed again, it is KeyboardInterrupt."""
     pressed = threading.Event()
 
     def press(number: int, frame: object) -> None:

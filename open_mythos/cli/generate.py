@@ -2,25 +2,20 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, SamplingOptions, chosen, read
-from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.generation.sampling_params import check_bounds
+from open_mythos.checks import PositiveInt
+from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, check_folder, chosen, read
 
 
-@dataclass
-class GenerateArgs(SamplingOptions):
+@dataclass(kw_only=True)
+class GenerateArgs(SamplingOptions, ModelOptions):
     """Continue a prompt with the model of a folder, and print the text as it comes."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the model and its tokenizer, such as RUN/final."""
     prompt: Annotated[str, tyro.conf.Positional]
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: PositiveInt = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""
@@ -31,31 +26,19 @@ class GenerateArgs(SamplingOptions):
     compiled: bool = False
     """Decode with machine code made for this model: 10 to 20 s at first, then up to twice as fast. Needs a C++
     compiler on a CPU."""
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        check_int("max_new_tokens", self.max_new_tokens, 1)
 
 
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
     args = read(GenerateArgs, "mythos generate", rest)
-    if not args.folder.is_dir():
-        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
-    import torch
+    check_folder(args.folder)
     from rich.console import Console
 
-    from open_mythos.model import OpenMythos
     from open_mythos.reports.terminal import loop_style, loop_summary, write
     from open_mythos.tokenization.chat_template import end_of_turn, render, turns_unknown
-    from open_mythos.tokenization.tokenizer import TextStream, load_tokenizer
+    from open_mythos.tokenization.detokenizer import TextStream
 
-    device = setup_device(args.device, args.threads)
-    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
-    tokenizer = load_tokenizer(args.folder)
+    model, tokenizer = args.load()
     if args.chat and (warning := turns_unknown(args.folder, "leave --chat out to have the prompt continued")):
         print(f"mythos generate: {warning}", file=sys.stderr)
     most = args.n_loops or model.cfg.max_loop_iters
@@ -64,7 +47,7 @@ def generate(rest: list[str]) -> None:
     def show(_: int, token: int, loops: int) -> None:
         nonlocal started
         if not started:
-            # Not before: an argument may yet be refused.
+            # The prompt is printed with the first token, because an argument may be refused before it.
             write(console, "" if args.chat else args.prompt)
             started = True
         write(console, stream.push(token), loop_style(loops, most) if args.show_loops else "")

@@ -1,26 +1,26 @@
-"""Which pages are free, and which hold what another sequence may use again. No torch."""
+"""Which pages are free, and which hold a prefix that another sequence may reuse. No torch."""
 
-from collections.abc import Hashable, Sequence
-
-from open_mythos.engine.sequence import Block
+from open_mythos.engine.sequence import Block, Sequence
 
 
-class Pages:
-    """Blocks out of `n_pages` pages. A page is free, or in a block that sequences hold, or in one that may be reused.
+class BlockManager:
+    """Gives blocks of pages to sequences, takes them back, and finds blocks whose tokens a new prompt begins with.
 
-    A full block is known by the block before it (the first one by the depth key) and its tokens, so equal keys mean
-    equal tokens from the start. Nobody writes a known block again. Known blocks that nobody holds stay until their
-    pages are needed, the least recently held first. Who holds a block holds all before it, and lets go of the last
-    first: so a block is never given up before those that follow it.
+    A page is free, or in a block that sequences use, or in a cached block that no sequence uses.
+
+    A full block is cached under the block before it (the first one under the depth key) and its tokens, so equal keys
+    mean equal tokens from the start. Nobody writes to a cached block again. Unused cached blocks stay until their pages
+    are needed, and are evicted in the order in which they were freed. A sequence that uses a block uses all blocks
+    before it, and frees its last block first: so no block is evicted before those that follow it.
     """
 
     def __init__(self, n_pages: int, page_tokens: int) -> None:
-        self._page_tokens = page_tokens
-        self._free = list(range(n_pages))[::-1]
-        self._known: dict[tuple[object, ...], Block] = {}
-        self._reusable: dict[tuple[object, ...], Block] = {}  # in the order they are given up
-        self.n_pages = n_pages
+        self.n_pages, self.page_tokens = n_pages, page_tokens
         self.n_reusable = 0
+        """Pages of cached blocks that no sequence uses."""
+        self._free = list(range(n_pages))[::-1]
+        self._cached: dict[tuple[object, ...], Block] = {}
+        self._unused: dict[tuple[object, ...], Block] = {}  # a part of `_cached`, in the order of eviction
 
     @property
     def n_free(self) -> int:
@@ -28,60 +28,72 @@ class Pages:
 
     @property
     def n_used(self) -> int:
-        """Pages in blocks that sequences hold."""
+        """Pages of blocks that sequences use."""
         return self.n_pages - self.n_free - self.n_reusable
 
     @property
     def n_available(self) -> int:
-        """Pages that `take` can give."""
+        """Pages that `allocate` can give."""
         return len(self._free) + self.n_reusable
 
-    def take(self, n_blocks: int, pages_per_block: int) -> list[Block]:
-        """New blocks with one holder; there must be enough available."""
-        while len(self._free) < n_blocks * pages_per_block:
-            key = next(iter(self._reusable))
-            block = self._reusable.pop(key)
-            del self._known[key]
+    def allocate(self, seq: Sequence, n_blocks: int) -> None:
+        """Append new blocks to a sequence; there must be enough pages available."""
+        while len(self._free) < n_blocks * seq.pages_per_block:
+            # Evict the cached block that has been unused for longest. All its pages become free, even if the new block
+            # needs fewer: blocks of another depth have another number of pages.
+            key = next(iter(self._unused))
+            block = self._unused.pop(key)
+            del self._cached[key]
             block.key = None
             self.n_reusable -= len(block.pages)
             self._free += block.pages
-        return [Block(tuple(self._free.pop() for _ in range(pages_per_block))) for _ in range(n_blocks)]
+        for _ in range(n_blocks):
+            seq.blocks.append(Block(tuple(self._free.pop() for _ in range(seq.pages_per_block))))
 
-    def match(self, depth_key: Hashable, tokens: Sequence[int]) -> list[Block]:
-        """The longest chain of known blocks that `tokens` begin with, now held once more."""
-        blocks: list[Block] = []
-        before: object = depth_key
-        for start in range(0, len(tokens) - self._page_tokens + 1, self._page_tokens):
-            key = (before, tuple(tokens[start : start + self._page_tokens]))
-            block = self._known.get(key)
+    def match_prefix(self, seq: Sequence) -> int:
+        """Append to a new sequence the longest chain of cached blocks that its prompt begins with; return its tokens.
+
+        The last prompt token is never matched: it has to be computed, because the next token is drawn from its logits.
+        """
+        tokens, before = seq.prompt_ids[:-1], seq.depth_key
+        for start in range(0, len(tokens) - self.page_tokens + 1, self.page_tokens):
+            key = (before, tuple(tokens[start : start + self.page_tokens]))
+            block = self._cached.get(key)
             if block is None:
                 break
-            if not block.holders:
-                del self._reusable[key]
+            # A block that nobody used is no longer up for eviction.
+            if not block.ref_count:
+                del self._unused[key]
                 self.n_reusable -= len(block.pages)
-            block.holders += 1
-            blocks.append(block)
+            block.ref_count += 1
+            seq.blocks.append(block)
             before = block
-        return blocks
+        return len(seq.blocks) * self.page_tokens
 
-    def know(self, blocks: list[Block], depth_key: Hashable, tokens: Sequence[int], first: int, end: int) -> None:
-        """Blocks `first` to `end` of a sequence are full now: others may use them, unless an equal one is known."""
+    def cache_blocks(self, seq: Sequence, first: int, end: int) -> None:
+        """Let other sequences find the blocks `first` to `end`, which are full now.
+
+        Where an equal block is cached already, this one and all that follow stay private: their keys would have to name
+        a block that nobody finds.
+        """
         for i in range(first, end):
-            before: object = blocks[i - 1] if i else depth_key
-            key = (before, tuple(tokens[i * self._page_tokens : (i + 1) * self._page_tokens]))
-            if (i and blocks[i - 1].key is None) or key in self._known:
+            before = seq.blocks[i - 1] if i else None
+            key = (before or seq.depth_key, tuple(seq.ids(i * self.page_tokens, (i + 1) * self.page_tokens)))
+            if (before and before.key is None) or key in self._cached:
                 break
-            self._known[key] = blocks[i]
-            blocks[i].key = key
+            self._cached[key] = seq.blocks[i]
+            seq.blocks[i].key = key
 
-    def release(self, blocks: list[Block]) -> None:
-        """A sequence lets go of all its blocks, given from its first on."""
-        for block in reversed(blocks):
-            block.holders -= 1
-            if block.holders:
+    def free(self, seq: Sequence) -> None:
+        """Take all blocks from a sequence, the last first."""
+        for block in reversed(seq.blocks):
+            block.ref_count -= 1
+            if block.ref_count:
                 continue
+            # A private block is of no use to anyone else; a cached one stays until its pages are needed.
             if block.key is None:
                 self._free += block.pages
             else:
-                self._reusable[block.key] = block
+                self._unused[block.key] = block
                 self.n_reusable += len(block.pages)
+        seq.blocks = []

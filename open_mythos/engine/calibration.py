@@ -1,4 +1,4 @@
-"""What an engine finds out before its first request: the cost of its steps, and kernels that are batch-invariant."""
+"""What an engine measures before its first request: the times of its steps, and row counts that are batch-invariant."""
 
 import math
 import time
@@ -7,44 +7,46 @@ from itertools import pairwise
 import torch
 
 from open_mythos.accounting import n_layers
-from open_mythos.engine.model_runner import Chunk, Runner
-from open_mythos.engine.sequence import GRID, Block
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.model_runner import ModelRunner
+from open_mythos.engine.readout_policy import Curve, StepCosts
+from open_mythos.engine.sequence import GRID, Block, Sequence
+from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import Fixed
 from open_mythos.ops.batch_invariant import REFERENCE, SIZES
 
 LOOPS = 3
 """Loops of the tokens that are timed."""
-ROUNDS = 8
-"""Over all sizes, at most."""
+MAX_ROUNDS = 8
+"""Rounds over all sizes, at most."""
 ENOUGH_S = 1.5
-"""Seconds after which there is no further round."""
+"""Seconds after which no further round begins."""
 
 
-def measure_costs(runner: Runner) -> StepCosts:
-    """Seconds of a loop, and of what is around it, by the number of sequences; the pages must be nobody's.
+def measure_costs(runner: ModelRunner) -> StepCosts:
+    """Measure the seconds of a loop, and of the work around it, by the number of sequences; all pages must be free.
 
-    The least of a few rounds over all sizes, so that what else the machine does strikes none of them alone.
+    Each time is the shortest of a few rounds over all sizes, so that other work of the machine does not fall on one
+    size alone.
     """
     runner.least_rows = 1 if runner.invariance is None else _choose_rows(runner)
-    sizes = sorted({min(1 << i, len(runner.in_loop)) for i in range(len(runner.in_loop).bit_length() + 1)})
+    sizes = sorted({min(1 << i, runner.max_rows) for i in range(runner.max_rows.bit_length() + 1)})
     loop, outer = dict.fromkeys(sizes, math.inf), dict.fromkeys(sizes, math.inf)
     n_rounds, start = 0, time.perf_counter()
-    while n_rounds < 2 or (n_rounds < ROUNDS and time.perf_counter() - start < ENOUGH_S):
+    while n_rounds < 2 or (n_rounds < MAX_ROUNDS and time.perf_counter() - start < ENOUGH_S):
         for n in sizes:
-            for least, seconds in zip((loop, outer), _measure(runner, n), strict=True):
-                least[n] = min(least[n], seconds)
+            for shortest, seconds in zip((loop, outer), _measure(runner, n), strict=True):
+                shortest[n] = min(shortest[n], seconds)
         n_rounds += 1
     for n, larger in reversed(list(pairwise(sizes))):
-        # Fewer cost no more than many.
+        # A few tokens take no longer than many.
         loop[n], outer[n] = min(loop[n], loop[larger]), min(outer[n], outer[larger])
     return StepCosts(Curve(loop), Curve(outer), runner.least_rows)
 
 
-def _choose_rows(runner: Runner) -> int:
-    """Return the least rows of a batch-invariant call by the time of one token.
+def _choose_rows(runner: ModelRunner) -> int:
+    """Return the least rows of a batch-invariant call for which one token takes the shortest time.
 
-    Small products run fastest in a call that has the rows which their kernels need. Large ones need fewer rows, and
+    Small products are fastest in a call that has the rows which their kernels need. Large ones need fewer rows, and the
     small ones beside them are then padded one by one.
     """
     seconds = dict.fromkeys([size for size in SIZES if size <= REFERENCE], math.inf)
@@ -54,32 +56,33 @@ def _choose_rows(runner: Runner) -> int:
     return min(seconds, key=seconds.__getitem__)
 
 
-def run_once(runner: Runner) -> None:
+def run_once(runner: ModelRunner) -> None:
     """Take one token through every stage, so that each product has shown whether it can be batch-invariant."""
     _measure(runner, 1)
 
 
-def _measure(runner: Runner, n: int) -> tuple[float, float]:
-    """Seconds of the shortest loop of n tokens, and of their coda, head, embedding and prelude."""
+def _measure(runner: ModelRunner, n: int) -> tuple[float, float]:
+    """Return the seconds of the shortest loop of n tokens, and of their coda, head, embedding and prelude."""
     cfg, loops = runner.model.cfg, []
-    # Of this thread alone, unless it waits for a GPU.
+    # Only this thread's time, unless it waits for a GPU.
     clock = time.thread_time if runner.kv.device.type == "cpu" else time.perf_counter
-    generator = torch.Generator().manual_seed(n)
-    # Other tokens choose other experts. They share their pages: what is in them does not matter.
-    ids = torch.randint(cfg.vocab_size, (n,), generator=generator).tolist()
+    # Different tokens, because they choose different experts. They share one page, whose contents do not matter.
+    ids = torch.randint(cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     blocks = [Block((0,) * n_layers(cfg, LOOPS))] * (GRID // runner.kv.page_tokens)
-    rule = Fixed()
-    rows = [runner.admit(rule, LOOPS) for _ in range(n)]
+    rule, n_before, params = Fixed(), GRID // 2, SamplingParams()
+    seqs = [Sequence(i, [0] * n_before + [token], params, LOOPS, None, True, 1) for i, token in enumerate(ids)]
+    for seq in seqs:
+        seq.rule, seq.blocks, seq.n_computed, seq.n_running = rule, blocks, n_before, 1
     began = clock()
-    runner.start([Chunk(row, GRID // 2, [token], blocks) for row, token in zip(rows, ids, strict=True)])
+    runner.start(seqs)
     outer = clock() - began
     while runner.running:
         began = clock()
         runner.loop()
         loops.append(clock() - began)
     began = clock()
-    runner.read_out(rows, [True] * n).logits.argmax(-1).tolist()
+    runner.read_out(seqs).logits.argmax(-1).tolist()
     outer += clock() - began
-    for row in rows:
-        runner.release(row)
+    for seq in seqs:
+        runner.release(seq)
     return min(loops), outer

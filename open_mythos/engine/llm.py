@@ -1,4 +1,4 @@
-"""Answers to a list of prompts: the engine behind one call, in the shape that users of vLLM know.
+"""Answers to a list of prompts: the engine behind one call, with the names that users of vLLM know.
 
 llm = LLM("runs/text/final")
 for output in llm.generate(["She was ", "Anne had "], SamplingParams(max_tokens=32, temperature=0.7)):
@@ -7,7 +7,7 @@ for output in llm.generate(["She was ", "Anne had "], SamplingParams(max_tokens=
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import abc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.config import EngineConfig
+from open_mythos.engine.engine import Engine
+from open_mythos.engine.sequence import Sequence
+from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.tokenization.chat_template import Message, end_of_turn, render
@@ -25,7 +28,7 @@ from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Logprob:
-    """How likely a token was."""
+    """The log-probability of a token."""
 
     logprob: float
     decoded_token: str | None
@@ -37,20 +40,20 @@ class CompletionOutput:
     """One answer."""
 
     index: int
-    """Which of the prompt's `n` answers."""
+    """Number of the answer among the prompt's `n`."""
     text: str
-    """Up to the stop string, if one was found; empty without a tokenizer."""
+    """Text up to the stop string, if one was found; empty without a tokenizer."""
     token_ids: list[int]
     loops: list[int]
-    """Loops that each token took."""
+    """Loops of each token."""
     cumulative_logprob: float | None
-    """The sum over the tokens; None unless `logprobs` was asked for."""
+    """Sum over the tokens; None unless `logprobs` was asked for."""
     logprobs: list[dict[int, Logprob]] | None
-    """For each token: itself and so many of the best."""
+    """For each token: the token itself and the best ones; None unless `logprobs` was asked for."""
     finish_reason: str | None
     """"stop" or "length"."""
     stop_reason: int | str | None
-    """The stop string or stop id that ended it; None for the tokenizer's end token and for "length"."""
+    """The stop string or stop id that ended the answer; None for the tokenizer's end token and for "length"."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int
-    """Tokens of the prompt that the first answer found computed."""
+    """Prompt tokens that the first answer found in the prefix cache."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """For each token of the prompt: itself and so many of the best; None for the first, which nothing precedes. None
+    """For each prompt token: the token itself and the best ones; None for the first, which nothing precedes. None
     altogether unless `prompt_logprobs` was asked for."""
 
 
@@ -76,12 +79,12 @@ class LLM:
     Args:
         model: a model's folder, such as RUN/final, or a model.
         tokenizer: left out: the folder's. A model without one answers ids with ids.
-        device, dtype: of a folder's model; left out: "auto" and "float32".
-        config: of the engine. A list of prompts waits here, however long: `max_queue` is not looked at.
+        device, dtype: those of a folder's model; left out: "auto" and "float32".
+        config: the engine's. A list of prompts of any length may wait here: `max_queue` has no effect.
 
     Raises:
         TypeError, ValueError: an argument is unusable.
-        OSError: the folder is none of a model.
+        OSError: the folder is not a model's.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class LLM:
     def generate(
         self,
         prompts: Any,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
@@ -129,53 +132,52 @@ class LLM:
             progress: show a bar with tokens per second and the mean loops of a token.
 
         Returns:
-            One for each prompt, in their order.
+            One output for each prompt, in their order.
 
         Raises:
             TypeError, ValueError: a prompt or its parameters are unusable.
             FloatingPointError: the logits of a prompt became NaN; the other answers are dropped.
         """
-        wanted = [_read(prompt, i) for i, prompt in enumerate(_listed(prompts))]
-        answers: list[list[Request]] = []
-        running: dict[int, Request] = {}
+        given = [_unwrap(prompt, i) for i, prompt in enumerate(_as_list(prompts))]
+        answers: list[list[Sequence]] = []
+        running: dict[int, Sequence] = {}
         try:
-            for prompt, params in zip(wanted, _for_each(sampling_params, len(wanted)), strict=True):
+            for i, params in enumerate(_for_each(sampling_params, len(given))):
+                ids = encode_prompt(given[i], self.tokenizer, self.model.cfg, f"prompts[{i}]")
                 answers.append([])
-                for i in range(params.n):
-                    # The prompt is encoded once.
-                    ids = answers[-1][0].prompt_ids if i else prompt
-                    request = self.engine.add(ids, params.of_answer(i))
-                    running[request.id] = request
-                    answers[-1].append(request)
+                for number in range(params.n):
+                    seq = self.engine.add(ids, params.of_answer(number))
+                    running[seq.id] = seq
+                    answers[-1].append(seq)
             self._run(running, progress)
         finally:
-            for request in running.values():
-                self.engine.cancel(request)
-        return [self._output(prompt, group) for prompt, group in zip(wanted, answers, strict=True)]
+            for seq in running.values():
+                self.engine.cancel(seq)
+        return [self._output(prompt, seqs) for prompt, seqs in zip(given, answers, strict=True)]
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
+        sampling_params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """The assistant's next message in one conversation or several; the rest is that of `generate`.
+        """Answer one conversation or several with the assistant's next message; otherwise as `generate`.
 
         Args:
             messages: [{"role": "user", "content": "..."}], or a list of such lists; see tokenization/chat_template.py.
         """
         if self.tokenizer is None:
             raise ValueError("messages need a tokenizer; use LLM(model, tokenizer)")
-        one = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
+        is_one = isinstance(messages, abc.Sequence) and bool(messages) and isinstance(messages[0], abc.Mapping)
+        conversations: Any = [messages] if is_one else messages
         prompts = [{"prompt_token_ids": render(each, self.tokenizer, reply=True)[0]} for each in conversations]
         params, end = _for_each(sampling_params, len(prompts)), end_of_turn(self.tokenizer)
         if isinstance(end, str):
             params = [replace(each, stop=(*each.stop_strings, end)) for each in params]
         return self.generate(prompts, params, progress=progress)
 
-    def _run(self, running: dict[int, Request], progress: bool) -> None:
+    def _run(self, running: dict[int, Sequence], progress: bool) -> None:
         """Step until every request has left `running`."""
         from open_mythos.reports.terminal import ProgressLine
 
@@ -183,90 +185,85 @@ class LLM:
         began = time.perf_counter()
         with ProgressLine(len(running), "generate", progress, stderr=True, unit="answer") as line:
             while running:
-                ended = 0
+                n_ended = 0
                 for event in self.engine.step():
                     if event.token_id is not None:
                         n_tokens, n_loops = n_tokens + 1, n_loops + event.loops
                     if event.finish_reason == "error":
                         raise FloatingPointError(
-                            f"the logits behind a prompt of {len(event.request.prompt_ids)} tokens are NaN: the "
+                            f"the logits behind a prompt of {event.request.n_prompt} tokens are NaN: the "
                             "weights have diverged or overflow; use earlier weights, or float32"
                         )
-                    # Those that an earlier call left behind are not in it.
+                    # An interrupted earlier call may have left ends of its own, which do not count.
                     if event.finish_reason is not None and running.pop(event.request.id, None) is not None:
-                        ended += 1
+                        n_ended += 1
                 seconds = time.perf_counter() - began
-                line.advance({"tokens/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}, ended)
+                line.advance({"tokens/s": n_tokens / seconds, "loops": n_loops / max(1, n_tokens)}, n_ended)
 
-    def _output(self, prompt: str | list[int], answers: list[Request]) -> RequestOutput:
+    def _output(self, prompt: Any, seqs: list[Sequence]) -> RequestOutput:
         self._n_prompts += 1
+        first, scored = seqs[0], None
+        if first.params.prompt_logprobs is not None:
+            ids = first.prompt_ids[1:]
+            scored = [None, *self._logprobs(ids, first.prompt_logprobs, first.prompt_top_logprobs)]
         return RequestOutput(
             request_id=str(self._n_prompts - 1),
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(answers[0].prompt_ids),
-            outputs=[self._completion(i, request) for i, request in enumerate(answers)],
+            prompt_token_ids=list(first.prompt_ids),
+            outputs=[self._completion(i, seq) for i, seq in enumerate(seqs)],
             finished=True,
-            num_cached_tokens=answers[0].n_cached,
-            prompt_logprobs=self._prompt_logprobs(answers[0]),
+            num_cached_tokens=first.n_cached,
+            prompt_logprobs=scored,
         )
 
-    def _completion(self, index: int, request: Request) -> CompletionOutput:
-        asked = request.params.logprobs is not None
+    def _completion(self, index: int, seq: Sequence) -> CompletionOutput:
+        has_logprobs = seq.params.logprobs is not None
         return CompletionOutput(
             index=index,
-            text=request.text,
-            token_ids=list(request.token_ids),
-            loops=list(request.loops),
-            cumulative_logprob=sum(request.logprobs) if asked else None,
-            logprobs=self._logprobs(request) if asked else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            text=seq.text,
+            token_ids=list(seq.token_ids),
+            loops=list(seq.loops),
+            cumulative_logprob=sum(seq.logprobs) if has_logprobs else None,
+            logprobs=self._logprobs(seq.token_ids, seq.logprobs, seq.top_logprobs) if has_logprobs else None,
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
         )
 
-    def _logprobs(self, request: Request) -> list[dict[int, Logprob]]:
-        return self._told(request.token_ids, request.logprobs, request.top_logprobs)
-
-    def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
-        if request.params.prompt_logprobs is None:
-            return None
-        return [None, *self._told(request.prompt_ids[1:], request.prompt_logprobs, request.prompt_top_logprobs)]
-
-    def _told(self, tokens: list[int], logprobs: list[float], best: list[dict[int, float]]) -> list[dict[int, Logprob]]:
-        """For each token: itself and the best."""
+    def _logprobs(self, ids: list[int], own: list[float], best: list[dict[int, float]]) -> list[dict[int, Logprob]]:
+        """Return for each token itself and the best ones, with their texts."""
         texts = self._texts
         return [
-            {i: Logprob(value, None if texts is None else texts[i].text) for i, value in {token: own, **top}.items()}
-            for token, own, top in zip(tokens, logprobs, best, strict=True)
+            {i: Logprob(value, None if texts is None else texts[i].text) for i, value in {token: p, **top}.items()}
+            for token, p, top in zip(ids, own, best, strict=True)
         ]
 
 
-def _listed(prompts: Any) -> Sequence[Any]:
-    if isinstance(prompts, str | Mapping):
+def _as_list(prompts: Any) -> abc.Sequence[Any]:
+    """Return one prompt or several as a list."""
+    if isinstance(prompts, str | abc.Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, abc.Sequence):
         raise TypeError(f"prompts={prompts!r:.60} must be a string, a list of ids, or a list of such; use ['She was ']")
     return [prompts] if prompts and all(type(i) is int for i in prompts) else prompts
 
 
-def _read(prompt: Any, place: int) -> str | list[int]:
-    if isinstance(prompt, Mapping):
-        known = [prompt[key] for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
-        if len(known) != 1:
-            raise ValueError(
-                f"prompts[{place}] has the keys {', '.join(map(str, prompt))}; give it 'prompt' or 'prompt_token_ids'"
-            )
-        prompt = known[0]
-    if isinstance(prompt, str):
+def _unwrap(prompt: Any, place: int) -> Any:
+    """Return the text or the ids of a prompt, which may stand in a mapping."""
+    if not isinstance(prompt, abc.Mapping):
         return prompt
-    if not isinstance(prompt, Sequence) or not all(type(i) is int for i in prompt):
-        raise TypeError(f"prompts[{place}]={prompt!r:.60} must be a string or a list of ids; use 'She was ' or [1, 2]")
-    return list(prompt)
+    given = [prompt[key] for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"prompts[{place}] has the keys {', '.join(map(str, prompt))}; give it 'prompt' or 'prompt_token_ids'"
+        )
+    return given[0]
 
 
-def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, n_prompts: int) -> list[SamplingParams]:
+def _for_each(params: SamplingParams | abc.Sequence[SamplingParams] | None, n_prompts: int) -> list[SamplingParams]:
+    """Return one SamplingParams for each prompt."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n_prompts
-    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+    if not isinstance(params, abc.Sequence) or not all(isinstance(each, SamplingParams) for each in params):
         raise TypeError(f"sampling_params={params!r:.60} must be SamplingParams, or a list of them")
     if len(params) != n_prompts:
         raise ValueError(f"sampling_params has {len(params)} for {n_prompts} prompts; give one, or one for each")

@@ -1,4 +1,4 @@
-"""The tokens that are in the loop, each at a loop of its own, and how they leave it.
+"""Tokens in the loop, each at its own loop, and how they leave it.
 
 Shapes: N tokens, D width, V vocabulary. Every token is a row of its own: (N, 1, D).
 """
@@ -15,47 +15,50 @@ from open_mythos.ops.precision import at_least_float32
 
 
 @dataclass
-class Left:
+class ExitedTokens:
     """Tokens that have left the loop."""
 
     tokens: Tokens
     loops: np.ndarray
-    """How many each has run."""
+    """Loops that each token has run."""
     out: Tensor
-    """(N, 1, D): what the coda reads."""
+    """(N, 1, D): input of the coda."""
 
     @staticmethod
-    def join(parts: list["Left"]) -> "Left":
+    def join(parts: list["ExitedTokens"]) -> "ExitedTokens":
         if len(parts) == 1:
             return parts[0]
-        loops = np.concatenate([part.loops for part in parts])
-        return Left(Tokens.join([part.tokens for part in parts]), loops, torch.cat([part.out for part in parts]))
+        loops, out = np.concatenate([part.loops for part in parts]), torch.cat([part.out for part in parts])
+        return ExitedTokens(Tokens.join([part.tokens for part in parts]), loops, out)
 
-    def take(self, index: np.ndarray) -> "Left":
-        return Left(self.tokens.take(index), self.loops[index], self.out[torch.from_numpy(index).to(self.out.device)])
+    def take(self, index: np.ndarray) -> "ExitedTokens":
+        out = self.out[torch.from_numpy(index).to(self.out.device)]
+        return ExitedTokens(self.tokens.take(index), self.loops[index], out)
 
 
-class Cohort:
-    """Tokens in the loop that leave it by the same rule."""
+class LoopBatch:
+    """Tokens in the loop that share a halting rule. They may join and leave in any loop."""
 
     def __init__(self, rule: HaltingRule) -> None:
         self.rule = rule
         self.tokens = Tokens.none()
         self.loop = self.tokens.row
-        """The loop that each token is at, 0-based."""
+        """Loops that each token has done: the 0-based index of its next one."""
         self.rows: dict[str, Tensor] = {}
         """`h` and the prepared `e` (N, 1, D), `n_loops` (N,), and under a weighted rule the sum `out` (N, 1, D)."""
         self.state: State = {}
+        """What the rule remembers of each token."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def join(self, tokens: Tokens, h: Tensor, e: Tensor) -> None:
-        """Take in tokens that stand before their first loop."""
+        """Add tokens that stand before their first loop."""
         rows = {"h": h, "e": e, "n_loops": torch.from_numpy(tokens.n_loops).to(h.device)}
         if self.rule.weighted:
             rows["out"] = torch.zeros_like(at_least_float32(h))
         state = self.rule.init(h, rows["n_loops"])
+        # Everything that belongs to a token is a row of some tensor, so that joining is concatenation.
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}
             state = {name: torch.cat((self.state[name], x)) for name, x in state.items()}
@@ -63,32 +66,31 @@ class Cohort:
         new = np.zeros(len(tokens) - len(self), dtype=np.int64)
         self.tokens, self.loop, self.rows, self.state = tokens, np.concatenate((self.loop, new)), rows, state
 
-    def advance(self, h: Tensor, loop_index: Tensor, probe: Probe) -> Left | None:
-        """Go on with the states after a loop, `h`; those that are done leave."""
-        done = self.loop + 1 == self.tokens.n_loops
+    def advance(self, h: Tensor, loop_index: Tensor, probe: Probe) -> ExitedTokens | None:
+        """Take the states after a loop, `h`, and return the tokens that exit with it, if any."""
+        exits = self.loop + 1 == self.tokens.n_loops
         if isinstance(self.rule, Fixed):
+            # The host knows all exits: no device has to be waited for.
             self.rows["h"] = h
         else:
-            exit = Exit(self.rule, probe, bool(done.all()))
+            exit = Exit(self.rule, probe, bool(exits.all()))
             self.rows, self.state, exit_mask, _ = exit.apply(self.rows, self.state, h, loop_index)
-            done = exit_mask[:, 0].cpu().numpy()
+            exits = exit_mask[:, 0].cpu().numpy()
         self.loop = self.loop + 1
-        return self.drop(done) if done.any() else None
+        return self.drop(exits) if exits.any() else None
 
-    def drop(self, gone: np.ndarray) -> Left:
-        """Take out the tokens of a mask."""
-        index, keep = np.flatnonzero(gone), np.flatnonzero(~gone)
+    def drop(self, mask: np.ndarray) -> ExitedTokens:
+        """Take the tokens of a mask out of the batch."""
         h = self.rows["h"]
-        out = self.rows.get("out", h)
+        exited = ExitedTokens(self.tokens, self.loop, self.rows.get("out", h))
+        keep = np.flatnonzero(~mask)
         if len(keep):
-            kept = torch.from_numpy(keep).to(h.device)
-            left = Left(
-                self.tokens.take(index), self.loop[index], out[torch.from_numpy(index).to(h.device)].to(h.dtype)
-            )
-            self.rows = {name: x.index_select(0, kept) for name, x in self.rows.items()}
-            self.state = {name: x.index_select(0, kept) for name, x in self.state.items()}
+            exited = exited.take(np.flatnonzero(mask))
+            index = torch.from_numpy(keep).to(h.device)
+            self.rows = {name: x.index_select(0, index) for name, x in self.rows.items()}
+            self.state = {name: x.index_select(0, index) for name, x in self.state.items()}
         else:
-            left = Left(self.tokens, self.loop, out.to(h.dtype))
             self.rows, self.state = {}, {}
         self.tokens, self.loop = self.tokens.take(keep), self.loop[keep]
-        return left
+        exited.out = exited.out.to(h.dtype)
+        return exited

@@ -1,9 +1,9 @@
-"""What the scheduler decides, carried out on the model.
+"""Carries out on the model what the scheduler decides.
 
 Shapes: N tokens, D width, V vocabulary. Every token is a row of its own: (N, 1, D).
 """
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,251 +12,212 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.engine.loop_batch import Cohort, Left
-from open_mythos.engine.paged_kv_cache import Layout, PagedKV, Tokens, padded
-from open_mythos.engine.sequence import Block
+from open_mythos.engine.loop_batch import ExitedTokens, LoopBatch
+from open_mythos.engine.paged_kv_cache import Layout, PagedKVCache, Tokens, padded
+from open_mythos.engine.sequence import Sequence
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.nn.initial_state import initial_state
 from open_mythos.ops.batch_invariant import Invariance, batch_invariant, size_of
 
 
-@dataclass(eq=False)
-class Row:
-    """What the runner knows of one admitted sequence."""
-
-    number: int
-    """Its row in the table of pages."""
-    rule: HaltingRule
-    n_loops: int
-    n_blocks: int = 0
-    """Blocks that the table has of it."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of a sequence that enter the model together."""
-
-    row: Row
-    first: int
-    """Position of the first."""
-    ids: Sequence[int]
-    blocks: Sequence[Block]
-    """All of the sequence, so that there is one for every token."""
-
-
 @dataclass(frozen=True)
 class ReadOut:
-    """What the coda and the head make of chunks that have left the loop."""
+    """What coda and head compute from chunks that have left the loop."""
 
     logits: Tensor
-    """(n, V), of the last token of each row that is wanted, in their order."""
+    """(n, V): of the last token of each sequence that yields a token, in their order."""
     loops: list[int]
-    """Of those tokens."""
+    """Loops of these tokens."""
     is_nan: list[bool]
-    """For every row, whether something in its chunk is NaN."""
-    states: dict[Row, Tensor]
-    """(n, 1, D), what the head reads for every token of the chunk, in order, of the rows where that was asked for."""
+    """For every sequence, True if something in its chunk is NaN."""
+    states: dict[Sequence, Tensor]
+    """(n, 1, D): what the head takes for every token of the chunk, in order, of sequences that score their prompt."""
 
 
-class Runner:
-    """The model, the pages, and the tokens in between."""
+class ModelRunner:
+    """The model, its page table, and the tokens between prelude and coda."""
 
-    def __init__(self, model: OpenMythos, kv: PagedKV, max_rows: int, invariant: bool) -> None:
+    def __init__(self, model: OpenMythos, kv: PagedKVCache, max_rows: int, invariant: bool) -> None:
         self.model, self.kv = model, kv
         self.invariance = Invariance() if invariant and kv.device.type == "cpu" else None
         """What products have shown so far; None: kernels are chosen by speed."""
         self.least_rows = 1
         """Rows that a batch-invariant call is padded to at least, which changes its time and not its results."""
-        self.cohorts: list[Cohort] = []
-        self.left: list[Left] = []
-        """Tokens that have left the loop and not been through the coda."""
-        self.in_loop = np.zeros(max_rows, dtype=np.int64)
-        """Tokens in the loop, of each row."""
-        self.changed: set[int] = set()
-        """Rows of which tokens have left the loop since the last one."""
-        self.running: dict[int, Row] = {}
-        """The rows whose chunk has not yet left the loop, by number."""
-        self.layout: Layout | None = None
-        """Of the tokens in the loop; None if they are others than in the last one."""
-        self.free_rows = list(range(max_rows))[::-1]
+        self.max_rows = max_rows
         block = model.recurrent
         with self._computing():
             self.constants = None if block is None else block.constants(model.embed.weight[:1, None])
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sequences, in whatever phase they are."""
+        self.batches: list[LoopBatch] = []
+        """Tokens in the loop, by their halting rule."""
+        self.exited: list[ExitedTokens] = []
+        """Tokens that have left the loop and not been through the coda."""
+        self.layout: Layout | None = None
+        """Layout of the tokens in the loop; None: it has to be made again, since tokens have joined or left."""
+        self.n_looping = np.zeros(self.max_rows, dtype=np.int64)
+        """Tokens in the loop, by row of the page table."""
+        self.changed: set[int] = set()
+        """Rows of which tokens have left the loop since its last round."""
+        self.running: dict[int, Sequence] = {}
+        """Sequences whose chunk is not yet out of the loop, by row."""
+        self.free_rows = list(range(self.max_rows))[::-1]
+        self.kv.clear()
 
     @contextmanager
     def _computing(self) -> Generator[None]:
         with torch.no_grad(), batch_invariant(self.invariance):
             yield
 
-    def admit(self, rule: HaltingRule, n_loops: int) -> Row:
-        """A row for a new sequence."""
-        return Row(self.free_rows.pop(), rule, n_loops)
-
-    def release(self, row: Row) -> None:
-        """Forget a sequence, wherever its tokens are."""
-        for cohort in self.cohorts:
-            gone = cohort.tokens.row == row.number
-            if gone.any():
-                cohort.drop(gone)
-                self.layout = None
-        self.cohorts = [cohort for cohort in self.cohorts if len(cohort)]
-        kept = [(part, part.tokens.row != row.number) for part in self.left]
-        self.left = [part if keep.all() else part.take(np.flatnonzero(keep)) for part, keep in kept if keep.any()]
-        self.running.pop(row.number, None)
-        self.changed.discard(row.number)
-        self.unmap(row)
-        self.free_rows.append(row.number)
-
-    def clear(self) -> None:
-        """Forget all sequences, whatever state they are in."""
-        self.cohorts, self.left, self.layout = [], [], None
-        self.changed, self.running = set(), {}
-        self.free_rows = list(range(len(self.in_loop)))[::-1]
-        self.kv.table.fill(self.kv.null)
-
-    def unmap(self, row: Row) -> None:
-        """Take a sequence's pages away."""
-        self.kv.drop(row.number)
-        row.n_blocks = 0
-
-    def start(self, chunks: Sequence[Chunk]) -> None:
-        """Embedding and prelude; the tokens then stand before their first loop."""
-        if not chunks:
+    def release(self, seq: Sequence) -> None:
+        """Forget a sequence and its tokens, wherever they are."""
+        if seq.row < 0:
             return
-        # Tokens of one rule stand together.
-        chunks = sorted(chunks, key=lambda chunk: id(chunk.row.rule))
-        self._map(chunks)
-        tokens = Tokens.join([_tokens(chunk) for chunk in chunks])
+        # Its tokens may be in the loop, behind it, or both.
+        for batch in self.batches:
+            gone = batch.tokens.row == seq.row
+            if gone.any():
+                batch.drop(gone)
+                self.layout = None
+        self.batches = [batch for batch in self.batches if len(batch)]
+        _, self.exited = self._split_exited([seq])
+        self.running.pop(seq.row, None)
+        self.changed.discard(seq.row)
+        self.kv.unmap(seq)
+        self.free_rows.append(seq.row)
+        seq.row = -1
+
+    def start(self, seqs: list[Sequence]) -> None:
+        """Compute embedding and prelude of the sequences' chunks; the tokens then stand before their first loop."""
+        if not seqs:
+            return
+        # Tokens with the same rule stand together.
+        seqs = sorted(seqs, key=lambda seq: id(seq.rule))
+        for seq in seqs:
+            if seq.row < 0:
+                seq.row = self.free_rows.pop()
+            self.running[seq.row] = seq
+            self.n_looping[seq.row] = seq.n_running
+        self.kv.map(seqs)
+        tokens = Tokens.join([Tokens.of(seq) for seq in seqs])
         n, n_rows = len(tokens), self._n_rows(len(tokens))
-        ids = np.fromiter((i for chunk in chunks for i in chunk.ids), np.int64, n)
-        for chunk in chunks:
-            self.running[chunk.row.number] = chunk.row
-            self.in_loop[chunk.row.number] = len(chunk.ids)
+        ids = np.fromiter((i for seq in seqs for i in seq.chunk), np.int64, n)
         with self._computing():
             view = Layout(self.kv, tokens, n_rows).view()
             e = self.model.encode(self.kv.index(padded(ids, n_rows))[:, None], view)
             if self.model.recurrent is None:
-                self._leave(Left(tokens, np.zeros(n, dtype=np.int64), e[:n]))
+                self._exit(ExitedTokens(tokens, np.zeros(n, dtype=np.int64), e[:n]))
                 return
+            # Every token gets its first state and joins the batch of its rule.
             h = initial_state(self.model.cfg.initial_state, e, view)
             e = self.model.recurrent.injection.prepare(e)
             end = 0
-            for rule, group in groupby(chunks, key=lambda chunk: chunk.row.rule):
-                part = slice(end, end := end + sum(len(chunk.ids) for chunk in group))
-                self._cohort(rule).join(tokens.take(part), h[part], e[part])
+            for rule, group in groupby(seqs, key=lambda seq: seq.rule):
+                assert rule is not None
+                part = slice(end, end := end + sum(seq.n_running for seq in group))
+                self._batch_of(rule).join(tokens.take(part), h[part], e[part])
         self.layout = None
 
-    def _map(self, chunks: Sequence[Chunk]) -> None:
-        """Tell the table of pages that are new, and zero those that nothing has been written to."""
-        fresh: dict[int, list[tuple[int, ...]]] = {}
-        for chunk in chunks:
-            row, n_blocks = chunk.row, len(chunk.blocks)
-            if row.n_blocks < n_blocks:
-                pages = [block.pages for block in chunk.blocks[row.n_blocks :]]
-                self.kv.hold(row.number, row.n_blocks, pages)
-                n_written = max(row.n_blocks, -(-chunk.first // self.kv.page_tokens))
-                fresh.setdefault(len(pages[0]), []).extend(pages[n_written - row.n_blocks :])
-                row.n_blocks = n_blocks
-        for pages in fresh.values():
-            if pages:
-                self.kv.zero(pages)
+    def _batch_of(self, rule: HaltingRule) -> LoopBatch:
+        for batch in self.batches:
+            if batch.rule is rule:
+                return batch
+        self.batches.append(LoopBatch(rule))
+        return self.batches[-1]
 
-    def _cohort(self, rule: HaltingRule) -> Cohort:
-        for cohort in self.cohorts:
-            if cohort.rule is rule:
-                return cohort
-        self.cohorts.append(Cohort(rule))
-        return self.cohorts[-1]
-
-    def loop(self) -> list[tuple[Row, int]]:
-        """One loop for every token that is in it; for each row of which tokens have left, how many are still in it."""
-        if self.cohorts:
+    def loop(self) -> list[tuple[Sequence, int]]:
+        """Do one loop for every token in it; return the sequences of which tokens left, and how many did not."""
+        if self.batches:
             with self._computing():
                 self._loop()
-        changed = [(self.running[number], int(self.in_loop[number])) for number in self.changed]
+        changed = [(self.running[row], int(self.n_looping[row])) for row in self.changed]
         self.changed.clear()
-        for row, n in changed:
+        for seq, n in changed:
             if not n:
-                del self.running[row.number]
+                del self.running[seq.row]
         return changed
 
     def _loop(self) -> None:
-        block, cohorts = self.model.recurrent, self.cohorts
+        block, batches = self.model.recurrent, self.batches
         assert block is not None
-        sizes = [len(cohort) for cohort in cohorts]
+        sizes = [len(batch) for batch in batches]
         n, n_rows = sum(sizes), self._n_rows(sum(sizes))
         if self.layout is None:
-            self.layout = Layout(self.kv, Tokens.join([cohort.tokens for cohort in cohorts]), n_rows)
-        loop = cohorts[0].loop if len(cohorts) == 1 else np.concatenate([cohort.loop for cohort in cohorts])
+            self.layout = Layout(self.kv, Tokens.join([batch.tokens for batch in batches]), n_rows)
+        # One call of the block for the tokens of all rules, each at a loop of its own.
+        loop = batches[0].loop if len(batches) == 1 else np.concatenate([batch.loop for batch in batches])
         index = self.kv.index(padded(loop, n_rows))
         view = self.layout.view(loop, self.constants, index)
-        h, e = (_rows([cohort.rows[name] for cohort in cohorts], n_rows) for name in ("h", "e"))
+        h, e = (_rows([batch.rows[name] for batch in batches], n_rows) for name in ("h", "e"))
         h_new = block.loop(h, e, index, view)[:n].split(sizes)
-        for cohort, mine, at in zip(cohorts, h_new, index[:n].split(sizes), strict=True):
-            left = cohort.advance(mine, at, self._probe)
-            if left is not None:
-                self.kv.fill_forward(left.tokens, left.loops - 1)
-                self._leave(left)
+        # Each rule then decides which of its tokens exit.
+        for batch, h_batch, at in zip(batches, h_new, index[:n].split(sizes), strict=True):
+            exited = batch.advance(h_batch, at, self._probe)
+            if exited is not None:
+                self.kv.fill_forward(exited.tokens, exited.loops - 1)
+                self._exit(exited)
                 self.layout = None
-        self.cohorts = [cohort for cohort in cohorts if len(cohort)]
+        self.batches = [batch for batch in batches if len(batch)]
 
-    def _leave(self, left: Left) -> None:
-        numbers, counts = np.unique(left.tokens.row, return_counts=True)
-        self.in_loop[numbers] -= counts
-        self.changed.update(numbers.tolist())
-        self.left.append(left)
+    def _exit(self, exited: ExitedTokens) -> None:
+        rows, counts = np.unique(exited.tokens.row, return_counts=True)
+        self.n_looping[rows] -= counts
+        self.changed.update(rows.tolist())
+        self.exited.append(exited)
 
     def _probe(self, h: Tensor) -> Tensor:
-        """Logits read off states, without the coda."""
+        """Return logits of states inside the loop, without the coda."""
         return self.model.head(self.model.norm(h))
 
     def logits(self, states: Tensor) -> Tensor:
-        """(n, V), from states of a `ReadOut`."""
+        """Return the logits (n, V) of states of a `ReadOut`."""
         with self._computing():
             return self.model.head(states)[:, 0]
 
-    def read_out(self, rows: Sequence[Row], wanted: Sequence[bool], every: Collection[Row] = ()) -> ReadOut:
-        """Coda for chunks that have left the loop, and logits where the next token is `wanted`.
-
-        Args:
-            every: rows of which the states of all tokens are returned too.
-        """
-        everything = Left.join(self.left)
-        mine = np.isin(everything.tokens.row, [row.number for row in rows])
-        left = everything if mine.all() else everything.take(np.flatnonzero(mine))
-        self.left = [] if mine.all() else [everything.take(np.flatnonzero(~mine))]
+    def read_out(self, seqs: list[Sequence]) -> ReadOut:
+        """Compute the coda of chunks that have left the loop, and logits where a new token follows."""
+        parts, self.exited = self._split_exited(seqs)
+        exited = ExitedTokens.join(parts)
+        tokens = exited.tokens
         with self._computing():
-            n_rows = self._n_rows(len(left.tokens))
-            x = self.model.decode(_rows([left.out], n_rows), Layout(self.kv, left.tokens, n_rows).view())
-            order = np.lexsort((left.tokens.position, left.tokens.row))
-            last = order[np.flatnonzero(np.diff(left.tokens.row[order], append=-1))]
-            place = dict(zip(left.tokens.row[last].tolist(), last.tolist(), strict=True))
-            index = np.array(
-                [place[row.number] for row, want in zip(rows, wanted, strict=True) if want], dtype=np.int64
-            )
-            is_nan = x[: len(left.tokens), 0].isnan().any(-1).cpu().numpy()
-            broken = set(left.tokens.row[is_nan].tolist())
+            n_rows = self._n_rows(len(tokens))
+            x = self.model.decode(_rows([exited.out], n_rows), Layout(self.kv, tokens, n_rows).view())
+            # Tokens left the loop in any order: `order` sorts them by sequence, then by position.
+            order = np.lexsort((tokens.position, tokens.row))
+            by_row = tokens.row[order]
+            # The last token of a sequence is where the next row of the sorted list has another sequence.
+            last = order[np.flatnonzero(np.diff(by_row, append=-1))]
+            last_of = dict(zip(tokens.row[last].tolist(), last.tolist(), strict=True))
+            index = np.array([last_of[seq.row] for seq in seqs if seq.yields_token], dtype=np.int64)
             logits = self.model.head(x[self.kv.index(index)])[:, 0]
-            in_order = left.tokens.row[order]
-            states = {row: x[self.kv.index(order[in_order == row.number])] for row in every}
-            return ReadOut(logits, left.loops[index].tolist(), [row.number in broken for row in rows], states)
+            is_nan = x[: len(tokens), 0].isnan().any(-1).cpu().numpy()
+            broken = set(tokens.row[is_nan].tolist())
+            states = {seq: x[self.kv.index(order[by_row == seq.row])] for seq in seqs if seq.scores_prompt}
+            return ReadOut(logits, exited.loops[index].tolist(), [seq.row in broken for seq in seqs], states)
+
+    def _split_exited(self, seqs: list[Sequence]) -> tuple[list[ExitedTokens], list[ExitedTokens]]:
+        """Split the exited tokens into those of these sequences and the others."""
+        rows = [seq.row for seq in seqs]
+        parts: tuple[list[ExitedTokens], list[ExitedTokens]] = [], []
+        for exited in self.exited:
+            is_theirs = np.isin(exited.tokens.row, rows)
+            for part, mask in zip(parts, (is_theirs, ~is_theirs), strict=True):
+                if mask.any():
+                    part.append(exited if mask.all() else exited.take(np.flatnonzero(mask)))
+        return parts
 
     def _n_rows(self, n: int) -> int:
         """Return the rows of a call on n tokens."""
-        # Most products then need no padding of their own.
+        # With row counts from this list, most products need no padding of their own.
         return n if self.invariance is None else size_of(max(n, self.least_rows))
 
 
-def _tokens(chunk: Chunk) -> Tokens:
-    n = len(chunk.ids)
-    row, n_loops = np.full(n, chunk.row.number), np.full(n, chunk.row.n_loops)
-    return Tokens(row, np.arange(chunk.first, chunk.first + n), n_loops)
-
-
-def _rows(parts: Sequence[Tensor], n_rows: int) -> Tensor:
-    """One tensor, with copies of the first row behind it up to `n_rows`."""
+def _rows(parts: list[Tensor], n_rows: int) -> Tensor:
+    """Return one tensor, with copies of the first row behind it up to `n_rows`."""
     n = sum(len(part) for part in parts)
     if n < n_rows:
         parts = [*parts, parts[0][:1].expand(n_rows - n, *parts[0].shape[1:])]
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

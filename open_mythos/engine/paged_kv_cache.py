@@ -1,17 +1,16 @@
-"""Keys and values in pages, and what one call of the engine sees of them.
+"""Keys and values in pages, and one call's view of them.
 
-A page holds some consecutive tokens of one sequence for one *place*: a layer outside the loop, or a layer of the loop
-at one of its loops. Every place keeps the same values per token, so all pages are alike. The places of a sequence that
-runs up to L loops, in order: the prelude's layers, then for each loop the core's, then the coda's.
+A page has some consecutive tokens of one sequence for one *place*: a layer outside the loop, or a layer of the loop at
+one of its loops. Every place stores the same number of values per token, so all pages are alike. The places of a
+sequence that runs up to L loops, in order: the prelude's layers, then for each loop the core's, then the coda's.
 
-The keys that a token reads are padded to the multiple of GRID behind its position. So the shape of its attention, and
-with it the order of every sum, depends on its position alone, not on the other tokens of the call: a prompt gives the
-same bits in chunks of any size, beside any neighbours and from reused pages.
+The keys that a token attends to are padded to the multiple of GRID behind its position. So the shape of its attention,
+and with it the order of every sum, depends on its position alone, not on the other tokens of the call: a prompt gives
+the same bits in chunks of any size, beside any other sequences and from reused pages.
 
 Shapes: N tokens of a call, H query heads, G key/value heads, K key width, P places, S key slots, V values per token.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,19 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
-from open_mythos.engine.sequence import GRID
+from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.nn.block import ATTENTIONS
 from open_mythos.nn.rope import rotary_table
 from open_mythos.nn.view import KeyValues, LoopConstants, View
 from open_mythos.ops.batch_invariant import cancelling, invariant, row_blocks
 
-Pages = Sequence[tuple[int, ...]]
-"""For each block of tokens, in order, its page at each place."""
-
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens a call is about: the sequence's row in the table, its position, and how many loops it may run."""
+    """Tokens of a call: each one's row in the page table, its position, and the loops that it may run."""
 
     row: np.ndarray
     position: np.ndarray
@@ -45,7 +41,13 @@ class Tokens:
         return Tokens(self.row[index], self.position[index], self.n_loops[index])
 
     @staticmethod
-    def join(parts: Sequence["Tokens"]) -> "Tokens":
+    def of(seq: Sequence) -> "Tokens":
+        """Return the tokens of a sequence's chunk."""
+        n, first = seq.n_running, seq.n_computed
+        return Tokens(np.full(n, seq.row), np.arange(first, first + n), np.full(n, seq.n_loops))
+
+    @staticmethod
+    def join(parts: list["Tokens"]) -> "Tokens":
         if len(parts) == 1:
             return parts[0]
         rows, positions, n_loops = zip(*((t.row, t.position, t.n_loops) for t in parts), strict=True)
@@ -56,8 +58,8 @@ class Tokens:
         return Tokens(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
-class PagedKV:
-    """The pages of all sequences, and a table that says which are whose."""
+class PagedKVCache:
+    """The pages of all sequences, and a table of the pages of each."""
 
     def __init__(
         self,
@@ -71,18 +73,18 @@ class PagedKV:
         self.cfg, self.page_tokens, self.dtype, self.device = cfg, page_tokens, dtype, device
         self.shapes = ATTENTIONS[cfg.attn_type].cache_shapes(cfg)
         self.null = n_pages
-        """A page of zeros behind the others, where a table has no page yet."""
+        """A page of zeros behind the others, which stands in the table where a sequence has no page."""
         width = sum(int(np.prod(shape)) for shape in self.shapes)
         self.pages = torch.zeros(n_pages + 1, page_tokens, width, dtype=dtype, device=device)
         self.table = np.full((max_rows, 1, 1), self.null, dtype=np.int64)
         self.rope: tuple[Tensor, Tensor] | None = None
-        """Of the positions from 0 on, for as many as have been asked for."""
+        """Cosine and sine of the positions from 0 on, for as many as calls have needed."""
         later = torch.ones(GRID, GRID, dtype=torch.bool, device=device).triu(1)
         self.tail = torch.zeros(GRID, GRID, dtype=dtype, device=device).masked_fill_(later, -torch.inf)
-        """What is added to the scores of the last GRID keys, for each place of a query among them."""
+        """Row i is added to the scores of the last GRID keys where the query is the i-th of them."""
 
     def rotations(self, positions: np.ndarray, n_rows: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of these positions, with copies of the first behind them up to `n_rows`, (n_rows, 1, ...)."""
+        """Return cosine and sine of these positions and of copies of the first one behind them, (n_rows, 1, ...)."""
         end = int(positions.max()) + 1
         if self.rope is None or end > len(self.rope[0]):
             every = torch.arange(max(2 * end, 4 * GRID), device=self.device)
@@ -98,49 +100,72 @@ class PagedKV:
         return self.pages[0].nbytes
 
     def places(self, layer: int, n_loops: np.ndarray, loop: np.ndarray | None) -> np.ndarray:
-        """The place of each token at a model's layer; `loop` is the one it is at, None outside the loop."""
+        """Return the place of each token at a model's layer; `loop` is the token's loop, None outside the loop."""
+        # In the loop: layer + loop * core. The prelude's layers come before, the coda's behind the last loop.
         before, core = self.cfg.prelude_layers, self.cfg.recurrent_layers
         if loop is not None:
             return loop * core + layer
         return np.full_like(n_loops, layer) if layer < before else layer + (n_loops - 1) * core
 
-    def hold(self, row: int, first: int, pages: Pages) -> None:
-        """Give the sequence of `row` these pages for its blocks from `first` on."""
+    def map(self, seqs: list[Sequence]) -> None:
+        """Enter the sequences' new blocks into the table, and zero the pages that nothing was written to.
+
+        They are zeroed because a masked key still meets a factor of zero, and 0 * NaN is NaN.
+        """
+        fresh: list[int] = []
+        for seq in seqs:
+            new = seq.blocks[seq.n_mapped :]
+            if not new:
+                continue
+            n_places = len(new[0].pages)
+            self._grow(n_places, len(seq.blocks))
+            pages = np.array([block.pages for block in new], dtype=np.int64)
+            self.table[seq.row, :n_places, seq.n_mapped : len(seq.blocks)] = pages.T
+            # Blocks of computed tokens were written before: they come from the prefix cache or from a swap.
+            n_written = -(-seq.n_computed // self.page_tokens)
+            fresh += pages[max(0, n_written - seq.n_mapped) :].ravel().tolist()
+            seq.n_mapped = len(seq.blocks)
+        if fresh:
+            self.pages.index_fill_(0, self.index(np.array(fresh)), 0)
+
+    def _grow(self, n_places: int, n_blocks: int) -> None:
+        """Make the table large enough for a sequence of these numbers of places and blocks."""
         rows, places, blocks = self.table.shape
         per_grid = GRID // self.page_tokens
-        n_places, n_blocks = len(pages[0]), -(-(first + len(pages)) // per_grid) * per_grid
+        n_blocks = -(-n_blocks // per_grid) * per_grid
         if n_places > places or n_blocks > blocks:
-            # Twice as long at least, so that a long sequence does not copy the table once a block.
+            # The table becomes at least twice as long, so that a long sequence does not copy it at every block.
             shape = (rows, max(n_places, places), blocks if n_blocks <= blocks else max(n_blocks, 2 * blocks))
             table = np.full(shape, self.null, dtype=np.int64)
             table[:, :places, :blocks] = self.table
             self.table = table
-        self.table[row, :n_places, first : first + len(pages)] = np.asarray(pages, dtype=np.int64).T
 
-    def drop(self, row: int) -> None:
-        """Let `row` hold nothing."""
-        self.table[row] = self.null
+    def unmap(self, seq: Sequence) -> None:
+        """Take a sequence's pages out of the table."""
+        self.table[seq.row] = self.null
+        seq.n_mapped = 0
 
-    def zero(self, pages: Pages) -> None:
-        """Zero pages before their first use: what is masked still meets a factor of zero, and 0 * NaN is NaN."""
-        self.pages.index_fill_(0, self.index(np.asarray(pages, dtype=np.int64).ravel()), 0)
+    def clear(self) -> None:
+        """Take the pages of all sequences out of the table."""
+        self.table.fill(self.null)
 
-    def read(self, pages: Pages) -> Tensor:
-        """A copy of these pages, (blocks, P, page_tokens, V), on the host."""
-        return self.pages[self.index(np.asarray(pages, dtype=np.int64))].cpu()
+    def read(self, pages: list[tuple[int, ...]]) -> Tensor:
+        """Return a copy of these pages, given block by block, (blocks, P, page_tokens, V), on the host."""
+        return self.pages[self.index(np.array(pages, dtype=np.int64))].cpu()
 
-    def write(self, pages: Pages, kept: Tensor) -> None:
-        """Put back what `read` gave, in other pages."""
-        self.pages[self.index(np.asarray(pages, dtype=np.int64))] = kept.to(self.device)
+    def write(self, pages: list[tuple[int, ...]], values: Tensor) -> None:
+        """Write the values that `read` returned into other pages."""
+        self.pages[self.index(np.array(pages, dtype=np.int64))] = values.to(self.device)
 
     def slots(self, tokens: Tokens, places: np.ndarray) -> np.ndarray:
-        """Where each token's values are: a row of the pages laid out as (pages * page_tokens, V)."""
+        """Return where each token's values are: a row of the pages laid out as (pages * page_tokens, V)."""
         pages = self.table[tokens.row, places, tokens.position // self.page_tokens]
         return pages * self.page_tokens + tokens.position % self.page_tokens
 
     def fill_forward(self, tokens: Tokens, loop: np.ndarray) -> None:
-        """Let what each token wrote at `loop`, the one it has left at, stand for its deeper loops."""
+        """Copy what each token wrote at `loop`, its last one, to the places of its deeper loops."""
         missing = tokens.n_loops - 1 - loop
+        # One entry for each token and deeper loop: `which` is the token's, `deeper` the loop.
         which = np.repeat(np.arange(len(tokens)), missing)
         if not len(which):
             return
@@ -158,43 +183,44 @@ class PagedKV:
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens whose attention is one product: equally many of each sequence, and equally many keys.
-
-    `row`, `n_loops` and `first`, the place of its first token in the call, of each of R sequences. `mask`
-    (R, 1, 1 or T H / G, S) is added to the scores.
-    """
+    """Tokens whose attention is one product: T of each of R sequences, with the same number of keys."""
 
     row: np.ndarray
     n_loops: np.ndarray
-    first: np.ndarray
+    first_token: np.ndarray
+    """Index in the call of each sequence's first token, (R,)."""
     n_queries: int
     n_slots: int
     mask: Tensor
+    """(R, 1, 1 or T H / G, S), added to the scores."""
 
 
 class Layout:
-    """What the calls on the same tokens share: positions, masks, and which of them attend together.
+    """What calls on the same tokens share: positions, masks, and the groups that attend together.
 
-    `n_rows` is how many rows the calls have: the tokens, and copies of the first one behind them.
+    Args:
+        n_rows: rows of the calls: the tokens, and copies of the first one behind them.
     """
 
-    def __init__(self, kv: PagedKV, tokens: Tokens, n_rows: int) -> None:
+    def __init__(self, kv: PagedKVCache, tokens: Tokens, n_rows: int) -> None:
         self.kv, self.tokens = kv, tokens
         self.positions = kv.index(padded(tokens.position, n_rows))[:, None]
         self.rope = kv.rotations(tokens.position, n_rows)
         self.n_shared = kv.cfg.n_heads // (1 if len(kv.shapes) == 1 else kv.cfg.n_kv_heads)
-        """Query heads that read the same keys: H / G."""
+        """Query heads that share keys: H / G."""
+        # The tokens are gathered group by group for attention, and its results scattered back; None: not needed.
         indices = _groups(tokens)
         self.groups = [self._group(index) for index in indices]
         order = np.concatenate([index.ravel() for index in indices])
-        self.order = self.inverse = None
+        self.gather_index = self.scatter_index = None
         if (order[1:] <= order[:-1]).any():
-            self.order, self.inverse = kv.index(order), kv.index(padded(order.argsort(), n_rows))
+            self.gather_index, self.scatter_index = kv.index(order), kv.index(padded(order.argsort(), n_rows))
         elif n_rows > len(tokens):
-            self.inverse = kv.index(padded(order, n_rows))
+            self.scatter_index = kv.index(padded(order, n_rows))
 
     def _group(self, index: np.ndarray) -> Group:
         tokens, T, kv = self.tokens, index.shape[1], self.kv
+        # All keys before the last GRID are visible to every query of the group; among the last, only earlier ones.
         position = tokens.position[index]
         before = int(position.flat[0]) // GRID * GRID
         mask = F.pad(kv.tail[kv.index(position % GRID)][:, None], (before, 0))
@@ -209,25 +235,30 @@ class Layout:
         constants: LoopConstants | None = None,
         loop_index: Tensor | None = None,
     ) -> View:
-        """The view of a call on these tokens outside the loop, or with each at its `loop`, (N,).
+        """Return the view of a call on these tokens outside the loop, or with each token at its `loop`, (N,).
 
         Args:
-            loop_index: the same with the copies, (n_rows,) int64.
+            loop_index: the loops of all rows, copies included, (n_rows,) int64.
         """
-        call = Call(self, loop)
+        call = PagedCall(self, loop)
         return View(call, self.positions, self.rope, constants=constants, loop_index=loop_index)
 
 
 def _groups(tokens: Tokens) -> list[np.ndarray]:
-    """For each group its tokens' places in the call, (R, T): each sequence's in the order of their positions."""
+    """Return for each group the indices of its tokens in the call, (R, T), in the order of their positions.
+
+    A group's tokens end at the same multiple of GRID, and each of its sequences has the same number of them.
+    """
     end = tokens.position // GRID
     if np.bincount(tokens.row).max() == 1:
-        # One token of each sequence: decoding.
+        # Decoding: one token of each sequence.
         return [np.flatnonzero(end == each)[:, None] for each in sorted(set(end.tolist()))]
+    # Sort by end, sequence and position; a run of equal end and sequence is one row of a group.
     order = np.lexsort((tokens.position, tokens.row, end))
     row, end = tokens.row[order], end[order]
     starts = np.flatnonzero(np.concatenate(([True], (row[1:] != row[:-1]) | (end[1:] != end[:-1]))))
     counts = np.diff(starts, append=len(order))
+    # Runs of equal end and equal length form a group.
     kinds = end[starts] * (len(order) + 1) + counts
     groups = []
     for kind in np.unique(kinds):
@@ -237,11 +268,11 @@ def _groups(tokens: Tokens) -> list[np.ndarray]:
 
 
 def padded(x: np.ndarray, n: int) -> np.ndarray:
-    """x with copies of its first entry behind it, n in all."""
+    """Return x with copies of its first entry behind it, n entries in all."""
     return x if len(x) == n else np.concatenate((x, np.repeat(x[:1], n - len(x))))
 
 
-class Call:
+class PagedCall:
     """The pages as one call sees them: a `TokenStore`."""
 
     attends = True
@@ -250,35 +281,39 @@ class Call:
         self.layout, self.loop = layout, loop
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
-        raise TypeError("the rows of an engine's call have pasts of their own; `attend` reads them")
+        raise TypeError("each row of an engine's call has its own past; use `attend`")
 
     def attend(self, layer: int, q: Tensor, new: KeyValues, scale: float) -> Tensor:
         layout, kv = self.layout, self.layout.kv
         tokens, (n_rows, _, H, K) = layout.tokens, q.shape
+        # 1. Write the new keys and values first, so that tokens of one chunk find each other.
         values = torch.cat([x.flatten(1) for x in new], dim=-1) if len(new) > 1 else new[0].flatten(1)
         slots = kv.slots(tokens, kv.places(layer, tokens.n_loops, self.loop))
         kv.pages.flatten(0, 1).index_copy_(0, kv.index(slots), values[: len(tokens)])
+        # 2. Attend group by group.
         q = q.view(n_rows, -1, layout.n_shared, K)
-        q = q[: len(tokens)] if layout.order is None else q.index_select(0, layout.order)
+        q = q[: len(tokens)] if layout.gather_index is None else q.index_select(0, layout.gather_index)
         sizes = [len(group.row) * group.n_queries for group in layout.groups]
         parts = zip(layout.groups, q.split(sizes), strict=True)
         outs = [self._attend(layer, group, part.unflatten(0, (-1, group.n_queries)), scale) for group, part in parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        out = out if layout.inverse is None else out.index_select(0, layout.inverse)
-        # In one layout, whatever the groups: products of bf16 go by it.
+        # 3. Put the results back into the order of the call.
+        out = out if layout.scatter_index is None else out.index_select(0, layout.scatter_index)
+        # One memory layout whatever the groups, because bf16 products depend on it.
         return out.reshape(n_rows, 1, H, -1).contiguous()
 
     def _attend(self, layer: int, group: Group, q: Tensor, scale: float) -> Tensor:
-        """q (R, T, G, H / G, K) -> (R T, G, H / G, W)."""
+        """Attend for one group: q (R, T, G, H / G, K) -> (R T, G, H / G, W)."""
+        # Gather the keys and values of the group's pages, page after page.
         kv, (R, T, G, M, K) = self.layout.kv, q.shape
-        places = kv.places(layer, group.n_loops, None if self.loop is None else self.loop[group.first])
+        places = kv.places(layer, group.n_loops, None if self.loop is None else self.loop[group.first_token])
         pages = kv.table[group.row, places, : group.n_slots // kv.page_tokens]
         past = kv.pages.index_select(0, kv.index(pages.ravel())).view(R, group.n_slots, -1)
         if len(kv.shapes) == 1:
             k = v = past[:, None]
         else:
             k, v = (x.unflatten(-1, (G, -1)).transpose(1, 2) for x in past.chunk(2, dim=-1))
-        # Heads that read the same keys are so many more queries: nothing is repeated, and there are more rows.
+        # Heads that share keys become more queries: no key is repeated, and the products have more rows.
         q = q.transpose(1, 2).reshape(R, G, T * M, K)
         attend = _attend_by_rows if invariant() else F.scaled_dot_product_attention
         out = attend(q, k, v, attn_mask=group.mask, scale=scale)
@@ -288,7 +323,7 @@ class Call:
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
     """Attend with numbers of queries that give every query the same bits: q (R, G, Q, K), attn_mask (R, 1, 1 or Q, S).
 
-    The number of keys S goes by the position of a query, so only the number of queries Q differs between calls.
+    The number of keys S follows from the position of a query, so only the number of queries Q differs between calls.
     """
     S, K = k.shape[2:]
 

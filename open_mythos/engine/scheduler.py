@@ -1,78 +1,60 @@
-"""Who runs next: admission, pages, preemption, and when to read out. No torch."""
+"""Which sequences run next: admission, pages, preemption, and when to read out. No torch."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from open_mythos.checks import check_bool, check_int
-from open_mythos.engine.block_manager import Pages
-from open_mythos.engine.readout_policy import Gathering
+from open_mythos.engine.block_manager import BlockManager
+from open_mythos.engine.config import EngineConfig
+from open_mythos.engine.readout_policy import ReadoutPolicy, StepCosts
 from open_mythos.engine.sequence import GRID, Phase, Sequence
-from open_mythos.engine.step_costs import StepCosts
 
 Refill = Callable[[int, int], bool]
-"""(tokens that loop, tokens that have exited) -> whether to read out now."""
+"""A read-out policy: (tokens in the loop, tokens that have exited) -> True to read out now."""
+BlockPages = list[tuple[int, ...]]
+"""The pages of each block of a sequence, in order."""
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine may hold at once."""
-
-    max_rows: int
-    """Sequences that are admitted."""
-    max_queue: int
-    """Sequences that wait for that."""
-    n_pages: int
-    page_tokens: int = 16
-    max_prefill_tokens: int = 512
-    """Tokens of prompts in the loop."""
-    prefix_reuse: bool = True
-    """Whether a prompt may use what another with the same beginning has computed."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "max_queue", "n_pages", "page_tokens"):
-            check_int(name, getattr(self, name), 1)
-        check_int("max_prefill_tokens", self.max_prefill_tokens, GRID)
-        check_bool("prefix_reuse", self.prefix_reuse)
+    """`max_queue` requests wait already."""
 
 
 @dataclass
-class Work:
-    """What a step does before its loop: swap out, then swap in, then start. Pages that go out may come in again."""
+class ScheduleOutput:
+    """The work of a step before its loop, in this order: swap out, swap in, start."""
 
-    swap_out: list[tuple[Sequence, list[tuple[int, ...]]]] = field(default_factory=list)
-    """The pages of each block, in order; every block holds computed tokens."""
-    swap_in: list[tuple[Sequence, list[tuple[int, ...]]]] = field(default_factory=list)
-    """The new pages of each block that holds computed tokens, in order."""
-    start: list[tuple[Sequence, int]] = field(default_factory=list)
-    """Tokens of the chunk behind the computed ones."""
+    swap_out: list[tuple[Sequence, BlockPages]] = field(default_factory=list)
+    """Sequences that lose their pages, and these pages; a later entry may be given the same ones."""
+    swap_in: list[tuple[Sequence, BlockPages]] = field(default_factory=list)
+    """Sequences that get pages back, and the new pages of the blocks that were swapped out."""
+    start: list[Sequence] = field(default_factory=list)
+    """Sequences of which a chunk of `n_running` tokens starts."""
 
 
 class Scheduler:
     """Decides what runs, in plain Python, in time proportional to the rows.
 
-    Admission is start-time fair queueing over requests: of those that wait, the one with the smallest tag is next, its
-    tag being the loop-tokens executed per row when it came plus its own cost. So, once `max_rows * cost` loop-tokens
-    have been executed since a request came, no later one passes it, and fewer than `max_queue` are before it.
+    A step of the engine calls, in this order: `read_out`, `after_read_out` for each sequence read out, `schedule`, and
+    `after_loop`. Between them a sequence goes from READY to LOOPING, EXITED and back, one chunk at a time.
 
-    Pages go to admitted sequences in order of arrival. Who lacks pages takes them from the youngest; the oldest has
-    always enough in the end, because alone it fits.
+    Admission is start-time fair queueing over requests: the waiting request with the smallest tag is next. A tag is the
+    number of loop-tokens executed per row when the request came, plus the request's own cost. So, once
+    `max_rows * cost` loop-tokens have been executed since a request came, no later one passes it, and fewer than
+    `max_queue` are before it.
+
+    Pages go to admitted sequences in the order of arrival. A sequence that lacks pages takes them from the youngest;
+    the oldest gets enough in the end, because every sequence fits alone.
     """
 
-    def __init__(self, limits: Limits, costs: StepCosts, refill: Refill | None = None) -> None:
-        self._limits = limits
-        self._refill = refill
-        self._gathering = Gathering(costs)
-        self._pages = Pages(limits.n_pages, limits.page_tokens)
-        self._waiting: list[tuple[float, int, Sequence]] = []  # by tag
+    def __init__(self, config: EngineConfig, n_pages: int, costs: StepCosts, refill: Refill | None = None) -> None:
+        self._config, self._refill = config, refill
+        self._policy = ReadoutPolicy(costs)
+        self.block_manager = BlockManager(n_pages, config.page_tokens)
+        self._waiting: list[tuple[float, int, Sequence]] = []  # in the order of their tags
         admitted = (Phase.READY, Phase.LOOPING, Phase.EXITED, Phase.SWAPPED)
         self._in: dict[Phase, dict[Sequence, None]] = {phase: {} for phase in admitted}
         self._n_looping = 0  # tokens
-        self._n_prefill = 0  # tokens of the prompts' chunks in the loop
+        self._n_prefill = 0  # tokens in the loop that belong to chunks of prompts
         self._executed = 0  # loop-tokens
 
     @property
@@ -88,104 +70,94 @@ class Scheduler:
         return list(self._in[Phase.LOOPING])
 
     @property
-    def n_pages_free(self) -> int:
-        return self._pages.n_free
-
-    @property
-    def n_pages_used(self) -> int:
-        return self._pages.n_used
-
-    @property
-    def n_pages_reusable(self) -> int:
-        return self._pages.n_reusable
+    def counts(self) -> dict[str, int]:
+        """Sequences that wait and that are admitted, and pages by their use, for a live view."""
+        blocks = self.block_manager
+        pages = {"pages_used": blocks.n_used, "pages_free": blocks.n_free, "pages_reusable": blocks.n_reusable}
+        return {"waiting": self.n_waiting, "admitted": self.n_admitted, **pages}
 
     def add(self, seq: Sequence) -> None:
-        """Let a sequence wait for a row.
+        """Queue a sequence.
 
         Raises:
-            QueueFull: `max_queue` wait already.
-            ValueError: it would not fit into the pages even alone.
+            QueueFull: `max_queue` sequences wait already.
+            ValueError: the sequence would not fit into the pages even alone.
         """
         # The last new token is never computed.
         n_tokens = seq.n_prompt + seq.max_tokens - 1
-        n_blocks = self._limits.n_pages // seq.pages_per_block
+        n_blocks = self.block_manager.n_pages // seq.pages_per_block
         if self._n_blocks(n_tokens) > n_blocks:
             raise ValueError(
                 f"max_tokens={seq.max_tokens} behind a prompt of {seq.n_prompt} tokens needs room for {n_tokens} at "
-                f"{seq.n_loops} loops, and there is room for {n_blocks * self._limits.page_tokens}; ask for fewer "
+                f"{seq.n_loops} loops, and there is room for {n_blocks * self._config.page_tokens}; ask for fewer "
                 "tokens or loops, or give the engine more kv_tokens"
             )
-        if len(self._waiting) >= self._limits.max_queue:
-            raise QueueFull(f"max_queue={self._limits.max_queue} requests wait already; try again later")
-        seq.tag = self._executed / self._limits.max_rows + seq.cost
+        if len(self._waiting) >= self._config.max_queue:
+            raise QueueFull(f"max_queue={self._config.max_queue} requests wait already; try again later")
+        seq.tag = self._executed / self._config.max_rows + seq.cost
         insort(self._waiting, (seq.tag, seq.id, seq))
 
-    def cancel(self, seq: Sequence) -> None:
-        """End a sequence in any phase; one that has ended stays so."""
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence in any phase; its row and its pages are free. A finished one stays so."""
+        if seq.phase is Phase.FINISHED:
+            return
         if seq.phase is Phase.WAITING:
             del self._waiting[bisect_left(self._waiting, (seq.tag, seq.id))]
-            seq.phase = Phase.FINISHED
-        elif seq.phase is not Phase.FINISHED:
-            self.finish(seq)
-
-    def finish(self, seq: Sequence) -> None:
-        """An admitted sequence ends: its row and its pages are free."""
-        if seq.phase is Phase.LOOPING:
-            self._leave_loop(seq)
-        del self._in[seq.phase][seq]
+        else:
+            if seq.phase is Phase.LOOPING:
+                self._leave_loop(seq)
+            del self._in[seq.phase][seq]
+        self.block_manager.free(seq)
         seq.phase = Phase.FINISHED
-        self._release(seq)
 
     def read_out(self) -> list[Sequence]:
-        """The sequences to read out in this step: all that have exited, or none."""
-        exited = self._in[Phase.EXITED]
-        if not exited:
-            return []
-        looping = self._in[Phase.LOOPING]
-        if looping:
+        """Return the sequences to read out in this step: all that have exited, or none."""
+        looping, exited = self._in[Phase.LOOPING], self._in[Phase.EXITED]
+        if exited and looping:
             if self._refill:
                 now = self._refill(self._n_looping, sum(seq.n_running for seq in exited))
             else:
-                now = self._gathering.pays(looping, exited)
+                now = self._policy.should_read_out(looping, exited)
             if not now:
                 return []
         return list(exited)
 
-    def computed(self, seq: Sequence) -> None:
-        """The chunk of a sequence has been read out."""
-        first = seq.n_computed // self._limits.page_tokens
+    def after_read_out(self, seq: Sequence) -> None:
+        """Note that a sequence's chunk has been read out: its keys and values are complete."""
+        first = seq.n_computed // self._config.page_tokens
         seq.n_computed += seq.n_running
         seq.n_running = 0
-        end = seq.n_computed // self._limits.page_tokens
-        if self._limits.prefix_reuse and first < end:
-            self._pages.know(seq.blocks, seq.depth_key, seq.token_ids, first, end)
+        end = seq.n_computed // self._config.page_tokens
+        if self._config.prefix_reuse and first < end:
+            self.block_manager.cache_blocks(seq, first, end)
         self._move(seq, Phase.READY)
 
-    def schedule(self) -> Work:
-        """Start what can start. Admitted sequences come first, the oldest before all; then new ones."""
-        work = Work()
-        self._serve(work)
+    def schedule(self) -> ScheduleOutput:
+        """Start what can start: admitted sequences first, in the order of arrival, then waiting ones."""
+        output = ScheduleOutput()
+        self._resume(output)
+        # While an admitted sequence has to wait for pages or for room in the loop, no new one is admitted.
         if not self._in[Phase.READY] and not self._in[Phase.SWAPPED]:
-            self._admit(work)
-        return work
+            self._admit(output)
+        return output
 
-    def looped(self, left: list[tuple[Sequence, int]]) -> None:
-        """Every looping sequence has done a loop.
+    def after_loop(self, exited: list[tuple[Sequence, int]]) -> None:
+        """Note that all looping sequences have done a loop.
 
         Args:
-            left: those of which tokens have left the loop in it, and how many of their tokens still loop.
+            exited: the sequences of which tokens have left the loop, and how many of their tokens are still in it.
         """
         self._executed += self._n_looping
         for seq in self._in[Phase.LOOPING]:
             seq.loop += 1
-        for seq, n_looping in left:
+        for seq, n_looping in exited:
             if n_looping:
                 self._n_looping -= seq.n_looping - n_looping
                 seq.n_looping = n_looping
             else:
                 self._leave_loop(seq)
                 self._move(seq, Phase.EXITED)
-                self._gathering.exited(seq)
+                self._policy.record_exit(seq)
 
     def _move(self, seq: Sequence, phase: Phase) -> None:
         del self._in[seq.phase][seq]
@@ -198,78 +170,59 @@ class Scheduler:
         if seq.in_prompt:
             self._n_prefill -= seq.n_running
 
-    def _release(self, seq: Sequence) -> None:
-        self._pages.release(seq.blocks)
-        seq.blocks = []
-
-    def _n_blocks(self, tokens: int) -> int:
-        return -(-tokens // self._limits.page_tokens)
-
-    def _chunk(self, seq: Sequence, room: int) -> int:
-        """Tokens of the next chunk, with so much room for tokens of prompts; 0: it has to wait."""
-        rest = seq.n_tokens - seq.n_computed
-        if rest == 1 or rest <= room:
-            return rest
-        return max(0, (seq.n_computed + room) // GRID * GRID - seq.n_computed)
-
-    def _serve(self, work: Work) -> None:
-        """Start admitted sequences in order of arrival. While one has to wait, no new one is admitted."""
-        room = self._limits.max_prefill_tokens - self._n_prefill
+    def _resume(self, output: ScheduleOutput) -> None:
+        """Start the next chunk of admitted sequences, in the order of arrival."""
         ready, swapped = self._in[Phase.READY], self._in[Phase.SWAPPED]
         for seq in sorted([*ready, *swapped], key=lambda seq: seq.id):
-            n = self._chunk(seq, room)
+            # 1. Cut the chunk; without room for prompt tokens this sequence waits, and others may pass.
+            n = self._chunk_size(seq)
             if not n:
                 continue
-            if any(seq is out for out, _ in work.swap_out) or not self._make_room(seq, n, work):
-                return  # what pages there are belong to this one
-            if seq.in_prompt:
-                room -= n
+            # 2. Find pages. If there are none, all later sequences wait too: the next pages belong to this one.
+            if any(seq is out for out, _ in output.swap_out) or not self._make_room(seq, n, output):
+                return
+            # 3. A swapped sequence first gets pages for what it has computed.
             if seq in swapped:
-                held = self._n_blocks(seq.n_computed)
-                seq.blocks = self._pages.take(held, seq.pages_per_block)
-                work.swap_in.append((seq, [block.pages for block in seq.blocks]))
+                self.block_manager.allocate(seq, self._n_blocks(seq.n_computed))
+                output.swap_in.append((seq, [block.pages for block in seq.blocks]))
             del self._in[seq.phase][seq]
-            self._start(seq, n, work)
+            self._start(seq, n, output)
 
-    def _make_room(self, seq: Sequence, n: int, work: Work) -> bool:
-        """See to it that there are pages for the next n tokens, and swap out the youngest for that."""
-        need = self._missing(seq, n)
-        while self._pages.n_available < need:
+    def _make_room(self, seq: Sequence, n: int, output: ScheduleOutput) -> bool:
+        """Make pages available for the next n tokens by swapping out younger sequences, the youngest first."""
+        while self.block_manager.n_available < self._missing_blocks(seq, n) * seq.pages_per_block:
             younger = [other for other in self._in[Phase.READY] if other.id > seq.id]
             if not younger:
                 return False
             out = max(younger, key=lambda other: other.id)
-            work.swap_out.append((out, [block.pages for block in out.blocks]))
-            self._release(out)
+            output.swap_out.append((out, [block.pages for block in out.blocks]))
+            self.block_manager.free(out)
             self._move(out, Phase.SWAPPED)
         return True
 
-    def _admit(self, work: Work) -> None:
-        """Start those that wait, in the order of their tags, while there are rows, pages and room for their prompts."""
-        while self._waiting and self.n_admitted < self._limits.max_rows:
+    def _admit(self, output: ScheduleOutput) -> None:
+        """Start waiting sequences in the order of their tags, while there are rows, pages and room for prompts."""
+        while self._waiting and self.n_admitted < self._config.max_rows:
+            # 1. The next request waits for room for a whole chunk, or for its whole prompt if that is shorter.
             seq = self._waiting[0][2]
-            room = self._limits.max_prefill_tokens - self._n_prefill
-            if room < min(GRID, seq.n_prompt):
+            if self._room < min(GRID, seq.n_prompt):
                 return
-            if self._limits.prefix_reuse and seq.may_reuse:
-                # The last token is computed in any case: what follows it is read from it.
-                seq.blocks = self._pages.match(seq.depth_key, seq.token_ids[: seq.n_prompt - 1])
-                seq.n_computed = seq.n_cached = len(seq.blocks) * self._limits.page_tokens
-            n = self._chunk(seq, room)
-            if self._pages.n_available < self._missing(seq, n):
-                self._release(seq)
+            # 2. Blocks of an equal prefix are reused, except where the log-probabilities of the prompt are asked for:
+            # they need every token to be computed.
+            if self._config.prefix_reuse and seq.params.prompt_logprobs is None:
+                seq.n_computed = seq.n_cached = self.block_manager.match_prefix(seq)
+            # 3. Without pages for the first chunk the request goes on waiting, and no later one passes it.
+            n = self._chunk_size(seq)
+            if self.block_manager.n_available < self._missing_blocks(seq, n) * seq.pages_per_block:
+                self.block_manager.free(seq)
                 seq.n_computed = seq.n_cached = 0
                 return
             del self._waiting[0]
-            self._start(seq, n, work)
+            self._start(seq, n, output)
 
-    def _missing(self, seq: Sequence, n: int) -> int:
-        """Pages that the next n tokens of a sequence need and it does not hold."""
-        return (self._n_blocks(seq.n_computed + n) - len(seq.blocks)) * seq.pages_per_block
-
-    def _start(self, seq: Sequence, n: int, work: Work) -> None:
-        missing = self._n_blocks(seq.n_computed + n) - len(seq.blocks)
-        seq.blocks += self._pages.take(missing, seq.pages_per_block)
+    def _start(self, seq: Sequence, n: int, output: ScheduleOutput) -> None:
+        """Put the next n tokens of a sequence into the loop; there are pages for them."""
+        self.block_manager.allocate(seq, self._missing_blocks(seq, n))
         seq.n_running = seq.n_looping = n
         seq.loop = 0
         seq.phase = Phase.LOOPING
@@ -277,4 +230,27 @@ class Scheduler:
         self._n_looping += n
         if seq.in_prompt:
             self._n_prefill += n
-        work.start.append((seq, n))
+        output.start.append(seq)
+
+    @property
+    def _room(self) -> int:
+        """Prompt tokens that may still join the loop."""
+        return self._config.max_prefill_tokens - self._n_prefill
+
+    def _chunk_size(self, seq: Sequence) -> int:
+        """Return the number of tokens of the next chunk; 0: the sequence has to wait for room.
+
+        A chunk takes all remaining tokens, or ends at a multiple of GRID. A single token needs no room.
+        """
+        rest = seq.n_tokens - seq.n_computed
+        # The last token of a prompt costs no more than a token of an answer, and so is never held up.
+        if rest == 1 or rest <= self._room:
+            return rest
+        return max(0, (seq.n_computed + self._room) // GRID * GRID - seq.n_computed)
+
+    def _n_blocks(self, tokens: int) -> int:
+        return -(-tokens // self._config.page_tokens)
+
+    def _missing_blocks(self, seq: Sequence, n: int) -> int:
+        """Return the blocks that the next n tokens of a sequence need and that it does not have."""
+        return self._n_blocks(seq.n_computed + n) - len(seq.blocks)

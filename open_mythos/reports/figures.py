@@ -70,7 +70,7 @@ def draw_curves(
             axes.set_xticks(
                 list(ticks), [f"{x:g}" for x in ticks] if not isinstance(ticks, Mapping) else ticks.values()
             )
-        elif all(float(x).is_integer() for curve in curves for x in curve.xs):
+        elif "x" not in log and all(float(x).is_integer() for curve in curves for x in curve.xs):
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(limits)
         axes.set_xlabel(labels[0])

@@ -87,7 +87,7 @@ Builder = ResponseBuilder | ResponsesBuilder
 
 async def _builder(service: Service, asked: BaseRequest, submission: Submission) -> Builder:
     """Make the builder of a request's response."""
-    model, tokenizer = service.config.model, service.tokenizer
+    model, tokenizer = service.config.name or "", service.tokenizer
     prompts = [ids for ids, _ in submission.prompts[:: asked.n_made]]
     n_prompt = [len(ids) for ids in prompts]
     if isinstance(asked, ResponseRequest):
@@ -129,7 +129,7 @@ def _warnings(service: Service, asked: BaseRequest) -> list[str]:
     if unseen:
         more = f" and {len(unseen) - MAX_WARNED} more" if len(unseen) > MAX_WARNED else ""
         warnings.append(f"not shown to the model: {', '.join(unseen[:MAX_WARNED])}{more}")
-    return warnings if service.config.knows_turns or service.config.plain else [*warnings, NO_TURNS]
+    return warnings if service.knows_turns or service.config.plain else [*warnings, NO_TURNS]
 
 
 def make_app(service: Service) -> FastAPI:

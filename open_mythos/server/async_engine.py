@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from open_mythos.engine.engine import Engine, Request, TokenEvent
+from open_mythos.engine.engine import Engine, TokenEvent
+from open_mythos.engine.sequence import Sequence as Request
 from open_mythos.generation.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -261,7 +262,7 @@ class AsyncEngine:
     def _take_snapshot(self, engine: Engine) -> None:
         self._snapshot_s = time.monotonic()
         self.rows_by_loop = sorted(Counter(sequence.loop for sequence in engine.scheduler.looping).items())
-        self.counts = {name: getattr(engine.scheduler, f"n_{name}") for name in COUNTS}
+        self.counts = engine.scheduler.counts
 
     def _add(self, submission: Submission) -> None:
         assert self.engine is not None

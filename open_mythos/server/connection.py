@@ -1,7 +1,6 @@
-"""Connections with deadlines, and a server that ends when its answers have: what uvicorn lacks."""
+"""Connections with deadlines, and a server that drains before it ends, which uvicorn does not have."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -10,6 +9,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -24,14 +24,15 @@ from open_mythos.server.protocol import RETRY_S, error
 from open_mythos.server.service import Service
 
 HEADERS_S, BODY_S, STALL_S = 10.0, 30.0, 30.0
-"""How long a client may take to send its headers, to send its body, and to read what has been sent to it."""
+"""Seconds that a client may take to send its headers, to send its body, and to read what has been sent to it."""
 MAX_CONNECTIONS, BACKLOG = 2048, 2048
-"""The most connections that are open, and that wait to be accepted."""
+"""Connections that may be open, and that may wait to be accepted, at most."""
 ACCEPTS, RESERVED_FILES = 4, 32
-"""Connections that are accepted before one is looked at; file descriptors for those, and for all but connections."""
+"""Connections accepted at a time; file descriptors reserved for them, and for all that is no connection."""
 READ_BYTES = 2**14
+"""Bytes that one event of a socket may read, since bodies are counted only when the application has them."""
 FAULT_S = 10.0
-"""The least seconds between two lines about faults of the event loop."""
+"""Seconds between two lines about faults of the event loop, at least."""
 log = logging.getLogger("open_mythos.serve")
 
 
@@ -39,31 +40,26 @@ class Connection(H11Protocol):
     """A connection that is closed when its client is too slow in sending or in reading.
 
     Args:
-        most: connections that may be open; one more is turned away.
+        limit: connections that may be open; one more is turned away.
     """
 
-    def __init__(self, *args: Any, most: int, **options: Any) -> None:
+    def __init__(self, *args: Any, limit: int, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._most = most
-        self._receiving: asyncio.TimerHandle | None = None
-        self._sending: asyncio.TimerHandle | None = None
+        self._limit = limit
+        self._deadlines: dict[str, asyncio.TimerHandle] = {}
         self._state: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self._most:
-            transport.write(
-                b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n"
-                b"retry-after: %b\r\n\r\n" % RETRY_S.encode()
-            )
+        if len(self.connections) > self._limit:
+            transport.write(_head("503 Service Unavailable", f"retry-after: {RETRY_S}"))
             transport.close()
             return
         # asyncio sets it on sockets whose protocol number says TCP, and an accepted one has the listener's, which is 0.
         # Without it the second packet of an answer waits for the client's acknowledgement of the first: 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # What one look at a socket may read: bodies are counted only when the application has them.
         transport.max_size = READ_BYTES  # ty: ignore[missing-attribute]
-        # So that a client that stops reading is noticed as soon as the system's own buffer is full.
+        # A client that stops reading is noticed as soon as the system's own buffer is full.
         transport.set_write_buffer_limits(high=0)
         self._watch()
 
@@ -77,7 +73,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, unless another answer is under way, and close the connection."""
+        """Answer bytes that are not HTTP, unless another answer is under way, and close the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
                 self.transport.abort()
@@ -85,56 +81,59 @@ class Connection(H11Protocol):
             # The rest of the body that the application waits for will not come.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = json.dumps(
-            error("the first line, headers, length or chunks are not those of HTTP/1.1; correct them")
-        ).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-        with contextlib.suppress(h11.LocalProtocolError):
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        message = "the first line, headers, length or chunks are not those of HTTP/1.1; correct them"
+        body = json.dumps(error(message)).encode()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            head = _head("400 Bad Request", "content-type: application/json", length=len(body))
+            self.transport.write(head + body)
         self.transport.close()
 
     def eof_received(self) -> None:
-        """Answer a request that ends in its middle; the client may still read."""
+        """Answer a request that ends before its end; the client may still read."""
         if self.conn.their_state is h11.SEND_BODY or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
             self.send_400_response("")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._receiving, self._sending):
-            if timer is not None:
-                timer.cancel()
+        for name in ("receive", "send"):
+            self._set_deadline(name)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._sending = self.loop.call_later(STALL_S, self.transport.abort)
+        self._set_deadline("send", STALL_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._sending is not None:
-            self._sending.cancel()
+        self._set_deadline("send")
 
     def _watch(self) -> None:
         """Set the deadline of the part of a request that is to come."""
         state = self.conn.their_state
-        if state is self._state:
-            return
-        self._state = state
-        if self._receiving is not None:
-            self._receiving.cancel()
-        limits = {h11.IDLE: HEADERS_S, h11.SEND_BODY: BODY_S}
-        if state in limits:
-            self._receiving = self.loop.call_later(limits[state], self._too_slow)
+        if state is not self._state:
+            self._state = state
+            self._set_deadline("receive", {h11.IDLE: HEADERS_S, h11.SEND_BODY: BODY_S}.get(state), self._too_slow)
+
+    def _set_deadline(self, name: str, seconds: float | None = None, late: Callable[[], None] | None = None) -> None:
+        """Cancel a deadline, and set it again if `seconds` are given."""
+        if name in self._deadlines:
+            self._deadlines.pop(name).cancel()
+        if seconds is not None and late is not None:
+            self._deadlines[name] = self.loop.call_later(seconds, late)
 
     def _too_slow(self) -> None:
         if self.conn.our_state is h11.SEND_RESPONSE:
-            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.write(_head("408 Request Timeout"))
         self.transport.close()
 
 
+def _head(status: str, *headers: str, length: int = 0) -> bytes:
+    """Write the head of an answer after which the connection is closed."""
+    lines = [f"HTTP/1.1 {status}", "connection: close", f"content-length: {length}", *headers, "", ""]
+    return "\r\n".join(lines).encode()
+
+
 class Server(uvicorn.Server):
-    """Ends in order: told to, it lets answers end that are in work, and refuses new ones meanwhile."""
+    """Drains at the first signal: answers in work may end, and new requests are refused meanwhile."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -145,13 +144,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(Faults())
         await super().startup(sockets)
-        # asyncio accepts as many at a time as it lets wait.
+        # asyncio accepts as many connections at a time as its own backlog, which is smaller.
         for listener in sockets or []:
             listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit:  # it has left the application as it was
+        if self.force_exit:  # uvicorn has left the application running
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -175,14 +174,14 @@ class Server(uvicorn.Server):
         if now > self._drain_until:
             for submission in engine.submissions:
                 engine.cancel(submission)
-        # An answer that has been made may still be on its way. A step that hangs must not hold up the end.
+        # A complete answer may still be on its way to the client. A step that hangs must not hold up the end.
         self.should_exit = not (engine.n_taken or self.server_state.tasks) or now > self._drain_until + 2
 
 
 class Faults:
-    """What the event loop does with faults outside of requests: a line now and then, without what was sent.
+    """Handles faults of the event loop outside of requests: a line now and then, without the client's text.
 
-    Its own way is a traceback for each, thousands of them when there is no file descriptor left.
+    By default each fault prints a traceback, thousands of them when there is no file descriptor left.
     """
 
     def __init__(self) -> None:
@@ -200,15 +199,11 @@ class Faults:
             log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
 
 
-def configure(app: FastAPI, most: int = MAX_CONNECTIONS) -> uvicorn.Config:
-    """How uvicorn runs the application: it logs no request, and believes no header about where one is from.
-
-    Args:
-        most: connections that may be open.
-    """
+def configure(app: FastAPI, limit: int = MAX_CONNECTIONS) -> uvicorn.Config:
+    """Configure uvicorn: it logs no request, believes no header about its origin, and opens `limit` connections."""
     return uvicorn.Config(
         app,
-        http=partial(Connection, most=most),  # ty: ignore[invalid-argument-type]
+        http=partial(Connection, limit=limit),  # ty: ignore[invalid-argument-type]
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -223,7 +218,7 @@ def configure(app: FastAPI, most: int = MAX_CONNECTIONS) -> uvicorn.Config:
 
 
 def connection_limit() -> int:
-    """How many connections there are file descriptors for; the system's limit is raised as far as it lets itself be.
+    """Return the number of connections that there are file descriptors for, after raising the system's limit.
 
     Raises:
         OSError: there are none.
@@ -241,13 +236,15 @@ def connection_limit() -> int:
 
 
 def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:
-    """Serve until told to end; whether all is well and the engine's thread has ended. Signals are ignored from then on:
-    the process is about to end, with a status of its own."""
-    most = connection_limit()
-    if most < MAX_CONNECTIONS:
-        log.info("at most %d connections, by the limit of open files; ulimit -n allows more", most)
-    server = Server(configure(app, most), service)
-    # Before and after the event loop too, where a signal would otherwise be an exception somewhere.
+    """Serve until a signal; True if all is well and the engine's thread has ended.
+
+    From then on signals are ignored: the process is about to end, with a status of its own.
+    """
+    limit = connection_limit()
+    if limit < MAX_CONNECTIONS:
+        log.info("at most %d connections, by the limit of open files; ulimit -n allows more", limit)
+    server = Server(configure(app, limit), service)
+    # Before and after the event loop too, where a signal would otherwise raise an exception somewhere.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     server.run(sockets=[listener])

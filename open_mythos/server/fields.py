@@ -18,24 +18,15 @@ from pydantic_core import PydanticCustomError
 
 from open_mythos.checks import check_choice
 from open_mythos.config import HALTING_RULES
-from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES
+from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES, OPTIONS
 
 MAX_FIELDS = 64
 """Fields of a request and of each object in it, at most."""
-MAX_ANSWERS, MAX_BEST_OF = 8, 20
-"""Answers to one prompt: those that are returned, and those that they are chosen from."""
-MAX_PROMPTS = 128
-MAX_MESSAGES = 1024
-MAX_STOPS, MAX_STOP_CHARS, MAX_ALL_STOP_CHARS = 64, 64, 1024
-"""Stop strings, characters of each, and of all together: each is looked for behind every token."""
-MAX_STOP_IDS = 64
+MAX_ALL_STOP_CHARS = 1024
+"""Characters of all stop strings together, at most: each is searched for after every token."""
 MAX_SCHEMA_DEPTH = 64
-MAX_LOGPROBS = 5
-"""For completions, as at OpenAI; chats may ask for as many as the engine gives."""
-HARD_MAX_LOOPS = 64
-"""The most loops that a server may allow, whatever its own bound."""
 EFFORTS: dict[str, float] = {"none": 0, "minimal": 0.25, "low": 0.5, "medium": 1, "high": 2, "xhigh": 4}
-"""Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always one at least."""
+"""Loops of each `reasoning_effort`, in units of the model's `max_loop_iters`; always at least one loop."""
 
 Neutral = Mapping[str, tuple[object, ...]]
 UNSUPPORTED: Neutral = {
@@ -67,15 +58,16 @@ RESPONSES_UNSUPPORTED: Neutral = {
 """The same for /v1/responses."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a content's part that is text, in chats and in /v1/responses."""
-_PART = '{"type": "text", "text": "..."}'
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def bound(name: str) -> Any:
+    """Return the bound of an option of the engine as a constraint of pydantic."""
+    limit = OPTIONS[name].metadata["bound"]
+    return Field(gt=limit.low, le=limit.high) if limit.is_above else Field(ge=limit.low, le=limit.high)
 
 
 def _as_prompts(value: Any) -> Any:
-    """One prompt is a list of one."""
+    """Make a list of a single prompt."""
     if not isinstance(value, str | list):
         raise PydanticCustomError(
             "prompt", "must be a string, a list of strings, a list of ids, or a list of such lists"
@@ -91,19 +83,18 @@ def _as_prompt(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """The text of a content given in parts."""
+    """Join the text of a content in parts."""
     if not isinstance(value, list):
         return value
     for place, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "content", "part {place} is no text; send parts like {example}", {"place": place, "example": _PART}
-            )
+            values = {"place": place, "example": '{"type": "text", "text": "..."}'}
+            raise PydanticCustomError("content", "part {place} is no text; send parts like {example}", values)
     return "".join(part["text"] for part in value)
 
 
 def _whole(text: str) -> str:
-    """A JSON string may hold half of a surrogate pair, which no tokenizer takes."""
+    """Refuse half of a surrogate pair, which JSON allows and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -132,18 +123,17 @@ Id = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))]
 """0 and -1 keep every token."""
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Exit = Annotated[str, AfterValidator(_rule)]
 Prompts = Annotated[
     list[Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_as_prompt)]],
-    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    Field(min_length=1, max_length=128, fail_fast=True),
     BeforeValidator(_as_prompts),
 ]
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOPS, fail_fast=True),
-    BeforeValidator(_as_list),
+    list[Annotated[Text, Field(min_length=1, max_length=64)]],
+    Field(max_length=64, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     AfterValidator(_few_in_all),
 ]
 LogitBias = Annotated[
@@ -227,7 +217,7 @@ UNSEEN = tuple(name for name in Message.model_fields if name not in ("role", "co
 
 
 def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema is written out again, which takes a frame for each level."""
+    """Refuse a deep schema: to write it out again takes a stack frame for each level."""
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
@@ -238,7 +228,7 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class JsonSchema(Fields):
-    """A schema with a name; `name`, `description` and `strict` change nothing: every answer matches in full."""
+    """A schema with a name; every answer matches in full, whatever `name`, `description` and `strict` say."""
 
     name: Annotated[str, Field(max_length=64)] = ""
     description: str = ""

@@ -7,7 +7,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence as Request
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -159,33 +159,33 @@ class AccessControl:
         Raises:
             Refusal: there is no room for the body.
         """
-        too_large = Refusal(413, f"the body must be at most {MAX_BODY_BYTES} bytes; send less")
-        message = f"the bodies of all requests in work have {self._memory.limit} bytes, the most there may be"
-        no_room = Refusal(429, f"{message}; try again later")
         length = Headers(scope=scope).get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or int(length[:20]) > MAX_BODY_BYTES:
-            raise too_large
-        if not self._memory.fits(int(length)):
-            raise no_room
+        n_bytes = int(length[:20]) if length.isascii() and length.isdigit() else MAX_BODY_BYTES + 1
+        self._check_size(n_bytes, self._memory.fits(n_bytes))
         body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             part, more = message.get("body", b""), message.get("more_body", False)
-            if len(body) + len(part) > MAX_BODY_BYTES:
-                raise too_large
             # Bodies that arrive at the same time each had room when they began.
-            if not take(len(part)):
-                raise no_room
+            self._check_size(len(body) + len(part), take(len(part)))
             body += part
         return body
 
+    def _check_size(self, n_bytes: int, fits: bool) -> None:
+        if n_bytes > MAX_BODY_BYTES:
+            raise Refusal(413, f"the body must be at most {MAX_BODY_BYTES} bytes; send less")
+        if not fits:
+            message = f"the bodies of all requests in work have {self._memory.limit} bytes, the most there may be"
+            raise Refusal(429, f"{message}; try again later")
+
     async def _has_key(self, scope: Scope, headers: Headers) -> bool:
-        given = await bearer(HTTPConnection(scope))
-        if given is None or len(headers.getlist("authorization")) != 1:
+        sent = await bearer(HTTPConnection(scope))
+        if sent is None or self._key is None or len(headers.getlist("authorization")) != 1:
             return False
-        return hmac.compare_digest(given.credentials.encode("latin-1"), self._key or b"")
+        given = sent.credentials.encode("latin-1")
+        return hmac.compare_digest(given, self._key)
 
 
 async def _until_gone(receive: Receive, app: ASGIApp, scope: Scope, body: bytearray, send: Send) -> None:

@@ -15,14 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
-from open_mythos.generation.sampling_params import MAX_LOGPROBS as MAX_CHAT_LOGPROBS
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.server.fields import (
-    MAX_ANSWERS,
-    MAX_BEST_OF,
-    MAX_LOGPROBS,
-    MAX_MESSAGES,
-    MAX_STOP_IDS,
     UNSUPPORTED,
     Count,
     Effort,
@@ -31,12 +25,12 @@ from open_mythos.server.fields import (
     Id,
     LogitBias,
     Message,
-    Penalty,
     Prompts,
     ResponseFormat,
     Stops,
     StreamOptions,
     TopK,
+    bound,
 )
 from open_mythos.tokenization.chat_template import BadMessages, join, render
 from open_mythos.tokenization.tokenizer import Tokenizer
@@ -69,13 +63,7 @@ class Refusal(Exception):
         **headers: str,
     ) -> None:
         super().__init__(message)
-        kind = (
-            "invalid_request_error"
-            if status < 429 or status == 431
-            else "overloaded"
-            if status == 429
-            else "unavailable"
-        )
+        kind = "unavailable" if status >= 500 else "overloaded" if status == 429 else "invalid_request_error"
         named = {"retry-after": RETRY_S} if status in (429, 503) else {}
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
         self.reason = reason or REASONS.get(status, "invalid")
@@ -86,25 +74,25 @@ class BaseRequest(Fields):
     """Fields that all kinds of request have."""
 
     model: Annotated[str, Field(max_length=256)] = ""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, bound("seed")] | None = None
     stop: Stops = Field([])
-    stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_IDS)] = Field([])
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] = Field([])
     ignore_eos: bool = False
     stream: bool = False
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    temperature: Annotated[float, bound("temperature")] = 1.0
+    top_p: Annotated[float, bound("top_p")] = 1.0
     top_k: TopK = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    frequency_penalty: Penalty = 0.0
-    presence_penalty: Penalty = 0.0
+    min_p: Annotated[float, bound("min_p")] = 0.0
+    repetition_penalty: Annotated[float, bound("repetition_penalty")] = 1.0
+    frequency_penalty: Annotated[float, bound("frequency_penalty")] = 0.0
+    presence_penalty: Annotated[float, bound("presence_penalty")] = 0.0
     logit_bias: LogitBias = Field({})
 
     n_loops: Count | None = None
     min_loops: Count | None = None
     exit: Exit | None = None
-    exit_threshold: Annotated[float, Field(gt=0)] | None = None
+    exit_threshold: Annotated[float, bound("exit_threshold")] | None = None
 
     # For compatibility with other servers; these have no effect here.
     user: Annotated[str, Field(max_length=256)] = ""
@@ -174,7 +162,7 @@ class ChoicesRequest(BaseRequest):
     unsupported = UNSUPPORTED
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    n: Annotated[int, Field(ge=1, le=8)] = 1
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
     response_format: ResponseFormat | None = None
@@ -237,10 +225,10 @@ class CompletionRequest(ChoicesRequest):
 
     prompt: Prompts
     logprobs: Annotated[
-        int | None, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(lambda value: None if value is False else value)
+        int | None, Field(ge=0, le=5), BeforeValidator(lambda value: None if value is False else value)
     ] = None
     echo: bool = False
-    best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
 
     @model_validator(mode="after")
     def _enough_to_choose_from(self) -> Self:
@@ -282,12 +270,12 @@ class ChatRequest(ChoicesRequest, Conversation):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     """`max_tokens` under its newer name, which wins."""
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, bound("logprobs")] = 0
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")

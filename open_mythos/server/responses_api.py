@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from open_mythos.engine.engine import TokenEvent
 from open_mythos.server.fields import (
-    MAX_MESSAGES,
     RESPONSES_UNSUPPORTED,
     Count,
     Effort,
@@ -70,7 +69,7 @@ class ResponseRequest(Conversation):
 
     input: Annotated[
         list[Item],
-        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        Field(min_length=1, max_length=1024, fail_fast=True),
         BeforeValidator(lambda value: [{"role": "user", "content": value}] if isinstance(value, str) else value),
     ]
     instructions: Text = ""

@@ -5,14 +5,14 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from open_mythos.engine.engine import Engine
 from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.server.async_engine import AsyncEngine, Busy, EncodedPrompt, EngineDead, Submission
-from open_mythos.server.fields import EFFORTS, HARD_MAX_LOOPS
+from open_mythos.server.config import HARD_MAX_LOOPS, ServeConfig
+from open_mythos.server.fields import EFFORTS
 from open_mythos.server.metrics import Metrics
 from open_mythos.server.middleware import BUSY, BodyMemory
 from open_mythos.server.protocol import BaseRequest, Conversation, Refusal
@@ -23,42 +23,22 @@ from open_mythos.tokenization.tokenizer import Tokenizer
 DEAD = "the engine has failed; the server ends"
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Settings of a server besides those of its engine."""
-
-    model: str
-    """Name of the model in requests."""
-    max_loops: int | None = None
-    """Loops of a request, at most; None: twice the model's `max_loop_iters`. Never more than 64."""
-    max_queue: int = 128
-    """Answers accepted beyond those that have a row."""
-    max_work: int = 2**20
-    """Loop-tokens of a request, at most: (prompt + n x max_tokens) x n_loops."""
-    plain: bool = False
-    """For a model that knows no turns: it continues the messages' joined text."""
-    knows_turns: bool = True
-    """The model was trained on conversations; otherwise answers to chats come with a warning, unless `plain`."""
-    drain_s: float = 30.0
-    """Seconds that answers in work have once the server has to end."""
-    stuck_s: float = 60.0
-    """Seconds that a step, or encoding a text, may take before the engine is given up; a sixth of it ends /ready."""
-
-
 class Service:
     """State that the routes share.
 
     Args:
-        make: builds the engine, once the server listens. The engine has a tokenizer, and its queue is as long as
-            `max_queue` and its rows together.
-        max_rows: rows of that engine.
+        make: builds the engine, once the server listens. The engine has a tokenizer, `max_rows` rows, and a queue as
+            long as `max_rows` and `max_queue` together.
         key: the secret that requests have to send; None: none is needed.
+        knows_turns: the model was trained on conversations; otherwise its answers to chats come with a warning.
     """
 
-    def __init__(self, make: Callable[[], Engine], max_rows: int, config: ServeConfig, key: str | None = None) -> None:
-        self.config, self.key, self.metrics = config, key, Metrics()
-        self.async_engine = AsyncEngine(make, max_rows + config.max_queue, self.metrics.count, self._fail)
-        self.max_rows, self.started_s, self.body_memory = max_rows, time.time(), BodyMemory()
+    def __init__(
+        self, make: Callable[[], Engine], config: ServeConfig, key: str | None = None, knows_turns: bool = True
+    ) -> None:
+        self.config, self.key, self.knows_turns, self.metrics = config, key, knows_turns, Metrics()
+        self.async_engine = AsyncEngine(make, config.max_rows + config.max_queue, self.metrics.count, self._fail)
+        self.started_s, self.body_memory = time.time(), BodyMemory()
         self.draining = self.fatal = False
         self.on_fatal: Callable[[], None] = lambda: None
 
@@ -201,14 +181,14 @@ class Service:
 
     def check_model(self, name: str) -> None:
         """Refuse a model that is not served."""
-        if name != self.config.model:
-            message = f"model={name!r:.80} is not served; use {self.config.model!r}"
+        if name != self.config.name:
+            message = f"model={name!r:.80} is not served; use {self.config.name!r}"
             raise Refusal(404, message, "model", "model_not_found")
 
     def card(self) -> dict[str, Any]:
         """Describe the model, as the list of models has it."""
         return {
-            "id": self.config.model,
+            "id": self.config.name,
             "object": "model",
             "created": int(self.started_s),
             "owned_by": "open_mythos",
@@ -233,8 +213,8 @@ class Service:
         used, reusable = counts["pages_used"], counts["pages_reusable"]
         rules = [] if block is None else [name for name in HALTING_RULES if name != "act" or block.act is not None]
         return {
-            "model": self.config.model,
-            "max_rows": self.max_rows,
+            "model": self.config.name,
+            "max_rows": self.config.max_rows,
             "rows_by_loop": rows_by_loop,
             "looping": sum(rows for _, rows in rows_by_loop),
             "waiting": counts["waiting"],

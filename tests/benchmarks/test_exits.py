@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench import Bench, Settings
-from benchmarks.cases import exits
+from benchmarks.case import Case
+from benchmarks.cases import CASES, exits
 from benchmarks.gate import compare
+from benchmarks.harness import Bench, Settings
 from benchmarks.job import Job
 from benchmarks.models import MID
 from benchmarks.sides.exits import TASKS, trained
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def job(task: str, folder: str, **changes: object) -> Job:
     arguments = {"folder": folder, "exit": "kl", "exit_threshold": 0.01}
-    base = Job("exits", task, rows=3, tokens=9, new_tokens=7, n_loops=8, arguments=arguments)
+    base = Job(task, rows=3, tokens=9, new_tokens=7, n_loops=8, arguments=arguments)
     return dataclasses.replace(base, **changes)
 
 
@@ -48,13 +49,13 @@ def test_the_timed_path_is_its_slow_reference(task: str, compaction: Compaction,
     block = fast.model.recurrent
     assert block is not None
     assert slow.model.recurrent is block
+    fast.fresh()
+    assert block.compaction == "counts"
     block.compaction = compaction
     answer = fast.run(None)
     assert len(set(answer["depths"].flatten().tolist())) > 2
-    compare(answer, slow.run(None))
+    compare(answer, slow.run(slow.fresh()))
     assert block.compaction == "never"
-    fast.fresh()
-    assert block.compaction == "counts"
 
 
 def test_a_missing_model_tells_how_to_make_it(tmp_path: Path) -> None:
@@ -62,11 +63,11 @@ def test_a_missing_model_tells_how_to_make_it(tmp_path: Path) -> None:
         trained(str(tmp_path / "final"), "cpu")
 
 
-@pytest.mark.parametrize("case", [exits.EXITS[1], exits.EXITS[3]], ids=["generate", "prefill"])
-def test_a_case_runs_from_gate_to_rows(case: exits.Exits, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exits, "FOLDER", Path(folder))
-    short = dataclasses.replace(case.job, rows=2, tokens=16, new_tokens=4)
-    outcome = dataclasses.replace(case, job=short).run(Bench(Settings(quick=True)))
+@pytest.mark.parametrize("case", [CASES["exits_generate_b4"], CASES["exits_prefill_b1"]], ids=["generate", "prefill"])
+def test_a_case_runs_from_gate_to_rows(case: Case, folder: str) -> None:
+    arguments = {**case.job.arguments, "folder": folder}
+    short = dataclasses.replace(case.job, rows=2, tokens=16, new_tokens=4, arguments=arguments)
+    outcome = case.measure(dataclasses.replace(case, job=short), Bench(Settings(quick=True)))
     assert [row.id for row in outcome.rows] == [case.name, f"{case.name}.allowed", f"{case.name}.loops"]
     assert all(row.value > 0 for row in outcome.rows)
     assert outcome.gate is not None
@@ -81,10 +82,10 @@ def test_a_loop_of_so_many_rows_costs_what_lies_between_the_measured() -> None:
 
 def test_what_loop_counts_allow() -> None:
     # A prefill of 10 s besides loops of 2 s: at 3 of 8 loops it is 16 s of 26.
-    prefill = Job("exits", "exits_prefill", n_loops=8)
+    prefill = Job("exits_prefill", n_loops=8)
     assert exits.allowed(prefill, {"full": 26.0, "shallow": 14.0}, {"mean_depth": 3}) == pytest.approx(26 / 16)
     # A prompt of 1 s and loops of 1 s; 2 decoded tokens of 3 s and loops of 1 s with two rows, of 0.75 s with one.
-    text = Job("exits", "exits_generate", rows=2, new_tokens=3, n_loops=8)
+    text = Job("exits_generate", rows=2, new_tokens=3, n_loops=8)
     seconds = {"full": 31.0, "shallow": 13.0, "prompt_full": 9.0, "prompt_shallow": 3.0}
     seconds |= {"decode_1_full": 9.0, "decode_1_shallow": 4.5, "decode_2_full": 11.0, "decode_2_shallow": 5.0}
     # The first new token was read off the prompt, whose loops are counted there.

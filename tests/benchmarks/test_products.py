@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks import models
-from benchmarks.cases import CASES
+from benchmarks.case import Reach
+from benchmarks.cases import CASES, reach_of
 from benchmarks.job import Job
-from benchmarks.products import decode_bytes, decode_flops, flops, forward_products, training_products, work_of
-from benchmarks.reach import REACH
+from benchmarks.products import decode_bytes, decode_flops, flops, forward_products, training_products, workload_of
 from open_mythos.accounting import count_parameters, flops_per_token
 from open_mythos.config import MythosConfig
 
@@ -26,8 +26,8 @@ def test_last_position_alone_has_a_head() -> None:
     cfg = MythosConfig(**models.MID)
     whole, last = (flops(forward_products(cfg, 2, 64, 8, last_only)) for last_only in (False, True))
     assert whole - last == 2 * 2 * 63 * cfg.vocab_size * cfg.dim
-    forward = work_of(Job("ours", "forward", models.MID, rows=2, tokens=64, n_loops=8))
-    prefill = work_of(Job("ours", "prefill", models.MID, rows=2, tokens=64, n_loops=8))
+    forward = workload_of(Job("forward", models.MID, rows=2, tokens=64, n_loops=8))
+    prefill = workload_of(Job("prefill", models.MID, rows=2, tokens=64, n_loops=8))
     assert forward.flops - prefill.flops == whole - last
 
 
@@ -46,7 +46,7 @@ def test_decoding_touches_each_row_s_experts() -> None:
 
 
 def test_time_of_the_limit() -> None:
-    work = work_of(Job("ours", "generate", models.MID, tokens=8, n_loops=2, new_tokens=3))
+    work = workload_of(Job("generate", models.MID, tokens=8, n_loops=2, new_tokens=3))
     assert work.bytes > 0
     at_one_rate = work.seconds([1e9] * len(work.shapes), 1e9)
     assert at_one_rate == pytest.approx((work.flops + work.bytes) / 1e9)
@@ -61,6 +61,7 @@ def test_models_are_the_published_ones() -> None:
         models.published(MythosConfig(injection="add"))
 
 
-def test_every_reach_belongs_to_a_case() -> None:
-    prefixes = tuple(CASES)
-    assert not [id for id in REACH if not id.startswith(prefixes)]
+def test_the_bound_of_a_row_is_its_case_s() -> None:
+    assert reach_of("train_mid") == Reach(1.4) and reach_of("train_mid_poisson.allowed") == Reach(0.9)
+    assert reach_of("decode_llama_b4_compiled") == Reach(0.8) and reach_of("train_mid.checkout") is None
+    assert reach_of("train_30m") is None and len({case.name for case in CASES.values()}) == len(CASES)

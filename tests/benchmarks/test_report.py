@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks import peers
 from benchmarks.__main__ import Args, main
+from benchmarks.case import Outcome, Reach, Results, Row, plain
+from benchmarks.cases import CASES, reach_of
 from benchmarks.machine import describe
 from benchmarks.peers import Peer, install
-from benchmarks.reach import REACH, Reach
-from benchmarks.report import render, write_report
-from benchmarks.results import Outcome, Results, Row, plain
+from benchmarks.report import BEGIN, END, render, write_report
 from benchmarks.stats import Spread
 
 MADE_BY = {"source": "abc", "device": "cpu", "threads": 1, "quick": False, "environment": {}}
@@ -73,13 +73,12 @@ def test_report_says_what_was_found() -> None:
         "| a title (`decode_128`) | no figure: Different: logits \\| differ |"
     )
     for said in (
-        "outputs within 1e-5",
         "forward within 2.0e-07, gradients within 3.0e-06, 8 loops on both sides; draw 0",
         "1,234,567 parameters, cpu 1000 ms (1000-1000), peak memory 3 MiB.",
         "A note.",
         "Commit 0123456789, 2026-01-01, 12 s, cpu, 1 thread(s), load 0.5 before and 1.5 after.",
         "| 8 | 16 | 32 | 80 | 200 |",
-        "ATEN_CPU_CAPABILITY=avx2",
+        "| libraries' variables set | ATEN_CPU_CAPABILITY=avx2 |",
         "float32 F.linear 90, bfloat16 F.linear 5",
         "CPU time of one thread",
     ):
@@ -149,7 +148,8 @@ def test_reach() -> None:
         "<= 50 ms",
         ">= 1.4",
     )
-    assert REACH["train_addition.share"].met(0.81)
+    reach = reach_of("train_addition.share")
+    assert reach is not None and reach.met(0.81)
 
 
 def test_finished_cases_are_not_done_again(tmp_path: Path) -> None:
@@ -216,3 +216,17 @@ def test_peers_are_installed_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 def test_the_published_peer_installs() -> None:
     """Needs a package index."""
     assert (install(peers.OPEN_MYTHOS) / "open_mythos" / "main.py").is_file()
+
+
+@pytest.mark.parametrize("page", ["performance", "engine"])
+def test_pages_are_what_the_recorded_figures_make(page: str, repo_root: Path) -> None:
+    results = repo_root / "docs" / "results"
+    text = (results / f"{page}.md").read_text()
+    data = Results(results / page).data
+    assert text.partition(BEGIN)[2].partition(END)[0].strip() == render(data, page).strip()
+    # Every recorded value of a row stands in the page.
+    for case in data["cases"].values():
+        assert case["error"] is None
+        for row in case["rows"]:
+            assert f"{row['value']:.2f}" in text or f"{row['value']:.3g}" in text or f"{row['value']:.0%}" in text
+    assert set(data["cases"]) == {case.name for case in CASES.values() if case.page == page}

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.cases.scaling import fit
-from benchmarks.stats import Spread, differs, noise, ratios
+from benchmarks.stats import Spread, differs, fit_line, noise, ratios
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -38,10 +37,10 @@ def test_a_difference_is_farther_than_the_same_command_from_itself() -> None:
 
 def test_fitted_line() -> None:
     work = [1.0, 2.0, 4.0, 64.0]
-    assert fit(work, [3 + 5 * w for w in work]) == pytest.approx((3, 5))
+    assert fit_line(work, [3 + 5 * w for w in work]) == pytest.approx((3, 5))
     # Least relative squares, so a relative error counts the same at both ends; here against a numeric solution.
     times = [9.0, 12.0, 24.0, 330.0]
     design = np.array([[1 / t, w / t] for w, t in zip(work, times, strict=True)])
-    assert fit(work, times) == pytest.approx(np.linalg.lstsq(design, np.ones(4), rcond=None)[0])
+    assert fit_line(work, times) == pytest.approx(np.linalg.lstsq(design, np.ones(4), rcond=None)[0])
     # Never a negative cost of doing nothing.
-    assert fit([1.0, 2.0], [1.0, 3.0])[0] == 0
+    assert fit_line([1.0, 2.0], [1.0, 3.0])[0] == 0

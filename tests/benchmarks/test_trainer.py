@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench import Bench, Settings
-from benchmarks.cases.trainer import MuonShare, Overhead
+from benchmarks.case import Case
+from benchmarks.cases import alone
+from benchmarks.harness import Bench, Settings
 from benchmarks.job import Job
 from benchmarks.models import THREE_M, as_published
 from benchmarks.sides import trainer
@@ -19,7 +20,7 @@ from open_mythos.variants import mythos_3m
 @pytest.fixture
 def job(tmp_path) -> Job:
     arguments = {"variant": "200k", "steps": 3, "checkpoint_every": 1, "folder": str(tmp_path)}
-    return Job("trainer", "run", rows=2, tokens=8, n_loops=2, arguments=arguments)
+    return Job("run", rows=2, tokens=8, n_loops=2, arguments=arguments)
 
 
 def test_a_run_saves_and_reads_its_own_timers(job: Job) -> None:
@@ -28,7 +29,7 @@ def test_a_run_saves_and_reads_its_own_timers(job: Job) -> None:
     task.run(run)
     assert sorted(path.name for path in (run.out_dir / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     # Saving a model after every step of a few milliseconds costs more than nothing, and less than all.
-    assert 0 < task.reading()["overhead 1"] < 1
+    assert 0 < task.reading()["overhead"] < 1
 
 
 def test_muon_is_a_part_of_a_step(job: Job) -> None:
@@ -36,7 +37,7 @@ def test_muon_is_a_part_of_a_step(job: Job) -> None:
     before = task.run_on.model.prelude[0].attn.wo.weight.clone()
     for _ in range(2):
         task.run(task.fresh())
-    assert task.step == 2 and 0 < task.reading()["muon 2"] < 1
+    assert task.step == 2 and 0 < task.reading()["muon"] < 1
     assert not before.equal(task.run_on.model.prelude[0].attn.wo.weight)
 
 
@@ -53,11 +54,11 @@ class Here(Worker):
 def test_cases_make_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(Settings(quick=True))
     monkeypatch.setattr(bench, "workers", lambda *sides: contextlib.nullcontext([Here(side, 1) for side in sides]))
-    steps = replace(job, task="steps", arguments={"variant": "200k"})
-    outcome = MuonShare("muon_30m", "a share", steps, (1, 2)).run(bench)
+    steps = replace(job, task="steps", arguments={"variant": "200k", "batches": [1, 2]})
+    outcome = alone.muon_share(Case("muon_30m", "a share", alone.muon_share, steps), bench)
     assert [row.id for row in outcome.rows] == ["muon_30m.1", "muon_30m.2"]
     assert all(0 < row.value < 1 for row in outcome.rows) and outcome.sides["2 rows"]["tokens_per_s"] > 0
-    own, against = Overhead("overhead_3m", "a share", job).run(bench).rows
+    own, against = alone.overhead(Case("overhead_3m", "a share", alone.overhead, job), bench).rows
     assert 0 < own.value < 1 and against.value > 0 and against.noise is not None
 
 

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import Bench, Budget, Player, Settings
-from benchmarks.cases.pair import limit_players, ratio_row, share
+from benchmarks.cases.pairs import limit_players, ratio_row, share
 from benchmarks.client import Client, WorkerError
 from benchmarks.gate import Different
+from benchmarks.harness import Bench, Budget, Player, Settings
 from benchmarks.job import Job
-from benchmarks.products import work_of
+from benchmarks.products import workload_of
 from tests.models import tiny
 
 MODEL = tiny(attn_type="mla").to_dict()
 JOBS = {
-    "forward": Job("ours", "forward", MODEL, rows=2, tokens=7, n_loops=3),
-    "train": Job("ours", "train", MODEL, rows=2, tokens=7, n_loops=3),
-    "depths": Job("ours", "train", MODEL, rows=3, tokens=7, depths=(1, 3, 2)),
-    "rows": Job("ours", "train_rows", MODEL, rows=3, tokens=7, depths=(1, 3, 2)),
-    "checkpointed": Job("ours", "train", MODEL, rows=2, tokens=7, n_loops=3, checkpoint=True),
-    "prefill": Job("ours", "prefill", MODEL, rows=2, tokens=7, n_loops=3),
-    "decode": Job("ours", "decode", MODEL, rows=2, tokens=7, n_loops=3),
-    "generate": Job("ours", "generate", MODEL, rows=2, tokens=7, n_loops=3, new_tokens=4),
+    "forward": Job("forward", MODEL, rows=2, tokens=7, n_loops=3),
+    "train": Job("train", MODEL, rows=2, tokens=7, n_loops=3),
+    "depths": Job("train", MODEL, rows=3, tokens=7, depths=(1, 3, 2)),
+    "rows": Job("train_rows", MODEL, rows=3, tokens=7, depths=(1, 3, 2)),
+    "checkpointed": Job("train", MODEL, rows=2, tokens=7, n_loops=3, checkpoint=True),
+    "prefill": Job("prefill", MODEL, rows=2, tokens=7, n_loops=3),
+    "decode": Job("decode", MODEL, rows=2, tokens=7, n_loops=3),
+    "generate": Job("generate", MODEL, rows=2, tokens=7, n_loops=3, new_tokens=4),
 }
 
 
@@ -76,25 +76,26 @@ def test_gate_refuses_fewer_loops(pair: list[Client], bench: Bench) -> None:
 
 def test_interleaved_times_and_shares(pair: list[Client], bench: Bench) -> None:
     one, other = pair
-    work = work_of(JOBS["forward"])
+    work = workload_of(JOBS["forward"])
     with Client("limits", 1) as limits:
         machine, found = limit_players(limits, work, "cpu")
         players = [Player("peer", one, "forward"), Player("ours", other, "forward"), Player("again", one, "forward")]
-        samples, readings = bench.interleave([*players, *machine], Budget(0.0, 2, 2))
-    assert set(samples) == {"peer", "ours", "again", "products"}
-    assert {len(values) for clocks in samples.values() for values in clocks.values()} == {len(readings)}
-    assert set(samples["ours"]) == {"cpu", "wall"} and len(readings) >= 2
+        samples = bench.interleave([*players, *machine], Budget(0.0, 2, 2))
+    assert set(samples.seconds) == {"peer", "ours", "again", "products"}
+    n_rounds = len(samples.readings["products"])
+    assert {len(values) for clocks in samples.seconds.values() for values in clocks.values()} == {n_rounds}
+    assert set(samples.seconds["ours"]) == {"cpu", "wall"} and n_rounds >= 2
     assert len(found["rates"]) == len(work.shapes)
     assert all(min(rates.values()) > 0 for rates in found["rates"])
-    shares = {name: share(bench, samples, name, work, readings) for name in ("peer", "ours")}
-    row = ratio_row("x", "x", bench, samples, shares)
+    shares = {name: share(samples, name, work) for name in ("peer", "ours")}
+    row = ratio_row("x", "x", samples, shares)
     assert row.spread is not None and row.noise is not None and row.value == row.spread.median > 0
     # A tiny model is all overhead.
     assert 0 < shares["ours"] < 0.5
 
 
 def test_peak_memory(bench: Bench) -> None:
-    peak = bench.peak_bytes(JOBS["train"], calls=1)
+    peak = bench.peak_bytes("ours", JOBS["train"], calls=1)
     assert 0 < peak < 2**30
 
 

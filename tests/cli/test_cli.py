@@ -1,6 +1,7 @@
 """The commands as a user types them, in this process; what they print, write and refuse."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -191,6 +192,7 @@ def test_demo_writes_what_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Two steps of each recipe: the numbers mean nothing, the path through the demo is whole."""
+    demo = importlib.import_module("open_mythos.cli.demo")  # the package has a function of this name
     monkeypatch.setattr(demo, "load_recipe", lambda name: dataclasses.replace(load_recipe(name), steps=2, batch_size=4))
     monkeypatch.setattr(demo, "EVALUATION_ROWS", 4)
     monkeypatch.setattr(demo, "TEXT_STEPS", 2)

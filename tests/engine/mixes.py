@@ -9,8 +9,9 @@ from torch import Tensor
 
 from open_mythos import OpenMythos
 from open_mythos.accounting import n_layers
-from open_mythos.engine.engine import Engine, EngineConfig, Request
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.readout_policy import Curve, StepCosts
+from open_mythos.engine.sequence import Sequence
 from open_mythos.generation.sampling_params import SamplingParams
 from tests.models import RULES, THRESHOLDS
 
@@ -32,7 +33,7 @@ class Load:
 class Outcome:
     """What came of it."""
 
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Sequence] = field(default_factory=list)
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
     """Of every token, by the request's id."""
     n_preempted: int = 0
@@ -116,11 +117,10 @@ def record(engine: Engine, outcome: Outcome) -> None:
     """Keep every token's logits, and count who loses its pages."""
     read_out, read = engine.runner.read_out, engine.kv.read
 
-    def keep(rows: Any, wanted: Any, every: Any = ()) -> Any:
-        out = read_out(rows, wanted, every)
-        ids = [engine.rows[row].request.id for row, want in zip(rows, wanted, strict=True) if want]
-        for i, row in zip(ids, out.logits, strict=True):
-            outcome.logits.setdefault(i, []).append(row.clone())
+    def keep(seqs: list[Sequence]) -> Any:
+        out = read_out(seqs)
+        for seq, row in zip([seq for seq in seqs if seq.yields_token], out.logits, strict=True):
+            outcome.logits.setdefault(seq.id, []).append(row.clone())
         return out
 
     def count(pages: Any) -> Tensor:
@@ -133,9 +133,10 @@ def record(engine: Engine, outcome: Outcome) -> None:
 def empty(engine: Engine) -> None:
     """Nothing is held by anyone."""
     scheduler, runner = engine.scheduler, engine.runner
-    assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.n_pages_used) == (0, 0, 0)
-    assert scheduler.n_pages_free + scheduler.n_pages_reusable == engine.n_pages
-    assert not (engine.work or engine.of or engine.rows or runner.cohorts or runner.left or runner.running)
+    blocks = scheduler.block_manager
+    assert (scheduler.n_waiting, scheduler.n_admitted, blocks.n_used) == (0, 0, 0)
+    assert blocks.n_free + blocks.n_reusable == engine.n_pages
+    assert not (engine.sequences or runner.batches or runner.exited or runner.running)
     assert sorted(runner.free_rows) == list(range(engine.config.max_rows))
     assert (engine.kv.table == engine.kv.null).all() and not engine.kv.pages[engine.kv.null].any()
 

@@ -160,7 +160,7 @@ def test_progress_goes_to_stderr(llm: LLM, capsys: pytest.CaptureFixture) -> Non
 def test_refusals_leave_nothing_behind(llm: LLM, prompts: Any, params: Any, error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         llm.generate(prompts, params, progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_a_loaded_model_has_its_device(model: OpenMythos) -> None:
@@ -177,7 +177,7 @@ def test_nan_is_an_error_with_a_remedy(model: OpenMythos) -> None:
     llm = LLM(broken, ByteTokenizer())
     with pytest.raises(FloatingPointError, match="use earlier weights, or float32"):
         llm.generate(["a", "b"], GREEDY, progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_an_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], SamplingParams(max_tokens=40), progress=False)
-    assert not llm.engine.work
+    assert not llm.engine.sequences
 
 
 def test_a_machine_without_invariant_products_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

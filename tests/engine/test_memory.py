@@ -39,10 +39,10 @@ def run(n_requests: int) -> dict[str, int]:
                 live.remove(event.request)
         expected = sum(
             -(-(sequence.n_computed + sequence.n_running) // 8) * 8 * kv_bytes_per_token(model.cfg, sequence.n_loops, 4)
-            for sequence in engine.work
+            for sequence in engine.sequences.values()
             if sequence.phase not in (Phase.WAITING, Phase.SWAPPED)
         )
-        n_bytes = engine.scheduler.n_pages_used * engine.kv.page_nbytes
+        n_bytes = engine.scheduler.block_manager.n_used * engine.kv.page_nbytes
         assert n_bytes == expected
         seen["most_bytes"] = max(seen["most_bytes"], n_bytes)
     empty(engine)

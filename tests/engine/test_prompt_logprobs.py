@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from open_mythos import LLM, OpenMythos, SamplingParams
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.sequence import Sequence
 from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.engine.mixes import COSTS
 from tests.models import CASES, PARTS, scaled, tiny
@@ -20,7 +21,7 @@ def model_of(case: int, dtype: torch.dtype = torch.float32) -> OpenMythos:
     return scaled(tiny(max_seq_len=256, attn_type=attn_type, **PARTS[part]), seed=case, dtype=dtype)
 
 
-def answered(engine: Engine, asked: list[tuple[list[int], SamplingParams]]) -> list[Request]:
+def answered(engine: Engine, asked: list[tuple[list[int], SamplingParams]]) -> list[Sequence]:
     requests = [engine.add(*each) for each in asked]
     while engine.busy:
         engine.step()
@@ -28,7 +29,7 @@ def answered(engine: Engine, asked: list[tuple[list[int], SamplingParams]]) -> l
 
 
 @torch.no_grad()
-def check(model: OpenMythos, request: Request, depth: dict[str, Any]) -> None:
+def check(model: OpenMythos, request: Sequence, depth: dict[str, Any]) -> None:
     ids = request.prompt_ids
     expected = model(torch.tensor([ids]), **depth)[0].double().log_softmax(-1)
     assert len(request.prompt_logprobs) == len(request.prompt_top_logprobs) == len(ids) - 1

@@ -8,10 +8,11 @@ from time import perf_counter
 
 import pytest
 
-from open_mythos.engine.readout_policy import Gathering
-from open_mythos.engine.scheduler import Limits, Scheduler
+from open_mythos.engine.readout_policy import Curve, ReadoutPolicy, StepCosts
+from open_mythos.engine.scheduler import Scheduler
 from open_mythos.engine.sequence import Sequence
-from open_mythos.engine.step_costs import Curve, StepCosts
+from open_mythos.generation.sampling_params import SamplingParams
+from tests.engine.unchecked import Unchecked
 
 
 def line(fixed: float, each: float) -> Curve:
@@ -90,22 +91,22 @@ def by_rule(costs: StepCosts, mix: Mix, drawn: list[list[int]], loops: int) -> f
     """The same with the scheduler's own rule."""
     depths = [iter(row) for row in drawn]
     rows = len(depths)
-    scheduler = Scheduler(Limits(rows, rows, n_pages=rows, page_tokens=2**30, prefix_reuse=False), costs)
+    scheduler = Scheduler(Unchecked(rows, rows, page_tokens=2**30, prefix_reuse=False), rows, costs)
     for i, kind in enumerate(kind for kind, n in mix.items() for _ in range(n)):
         is_fixed = isinstance(kind, int)
-        scheduler.add(Sequence(i, [0], 1, 2**29, kind if is_fixed else 16, kind, is_fixed, 1))
+        scheduler.add(Sequence(i, [0], SamplingParams(max_tokens=2**29), kind if is_fixed else 16, kind, is_fixed, 1))
     ends: dict[Sequence, int] = {}
     done, seconds = 0, 0.0
     for _ in range(loops):
-        ends |= {seq: next(depths[seq.id]) for seq, _ in scheduler.schedule().start}
+        ends |= {seq: next(depths[seq.id]) for seq in scheduler.schedule().start}
         looping = scheduler.looping
         seconds += costs.loop(len(looping))
-        scheduler.looped([(seq, 0) for seq in looping if seq.loop + 1 == ends[seq]])
+        scheduler.after_loop([(seq, 0) for seq in looping if seq.loop + 1 == ends[seq]])
         exited = scheduler.read_out()
         seconds += costs.outer(len(exited))
         done += len(exited)
         for seq in exited:
-            scheduler.computed(seq)
+            scheduler.after_read_out(seq)
             seq.token_ids.append(0)
     return done / seconds
 
@@ -155,30 +156,30 @@ def test_depths_that_come_in_groups_are_worth_looking_ahead() -> None:
 @pytest.mark.parametrize("curve", CURVES)
 def test_equal_depths_fall_into_step(curve: str) -> None:
     """Requests of one fixed depth that came one loop after another soon exit together."""
-    scheduler = Scheduler(Limits(8, 8, n_pages=8, page_tokens=2**20), CURVES[curve])
+    scheduler = Scheduler(Unchecked(8, 8, page_tokens=2**20), 8, CURVES[curve])
     together = []
     for tick in range(150):
         if tick < 8:
-            scheduler.add(Sequence(tick, [0], 1, 10_000, 8, "any", True, 1))
+            scheduler.add(Sequence(tick, [0], SamplingParams(max_tokens=10_000), 8, "any", True, 1))
         done = scheduler.read_out()
         for seq in done:
-            scheduler.computed(seq)
+            scheduler.after_read_out(seq)
             seq.token_ids.append(0)
         together.append(len(done))
         scheduler.schedule()
-        scheduler.looped([(seq, 0) for seq in scheduler.looping if seq.loop == 7])
+        scheduler.after_loop([(seq, 0) for seq in scheduler.looping if seq.loop == 7])
     # Where nothing is fixed in a step, there is nothing to share.
     assert Counter(together[-16:]) == ({8: 2, 0: 14} if curve != "linear" else {1: 16})
 
 
 def exited_and_looping(costs: StepCosts, depths: dict[int, int], loops: int) -> Scheduler:
     """Rows by their fixed depth, all started together, after so many loops without reading out."""
-    scheduler = Scheduler(Limits(64, 64, n_pages=64, page_tokens=1024), costs)
+    scheduler = Scheduler(Unchecked(64, 64, page_tokens=1024), 64, costs)
     for number, depth in enumerate(depth for depth, rows in depths.items() for _ in range(rows)):
-        scheduler.add(Sequence(number, [0], 1, 1024, depth, depth, True, 1))
+        scheduler.add(Sequence(number, [0], SamplingParams(max_tokens=1024), depth, depth, True, 1))
     scheduler.schedule()
     for _ in range(loops):
-        scheduler.looped([(seq, 0) for seq in scheduler.looping if seq.loop + 1 == seq.n_loops])
+        scheduler.after_loop([(seq, 0) for seq in scheduler.looping if seq.loop + 1 == seq.n_loops])
     return scheduler
 
 
@@ -206,11 +207,11 @@ def test_shallow_rows_are_not_slowed_by_deep_ones() -> None:
     tokens = Counter({1: 0, 16: 0})
     for _ in range(160):
         for seq in scheduler.read_out():
-            scheduler.computed(seq)
+            scheduler.after_read_out(seq)
             seq.token_ids.append(0)
             tokens[seq.n_loops] += 1
         scheduler.schedule()
-        scheduler.looped([(seq, 0) for seq in scheduler.looping if seq.loop + 1 == seq.n_loops])
+        scheduler.after_loop([(seq, 0) for seq in scheduler.looping if seq.loop + 1 == seq.n_loops])
     assert tokens[1] >= 0.85 * 160 * 32
     assert tokens[16] >= 0.9 * 10 * 32
 
@@ -224,48 +225,48 @@ def test_known_exits_are_waited_for() -> None:
 
 def test_depths_are_learned() -> None:
     """Chunks took 5 loops or 16: the rule waits for those that have done 4, not for those that went on after 5."""
-    gathering = Gathering(CURVES["outer-heavy"])
-    seqs = [Sequence(i, [0], 1, 16, 16, "any", False, 1, n_running=1, n_looping=1) for i in range(8)]
+    policy = ReadoutPolicy(CURVES["outer-heavy"])
+    seqs = [Sequence(i, [0], SamplingParams(), 16, "any", False, 1, n_running=1, n_looping=1) for i in range(8)]
 
     def pays(loops: int) -> bool:
         looping = [replace(seq, loop=loops) for seq in seqs[4:]]
-        return gathering.pays(looping, [replace(seq, n_looping=0) for seq in seqs[:4]])
+        return policy.should_read_out(looping, [replace(seq, n_looping=0) for seq in seqs[:4]])
 
     assert pays(4) is pays(5)
     for loops in [5, 16] * 20:
-        gathering.exited(replace(seqs[0], loop=loops))
+        policy.record_exit(replace(seqs[0], loop=loops))
     assert not pays(4)
     assert pays(5)
 
 
 def test_kinds_of_chunks() -> None:
     """Depths are kept apart by depth key and for prompts; new ones count more than old ones."""
-    gathering = Gathering(CURVES["flat"])
-    decode = Sequence(0, [0] * 9, 9, 16, 16, "any", False, 1, n_computed=8, n_running=1)
+    policy = ReadoutPolicy(CURVES["flat"])
+    decode = Sequence(0, [0] * 9, SamplingParams(), 16, "any", False, 1, n_computed=8, n_running=1)
     prompt = replace(decode, n_computed=0, n_running=4)
     for _ in range(3000):
-        gathering.exited(replace(decode, loop=3))
-        gathering.exited(replace(prompt, loop=9))
-        gathering.exited(replace(decode, loop=15, depth_key="other"))
-    assert gathering._of(decode).mean == pytest.approx(3, abs=0.1)
-    assert gathering._of(prompt).mean == pytest.approx(9, abs=0.1)
+        policy.record_exit(replace(decode, loop=3))
+        policy.record_exit(replace(prompt, loop=9))
+        policy.record_exit(replace(decode, loop=15, depth_key="other"))
+    assert policy._depths_of(decode).mean == pytest.approx(3, abs=0.1)
+    assert policy._depths_of(prompt).mean == pytest.approx(9, abs=0.1)
     for _ in range(3000):
-        gathering.exited(replace(decode, loop=8))
-    assert gathering._of(decode).mean == pytest.approx(8, abs=0.5)
+        policy.record_exit(replace(decode, loop=8))
+    assert policy._depths_of(decode).mean == pytest.approx(8, abs=0.5)
     # Four tokens wait whose prompt goes on behind them; then five at its end, behind which one new token follows.
-    assert gathering._cohorts([prompt]) == {(gathering._of(prompt), 0): 4}
+    assert policy._count([prompt]) == {(policy._depths_of(prompt), 0): 4}
     last = replace(decode, n_computed=4, n_running=5)
-    assert gathering._cohorts([last]) == {(gathering._of(last), 0): 1}
+    assert policy._count([last]) == {(policy._depths_of(last), 0): 1}
 
 
 def test_what_a_token_is_worth() -> None:
     """One row of depth 1 beside seven of depth 16, read out in every loop, or all together after the sixteenth."""
-    seqs = [Sequence(i, [0], 1, 16, 16 if i else 1, 0, True, 1, n_running=1, n_looping=1) for i in range(8)]
+    seqs = [Sequence(i, [0], SamplingParams(), 16 if i else 1, 0, True, 1, n_running=1, n_looping=1) for i in range(8)]
     for curve, least in (("flat", 10 / (1 + 7 / 16)), ("loop-heavy", (4.2 + 1.2) / (1 + 7 / 16))):
-        gathering = Gathering(CURVES[curve])
-        assert gathering._worth(gathering._cohorts(seqs)) == pytest.approx(least)
-    together = Gathering(StepCosts(line(1, 0), line(1000, 1)))
-    assert together._worth(together._cohorts(seqs)) == pytest.approx((16 + 1000) / 8)
+        policy = ReadoutPolicy(CURVES[curve])
+        assert policy._seconds_per_token(policy._count(seqs)) == pytest.approx(least)
+    together = ReadoutPolicy(StepCosts(line(1, 0), line(1000, 1)))
+    assert together._seconds_per_token(together._count(seqs)) == pytest.approx((16 + 1000) / 8)
 
 
 def test_refill_replaces_the_rule() -> None:
@@ -277,9 +278,9 @@ def test_refill_replaces_the_rule() -> None:
 
     scheduler = exited_and_looping(CURVES["flat"], {1: 3, 2: 2}, 0)
     scheduler._refill = refill
-    scheduler.looped([(seq, 0) for seq in scheduler.looping if seq.n_loops == 1])
+    scheduler.after_loop([(seq, 0) for seq in scheduler.looping if seq.n_loops == 1])
     assert scheduler.read_out() == []
-    scheduler.looped([(seq, 0) for seq in scheduler.looping])
+    scheduler.after_loop([(seq, 0) for seq in scheduler.looping])
     assert len(scheduler.read_out()) == 5, "with nothing in the loop there is nothing to wait for"
     assert asked == [(2, 3)]
 
@@ -288,17 +289,17 @@ def test_microseconds_per_row() -> None:
     """Prints what scheduling takes with 64 rows (`-s` shows it); nothing is asserted about time."""
     rng = random.Random(0)
     rows, ticks = 64, 300
-    scheduler = Scheduler(Limits(rows, rows, n_pages=2048), CURVES["loop-heavy"])
+    scheduler = Scheduler(Unchecked(rows, rows), 2048, CURVES["loop-heavy"])
     for i in range(rows):
-        scheduler.add(Sequence(i, [i] * 17, 17, 10_000 // rows, 16, "any", False, 2))
+        scheduler.add(Sequence(i, [i] * 17, SamplingParams(max_tokens=10_000 // rows), 16, "any", False, 2))
     seconds = 0.0
     left: list[tuple[Sequence, int]] = []
     for _ in range(ticks):
         start = perf_counter()
-        scheduler.looped(left)
+        scheduler.after_loop(left)
         done = scheduler.read_out()
         for seq in done:
-            scheduler.computed(seq)
+            scheduler.after_read_out(seq)
         seconds += perf_counter() - start
         for seq in done:
             seq.token_ids.append(rng.randrange(100))

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.sequence import Sequence
 from open_mythos.generation.sampling_params import SamplingParams
 from tests.engine.mixes import COSTS
 from tests.models import scaled, tiny
@@ -15,7 +16,7 @@ def engine_of(**changes: Any) -> Engine:
     return Engine(scaled(tiny(**changes)), config=config, costs=COSTS)
 
 
-def answered(engine: Engine, prompt: list[int], params: SamplingParams) -> Request:
+def answered(engine: Engine, prompt: list[int], params: SamplingParams) -> Sequence:
     request = engine.add(prompt, params)
     while engine.busy:
         engine.step()
@@ -130,7 +131,7 @@ def test_rules_are_shared_and_forgotten() -> None:
     """Requests of one rule stand together in the loop; one that nobody asks for any more takes no room."""
     engine = engine_of()
     params = [SamplingParams(exit="kl", exit_threshold=0.01 + i / 1000, max_tokens=2) for i in (0, 0, 1)]
-    rules = [engine.of[engine.add([1], each)].rule for each in params]
+    rules = [engine.add([1], each).rule for each in params]
     assert rules[0] is rules[1] is not rules[2]
     assert len(engine.rules) == 2
     del rules

@@ -160,4 +160,4 @@ def test_without_the_library_it_says_what_to_install(served: Served, monkeypatch
         told = http.post(P, json={"prompt": "a", "response_format": form})
     assert told.status_code == 400
     assert told.json()["error"]["message"].startswith("response_format: the package llguidance is missing; run: pip")
-    assert told.json()["error"]["param"] == "response_format" and served.service.config.model == MODEL
+    assert told.json()["error"]["param"] == "response_format" and served.service.config.name == MODEL

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.experiments import adaptive
-from open_mythos.experiments.study import Lab, perform
+from open_mythos.experiments import EXPERIMENTS, adaptive
+from open_mythos.experiments.study import Lab, Run, perform
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.document import Table
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import Batch
 
@@ -35,23 +34,26 @@ def batch() -> Batch:
     return data.validation_batch(stream(0, 1, Purpose.VALIDATION), 5)
 
 
-def test_dealt_depths_are_the_ones_that_run(model: OpenMythos, batch: Batch) -> None:
-    bits, loops = adaptive.with_exits(model, batch, "kl", 0.01)
+def test_given_depths_are_the_ones_that_run(model: OpenMythos, batch: Batch) -> None:
+    def at_depths(depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return adaptive.with_rule(model, batch, lambda rows: adaptive.GivenDepths(depths[rows]))
+
+    bits, loops = adaptive.with_rule(model, batch, lambda rows: model.exit_rule("kl", 0.01))
     assert bits.shape == loops.shape == (5, 24) and len(loops.unique()) > 2
-    # Dealt to the tokens that chose them, the depths give back the rule's own result.
-    same_bits, same_loops = adaptive.at_depths(model, batch, loops)
+    # Given to the tokens that chose them, the depths give back the rule's own result.
+    same_bits, same_loops = at_depths(loops)
     assert torch.equal(same_loops, loops)
     torch.testing.assert_close(same_bits, bits)
-    dealt = adaptive.shuffled(loops, 0)
-    assert torch.equal(adaptive.at_depths(model, batch, dealt)[1], dealt)
+    other = adaptive.shuffled(loops, 0)
+    assert torch.equal(at_depths(other)[1], other)
 
 
-def test_shuffling_keeps_the_numbers_and_moves_the_tokens() -> None:
+def test_shuffling_moves_the_tokens_and_leaves_the_numbers() -> None:
     depths = torch.arange(60).view(4, 15) % 8 + 1
-    dealt = adaptive.shuffled(depths, 0)
-    assert torch.equal(dealt.flatten().bincount(), depths.flatten().bincount())
-    assert not torch.equal(dealt, depths)
-    assert not torch.equal(dealt, adaptive.shuffled(depths, 1))
+    other = adaptive.shuffled(depths, 0)
+    assert torch.equal(other.flatten().bincount(), depths.flatten().bincount())
+    assert not torch.equal(other, depths)
+    assert not torch.equal(other, adaptive.shuffled(depths, 1))
 
 
 def test_kinds_of_bytes() -> None:
@@ -61,9 +63,17 @@ def test_kinds_of_bytes() -> None:
     assert kind == [2, 0, 1, 3, 2, 0, 1, 2, 3, 0]
 
 
-def test_what_is_measured_adds_up(model: OpenMythos, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "RULES", {"kl": (0.01,)})
-    results = adaptive.measure(model, batch)
+def test_what_is_measured_adds_up(model: OpenMythos, tmp_path: Path) -> None:
+    (tmp_path / "run-0").mkdir()
+    (tmp_path / "run-0" / "metrics.jsonl").write_text('{"step": 1, "train/ce": 5.5}\n')
+    cfg = load_recipe("adaptive-text")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=24))
+    batch = cfg.data.validation_batch(stream(0, 1, Purpose.VALIDATION), 5)
+    settings = {"rows": 5, "rules": {"kl": (0.01,)}, "shuffles": 2}
+    run = Run("run", cfg, 0, settings, Lab(tmp_path, True, (0,)))
+    vars(run)["model"] = model  # instead of one that is trained
+    results = adaptive.measure(run)
+    assert results["train_ce"] == 5.5
     n, (found,) = batch.labels.numel(), results["exits"]
     assert results["tokens"] == sum(found["tokens_by_loops"]) == n
     assert found["loops"] == pytest.approx(sum(i * m for i, m in enumerate(found["tokens_by_loops"], 1)) / n)
@@ -83,49 +93,51 @@ def test_what_is_measured_adds_up(model: OpenMythos, batch: Batch, monkeypatch: 
 
 
 def made_up(gain: float, seeds: int) -> dict:
-    """Numbers of two loops: 3 bits after one, 2 after both; exits at 1.5 by `gain` better than dealt depths."""
+    """Make up numbers of two loops: 3 bits after one, 2 after both; exits at 1.5 are `gain` better than chance."""
     rng = np.random.default_rng(0)
     group = {"key": 2, "tokens": 5, "loops": 2.0, "bits": 2.0, "bits_by_depth": [3.0, 2.0]}
     runs = []
     for seed in range(seeds):
         text = rng.normal(0, 0.1, 40)
-        dealt, noise = text + 2.6, rng.normal(0, 0.001, 40)
+        chance, noise = text + 2.6, rng.normal(0, 0.001, 40)
         point = {"rule": "kl", "threshold": 0.01, "loops": 1.5, "tokens_by_loops": [20, 20]}
-        point |= {"bits": list(dealt - gain + noise), "shuffled": [list(dealt), list(dealt)]}
+        point |= {"bits": list(chance - gain + noise), "shuffled": [list(chance), list(chance)]}
         cfg = {"seed": seed, "steps": 3, "batch_size": 2, "data": {"seq_len": 24}}
-        run = {"asked": {"config": cfg}, "train_ce": 1.0, "parameters": 1000, "tokens": 960}
+        run = {"asked": {"config": cfg}, "cpu_s": 1.0, "train_ce": 1.0, "tokens": 960}
         run |= {"fixed": [list(text + 3), list(text + 2)], "exits": [point]}
         runs.append(run | {"by_exit": [group], "by_kind": [group]})
-    return json.loads(json.dumps({"runs": runs}))
+    return json.loads(json.dumps({"parameters": {adaptive.ARM: 1000}, "runs": {adaptive.ARM: runs}}))
 
 
 @pytest.mark.parametrize(
     ("gain", "verdict", "said"),
     [
-        (0.2, "higher", ("1 read text better", "(0 worse), 1 better than one depth for all (0 worse; +0.09")),
-        (0.05, "higher", ("1 read text better", "(0 worse), 0 better than one depth for all (1 worse; -0.05")),
-        (0.0, "undecided", ("0 read text better", "random (0 worse)")),
-        (-0.2, "lower", ("0 read text better", "random (1 worse)")),
+        (0.2, "higher", ("1 predict text better", "(0 worse), 1 better than one depth for all (0 worse; +0.09")),
+        (0.05, "higher", ("1 predict text better", "(0 worse), 0 better than one depth for all (1 worse; -0.05")),
+        (0.0, "undecided", ("0 predict text better", "random tokens (0 worse)")),
+        (-0.2, "lower", ("0 predict text better", "random tokens (1 worse)")),
     ],
 )
 def test_the_words_follow_from_the_numbers(gain: float, verdict: str, said: tuple[str, ...]) -> None:
-    report = adaptive.EXPERIMENT.report(made_up(gain, 2))
+    report = adaptive.STUDY.report(made_up(gain, 2))
     assert all(text in report.finding for text in said)
-    (row,) = next(part.rows for part in report.parts if isinstance(part, Table) and "gain" in part.head)
+    table = next(part for part in report.parts if isinstance(part, str) and "| kl |" in part)
+    row = table.splitlines()[-1].strip("| ").split(" | ")
     assert verdict in row and row[-1] == "40, 40"
-    bits, same, dealt = map(float, row[3:6])
-    assert (dealt - bits, dealt - same) == pytest.approx((gain, 0.1), abs=2e-3)
+    bits, same, control = map(float, row[3:6])
+    assert (control - bits, control - same) == pytest.approx((gain, 0.1), abs=2e-3)
 
 
 def test_the_whole_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(adaptive, "RULES", {"kl": (0.003, 0.01)})
-    small = adaptive.recipe(quick=True)
-    data = dataclasses.replace(small.data, seq_len=24)
-    monkeypatch.setattr(adaptive, "recipe", lambda quick: dataclasses.replace(small, data=data, steps=2))
+    (small,) = adaptive.arms(quick=True).values()
+    small = dataclasses.replace(small, data=dataclasses.replace(small.data, seq_len=24), steps=2)
+    study = dataclasses.replace(adaptive.STUDY, arms=lambda quick: {adaptive.ARM: small})
+    monkeypatch.setitem(EXPERIMENTS, "adaptive", study)
     report = perform("adaptive", Lab(tmp_path / "runs", True, (0,)), tmp_path / "out", "command")
     assert "at 0.01)" in report.finding or "at 0.003)" in report.finding
-    written = json.loads((tmp_path / "out" / "report.json").read_text())["results"]["runs"]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["results"]["runs"][adaptive.ARM]
     assert written[0]["tokens"] == 8 * 24 and 4 < written[0]["train_ce"] < 7
     for name in ("exits", "gain"):
         assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")

@@ -20,8 +20,9 @@ import openai
 from open_mythos import OpenMythos
 from open_mythos.engine.engine import Engine, EngineConfig
 from open_mythos.server.app import make_app
+from open_mythos.server.config import ServeConfig
 from open_mythos.server.connection import Server, configure
-from open_mythos.server.service import ServeConfig, Service
+from open_mythos.server.service import Service
 from open_mythos.tokenization.tokenizer import BPETokenizer
 from tests.models import scaled, tiny
 
@@ -90,9 +91,9 @@ class Served:
         worker = self.service.async_engine
         until(lambda: not (worker.submissions or worker.n_taken or self.engine.busy))
         scheduler, runner = self.engine.scheduler, self.engine.runner
-        until(lambda: not (worker._of or self.engine.work or self.engine.of or self.engine.rows))
-        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.n_pages_used) == (0, 0, 0)
-        assert len(runner.free_rows) == self.service.max_rows and not runner.cohorts and not runner.left
+        until(lambda: not (worker._of or self.engine.sequences))
+        assert (scheduler.n_waiting, scheduler.n_admitted, scheduler.block_manager.n_used) == (0, 0, 0)
+        assert len(runner.free_rows) == self.service.config.max_rows and not runner.batches and not runner.exited
 
 
 def until(done: Callable[[], Any], seconds: float = 20) -> None:
@@ -109,6 +110,7 @@ def serving(
     make: Callable[[], Engine] | None = None,
     max_rows: int = 8,
     wait: bool = True,
+    knows_turns: bool = True,
     **config: Any,
 ) -> Generator[Served]:
     """Run a server meanwhile."""
@@ -117,7 +119,7 @@ def serving(
     def made() -> Engine:
         return Engine(model(), tokenizer(), EngineConfig(max_rows=max_rows, max_queue=max_rows + config["max_queue"]))
 
-    service = Service(make or made, max_rows, ServeConfig(MODEL, **config), key)
+    service = Service(make or made, ServeConfig(name=MODEL, max_rows=max_rows, **config), key, knows_turns)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     served = Served(service, Server(configure(make_app(service)), service), listener.getsockname()[1], key)
     thread = threading.Thread(target=served.server.run, args=([listener],), daemon=True)

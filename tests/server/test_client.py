@@ -1,34 +1,22 @@
 """The server as OpenAI's own client sees it."""
 
 import json
-from collections.abc import Iterator
 
 import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Request, TokenEvent
+from open_mythos.engine.engine import TokenEvent
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.protocol import CompletionRequest
 from open_mythos.server.responses import ResponseBuilder
 from open_mythos.tokenization.chat_template import render
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import ByteTokenizer
-from tests.server.served import MODEL, Served, serving, tokenizer, until
+from tests.server.served import MODEL, Served, tokenizer, until
 
 PROMPT = "\u0416\u0438\u0437\u043d\u044c \u044d\u0442\u043e \U0001f30a"
 TURNS = [{"role": "user", "content": "\u65e5\u672c\u8a9e?"}]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return served.client()
 
 
 def alone(served: Served, ids: list[int], **params: object) -> tuple[str, list[int], list[int]]:
@@ -135,7 +123,8 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     best = {0xE6: -0.5, 97: -1.5, 0xE7: -2.5, 257: -3.5}  # two parts of characters around a letter, and the end token
-    event = TokenEvent(Request(0, [1], SamplingParams()), 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
+    request = Sequence(0, [1], SamplingParams(), 1, None, True, 1)
+    event = TokenEvent(request, 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
     asked = CompletionRequest(prompt=["a"], logprobs=3)
     (data,) = ResponseBuilder(asked, [1], MODEL, TokenTexts(ByteTokenizer())).piece(0, event)
     (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]

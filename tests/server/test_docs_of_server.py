@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+from open_mythos.cli.options import flags
 from open_mythos.cli.serve import ServeArgs
 from open_mythos.server.app import make_app
 from open_mythos.server.fields import EFFORTS, UNSEEN, UNSUPPORTED
@@ -24,7 +25,7 @@ IGNORED |= {"prompt_cache_retention"}
 def test_options() -> None:
     table = {cells[0]: cells[1] for cells in ROWS if cells[0].startswith("`--")}
     fields = [field for field in dataclasses.fields(ServeArgs) if field.name != "folder"]
-    assert table == {f"`--{field.name.replace('_', '-')}`": f"`{field.default}`" for field in fields}
+    assert table == {f"`{flags(ServeArgs)[field.name]}`": f"`{field.default}`" for field in fields}
 
 
 def test_fields() -> None:

@@ -59,7 +59,7 @@ def test_a_client_that_goes_frees_all_it_had(
         leave(connection)
     until(lambda: not served.service.async_engine.submissions)
     served.settle()
-    assert all(request.finish_reason != "length" for request in served.engine.of)
+    assert all(request.finish_reason != "length" for request in served.engine.sequences.values())
 
 
 def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monke
         cancelled.update(job.requests)
 
     def checked() -> Any:
-        assert not cancelled & set(served.engine.of)
+        assert not cancelled & set(served.engine.sequences.values())
         return step()
 
     monkeypatch.setattr(worker, "_cancel", cancelling)

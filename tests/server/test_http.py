@@ -2,7 +2,6 @@
 
 import json
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,14 +11,6 @@ from tests.server.test_middleware import exchange
 P, C = "/v1/completions", "/v1/chat/completions"
 BODY = b'{"prompt": "a", "max_tokens": 1}'
 JSON = "application/json"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-        assert running.service.body_memory.used == 0
 
 
 def posted(served: Served, *headers: str, host: str = "localhost", kind: str | None = JSON, path: str = P) -> int:

@@ -147,7 +147,7 @@ def test_many_bodies_take_bounded_memory_and_give_it_back(served: Served) -> Non
 
 def test_a_connection_too_many_is_turned_away_with_an_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     few = 5
-    made = partial(listen.Connection, most=few)
+    made = partial(listen.Connection, limit=few)
     monkeypatch.setattr(served.server.config, "http_protocol_class", made)
     connections = [served.connect() for _ in range(few)]
     until(lambda: len(served.server.server_state.connections) == few)

@@ -21,13 +21,6 @@ P, C = "/v1/completions", "/v1/chat/completions"
 TURNS = [{"role": "user", "content": "a cat"}]
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
 def like_llama() -> BPETokenizer:
     """Words with their space, without it, and one token for each byte of the rest."""
     words = ["\u2581", "\u2581the", "\u2581cat", "\u2581a", "the", "cat", "a", "s", "\u2581s"]

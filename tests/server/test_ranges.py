@@ -1,34 +1,22 @@
 """What OpenAI's clients may send, and what becomes of it: ranges, histories, and what is left out with a warning."""
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import openai
 import pytest
 
 from open_mythos import SamplingParams
-from open_mythos.engine.engine import Engine, EngineConfig, Request
+from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.engine.sequence import Sequence
 from open_mythos.server.fields import EFFORTS, Effort
 from open_mythos.tokenization.chat_template import render
-from tests.server.served import MODEL, Served, model, serving, tokenizer
+from tests.server.served import MODEL, Served, model, tokenizer
 
 P, C = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return served.client()
-
-
-def alone(prompt: str, *params: SamplingParams) -> list[Request]:
+def alone(prompt: str, *params: SamplingParams) -> list[Sequence]:
     """Answers of an engine without a server."""
     engine = Engine(model(), tokenizer(), EngineConfig(max_rows=8))
     requests = [engine.add(prompt, each) for each in params]

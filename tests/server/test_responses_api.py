@@ -1,6 +1,5 @@
 """/v1/responses as OpenAI's own client sees it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -14,18 +13,6 @@ from tests.server.served import MODEL, Served, model, serving, tokenizer
 
 R = "/v1/responses"
 TEXT = "\u65e5\u672c\u8a9e?"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving() as running:
-        yield running
-        running.settle()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return served.client()
 
 
 def test_an_answer_is_that_of_a_chat(client: openai.OpenAI) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from open_mythos.engine.step_costs import Curve
+from open_mythos.engine.readout_policy import Curve
 
 
 def test_lines_between_points() -> None:

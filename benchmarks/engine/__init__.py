@@ -1,1 +1,0 @@
-"""What the engine's batches are worth: `python -m benchmarks.engine`."""
