@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -57,26 +58,18 @@ class Side(ABC):
         """Return gradients by parameter name, zeros where there is none."""
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.model.named_parameters()}
 
-    def count_loops(self) -> "LoopCounter | None":
-        """Make a counter of the loops that the next calls run; None for a model without loops."""
+    def loop_module(self) -> nn.Module | None:
+        """Return the module that runs once in each loop; None for a model without loops."""
         return None
 
 
-class LoopCounter:
-    """How often a module runs while the counter is entered."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.count = module, 0
-
-    def __enter__(self) -> "LoopCounter":
-        self._hook = self.module.register_forward_pre_hook(self._called)
-        return self
-
-    def _called(self, *_: Any) -> None:
-        self.count += 1
-
-    def __exit__(self, *_: Any) -> None:
-        self._hook.remove()
+@contextlib.contextmanager
+def counted(module: nn.Module) -> Generator[list[int]]:
+    """Add to the list that this yields whenever the module runs."""
+    calls: list[int] = []
+    hook = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
 
 
 class Task:

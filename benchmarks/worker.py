@@ -113,15 +113,16 @@ class Worker:
 
     def _outputs(self, id: str, seed: int) -> dict[str, Any]:
         from benchmarks.gate import GRADIENT, LOOPS
+        from benchmarks.tasks import counted
 
         task = self.tasks[id]
         task.draw(seed)
         fresh = task.fresh()
-        counter = task.side.count_loops() if task.counts_loops and not task.job.depths else None
-        with counter or contextlib.nullcontext():
+        module = task.side.loop_module() if task.counts_loops and not task.job.depths else None
+        with counted(module) if module else contextlib.nullcontext() as calls:
             outputs = task.run(fresh)
-        if counter is not None:
-            outputs[LOOPS] = self.torch.tensor(counter.count)
+        if calls is not None:
+            outputs[LOOPS] = self.torch.tensor(len(calls))
         if task.training:
             outputs |= {GRADIENT + name: x for name, x in task.side.weight_gradients().items()}
         return {name: x.detach().contiguous().cpu() for name, x in outputs.items()}
