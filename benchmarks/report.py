@@ -1,19 +1,16 @@
-"""The pages of docs/results that are made from results.json alone: tables and figures between two marks.
+"""The tables and figures of the pages performance and engine, made from results.json alone."""
 
-What stands outside of the marks is written by hand, and stays.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Results
 from benchmarks.cases import reach_of
 from benchmarks.cases.engine import AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
+from benchmarks.page import table, write_page
 from benchmarks.stats import Spread, differs
 from open_mythos.reports.figures import Curve, draw_curves
 
-BEGIN, END = "<!-- written by python -m benchmarks -->", "<!-- end of what it has written -->"
 Record = dict[str, Any]
 Cases = dict[str, Record]
 CLOCKS = {
@@ -22,21 +19,6 @@ CLOCKS = {
     "device": "the device's, between two events",
 }
 SWEEPS = {"tokens": "tokens of one row, 8 loops", "loops": "loops, 256 tokens", "rows": "rows of 64 tokens, 8 loops"}
-
-
-def write_page(path: Path, text: str, title: str) -> Path:
-    """Put text between the marks of a page; a page that does not exist gets a title.
-
-    Raises:
-        ValueError: the page lacks the marks.
-    """
-    page = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    if END not in rest:
-        raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r}; put them where the figures go")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{BEGIN}\n\n{text.rstrip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return path
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -60,14 +42,6 @@ def render(data: Record, folder: str) -> str:
         if found := section(data, folder):
             lines += [*([f"## {title}", ""] if title else []), *found, ""]
     return "\n".join(lines)
-
-
-def table(columns: Sequence[str] | Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> list[str]:
-    """Write a Markdown table of rows of cells, or of records from which each column makes its cell."""
-    if isinstance(columns, Mapping):
-        rows = [[cell(row) for cell in columns.values()] for row in rows]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
 
 
 # The page of comparisons.

@@ -13,7 +13,8 @@ from benchmarks.case import Case, Results
 from benchmarks.cases import CASES, engine
 from benchmarks.harness import Bench, Settings
 from benchmarks.job import Job
-from benchmarks.report import BEGIN, END, render, write_report
+from benchmarks.page import BEGIN, END
+from benchmarks.report import render, write_report
 from benchmarks.sides.engine import (
     AT_ONCE,
     DEEPEST,
