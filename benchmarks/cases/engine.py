@@ -102,9 +102,9 @@ def summarize(samples: Samples, points: dict[str, Any], n_loops: int, rows: int)
     fixed = samples.readings[FIXED]
     loop_s = statistics.median(s for window in fixed for s in window["looping_s"])
     outer_s = statistics.median(s for window in fixed for s in window["reading_s"]) - loop_s
-    depths = {policy: _depths(samples.readings[policy]) for policy in POLICIES}
+    depths = {p: sum((window["depths"] for window in samples.readings[p]), Counter()) for p in POLICIES}
     limit = amdahl(n_loops, mean(depths[OURS]), loop_s, outer_s)
-    loop, outer = (Curve({int(n): pair[i] for n, pair in points["seconds"].items()}) for i in (0, 1))
+    loop, outer = (Curve({n: pair[i] for n, pair in points["seconds"].items()}) for i in (0, 1))
     threshold, at = best_threshold(StepCosts(loop, outer), depths[OURS], n_loops, rows)
     best = max(SIMPLE, key=lambda policy: statistics.median(rates[policy]))
     over = ratios(rates[OURS], rates[FIXED])
@@ -195,7 +195,7 @@ def fairness(case: Case, bench: Bench) -> Outcome:
             costs = worker.prepare(name, replace(job, task="crowd", new_tokens=CROWD_TOKENS))
         samples = bench.interleave([Player(name, worker, name, once=True) for name in depths], WINDOWS)
         waiting = worker.ask("method", id="mixed", name="waiting")
-    p95 = {name: [_p95(window["1"]["gaps"]) for window in found] for name, found in samples.readings.items()}
+    p95 = {name: [_p95(window[1]["gaps"]) for window in found] for name, found in samples.readings.items()}
     over, noise = ratios(p95["mixed"], p95["shallow"]), ratios(p95["again"], p95["shallow"])
     shallow, mixed = (f"{1e3 * statistics.median(p95[name]):.3g} ms" for name in ("shallow", "mixed"))
     what = "p95 between a shallow request's tokens, half of the load deep over all shallow"
@@ -205,7 +205,7 @@ def fairness(case: Case, bench: Bench) -> Outcome:
         # Requests that still wait have waited so long already.
         extra = {"waits": [ticks for asked, ticks in waiting if asked == depth], "turnarounds": []}
         for figure, name in (("turnarounds", "turnaround"), ("waits", "wait")):
-            ticks = [x for window in samples.readings["mixed"] for x in window[str(depth)][figure]] + extra[figure]
+            ticks = [x for window in samples.readings["mixed"] for x in window[depth][figure]] + extra[figure]
             if ticks:
                 seen = Spread.of([each / ideal for each in ticks])
                 title = f"{2 * half} clients, {kind} requests: {name} over the ideal of a whole answer"
@@ -217,13 +217,6 @@ def _load(job: Job, bench: Bench, costs: dict[str, Any], **arguments: Any) -> Jo
     """Make the job of one load; `costs` is the information on an earlier one, whose costs it shares."""
     given = {"seconds": 0.2 if bench.settings.quick else 1.0, **job.arguments, **arguments}
     return replace(job, arguments=given | ({"costs": costs["costs"]} if costs else {}))
-
-
-def _depths(windows: list[dict[str, Any]]) -> Counter[int]:
-    found: Counter[int] = Counter()
-    for window in windows:
-        found.update({int(depth): n for depth, n in window["depths"].items()})
-    return found
 
 
 def _p95(gaps: list[float]) -> float:
