@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from open_mythos.checks import PositiveInt
-from open_mythos.cli.options import ModelOptions, SamplingOptions, chosen, read
+from open_mythos.cli.options import ModelOptions, SamplingOptions, check_folder, chosen, read
 from open_mythos.generation.sampling_params import SamplingParams
 
 
@@ -30,7 +30,7 @@ def chat(rest: list[str]) -> None:
     args = read(ChatArgs, "mythos chat", rest)
     if args.plain and args.system:
         raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
-    args.check_folder()
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.cli.chat_session import Session

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.checks import PositiveInt, check_int
-from open_mythos.cli.options import Exit, ModelOptions, read
+from open_mythos.cli.options import Exit, ModelOptions, check_folder, read
 from open_mythos.config import MAX_LOOPS
 
 
@@ -33,7 +33,7 @@ class EvalArgs(ModelOptions):
 def evaluate(rest: list[str]) -> None:
     """bits per byte of a text, by loops"""
     args = read(EvalArgs, "mythos eval", rest)
-    args.check_folder()
+    check_folder(args.folder)
     try:
         n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
     except ValueError:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import PositiveInt
-from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, chosen, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, check_folder, chosen, read
 
 
 @dataclass(kw_only=True)
@@ -31,12 +31,12 @@ class GenerateArgs(SamplingOptions, ModelOptions):
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
     args = read(GenerateArgs, "mythos generate", rest)
-    args.check_folder()
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.reports.terminal import loop_style, loop_summary, write
     from open_mythos.tokenization.chat_template import end_of_turn, render, turns_unknown
-    from open_mythos.tokenization.tokenizer import TextStream
+    from open_mythos.tokenization.detokenizer import TextStream
 
     model, tokenizer = args.load()
     if args.chat and (warning := turns_unknown(args.folder, "leave --chat out to have the prompt continued")):

@@ -60,6 +60,14 @@ def chosen(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _NAMES}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model, before torch is imported."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give a model's folder, such as RUN/final")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"folder {folder} has no config.json; give a model's folder, such as RUN/final")
+
+
 @dataclasses.dataclass(kw_only=True)
 class MachineOptions:
     """Options of commands that compute."""
@@ -75,11 +83,6 @@ class ModelOptions(MachineOptions):
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
-
-    def check_folder(self) -> None:
-        """Refuse a folder that does not exist, before torch is imported."""
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"folder {self.folder} does not exist; give a model's folder, such as RUN/final")
 
     def load(self) -> "tuple[OpenMythos, Tokenizer]":
         """Load the model and its tokenizer."""

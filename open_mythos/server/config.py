@@ -18,7 +18,7 @@ class ServeConfig:
     name: str | None = None
     """What requests call the model; left out: the folder's name."""
     max_rows: int = 32
-    """Answers worked on at once."""
+    """Answers computed at the same time."""
     max_queue: NonNegativeInt = 128
     """Answers that wait beyond those; further ones are refused."""
     max_loops: Annotated[int, Range(1, HARD_MAX_LOOPS)] | None = None
@@ -28,6 +28,6 @@ class ServeConfig:
     plain: bool = False
     """For a model that was not trained on conversations: it continues the messages' text."""
     drain_s: Annotated[float, Range(0), tyro.conf.arg(name="drain")] = 30.0
-    """Seconds that answers in work get to end in, once the server is told to end."""
+    """Seconds that running answers have to finish, after a signal to end."""
     stuck_s: Annotated[float, Range(0, above=True), tyro.conf.arg(name="stuck")] = 60.0
-    """Seconds that a step, or reading a text, may take before the server gives up and ends with an error."""
+    """Seconds that a step, or encoding a text, may take before the server gives up and ends with an error."""

@@ -5,7 +5,7 @@ import torch
 
 from open_mythos import SamplingParams
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.costs.info import PAGE_TOKENS
+from open_mythos.costs.tables import PAGE_TOKENS
 from open_mythos.engine.engine import Engine, EngineConfig
 from open_mythos.engine.scheduler import QueueFull
 from tests.models import ATTENTIONS, scaled, tiny
