@@ -175,7 +175,6 @@ def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
         with Meter() as meter, training(cfg) as trainer:
             for step in range(STEPS):
                 trainer.train_step(step)
-        trainer.world.leave()
         taken = meter.highest - before
         del trainer
     return Reading(planned_memory(cfg, world, rank).total, taken)

@@ -149,7 +149,7 @@ def _field_types(cls: Any) -> dict[str, tuple[Any, Range | None, bool]]:
         if is_optional:
             [hint] = [each for each in get_args(hint) if each is not type(None)][:1]
         if get_origin(hint) is Annotated:
-            hint, limits = get_args(hint)[:2]
+            hint, limits = get_args(hint)[0], next((m for m in hint.__metadata__ if isinstance(m, Range)), None)
         found[field.name] = (hint, limits, is_optional)
     return found
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Generator, Iterable
@@ -25,12 +27,14 @@ MAX_NAME_CHARS = 512
 MAX_DEPTH = 32
 MAX_DIGITS = 308
 """The digits of the largest float."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's numbers for no room on the disk, none in the user's quota, and none in the file."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, complete or not at all; an older one of the name stays until then."""
     partial = path.with_name(path.name + ".partial")
-    with naming(path):
+    with writing(path):
         partial.write_text(text, encoding="utf-8")
         to_disk(partial)
         os.replace(partial, path)
@@ -40,25 +44,44 @@ def write_text(path: Path, text: str) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it that are missing, so that they would survive a power failure."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    with naming(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             to_disk(folder.parent)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Generator[None]:
-    """Let a failure to write say which path it was, and whether the disk is full: the system's own error may not."""
+def writing(path: Path, remedy: str = "", n_bytes: int | None = None, half: Path | None = None) -> Generator[None]:
+    """Let a failure to write name the path, the room on the disk and the remedy, and leave no half-written file.
+
+    Args:
+        remedy: what the user can do about a full disk; by default, make room and run the command again.
+        n_bytes: bytes that are to be written, where they are known.
+        half: the file that a failure leaves; None: PATH.partial.
+    """
     try:
         yield
-    except OSError as error:
-        if error.strerror is None:  # no error of the system: it says already what it is about
+    except Exception as error:
+        half = path.with_name(path.name + ".partial") if half is None else half
+        if not half.is_dir():
+            half.unlink(missing_ok=True)
+        # Libraries in Rust give the system's error as text.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = error.errno if isinstance(error, OSError) else number and int(number[1])
+        # An error that is named already is named again only by a caller who knows more.
+        if code is None or (isinstance(error, OSError) and error.strerror is None and not remedy):
             raise
-        full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(error.errno or 0)
-        reason = f"{full}; make room" if full else f"{error.strerror}; check the disk and the path"
-        named = type(error)(f"{path} cannot be written: {reason}, and run the command again")
-        named.errno = error.errno
-        raise named from error
+        if code in FULL:
+            folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+            needed = "" if n_bytes is None else f"{n_bytes:,} bytes are needed, "
+            room = f" ({needed}{shutil.disk_usage(folder).free:,} bytes are free)"
+            remedy = remedy or "make room, and run the command again"
+        else:
+            room, remedy = "", "check the disk and the path, and run the command again"
+        named = type(error) if isinstance(error, OSError) else OSError
+        failure = named(f"{path} is not written: {os.strerror(code)}{room}; {remedy}")
+        failure.errno = code
+        raise failure from error
 
 
 def to_disk(path: Path) -> None:

@@ -3,7 +3,6 @@
 The weights carry the configuration that they were saved with, so that one rename replaces both: see `read_config`.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from open_mythos.checks import shown
 from open_mythos.config import MythosConfig
-from open_mythos.files import blamed_on, inside, make_folder, naming, open_ordinary, parse_json, read_json, to_disk
+from open_mythos.files import blamed_on, inside, make_folder, open_ordinary, parse_json, read_json, to_disk, writing
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
@@ -41,7 +40,7 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
-    with naming(folder):
+    with writing(folder):
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
             to_disk(path)
@@ -57,12 +56,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Raises:
         OSError: it cannot be written; the message names it, and says so when the disk is full.
     """
-    with naming(path):
-        try:
-            save_file(tensors, path, metadata=metadata)
-        except SafetensorError as error:  # the library gives an error of the system as text
-            code = next((code for code in (errno.ENOSPC, errno.EDQUOT) if f"os error {code})" in str(error)), errno.EIO)
-            raise OSError(code, str(error)) from error
+    with writing(path):
+        save_file(tensors, path, metadata=metadata)
         _sort_metadata(path)
 
 

@@ -1,11 +1,14 @@
 """Shared set-up: one thread, a fixed seed, and where the reference files outside the repository are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from tests.models import restored_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +25,13 @@ def seed() -> int:
     """Seed torch's global generator before every test."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """Take out of the tables of parts what a test has added."""
+    with restored_tables():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Small models with weights large enough that attention, experts and halting matter: a fresh model hides cache bugs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,22 @@ def worst_of(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """`worst` over a list, in units of the largest magnitude in all of it: some gradients are zero in exact terms."""
     scale = max(b.abs().max().item() for b in expected)
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, expected, strict=True)) / scale
+
+
+@contextlib.contextmanager
+def restored_tables() -> Iterator[None]:
+    """Take out of the tables of parts what is added to them meanwhile."""
+    from open_mythos import config, recipes, tasks
+    from open_mythos.analysis import SECTIONS
+    from open_mythos.experiments import EXPERIMENTS
+    from open_mythos.train.trackers import TRACKERS
+
+    of_config = [config.ATTENTIONS, config.FEED_FORWARDS, config.INJECTIONS, config.HALTING_RULES]
+    tables: list[dict] = [*of_config, tasks.TASKS, recipes.RECIPES, TRACKERS, EXPERIMENTS, SECTIONS]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)

@@ -74,14 +74,10 @@ def defaults(path: Path, columns: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
-def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     found = blocks(path, "python")
-    # What a document adds to a table goes when its test ends.
-    monkeypatch.setattr("open_mythos.tasks.TASKS", {**TASKS})
-    monkeypatch.setattr("open_mythos.experiments.EXPERIMENTS", {**EXPERIMENTS})
-    monkeypatch.setattr("open_mythos.train.config.TASKS", open_mythos.tasks.TASKS)
     assert found or path.name not in ("README.md", "open_mythos.md", "training.md")
     for line, source in found:
         # The line numbers of a traceback are then those of the document.

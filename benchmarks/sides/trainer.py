@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.job import Job
 from benchmarks.tasks import Task
 from open_mythos.tasks import Text
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
@@ -39,11 +39,11 @@ class Training(Task):
     def info(self) -> dict[str, Any]:
         return {"tokens": self.job.rows * self.job.tokens}
 
-    def trainer(self, keeping: Keeping | None = None) -> Trainer:
+    def trainer(self, checkpoint: CheckpointConfig | None = None) -> Trainer:
         """Make a new run, in a folder of its own."""
         out = Path(tempfile.mkdtemp(dir=self.job.arguments["folder"])) / "run"
         device = "cuda" if self.job.device == "cuda" else "cpu"
-        return Trainer(self.cfg, out, device=device, progress=False, keeping=keeping)
+        return Trainer(self.cfg, out, device=device, progress=False, checkpoint=checkpoint)
 
 
 class Steps(Training):
@@ -78,11 +78,11 @@ class WholeRun(Training):
 
     def __init__(self, job: Job, module: Any = None) -> None:
         super().__init__(job)
-        self.keeping = Keeping(job.arguments["checkpoint_every"])
+        self.checkpoint = CheckpointConfig(job.arguments["checkpoint_every"])
         self.overhead = 0.0
 
     def fresh(self) -> Trainer:
-        return self.trainer(self.keeping)
+        return self.trainer(self.checkpoint)
 
     def run(self, fresh: Trainer) -> dict[str, Tensor]:
         fresh.run()

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from open_mythos.checks import as_typed, did_you_mean
+from open_mythos.cli import plugins
 from open_mythos.cli.analyze import AnalyzeArgs, analyze
 from open_mythos.cli.chat import ChatArgs, chat
 from open_mythos.cli.costs import InfoArgs, PlanArgs, info, plan
@@ -30,12 +31,16 @@ from open_mythos.extras import DISTRIBUTION
 from open_mythos.files import FileError
 
 EXIT_BROKEN_PIPE = 1
-"""Exit status when nobody reads the output any more, which is that of rich."""
+"""Exit status when nobody reads the output any more, the same as rich's."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 when something has to be given differently."""
-    args = sys.argv[1:] if args is None else args
+    """Run one command and return the exit status: 0, or 2 if the user has to change something."""
+    try:
+        files, args = plugins.split(sys.argv[1:] if args is None else args)
+    except ValueError as error:
+        print(f"mythos: {error}", file=sys.stderr)
+        return 2
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -48,16 +53,17 @@ def main(args: list[str] | None = None) -> int:
         print(f"mythos: {command!r} is no command{near}", file=sys.stderr)
         return 2
 
-    # A user has no use for the line of code that a warning comes from.
+    # The line of code that a warning comes from is of no use to a user.
     def plain(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
         return f"mythos {command}: {message}\n"
 
     warnings.formatwarning = plain  # ty: ignore[invalid-assignment]
     try:
+        plugins.load(files)
         COMMANDS[command].run(rest)
         sys.stdout.flush()
     except BrokenPipeError:
-        # As `| head` does. What is still buffered would fail again when Python ends.
+        # For example `| head`. The text still buffered would fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -72,7 +78,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _flags(options: type) -> dict[str, str]:
-    """The flags of a command, with those of a run's configuration where it takes them."""
+    """Return the flags of a command, with those of a run's configuration where it takes them."""
     if options not in (TrainArgs, PlanArgs):
         return flags(options)
     from open_mythos.train.config import TrainConfig
@@ -82,15 +88,19 @@ def _flags(options: type) -> dict[str, str]:
 
 def _usage() -> str:
     lines = [f"  {name:17s}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    lines += ["", "mythos COMMAND --help tells the options of a command, mythos --version the version."]
-    return "\n".join(["usage: mythos COMMAND [options]", "", *lines])
+    lines += [
+        "",
+        "mythos COMMAND --help lists the options of a command, mythos --version the version.",
+        "mythos --plugin FILE COMMAND ... first runs a Python file with parts of your own: docs/extending.md.",
+    ]
+    return "\n".join(["usage: mythos [--plugin FILE] COMMAND [options]", "", *lines])
 
 
 class Command(NamedTuple):
     """A command and its options."""
 
     run: Callable[[list[str]], None]
-    """Its docstring is the line of `mythos --help`."""
+    """Runs the command; its docstring is the line of `mythos --help`."""
     options: type
 
 

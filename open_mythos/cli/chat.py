@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import ModelOptions, SamplingOptions, chosen, read
-from open_mythos.generation.sampling_params import SamplingParams, check_bounds
+from open_mythos.checks import PositiveInt
+from open_mythos.cli.options import ModelOptions, SamplingOptions, check_folder, chosen, read
+from open_mythos.generation.sampling_params import SamplingParams
 
 
 @dataclass(kw_only=True)
@@ -18,17 +18,11 @@ class ChatArgs(SamplingOptions, ModelOptions):
     """For a model that was not trained on conversations: it continues your text, line after line."""
     system: str = ""
     """A system message before the conversation."""
-    max_tokens: int = 256
+    max_tokens: PositiveInt = 256
     """Tokens of an answer, at most."""
-    kv_tokens: int | None = None
+    kv_tokens: PositiveInt | None = None
     """Tokens of the conversation that there is memory for, at the loops in use; left out: the model's whole context,
     or what a quarter of the free memory holds."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        check_int("max_tokens", self.max_tokens, 1)
-        if self.kv_tokens is not None:
-            check_int("kv_tokens", self.kv_tokens, 1)
 
 
 def chat(rest: list[str]) -> None:
@@ -36,7 +30,7 @@ def chat(rest: list[str]) -> None:
     args = read(ChatArgs, "mythos chat", rest)
     if args.plain and args.system:
         raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
-    args.check_folder()
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.cli.chat_session import Session

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from open_mythos.cli.options import read
+from open_mythos.cli.options import check_folder, read
 from open_mythos.cli.train import read_run
 
 
@@ -65,7 +65,9 @@ class InfoArgs:
 def info(rest: list[str]) -> None:
     """count a model's parameters, FLOPs per token, cache and memory"""
     args = read(InfoArgs, "mythos info", rest)
-    from open_mythos.costs.info import print_info
+    if Path(args.model).is_dir():
+        check_folder(Path(args.model))
+    from open_mythos.costs.tables import print_info
 
     if args.tokenizer is not None:
         if args.vocab_size is not None:

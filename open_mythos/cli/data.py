@@ -41,7 +41,7 @@ def fetch_corpus(rest: list[str]) -> None:
 
 @dataclass
 class PrepareDataArgs:
-    """Turn text into token shards for training. Repeat a call that was interrupted: it goes on where it stopped."""
+    """Turn text into token shards for training. Repeat an interrupted call: it continues where it stopped."""
 
     out: Path
     """Folder for the shards."""
@@ -63,7 +63,7 @@ class PrepareDataArgs:
     max_document_mb: float = 50.0
     """Longer documents are skipped."""
     held_out: float = 0.01
-    """Share of the documents kept for validation, chosen by a hash of their text."""
+    """Share of the documents for validation, chosen by a hash of their text."""
     workers: int = 1
     """Processes."""
     strict: bool = False
@@ -102,7 +102,7 @@ def prepare_data(rest: list[str]) -> None:
 
 
 def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) -> list[str]:
-    """The command that trains on what was prepared, or prepares it such that some of it is held out; [] for neither."""
+    """Return the command that trains on the shards, or one that prepares them with some held out; [] for neither."""
     from open_mythos.data.prepare import least_share
     from open_mythos.data.text_files import kind_of
 
@@ -120,12 +120,9 @@ def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) 
     else:
         return []
     replaced = {"--out", *change[::2]}
-    kept = [
-        arg
-        for before, arg in zip(["", *rest], rest, strict=False)
-        if arg.partition("=")[0] not in replaced and before not in replaced
-    ]
-    return ["prepare-data", *kept, *change, "--out", _unused(args.out)]
+    pairs = zip(["", *rest], rest, strict=False)
+    same = [arg for before, arg in pairs if arg.partition("=")[0] not in replaced and before not in replaced]
+    return ["prepare-data", *same, *change, "--out", _unused(args.out)]
 
 
 def _print_next(args: list[str]) -> None:
@@ -136,7 +133,7 @@ def _print_next(args: list[str]) -> None:
 
 
 def _show(skipped: "SkipLog", listed: Path | None = None) -> None:
-    """The table of what was skipped, and the file that lists all of it."""
+    """Print the table of skipped documents, and the file that lists all of them."""
     for line in skipped.lines():
         print(line, file=sys.stderr)
     if listed is not None and listed.is_file():
@@ -144,7 +141,7 @@ def _show(skipped: "SkipLog", listed: Path | None = None) -> None:
 
 
 def _new_folders(folder: Path) -> list[Path]:
-    """The folder and those above it as far as they do not exist yet."""
+    """Return the folder and its parents as far as they do not exist yet."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
@@ -153,7 +150,7 @@ def _created(folders: list[Path]) -> str:
 
 
 def _unused(path: Path) -> str:
-    """The path, or the first of PATH-2, PATH-3 and so on that does not exist."""
+    """Return the path, or the first of PATH-2, PATH-3 and so on that does not exist."""
     names = chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2)))
     return str(next(name for name in names if not name.exists()))
 
@@ -161,7 +158,7 @@ def _unused(path: Path) -> str:
 def _hub_dataset(
     inputs: tuple[str, ...], subset: str | None, revision: str | None, limit_files: int | None
 ) -> "HubDataset | None":
-    """The dataset that the inputs stand for; None if they are files and folders."""
+    """Return the dataset that the inputs name; None if they are files and folders."""
     from open_mythos.data.hub import FINEWEB_EDU, FINEWEB_EDU_SUBSET, HubDataset, looks_like_a_dataset
     from open_mythos.data.text_files import kind_of
 
@@ -203,10 +200,10 @@ def train_tokenizer(rest: list[str]) -> None:
     args = read(TrainTokenizerArgs, "mythos train-tokenizer", rest)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out} is not empty; name another folder")
-    from open_mythos.data.disk import writing
     from open_mythos.data.documents import find_files, first_text
     from open_mythos.data.records import Reading
     from open_mythos.data.skipped import SkipLog, Skipped
+    from open_mythos.files import writing
     from open_mythos.tokenization.tokenizer import BPETokenizer
 
     reading = Reading(args.column, max_document_bytes=2**62)

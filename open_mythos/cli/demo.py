@@ -1,4 +1,4 @@
-"""The demo: two small models trained from nothing, and what more loops do for each."""
+"""The demo: it trains two small models from nothing and shows what more loops do for each."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
 from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, program, shaded
-from open_mythos.tokenization.tokenizer import TextStream, Tokenizer
+from open_mythos.tokenization.detokenizer import TextStream
+from open_mythos.tokenization.tokenizer import Tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.trainer import Trainer
@@ -29,14 +30,20 @@ TEXT_LOOPS = (1, 2, 4, 8, 16)
 PROMPT = "Anne was "
 EVALUATION_ROWS = 500
 TEXT_STEPS = 150
-"""Half of the recipe's, so that the whole demo stays well under five minutes."""
+"""Steps of the text model, half of the recipe's: the whole demo then takes well under five minutes."""
+WRITTEN = {
+    "khop.png": "accuracy by distance and loops",
+    "text.png": "bits per byte by loops",
+    RESULTS_FILE: "all numbers",
+    "khop/, text/": "both runs: config.yaml, metrics.jsonl, and the model in final/",
+}
 
 
 def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -> None:
     """Train both models into `out`, print what they do and write the figures.
 
     Raises:
-        ValueError: `out` is a folder that no demo wrote, or the device is not there.
+        ValueError: `out` is a folder that no demo wrote, or the device does not exist.
         ImportError: matplotlib is missing.
     """
     require_matplotlib()
@@ -49,17 +56,12 @@ def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -
     machine = {"device": device, "threads": threads}
     khop = dataclasses.replace(load_recipe("tiny-khop"), seed=seed, dtype=dtype)
     text = dataclasses.replace(load_recipe("tiny-text"), seed=seed, dtype=dtype, steps=TEXT_STEPS)
-    results = {"khop": _khop(console, khop, out, machine)}
-    _write_results(out, results)
-    results["text"] = _text(console, text, out, machine)
-    _write_results(out, results)
+    results: dict[str, Any] = {}
+    for name, run, cfg in (("khop", _khop, khop), ("text", _text, text)):
+        results[name] = run(console, cfg, out, machine)
+        (out / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"\n[bold]Done in {time.perf_counter() - started:.0f} s.[/] Written to {out}/:")
-    for name, what in (
-        ("khop.png", "accuracy by distance and loops"),
-        ("text.png", "bits per byte by loops"),
-        (RESULTS_FILE, "all numbers"),
-        ("khop/, text/", "both runs: config.yaml, metrics.jsonl, and the model in final/"),
-    ):
+    for name, what in WRITTEN.items():
         console.print(f"  {name:14s}{what}")
     console.print("\nTry next:")
     folder = shlex.quote(str(out))
@@ -78,11 +80,7 @@ def _make_room(out: Path) -> None:
     for name in ("khop", "text"):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    _write_results(out, {})
-
-
-def _write_results(out: Path, results: dict[str, Any]) -> None:
-    (out / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    (out / RESULTS_FILE).write_text("{}\n")
 
 
 def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]) -> dict[str, Any]:
@@ -104,20 +102,13 @@ def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
         f"With fewer loops than hops, the control: {control:.3f} at most, as the model names a symbol on the way. "
         f"Naming any root of the prompt would score {guessing(task):.2f}.\n"
     )
-    return {
-        "distances": DISTANCES,
-        "loops": LOOPS,
-        "accuracy": grid,
-        "worst_reachable": worst,
-        "best_unreachable": control,
-    }
+    figures = {"accuracy": grid, "worst_reachable": worst, "best_unreachable": control}
+    return {"distances": DISTANCES, "loops": LOOPS, **figures}
 
 
 def _text(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]) -> dict[str, Any]:
     console.rule("[bold]2. Text")
-    console.print(
-        "Training from nothing on the bytes of Jane Austen's Persuasion, at a random number of loops per row."
-    )
+    console.print("Training from nothing on the bytes of Jane Austen's Persuasion, each row at random loops.")
     trainer = Trainer(cfg, out / "text", **machine)
     trainer.run()
     model, bytes_per_token = trainer.model, cfg.data.bytes_per_token
@@ -131,8 +122,7 @@ def _text(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]
     curve = Curve(TEXT_LOOPS, scores, "")
     labels = ("loops", "bits per byte, held out")
     draw_curves({"A small text model by loops": [curve]}, out / "text.png", labels, ticks=TEXT_LOOPS, log="x")
-    sample = _sample(console, model, trainer.tokenizer)
-    return {"loops": TEXT_LOOPS, "bits_per_byte": scores, **sample}
+    return {"loops": TEXT_LOOPS, "bits_per_byte": scores, **_sample(console, model, trainer.tokenizer)}
 
 
 def _sample(console: Console, model: OpenMythos, tokenizer: Tokenizer) -> dict[str, Any]:

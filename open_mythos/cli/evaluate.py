@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import Exit, ModelOptions, read
+from open_mythos.checks import PositiveInt, check_int
+from open_mythos.cli.options import Exit, ModelOptions, check_folder, read
 from open_mythos.config import MAX_LOOPS
 
 
@@ -23,7 +23,7 @@ class EvalArgs(ModelOptions):
     """Rule that lets a token leave the loop early; left out: the model's own."""
     exit_threshold: float | None = None
     """Threshold of that rule; left out: its default."""
-    context: int | None = None
+    context: PositiveInt | None = None
     """Tokens of a window, half of which at least precede each token; left out: those of a row of training, where
     FOLDER is RUN/final, else the model's max_seq_len."""
     column: str = "text"
@@ -33,15 +33,13 @@ class EvalArgs(ModelOptions):
 def evaluate(rest: list[str]) -> None:
     """bits per byte of a text, by loops"""
     args = read(EvalArgs, "mythos eval", rest)
-    args.check_folder()
+    check_folder(args.folder)
     try:
         n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
     except ValueError:
         raise ValueError(f"--n-loops {args.n_loops} must be numbers with commas between; use 1,2,4,8") from None
     for n in n_loops:
         check_int("n_loops", n, 1, MAX_LOOPS, "use n_loops=1,2,4,8")
-    if args.context is not None:
-        check_int("context", args.context, 1)
     from rich.console import Console
 
     from open_mythos.evals.by_loops import evaluate_files, print_results

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, chosen, read
-from open_mythos.generation.sampling_params import check_bounds
+from open_mythos.checks import PositiveInt
+from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, check_folder, chosen, read
 
 
 @dataclass(kw_only=True)
@@ -16,7 +15,7 @@ class GenerateArgs(SamplingOptions, ModelOptions):
     """Continue a prompt with the model of a folder, and print the text as it comes."""
 
     prompt: Annotated[str, tyro.conf.Positional]
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: PositiveInt = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     """Strings that end the text; the tokenizer's end token always does. The text is printed as it comes, so a stop
     string itself may be shown."""
@@ -28,20 +27,16 @@ class GenerateArgs(SamplingOptions, ModelOptions):
     """Decode with machine code made for this model: 10 to 20 s at first, then up to twice as fast. Needs a C++
     compiler on a CPU."""
 
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        check_int("max_new_tokens", self.max_new_tokens, 1)
-
 
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
     args = read(GenerateArgs, "mythos generate", rest)
-    args.check_folder()
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.reports.terminal import loop_style, loop_summary, write
     from open_mythos.tokenization.chat_template import end_of_turn, render, turns_unknown
-    from open_mythos.tokenization.tokenizer import TextStream
+    from open_mythos.tokenization.detokenizer import TextStream
 
     model, tokenizer = args.load()
     if args.chat and (warning := turns_unknown(args.folder, "leave --chat out to have the prompt continued")):

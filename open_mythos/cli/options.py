@@ -1,4 +1,4 @@
-"""Options of the commands: reading them, and naming them in messages as they are typed."""
+"""Options of the commands: those that several commands share, their reading, and their names in messages."""
 
 import contextlib
 import dataclasses
@@ -11,26 +11,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from open_mythos.checks import did_you_mean
+from open_mythos.checks import PositiveInt, check_section, did_you_mean
 from open_mythos.config import HALTING_RULES
 from open_mythos.device import Device, Dtype, setup_device
-from open_mythos.generation.sampling_params import OPTIONS
+from open_mythos.generation.sampling_params import OPTIONS, check_bounds
 
 if TYPE_CHECKING:
     from open_mythos.model import OpenMythos
@@ -38,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_NEW_TOKENS = 64
-"""New tokens of `mythos generate`, unless it is given others."""
+"""New tokens of `mythos generate`, unless the option says otherwise."""
 
 
 class TableKey(str):
@@ -58,7 +47,7 @@ def _options_of(names: Sequence[str], **changes: tuple[Any, Any]) -> Any:
         kind, default = changes.get(name, (OPTIONS[name].type, OPTIONS[name].default))
         flag = Annotated[kind, tyro.conf.arg(help=OPTIONS[name].metadata["help"])]  # ty: ignore[invalid-type-form]
         made.append((name, flag, dataclasses.field(default=default)))
-    return dataclasses.make_dataclass("SamplingOptions", made, kw_only=True)
+    return dataclasses.make_dataclass("SamplingOptions", made, kw_only=True, namespace={"__post_init__": check_bounds})
 
 
 _NAMES = ["n_loops", "exit", "exit_threshold", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
@@ -71,13 +60,21 @@ def chosen(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _NAMES}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model, before torch is imported."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist; give a model's folder, such as RUN/final")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"folder {folder} has no config.json; give a model's folder, such as RUN/final")
+
+
 @dataclasses.dataclass(kw_only=True)
 class MachineOptions:
     """Options of commands that compute."""
 
     device: Device = "auto"
     dtype: Dtype = "float32"
-    threads: int | None = None
+    threads: PositiveInt | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,11 +83,6 @@ class ModelOptions(MachineOptions):
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
-
-    def check_folder(self) -> None:
-        """Refuse a folder that does not exist, before torch is imported."""
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"folder {self.folder} does not exist; give a model's folder, such as RUN/final")
 
     def load(self) -> "tuple[OpenMythos, Tokenizer]":
         """Load the model and its tokenizer."""
@@ -114,9 +106,11 @@ def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _registry(none="default" in how):
-            return tyro.cli(options, prog=command, args=list(rest), **how)
+            found = tyro.cli(options, prog=command, args=list(rest), **how)
+        check_section(found[0] if isinstance(found, tuple) else found)
+        return found
     except SystemExit as end:
-        # tyro frames every message alike. Those about a value, ours or of a conversion here, are printed as others are.
+        # tyro draws a frame around every message. Messages about a value are printed as those of other errors.
         error = end.__context__
         while error is not None and not (isinstance(error, ValueError) and _is_ours(error)):
             error = error.__context__
@@ -128,13 +122,13 @@ def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a line of this package raised the error."""
+    """Tell whether a line of this package raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("open_mythos.")
 
 
 def _registry(none: bool) -> ConstructorRegistry:
-    """How values are read. A field that may be None takes the word where leaving its flag out would not give None."""
+    """Return the rules that read values; where `none`, a field that may be None also takes the word None."""
     registry = ConstructorRegistry()
     for rule in (partial(_optional, none=none), _several, _number, _choice):
         registry.primitive_rule(rule)
@@ -142,8 +136,8 @@ def _registry(none: bool) -> ConstructorRegistry:
 
 
 def _optional(info: PrimitiveTypeInfo, none: bool) -> PrimitiveConstructorSpec | None:
-    """Read a value that may be left out; where `none`, the word None gives it too."""
-    kinds = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else ()
+    """Read a value that may be None."""
+    kinds = get_args(info.type) if get_origin(info.type) in (typing.Union, types.UnionType) else ()
     if len(kinds) != 2 or types.NoneType not in kinds:
         return None
     kind = kinds[kinds[0] is types.NoneType]
@@ -219,9 +213,9 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def flags(options: type) -> dict[str, str]:
-    """The flag of each option of a command by its field, nested ones with dots; "" for what is typed without one."""
+    """Return the flag of each field of a command's options, nested ones with dots; "" for positional arguments."""
     found = {}
-    for name, hint in get_type_hints(options, include_extras=True).items():
+    for name, hint in typing.get_type_hints(options, include_extras=True).items():
         if get_origin(hint) is typing.ClassVar:
             continue
         markers = getattr(hint, "__metadata__", ())

@@ -10,10 +10,10 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import ModelOptions, read
+from open_mythos.checks import Range
+from open_mythos.cli.options import ModelOptions, check_folder, read
 from open_mythos.device import setup_device
 from open_mythos.extras import load
 from open_mythos.server.config import ServeConfig
@@ -34,16 +34,12 @@ class ServeArgs(ServeConfig, ModelOptions):
 
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own needs a key."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 2**16 - 1)] = 8000
     """0 takes a free one, which is printed."""
     api_key_file: Path | None = None
     """File with the key that requests have to send; left out: the variable MYTHOS_API_KEY, if it is set."""
     kv_tokens: int | None = None
     """Tokens that keys and values have room for; left out: a quarter of the free memory, at most what the rows need."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("port", self.port, 0, 2**16 - 1)
 
 
 def serve(rest: list[str]) -> None:
@@ -68,11 +64,11 @@ def _serve(args: ServeArgs) -> None:
     from open_mythos.server.service import Service
     from open_mythos.tokenization.chat_template import turns_unknown
 
-    args.check_folder()
     key = read_key(args.api_key_file)
     if key is None and not is_local(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere and needs a key; use --api-key-file FILE")
     args.name = check_name(args.folder.resolve().name if args.name is None else args.name)
+    check_folder(args.folder)
     warning = turns_unknown(args.folder, "use --plain to have messages continued as text")
     max_queue = args.max_rows + args.max_queue
     engine_config = EngineConfig(max_rows=args.max_rows, max_queue=max_queue, kv_tokens=args.kv_tokens)

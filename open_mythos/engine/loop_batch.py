@@ -47,7 +47,7 @@ class LoopBatch:
         self.rows: dict[str, Tensor] = {}
         """`h` and the prepared `e` (N, 1, D), `n_loops` (N,), and under a weighted rule the sum `out` (N, 1, D)."""
         self.state: State = {}
-        """What the rule remembers of each token."""
+        """The rule's own state, one row for each token."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,6 +58,7 @@ class LoopBatch:
         if self.rule.weighted:
             rows["out"] = torch.zeros_like(at_least_float32(h))
         state = self.rule.init(h, rows["n_loops"])
+        # Everything that belongs to a token is a row of some tensor, so that joining is concatenation.
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}
             state = {name: torch.cat((self.state[name], x)) for name, x in state.items()}

@@ -23,7 +23,7 @@ from open_mythos.ops.batch_invariant import Invariance, batch_invariant, size_of
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What coda and head compute from chunks that have left the loop."""
+    """Results of coda and head for chunks that have left the loop."""
 
     logits: Tensor
     """(n, V): of the last token of each sequence that yields a token, in their order."""
@@ -41,7 +41,7 @@ class ModelRunner:
     def __init__(self, model: OpenMythos, kv: PagedKVCache, max_rows: int, invariant: bool) -> None:
         self.model, self.kv = model, kv
         self.invariance = Invariance() if invariant and kv.device.type == "cpu" else None
-        """What products have shown so far; None: kernels are chosen by speed."""
+        """Row counts that products have proved invariant at; None: kernels are chosen by speed."""
         self.least_rows = 1
         """Rows that a batch-invariant call is padded to at least, which changes its time and not its results."""
         self.max_rows = max_rows
@@ -76,6 +76,7 @@ class ModelRunner:
         """Forget a sequence and its tokens, wherever they are."""
         if seq.row < 0:
             return
+        # Its tokens may be in the loop, behind it, or both.
         for batch in self.batches:
             gone = batch.tokens.row == seq.row
             if gone.any():
@@ -110,6 +111,7 @@ class ModelRunner:
             if self.model.recurrent is None:
                 self._exit(ExitedTokens(tokens, np.zeros(n, dtype=np.int64), e[:n]))
                 return
+            # Every token gets its first state and joins the batch of its rule.
             h = initial_state(self.model.cfg.initial_state, e, view)
             e = self.model.recurrent.injection.prepare(e)
             end = 0
@@ -186,6 +188,7 @@ class ModelRunner:
             # Tokens left the loop in any order: `order` sorts them by sequence, then by position.
             order = np.lexsort((tokens.position, tokens.row))
             by_row = tokens.row[order]
+            # The last token of a sequence is where the next row of the sorted list has another sequence.
             last = order[np.flatnonzero(np.diff(by_row, append=-1))]
             last_of = dict(zip(tokens.row[last].tolist(), last.tolist(), strict=True))
             index = np.array([last_of[seq.row] for seq in seqs if seq.yields_token], dtype=np.int64)
@@ -208,7 +211,7 @@ class ModelRunner:
 
     def _n_rows(self, n: int) -> int:
         """Return the rows of a call on n tokens."""
-        # With so many, most products need no padding of their own.
+        # With row counts from this list, most products need no padding of their own.
         return n if self.invariance is None else size_of(max(n, self.least_rows))
 
 

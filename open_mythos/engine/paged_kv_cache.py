@@ -96,12 +96,9 @@ class PagedKVCache:
         cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
         return cos, sin
 
-    @property
-    def page_nbytes(self) -> int:
-        return self.pages[0].nbytes
-
     def places(self, layer: int, n_loops: np.ndarray, loop: np.ndarray | None) -> np.ndarray:
         """Return the place of each token at a model's layer; `loop` is the token's loop, None outside the loop."""
+        # In the loop: layer + loop * core. The prelude's layers come before, the coda's behind the last loop.
         before, core = self.cfg.prelude_layers, self.cfg.recurrent_layers
         if loop is not None:
             return loop * core + layer
@@ -196,7 +193,7 @@ class Group:
 
 
 class Layout:
-    """What calls on the same tokens share: positions, masks, and the groups that attend together.
+    """Positions, masks and groups of tokens that attend together, shared by all calls on the same tokens.
 
     Args:
         n_rows: rows of the calls: the tokens, and copies of the first one behind them.
@@ -220,6 +217,7 @@ class Layout:
 
     def _group(self, index: np.ndarray) -> Group:
         tokens, T, kv = self.tokens, index.shape[1], self.kv
+        # All keys before the last GRID are visible to every query of the group; among the last, only earlier ones.
         position = tokens.position[index]
         before = int(position.flat[0]) // GRID * GRID
         mask = F.pad(kv.tail[kv.index(position % GRID)][:, None], (before, 0))
@@ -285,21 +283,25 @@ class PagedCall:
     def attend(self, layer: int, q: Tensor, new: KeyValues, scale: float) -> Tensor:
         layout, kv = self.layout, self.layout.kv
         tokens, (n_rows, _, H, K) = layout.tokens, q.shape
+        # 1. Write the new keys and values first, so that tokens of one chunk find each other.
         values = torch.cat([x.flatten(1) for x in new], dim=-1) if len(new) > 1 else new[0].flatten(1)
         slots = kv.slots(tokens, kv.places(layer, tokens.n_loops, self.loop))
         kv.pages.flatten(0, 1).index_copy_(0, kv.index(slots), values[: len(tokens)])
+        # 2. Attend group by group.
         q = q.view(n_rows, -1, layout.n_shared, K)
         q = q[: len(tokens)] if layout.gather_index is None else q.index_select(0, layout.gather_index)
         sizes = [len(group.row) * group.n_queries for group in layout.groups]
         parts = zip(layout.groups, q.split(sizes), strict=True)
         outs = [self._attend(layer, group, part.unflatten(0, (-1, group.n_queries)), scale) for group, part in parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        # 3. Put the results back into the order of the call.
         out = out if layout.scatter_index is None else out.index_select(0, layout.scatter_index)
         # One memory layout whatever the groups, because bf16 products depend on it.
         return out.reshape(n_rows, 1, H, -1).contiguous()
 
     def _attend(self, layer: int, group: Group, q: Tensor, scale: float) -> Tensor:
         """Attend for one group: q (R, T, G, H / G, K) -> (R T, G, H / G, W)."""
+        # Gather the keys and values of the group's pages, page after page.
         kv, (R, T, G, M, K) = self.layout.kv, q.shape
         places = kv.places(layer, group.n_loops, None if self.loop is None else self.loop[group.first_token])
         pages = kv.table[group.row, places, : group.n_slots // kv.page_tokens]

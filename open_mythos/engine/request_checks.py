@@ -1,50 +1,25 @@
 """Checks of a request against the model, made once, before it waits."""
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable
 from weakref import WeakValueDictionary
 
 from open_mythos.checks import check_int
 from open_mythos.config import MythosConfig
+from open_mythos.generation.prompts import check_room
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
 from open_mythos.nn.inputs import check_n_loops
-from open_mythos.tokenization.tokenizer import Tokenizer
 
 Rules = WeakValueDictionary[Hashable, HaltingRule]
 """Exit rules in use, by the options that requests give for them."""
-
-
-def encode_prompt(prompt: Any, tokenizer: Tokenizer | None, cfg: MythosConfig, name: str = "prompt") -> list[int]:
-    """Return the ids of a prompt given as text or ids; `name` is what messages call it."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"{name}={prompt!r:.60} is text, which needs a tokenizer; give one to the engine, or ids")
-        prompt = tokenizer.encode(prompt)
-    if not isinstance(prompt, Sequence) or not all(type(i) is int for i in prompt):
-        raise TypeError(f"{name}={prompt!r:.60} must be a string or a list of ids; use 'She was ' or [1, 2]")
-    if not prompt:
-        raise ValueError(f"the {name} is empty, but a next token follows something; give it at least one token")
-    for token in (min(prompt), max(prompt)):
-        remedy = "check that tokenizer and model belong together"
-        check_int(f"{name}: the id", token, 0, cfg.vocab_size - 1, remedy)
-    return list(prompt)
 
 
 def check_request(params: SamplingParams, n_prompt: int, cfg: MythosConfig, has_tokenizer: bool) -> None:
     """Refuse what does not fit the context, the vocabulary, or an engine without a tokenizer."""
     if params.n != 1:
         raise ValueError(f"n={params.n} is for LLM.generate; add a request for each answer, with seeds of their own")
-    room = min(cfg.max_output_tokens, cfg.max_seq_len - n_prompt)
-    if room < min(1, params.max_tokens):
-        raise ValueError(f"the prompt's {n_prompt} tokens fill max_seq_len={cfg.max_seq_len}; shorten the prompt")
-    if params.max_tokens > room:
-        raise ValueError(
-            f"max_tokens={params.max_tokens} must be at most {room}; the prompt has {n_prompt} tokens, "
-            f"max_seq_len={cfg.max_seq_len} and max_output_tokens={cfg.max_output_tokens}, so use max_tokens={room} or "
-            "less, or a shorter prompt"
-        )
+    check_room(n_prompt, params.max_tokens, cfg, "max_tokens")
     remedy = f"use ids of the vocabulary, from 0 to {cfg.vocab_size - 1}"
     for token in params.stop_token_ids:
         check_int("stop_token_ids", token, 0, cfg.vocab_size - 1, remedy)

@@ -1,4 +1,4 @@
-"""Which sequences run next: admission, pages, preemption, and when to read out. No torch."""
+"""The choice of what runs next: admission, pages, preemption, and read-outs. No torch."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -33,6 +33,9 @@ class ScheduleOutput:
 
 class Scheduler:
     """Decides what runs, in plain Python, in time proportional to the rows.
+
+    A step of the engine calls, in this order: `read_out`, `after_read_out` for each sequence read out, `schedule`, and
+    `after_loop`. Between them a sequence goes from READY to LOOPING, EXITED and back, one chunk at a time.
 
     Admission is start-time fair queueing over requests: the waiting request with the smallest tag is next. A tag is the
     number of loop-tokens executed per row when the request came, plus the request's own cost. So, once
@@ -200,12 +203,15 @@ class Scheduler:
     def _admit(self, output: ScheduleOutput) -> None:
         """Start waiting sequences in the order of their tags, while there are rows, pages and room for prompts."""
         while self._waiting and self.n_admitted < self._config.max_rows:
+            # 1. The next request waits for room for a whole chunk, or for its whole prompt if that is shorter.
             seq = self._waiting[0][2]
             if self._room < min(GRID, seq.n_prompt):
                 return
-            # A request for the log-probabilities of its prompt computes every token of it.
+            # 2. Blocks of an equal prefix are reused, except where the log-probabilities of the prompt are asked for:
+            # they need every token to be computed.
             if self._config.prefix_reuse and seq.params.prompt_logprobs is None:
                 seq.n_computed = seq.n_cached = self.block_manager.match_prefix(seq)
+            # 3. Without pages for the first chunk the request goes on waiting, and no later one passes it.
             n = self._chunk_size(seq)
             if self.block_manager.n_available < self._missing_blocks(seq, n) * seq.pages_per_block:
                 self.block_manager.free(seq)
@@ -237,6 +243,7 @@ class Scheduler:
         A chunk takes all remaining tokens, or ends at a multiple of GRID. A single token needs no room.
         """
         rest = seq.n_tokens - seq.n_computed
+        # The last token of a prompt costs no more than a token of an answer, and so is never held up.
         if rest == 1 or rest <= self._room:
             return rest
         return max(0, (seq.n_computed + self._room) // GRID * GRID - seq.n_computed)

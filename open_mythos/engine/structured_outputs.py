@@ -1,4 +1,4 @@
-"""Answers that match a JSON schema: which tokens may come next, by the library llguidance."""
+"""Answers that match a JSON schema: the library llguidance says which tokens may come next."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,21 +12,22 @@ from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 MAX_SCHEMA_CHARS = 2**16
-"""Length of a JSON schema, at most. The library bounds the work that compiling it and each token may take."""
+"""The most characters of a JSON schema. The library limits the work of compiling it and of each token."""
 CACHED = 16
 """Compiled schemas in the cache."""
 _LONGEST = 32
-"""Bytes of a token, where a text is cut into tokens without the tokenizer."""
+"""The most bytes of a token where a text is cut into tokens without the tokenizer."""
+_REMEDY = 'use a schema such as {"type": "object", "properties": {"name": {"type": "string"}}}'
 
 
 class Matcher:
-    """How far one answer has come in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
         self._inner, self._vocab_size = inner, vocab_size
 
     def allowed(self) -> Tensor:
-        """(V,) bool: the tokens that may come next; none if the library has given up."""
+        """Return the tokens that may come next, (V,) bool; none if the library has given up."""
         bits = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         if self._inner.is_error():
@@ -34,20 +35,20 @@ class Matcher:
         return torch.from_numpy(known)
 
     def take(self, token: int) -> bool:
-        """Go on by a token; whether it is one that may come."""
+        """Advance by a token; return False if the grammar does not allow it."""
         return self._inner.consume_token(token)
 
     @property
     def done(self) -> bool:
-        """Whether nothing but the end may come."""
+        """True if the answer is complete, so that nothing but the end may come."""
         return self._inner.is_stopped()
 
 
 class Grammars:
-    """Matchers of schemas for one vocabulary. Safe to use from several threads.
+    """Compiled schemas for one vocabulary. Several threads may use it.
 
     Args:
-        vocab_size: of the model, which may have more ids than the tokenizer.
+        vocab_size: the model's, which may have more ids than the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -56,11 +57,11 @@ class Grammars:
         self._compiled = lru_cache(CACHED)(self._compile)
 
     def matcher(self, schema: str) -> Matcher:
-        """A matcher at the beginning of an answer.
+        """Make the matcher of a new answer.
 
         Raises:
             ImportError: llguidance is not installed.
-            ValueError: the schema is none, cannot be met, or is too much work.
+            ValueError: the schema is not valid, cannot be met, or is too much work.
         """
         return Matcher(self._compiled(schema).deep_copy(), self._vocab_size)
 
@@ -69,7 +70,7 @@ class Grammars:
         if len(schema) > MAX_SCHEMA_CHARS:
             raise ValueError(f"json_schema has {len(schema)} characters, at most {MAX_SCHEMA_CHARS} are allowed")
         try:
-            # One space at most: with any white space an answer could go on for ever between two values.
+            # At most one space between two values: an answer could otherwise go on with white space for ever.
             grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": " ?"})
         except ValueError as error:
             raise ValueError(f"json_schema is no object of JSON ({error!s:.100}); {_REMEDY}") from None
@@ -84,32 +85,32 @@ class Grammars:
         return library.LLTokenizer(library.TokenizerWrapper(_Vocabulary(self._tokenizer)))
 
 
-_REMEDY = 'use a schema such as {"type": "object", "properties": {"name": {"type": "string"}}}'
-
-
 class _Vocabulary:
-    """A tokenizer as llguidance takes it."""
+    """A tokenizer in the form that llguidance takes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         texts = TokenTexts(tokenizer)
         self.tokens = [texts[i].raw for i in range(tokenizer.vocab_size)]
         self.special_token_ids = [i for i, raw in enumerate(self.tokens) if not raw]
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-        if self.eos_token_id is None:  # an id that no model gives
+        if self.eos_token_id is None:
+            # The library needs an end token: an id that no model draws.
             self.eos_token_id = len(self.tokens)
             self.tokens.append(b"")
             self.special_token_ids.append(self.eos_token_id)
         self._tokenizer = tokenizer
-        self._of_bytes = {raw: i for i, raw in enumerate(self.tokens) if raw}
+        self._id_of = {raw: i for i, raw in enumerate(self.tokens) if raw}
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """The tokens of a text that the grammar forces. Their bytes have to be those of the text, nothing before it."""
+        """Return the tokens of a text that the grammar forces: exactly its bytes, without a leading space."""
         wanted = text.encode() if isinstance(text, str) else text
+        # Some tokenizers put a space before the first word, so the text is tried at the start and behind a newline.
         for before in ("", "\n"):
             try:
                 start = self._tokenizer.encode(before)
                 ids = self._tokenizer.encode(before + wanted.decode(errors="replace"))
-            except ValueError:  # no text of this vocabulary
+            except ValueError:
+                # The vocabulary cannot write the text.
                 continue
             rest = ids[len(start) :]
             if ids[: len(start)] == start and b"".join(self.tokens[i] for i in rest) == wanted:
@@ -117,14 +118,14 @@ class _Vocabulary:
         return self._longest_first(wanted)
 
     def _longest_first(self, wanted: bytes) -> list[int]:
-        """The same from the left, the longest token first; empty if there is no token for a part."""
+        """Return tokens for these bytes, the longest that fits at each place; none if a part has no token."""
         ids, place = [], 0
         while place < len(wanted):
             parts = (wanted[place : place + n] for n in range(_LONGEST, 0, -1))
-            part = next((part for part in parts if part in self._of_bytes), None)
+            part = next((part for part in parts if part in self._id_of), None)
             if part is None:
                 return []
-            ids.append(self._of_bytes[part])
+            ids.append(self._id_of[part])
             place += len(part)
         return ids
 

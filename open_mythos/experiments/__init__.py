@@ -3,15 +3,15 @@
 from typing import Any
 
 EXPERIMENTS: dict[str, Any] = {
-    "addition": "open_mythos.experiments.addition:EXPERIMENT",
+    "addition": "open_mythos.experiments.addition:STUDY",
     "khop": "open_mythos.experiments.khop:STUDY",
-    "parity": "open_mythos.experiments.parity:EXPERIMENT",
-    "brackets": "open_mythos.experiments.brackets:EXPERIMENT",
+    "parity": "open_mythos.experiments.parity:STUDY",
+    "brackets": "open_mythos.experiments.brackets:STUDY",
     "verify": "open_mythos.experiments.verify:EXPERIMENT",
-    "exits": "open_mythos.experiments.exits:EXPERIMENT",
-    "loop_roles": "open_mythos.experiments.loop_roles:EXPERIMENT",
+    "exits": "open_mythos.experiments.exits:STUDY",
+    "loop_roles": "open_mythos.experiments.loop_roles:STUDY",
     "adaptive": "open_mythos.experiments.adaptive:STUDY",
-    "small_text": "open_mythos.experiments.small_text:EXPERIMENT",
+    "small_text": "open_mythos.experiments.small_text:STUDY",
 }
 """The studies by name, in the order of `mythos exp list`: a `Study`, or the path to import it from, so that the names
 are known before torch is imported. Your own: `EXPERIMENTS["mine"] = Study(...)`."""

@@ -17,7 +17,7 @@ from open_mythos.analysis.per_loop import by_loop
 from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
-from open_mythos.nn.halting import Decision, HaltingRule, State
+from open_mythos.nn.halting import ACT, Decision, HaltingRule, State
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
@@ -41,19 +41,24 @@ SMALL = {"dim": 64, "n_heads": 2, "n_kv_heads": 2, "kv_lora_rank": 32, "q_lora_r
 
 
 class GivenDepths(HaltingRule):
-    """Exits after depths given from outside, (B, T) int64, for the null control."""
+    """Exits after depths given from outside, (B, T) int64, for null controls; `act` gives the states its weights."""
 
-    def __init__(self, depths: Tensor) -> None:
+    def __init__(self, depths: Tensor, act: ACT | None = None) -> None:
         super().__init__(0.0)
-        self.depths = depths
+        self.depths, self.act, self.weighted = depths, act, act is not None
 
     def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"depth": self.depths.to(h.device)}
+        return {"depth": self.depths.to(h.device)} | (self.act.init(h, n_loops) if self.act else {})
 
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        return state, (loop_index + 1)[:, None] >= state["depth"]
+        after = self.act.update(state, h_prev, h, loop_index)[0] if self.act else {}
+        return {**state, **after}, (loop_index + 1)[:, None] >= state["depth"]
+
+    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
+        assert self.act is not None
+        return self.act.weigh(before, after, exit_mask)
 
 
 def shuffled(depths: Tensor, seed: int) -> Tensor:

@@ -1,19 +1,21 @@
 """Addition: does a model that loops more often than it was trained to stay right, and what keeps it so?"""
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.accounting import count_parameters
-from open_mythos.experiments.addition_report import report
-from open_mythos.experiments.study import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Addition
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE, Batch
@@ -22,42 +24,50 @@ from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.metrics import read_metrics
 
 LOOPS = (1, 2, 4, 8, 16, 32)
+DIGITS = (2, 3, 4)
 COSINE_ROWS = 200
 CHUNK = 250
+"""Rows at a time."""
 PUBLISHED_STEPS = 3000
+PUBLISHED = {
+    2: (0.38, 0.53, 1.00, 0.98, 0.91, 0.62),
+    3: (0.19, 0.50, 1.00, 0.98, 0.91, 0.65),
+    4: (0.09, 0.16, 1.00, 0.94, 0.75, 0.45),
+}
+"""Exact match by digits at LOOPS: one model for 2 to 5 digits, dim 256, mean of 4 seeds."""
+PUBLISHED_COSINES = {
+    2: (0.711, 0.961, 0.985, 0.993, 0.999, 0.9995, 0.9995),
+    3: (0.726, 0.967, 0.986, 0.992, 0.999, 0.9996, 0.9996),
+    4: (0.745, 0.957, 0.977, 0.986, 0.998, 0.9992, 0.999),
+}
+"""Cosines of the states after loops t and t - 1, by digits at the t of COSINES_AT."""
+COSINES_AT = (1, 2, 3, 4, 8, 16, 32)
+GOAL = 0.99
+COLLAPSE = 0.1
+"""A fall of exact match that is surely larger than this is called a collapse."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way of training."""
-
-    title: str
-    cfg: TrainConfig
-    n_seeds: int | None = None
-    """How many of the seeds it gets; None: all."""
-
-
-def arms(quick: bool) -> dict[str, Arm]:
-    """What is compared. The quick form has few steps: enough to see everything work."""
+def arms(quick: bool) -> dict[str, TrainConfig]:
+    """Sampled and fixed depth, the published protocol, and two runs of one seed. The quick form has few steps."""
     recipe = load_recipe("tiny-addition")
     steps = 150 if quick else recipe.steps
     sampled = dataclasses.replace(recipe, steps=steps, eval=EvalConfig(every=25, rows=512, loops=(4,)))
-    deep_model = dataclasses.replace(sampled.model, max_loop_iters=16)
-    deep = dataclasses.replace(
-        sampled, model=deep_model, loops=LoopsConfig("poisson", 16, max_loops=32), steps=50 if quick else steps
-    )
-    four = dataclasses.replace(sampled, data=Addition(2, 4), steps=100 if quick else 2 * steps)
     return {
-        "sampled": Arm("sampled depth, mean 4", sampled),
-        "fixed": Arm("its twin at fixed depth 4", dataclasses.replace(sampled, loops=LoopsConfig("fixed", 4))),
-        "published": Arm("published protocol, this size", published(100 if quick else PUBLISHED_STEPS)),
-        "deep": Arm("sampled depth, mean 16", deep, n_seeds=1),
-        "four": Arm("sampled depth, up to 4 digits", four, n_seeds=1),
+        "sampled": sampled,
+        "fixed": dataclasses.replace(sampled, loops=LoopsConfig("fixed", 4)),
+        "published": published(100 if quick else PUBLISHED_STEPS),
+        "deep": dataclasses.replace(
+            sampled,
+            model=dataclasses.replace(sampled.model, max_loop_iters=16),
+            loops=LoopsConfig("poisson", 16, max_loops=32),
+            steps=50 if quick else steps,
+        ),
+        "four": dataclasses.replace(sampled, data=Addition(2, 4), steps=100 if quick else 2 * steps),
     }
 
 
 def published(steps: int) -> TrainConfig:
-    """The recipe `addition-dgx` at half its width, on 2 and 3 digits; the warm-up keeps its share of the steps."""
+    """Return the recipe `addition-dgx` at half its width, on 2 and 3 digits; the warm-up has its share of the steps."""
     cfg = load_recipe("addition-dgx")
     return dataclasses.replace(
         cfg,
@@ -69,49 +79,28 @@ def published(steps: int) -> TrainConfig:
     )
 
 
-def run(lab: Lab) -> Result:
-    """Every arm of every seed: accuracy and cosines by digits and loops, accuracy over training."""
-    rows = 500 if lab.quick else 1000
-    runs: dict[str, list[Result]] = {name: [] for name in arms(lab.quick)}
-    for i, seed in enumerate(lab.seeds):
-        for name, arm in arms(lab.quick).items():
-            if arm.n_seeds is not None and i >= arm.n_seeds:
-                continue
-            label, cfg = f"{name}-{seed}", seeded(arm.cfg, seed)
-
-            def measure(model: OpenMythos, label: str = label, cfg: TrainConfig = cfg) -> Result:
-                return measured(model, cfg, rows) | {"curve": curve(lab, label)}
-
-            runs[name].append(lab.measured(label, cfg, measure, loops=LOOPS, rows=rows) | {"seed": seed})
-    described = {
-        name: {"title": arm.title, "parameters": count_parameters(arm.cfg.model).total}
-        for name, arm in arms(lab.quick).items()
-    }
-    return {"loops": LOOPS, "rows": rows, "cosine_rows": COSINE_ROWS, "arms": described, "runs": runs}
-
-
-def measured(model: OpenMythos, cfg: TrainConfig, rows: int) -> Result:
-    """By digits: share of fresh problems that greedy decoding gets right and loops used, both by loops allowed; and
-    cosines of consecutive states by loop. All arms of a seed answer the same problems.
-    """
-    task = cfg.data
-    assert isinstance(task, Addition)
-    found: Result = {"accuracy": {}, "used": {}, "cosine": {}}
+def measure(run: Run) -> Result:
+    """Return exact match and loops used by digits and loops allowed, cosines by digits and loop, and the curve of
+    training as (steps, exact match at 4 loops). All arms of a seed answer the same problems."""
+    task, found = run.config.data, {"accuracy": {}, "used": {}, "cosine": {}}
     for digits in range(task.min_digits, task.max_digits + 1):
-        batch = Addition(digits, digits).batch(stream(cfg.seed, digits, Purpose.VALIDATION), rows)
-        found["accuracy"][digits], found["used"][digits] = by_loops(model, batch, LOOPS)
-        found["cosine"][digits] = cosines(model, batch.take(slice(COSINE_ROWS)), max(LOOPS))
-    return found
+        batch = Addition(digits, digits).batch(stream(run.seed, digits, Purpose.VALIDATION), run.settings["rows"])
+        found["accuracy"][digits], found["used"][digits] = by_loops(run.model, batch, LOOPS)
+        found["cosine"][digits] = cosines(run.model, batch.take(slice(COSINE_ROWS)), max(LOOPS))
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    curve = [(int(line["step"]), line["val/accuracy@4"]) for line in lines if "val/accuracy@4" in line]
+    return found | {"curve": curve}
 
 
 def by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> tuple[list[float], list[float]]:
-    """Share of rows with every label right, and mean loops that the tokens of the answer used, by loops allowed.
+    """Return by loops allowed the share of rows with every label right, and the mean loops of the answers' tokens.
 
     A row is right exactly when greedy decoding would write it: see `train.evaluate.Score`.
     """
     right, used = torch.zeros(2, len(loops), dtype=torch.float64)
     with evaluating(model):
-        for part in _parts(batch):
+        for start in range(0, len(batch.labels), CHUNK):
+            part = batch.take(slice(start, start + CHUNK))
             labelled = part.labels != IGNORE
             for i, (logits, n_used) in enumerate(_outputs(model, part.input_ids, loops)):
                 right[i] += ((logits.argmax(-1) == part.labels) | ~labelled).all(-1).sum()
@@ -120,6 +109,7 @@ def by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> tuple[l
 
 
 def _outputs(model: OpenMythos, ids: Tensor, loops: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits and loops used for each number of loops allowed."""
     if model.cfg.halting != "none":
         for n in loops:
             trace = model(ids, n, trace=True)
@@ -133,9 +123,9 @@ def _outputs(model: OpenMythos, ids: Tensor, loops: tuple[int, ...]) -> Iterator
 
 
 def cosines(model: OpenMythos, batch: Batch, n_loops: int) -> list[float | None]:
-    """Mean cosine of the states after loops t and t - 1, t from 1, where the answer is predicted; no token halts.
+    """Return the mean cosine of the states after loops t and t - 1, by t from 1, at the answers' tokens; none halts.
 
-    None where the state before the first loop is zero, which has no direction.
+    The first is None where the state before the first loop is zero, which has no direction.
     """
     with evaluating(model):
         ids = batch.input_ids
@@ -148,40 +138,137 @@ def cosines(model: OpenMythos, batch: Batch, n_loops: int) -> list[float | None]
     return [None] * (n_loops - len(values)) + values
 
 
-def curve(lab: Lab, label: str) -> list[tuple[int, float]]:
-    """(steps done, exact match at 4 loops) over training."""
-    lines = read_metrics(lab.runs / label / "metrics.jsonl")
-    return [(int(line["step"]), line["val/accuracy@4"]) for line in lines if "val/accuracy@4" in line]
+def holds(r: Results, arm: str) -> str:
+    """Return whether every cell at 4 loops and more reaches the goal in the mean over seeds, as a clause."""
+    values = r[arm, "accuracy"].values[:, :, LOOPS.index(4) :]
+    lowest = values.mean(0).min()
+    return (
+        f"the cells at 4 to {LOOPS[-1]} loops {'reach' if lowest >= GOAL else 'do not all reach'} {GOAL} (lowest "
+        f"{lowest:.3f} in the mean of {r.n_seeds(arm)}, {values.min():.3f} in a single run)"
+    )
 
 
-def _parts(batch: Batch) -> Iterator[Batch]:
-    return (batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.labels), CHUNK))
+def change(four: Estimate, most: Estimate) -> str:
+    """Return the word for what exact match does from 4 loops to the most."""
+    fall = four - most
+    mean, low, high = fall.interval
+    if four.mean < 0.5:
+        return "has not learned the task"
+    if math.isnan(low):
+        return f"changes by {-mean:+.3f} in its one run"
+    if low > 0:
+        return "collapses" if low > COLLAPSE else "falls"
+    if high < 0:
+        return "rises"
+    if max(-low, high) < COLLAPSE:
+        return "stays"
+    fell, n = int((fall.by_seed > COLLAPSE).sum()), len(fall.by_seed)
+    return f"falls by more than {COLLAPSE} in {fell} of {n} seeds, too mixed for an interval to decide"
 
 
-PROTOCOL = """\
-Task: `A+B=R$`, both operands of the same number of digits d, d uniform, R the sum with its digits reversed; the loss is
-on R and `$`. Measured: exact match of greedy decoding on fresh problems, by digits and by loops allowed (1 to 32);
-cosine of consecutive states; exact match at 4 loops over training. The arms, all of width 128:
+def click(run: Result) -> int | None:
+    """Return the steps at the first evaluation in training that reaches the goal at 4 loops."""
+    return next((step for step, accuracy in run["curve"] if accuracy >= GOAL), None)
 
-- **sampled depth, mean 4**: the recipe `tiny-addition`. Each row loops 1 + Poisson(3) times, at most 12; the answer is
-  read off the last state.
-- **its twin at fixed depth 4**: nothing else differs, the order of the data included.
-- **published protocol, this size**: the recipe `addition-dgx` at half its width, on 2 and 3 digits, 3,000 steps instead
-  of 30,000: `lti` injection, ACT, depth LoRA, loop embedding, 4 experts (2 and a shared one run), AdamW at 3e-4 with
-  warm-up and cosine, fixed depth 4. Its ACT is this project's: weights sum to 1, and a token that halts stays as it is.
-  Beyond 4 loops its depth LoRA and loop embedding stay at their last index.
-- **sampled depth, mean 16**, one seed: what more loops in training buy. 1 + Poisson(15) loops, at most 32.
-- **sampled depth, up to 4 digits**, one seed: the recipe on 2 to 4 digits with twice the steps.
 
-All arms of a seed answer the same problems. The control for sampled depth is the twin. The published figures beside
-ours are of one model for 2 to 5 digits of twice the width.
-"""
-EXPERIMENT = Experiment(
+def seen(cfg: Result, digits: int) -> float:
+    """Return the share of the problems of 2 or 3 digits that training shows, when half the rows have so many."""
+    return -math.expm1(-cfg["steps"] * cfg["batch_size"] / 2 / (9 * 10 ** (digits - 1)) ** 2)
+
+
+def by_seed(r: Results, arm: str) -> Iterator[dict[str, Any]]:
+    """Yield the numbers of each run."""
+    for run, accuracy in zip(r.runs[arm], r[arm, "accuracy"].values[:, :, LOOPS.index(4) :], strict=True):
+        ends = {f"at_{name}": " / ".join(f"{x:.3f}" for x in accuracy[:, i]) for name, i in (("four", 0), ("most", -1))}
+        yield {"title": r.title(arm), "seed": run["seed"], "click": click(run) or "never", "cpu_s": run["cpu_s"],
+               "lowest": accuracy.min(), **ends}  # fmt: skip
+
+
+def fill(r: Results) -> dict[str, Any]:
+    """Return the numbers of each arm and run, and the tables beside the published ones."""
+    arms, values = {}, {}
+    for arm in r.runs:
+        # 2 and 3 digits together, which all arms have.
+        two, three = (r[arm, "accuracy"].where(digits=d) for d in (2, 3))
+        four, most = (Estimate((two[n].by_seed + three[n].by_seed) / 2) for n in (4, LOOPS[-1]))
+        numbers = f"{four} at 4 loops, {most} at {LOOPS[-1]}"
+        arms[arm] = r.arm(arm) | {"change": change(four, most), "numbers": numbers, "holds": holds(r, arm)}
+        arms[arm]["capital"] = r.title(arm).capitalize()
+    for d in DIGITS:
+        have = [arm for arm in arms if d in r[arm, "accuracy"].axes["digits"]]
+        exact = {arm: r[arm, "accuracy"].where(digits=d) for arm in have}
+        cosine = {arm: r[arm, "cosine"].where(digits=d) for arm in have}
+        values[f"exact_{d}"] = [
+            {"loops": n, "theirs": PUBLISHED[d][i]} | {arm: found[n] for arm, found in exact.items()}
+            for i, n in enumerate(LOOPS)
+        ]
+        values[f"cosines_{d}"] = [
+            {"t": t, "theirs": PUBLISHED_COSINES[d][i]}
+            | {arm: "none" if math.isnan(found[t].mean) else f"{found[t]:.4f}" for arm, found in cosine.items()}
+            for i, t in enumerate(COSINES_AT)
+        ]
+    few = [
+        {"loops": n, "digits": d, "theirs": PUBLISHED[d][i], "ours": ours, "side": ours.side(PUBLISHED[d][i])}
+        for i, n in enumerate(LOOPS[:2])
+        for d in (2, 3)
+        for ours in [r["sampled", "accuracy"].at(digits=d, loops=n)]
+    ]
+    cfg = arms["sampled"]["config"]
+    return (
+        arms
+        | values
+        | {
+            "arms": arms.values(),
+            "few": few,
+            "runs": [run for arm in arms for run in by_seed(r, arm)],
+            "used": dict(zip(LOOPS, r["published", "used"].where(digits=3).values.mean(0), strict=True)),
+            "steps": cfg["steps"],
+            "rows": r.runs["sampled"][0]["asked"]["rows"],
+            "seen": {d: seen(cfg, d) for d in (2, 3)},
+        }
+    )
+
+
+def draw_loops(r: Results, path: Path) -> None:
+    panels: dict[str, list[Curve]] = {}
+    for d, theirs in PUBLISHED.items():
+        panels[f"{d} digits"] = [Curve(LOOPS, theirs, "as published, dim 256", color=None)]
+        for i, arm in enumerate(r.runs):
+            if d in r[arm, "accuracy"].axes["digits"]:
+                panels[f"{d} digits"].append(r[arm, "accuracy"].where(digits=d).curve(r.title(arm), i))
+    stacked(panels, path, ("loops", "exact match"), LOOPS)
+
+
+def draw_training(r: Results, path: Path) -> None:
+    panels = {}
+    for arm, runs in r.runs.items():
+        last = runs[0]["curve"][-1][0]
+        curves = [
+            Curve([step for step, _ in run["curve"]], [share for _, share in run["curve"]], f"seed {run['seed']}", i)
+            for i, run in enumerate(runs)
+        ]
+        panels[r.title(arm)] = [Curve((0, last), (GOAL, GOAL), str(GOAL), color=None), *curves]
+    stacked(panels, path, ("steps", "exact match at 4 loops"))
+
+
+STUDY = Study(
     title="Addition: more loops than in training",
     question="Does a model that loops more often than it was trained to stay right, and what keeps it so?",
-    protocol=PROTOCOL,
+    page=Path(__file__).with_suffix(".md"),
     cost=("3 min", "90 min"),
-    run=run,
-    report=report,
-    n_parts=lambda lab: sum(min(len(lab.seeds), arm.n_seeds or len(lab.seeds)) for arm in arms(lab.quick).values()),
-)
+    arms=arms,
+    titles={
+        "sampled": "sampled depth, mean 4",
+        "fixed": "fixed depth 4",
+        "published": "published protocol, this size",
+        "deep": "sampled depth, mean 16",
+        "four": "sampled depth, up to 4 digits",
+    },
+    n_seeds={"deep": 1, "four": 1},
+    settings=lambda config, quick: {"loops": LOOPS, "rows": 500 if quick else 1000},
+    measure=measure,
+    axes={"accuracy": {"digits": DIGITS, "loops": LOOPS}, "used": {"digits": DIGITS, "loops": LOOPS},
+          "cosine": {"digits": DIGITS, "loops": range(1, LOOPS[-1] + 1)}},
+    fill=fill,
+    figures={"loops": draw_loops, "training": draw_training},
+)  # fmt: skip

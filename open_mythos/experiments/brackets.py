@@ -1,15 +1,20 @@
 """Where a bracket string first breaks: does deeper nesting take more loops? And does a task have its own number?"""
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from open_mythos.accounting import count_parameters
 from open_mythos.analysis.per_loop import right_by_loop, rows_right, settled
 from open_mythos.config import MythosConfig
-from open_mythos.experiments.brackets_report import report
-from open_mythos.experiments.study import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
 from open_mythos.model import OpenMythos
+from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.stats import ONE_SEED, Estimate, rank_correlation
 from open_mythos.tasks import Addition, Brackets, Mixed
 from open_mythos.tasks.brackets import KINDS, first_break, nesting
 from open_mythos.tasks.rng import Purpose, stream
@@ -22,11 +27,20 @@ from open_mythos.variants import RECIPE
 LENGTH = 12
 MEAN_LOOPS = 4
 LOOPS = 16
-"""The most at test."""
+"""Most loops at test."""
+DEPTHS = range(1, LENGTH // 2 + 1)
+"""Nestings that the page shows. A few strings have others, as the bracket that was replaced counts too."""
+SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of loops in the figures."""
+LOOPED = {"sampled": "sampled depth", "fixed": "fixed depth 4"}
+PLAIN = {"deep": "plain, 5 blocks", "small": "plain, 2 blocks"}
+TASKS = {"parity": "parity of 8 bits", "addition": "addition", "brackets": "brackets that break"}
+LEARNED = 0.5
+"""Share right at the last loop, mean over seeds, below which a task's settling says nothing."""
 
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
-    """Sampled depth, its twins, and a model of several tasks."""
+    """Sampled depth, its baselines, and a model of several tasks."""
     steps = 200 if quick else 1000
     model = MythosConfig(
         vocab_size=Brackets().vocab_size,
@@ -56,11 +70,6 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     )
     fixed = dataclasses.replace(sampled, loops=LoopsConfig("fixed", MEAN_LOOPS))
 
-    def plain(blocks: int) -> TrainConfig:
-        return dataclasses.replace(
-            fixed, model=dataclasses.replace(model, prelude_layers=blocks, recurrent_layers=0, prelude_norm=False)
-        )
-
     mixed = dataclasses.replace(
         sampled,
         model=dataclasses.replace(model, vocab_size=Mixed().vocab_size),
@@ -69,33 +78,14 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
         steps=steps * 3 // 2,
         loops=LoopsConfig("poisson", 5, max_loops=12),
     )
-    return {"sampled": sampled, "fixed": fixed, "deep": plain(1 + MEAN_LOOPS), "small": plain(2), "mixed": mixed}
-
-
-def run(lab: Lab) -> Result:
-    """Every arm of every seed: what was right after every loop, and when each row settled."""
-    rows = 400 if lab.quick else 2000
-    runs: dict[str, list[Result]] = {name: [] for name in arms(lab.quick)}
-    for seed in lab.seeds:
-        for name, arm in arms(lab.quick).items():
-            cfg = seeded(arm, seed)
-
-            def measure(model: OpenMythos, cfg: TrainConfig = cfg) -> Result:
-                data = cfg.data
-                return (
-                    by_task(model, data, rows, cfg.seed) if isinstance(data, Mixed) else by_row(model, rows, cfg.seed)
-                )
-
-            runs[name].append(lab.measured(f"{name}-{seed}", cfg, measure, rows=rows, loops=LOOPS) | {"seed": seed})
-    parameters = {name: count_parameters(arm.model).total for name, arm in arms(lab.quick).items()}
-    steps = {name: arm.steps for name, arm in arms(lab.quick).items()}
-    return {"rows": rows, "length": LENGTH, "loops": LOOPS, "parameters": parameters, "steps": steps, "runs": runs}
+    deep, small = plain(fixed, 1 + MEAN_LOOPS), plain(fixed, 2)
+    return {"sampled": sampled, "fixed": fixed, "deep": deep, "small": small, "mixed": mixed}
 
 
 def by_row(model: OpenMythos, rows: int, seed: int) -> Result:
-    """Strings of one length, the longest of training: of each its nesting, its break and the loop that settles it.
+    """Return the nesting, the break and the settling loop of strings of one length, the longest of training.
 
-    `right` has, by nesting and break or none, the share of rows that are right by loop.
+    `right` has, for broken and balanced strings by nesting, the share of rows that are right after each loop.
     """
     task = Brackets(LENGTH, LENGTH, 1, LENGTH // 2)
     strings, lengths = task.draw(stream(seed, 0, Purpose.VALIDATION), rows)
@@ -106,15 +96,15 @@ def by_row(model: OpenMythos, rows: int, seed: int) -> Result:
         name: {int(d): right[:, which & (deep == d)].mean(axis=1).round(4).tolist() for d in np.unique(deep[which])}
         for name, which in (("broken", place >= 0), ("balanced", place < 0))
     }
-    # What the first bracket's kind has to do with it is nothing: the null control.
+    # The kind of the first bracket cannot matter: the null control.
     rows_of = {"nesting": deep, "place": place, "settled": settled(right), "kind": strings[:, 0] % KINDS}
     return {"right": shares, "rows": {name: values.tolist() for name, values in rows_of.items()}}
 
 
 def by_task(model: OpenMythos, data: Mixed, rows: int, seed: int) -> Result:
-    """Fresh rows of each task, the longest of training: share right by loop, and rows by the loop that settles them.
+    """Return for each task, on its longest rows, the share right by loop, and the number of rows by settling loop.
 
-    Of brackets those that break: "--" is what a model says before it has looked.
+    Of brackets only strings that break are asked: "--" is what a model says before it has looked.
     """
     found = {}
     for i, part in enumerate(data.parts):
@@ -137,34 +127,142 @@ def by_task(model: OpenMythos, data: Mixed, rows: int, seed: int) -> Result:
     return {"tasks": found}
 
 
-PROTOCOL = f"""\
-Task: a string over `()[]{{}}`, then `=`; the answer is the place of the leftmost break in two digits, or `--`, and
-`$`. A closing bracket that finds another opening one, or none, breaks the string at its place; one never closed, at
-the string's end. Strings have 2 to {LENGTH} brackets and are nested 1 to {LENGTH // 2} deep; half are balanced, in
-the others one bracket was replaced. Measured on fresh strings of exactly {LENGTH} brackets, so that length and
-nesting cannot be mistaken for each other, after every loop up to {LOOPS}. A row is right when all three tokens are.
-It *settles* at the first loop after which it stays right. Nesting is what the reader's stack holds at most before the
-break. Arms, with the same rows and optimizer:
+def measure(run: Run) -> Result:
+    """Return what is right after every loop and when rows settle, by row or, for the mixed model, by task."""
+    rows, data = run.settings["rows"], run.config.data
+    return by_task(run.model, data, rows, run.seed) if isinstance(data, Mixed) else by_row(run.model, rows, run.seed)
 
-- **sampled depth**: one prelude layer and one looped block of width 64, `diagonal` injection, each row at 1 +
-  Poisson({MEAN_LOOPS - 1}) loops, at most 12; loss after the last loop only.
-- **fixed depth**: its twin at {MEAN_LOOPS} loops. **plain, {1 + MEAN_LOOPS} blocks**: as deep as that. **plain, 2
-  blocks**: about equal parameters.
-- **mixed**: as sampled depth, with 1 + Poisson(4) loops and half as many steps again, each row being parity of 1 to 8
-  bits (asked after every bit, of no more bits than loops), addition of 1 or 2 digits (answer reversed) or brackets.
-  A row of parity is right when all its 8 answers are; a task with fewer than half of its rows right is not compared.
 
-Does nesting go with the loop that settles a row? Rank correlation over the broken strings that settle, by seed, raw
-and among strings that break at the same place: a deep string also breaks late. Null control: the same with the kind
-of the first bracket, which cannot matter. Balanced strings stand apart, as half of training says `--` and a guess needs
-no loop.
-"""
-EXPERIMENT = Experiment(
+def settling(counts: Sequence[int]) -> tuple[float, float]:
+    """Return the mean loop of the rows that settle, and the share of rows that never do; NaN where there are none.
+
+    Args:
+        counts: rows by settling loop; those that never settle come first.
+    """
+    settles, total = np.array(counts[1:]), sum(counts)
+    mean = float(settles @ np.arange(1, len(counts)) / settles.sum()) if settles.sum() else math.nan
+    return mean, counts[0] / total if total else math.nan
+
+
+def estimates(pairs: Sequence[tuple[float, float]]) -> dict[str, Estimate]:
+    """Return settling loop and share that never settles over seeds."""
+    loops, never = zip(*pairs, strict=True)
+    return {"settles": Estimate(loops, ".2f"), "never": Estimate(never, ".2f")}
+
+
+def correlations(runs: list[Result]) -> dict[str, Estimate]:
+    """Return rank correlations with the settling loop, by seed, over broken rows that settle."""
+    found: dict[str, list[float]] = {"raw": [], "at_place": [], "place": [], "null": []}
+    for run in runs:
+        rows = {name: np.array(values) for name, values in run["rows"].items()}
+        which = (rows["place"] >= 0) & (rows["settled"] > 0)
+        loop, nested, place, kind = (rows[name][which].tolist() for name in ("settled", "nesting", "place", "kind"))
+        found["raw"].append(rank_correlation(loop, nested))
+        found["at_place"].append(rank_correlation(loop, nested, place))
+        found["place"].append(rank_correlation(loop, place, nested))
+        found["null"].append(rank_correlation(loop, kind, place))
+    return {name: Estimate(values, "+.2f") for name, values in found.items()}
+
+
+def direction(correlation: Estimate) -> str:
+    """Return what the interval over seeds says of the correlation with nesting."""
+    none, n = int(np.isnan(correlation.by_seed).sum()), len(correlation.by_seed)
+    if none:
+        return f"there is no correlation where all rows settle at one loop, as in {none} of {n} seeds"
+    later, earlier = (f"strings nested deeper settle {word}" for word in ("later", "earlier"))
+    return correlation.side(
+        0, later, earlier, "one seed, so no interval" if n < 2 else "no order that the seeds agree on"
+    )
+
+
+def null_side(null: Estimate) -> str:
+    """Return whether the null control is 0, as it should be."""
+    if np.isnan(null.by_seed).any():
+        return "not defined in each seed"
+    doubt = "it should be 0: the rest is in doubt"
+    return null.side(0, doubt, doubt, "one seed, so no interval" if len(null.by_seed) < 2 else "as it should")
+
+
+def by_task_numbers(runs: list[Result]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], str]:
+    """Return the mixed model's numbers by task, the differences of learned tasks, and the sentence about them."""
+    tasks: dict[str, dict[str, Any]] = {
+        name: {"title": title, "right": Estimate([run["tasks"][name]["right"][-1] for run in runs], ".2f")}
+        | estimates([settling(run["tasks"][name]["settled"]) for run in runs])
+        for name, title in TASKS.items()
+    }
+    learned = [name for name in TASKS if tasks[name]["right"].mean >= LEARNED]
+    pairs: list[dict[str, Any]] = [
+        {"pair": f"{TASKS[a]} less {TASKS[b]}", "less": tasks[a]["settles"] - tasks[b]["settles"]}
+        for a, b in itertools.combinations(learned, 2)
+    ]
+    if len(learned) < 2:
+        return tasks, pairs, "One model of three tasks did not learn two of them, so their loops cannot be compared."
+    means = ", ".join(f"{TASKS[name]} {tasks[name]['settles']:.1f}" for name in learned)
+    sides = [pair["less"].side(0) for pair in pairs]
+    apart = f"{sum(side in ('above', 'below') for side in sides)} of {len(sides)} pairs of tasks differ"
+    apart = "one seed, so no interval" if ONE_SEED in sides else apart
+    left_out = "".join(f"; {TASKS[name]} was not learned" for name in TASKS if name not in learned)
+    return tasks, pairs, f"In one model of three tasks rows settle after this many loops: {means}; {apart}{left_out}."
+
+
+def fill(r: Results) -> dict[str, Any]:
+    """Return the correlations, the accuracy by nesting, and the tasks of the mixed model."""
+    broken = {arm: r[arm, "right.broken"] for arm in (*LOOPED, *PLAIN)}
+    arms = {arm: r.arm(arm) | correlations(r.runs[arm]) for arm in LOOPED}
+    nestings = []
+    for depth in broken["sampled"].axes["nesting"]:
+        line: dict[str, Any] = {"nesting": depth}
+        for arm, measured in broken.items():
+            found = measured.where(nesting=depth)
+            line[arm] = {n: Estimate(found.at(loops=n).by_seed, ".2f") for n in (1, 4, LOOPS)}
+        rows = [{name: np.array(values) for name, values in run["rows"].items()} for run in r.runs["sampled"]]
+        counts = [np.bincount(x["settled"][(x["place"] >= 0) & (x["nesting"] == depth)], minlength=2) for x in rows]
+        nestings.append(line | estimates([settling(each.tolist()) for each in counts]))
+    less = {arm: broken[arm].at(loops=LOOPS) - broken["sampled"].at(loops=LOOPS) for arm in ("fixed", *PLAIN)}
+    tasks, pairs, tasks_say = by_task_numbers(r.runs["mixed"])
+    return arms | {
+        "at_place": arms["sampled"]["at_place"],
+        "direction": direction(arms["sampled"]["at_place"]),
+        "null": arms["sampled"]["null"],
+        "null_side": null_side(arms["sampled"]["null"]),
+        "nestings": nestings,
+        "less": "; ".join(f"{r.title(arm)} {x:+.3f}, {x.side(0)} 0" for arm, x in less.items()),
+        "parameters": ", ".join(f"{name} {n:,}" for name, n in r.raw["parameters"].items()),
+        "balanced": {n: r["sampled", "right.balanced"].at(loops=n) for n in (1, LOOPS)},
+        "tasks": tasks.values(),
+        "pairs": pairs,
+        "tasks_say": tasks_say,
+    }
+
+
+def draw_brackets(r: Results, path: Path) -> None:
+    level = r["deep", "right.broken"].at().mean
+    panels: dict[str, list[Curve]] = {}
+    for arm, title in LOOPED.items():
+        panels[title] = [Curve((1, LOOPS), (level, level), f"{PLAIN['deep']}, mean of nestings", None)]
+        for color, depth in enumerate(r[arm, "right.broken"].axes["nesting"]):
+            by_loop = r[arm, "right.broken"].where(nesting=depth).values
+            panels[title].append(curve(SHOWN, by_loop[:, np.array(SHOWN) - 1], f"nesting {depth}", color))
+    stacked(panels, path, ("loops", "right"), SHOWN)
+
+
+def draw_mixed(r: Results, path: Path) -> None:
+    right = {name: r["mixed", f"tasks.{name}.right"].values[:, np.array(SHOWN) - 1] for name in TASKS}
+    curves = [curve(SHOWN, right[name], title, color) for color, (name, title) in enumerate(TASKS.items())]
+    stacked({"mixed": curves}, path, ("loops", "right"), SHOWN)
+
+
+STUDY = Study(
     title="Brackets: does nesting need loops?",
-    question="Do more deeply nested strings take more loops to be read, and does each task settle at its own loop?",
-    protocol=PROTOCOL,
+    question="Do more deeply nested strings need more loops, and does each task settle at its own loop?",
+    page=Path(__file__).with_suffix(".md"),
     cost=("2 min", "35 min"),
-    run=run,
-    report=report,
-    n_parts=lambda lab: len(arms(lab.quick)) * len(lab.seeds),
+    arms=arms,
+    titles=LOOPED | PLAIN,
+    settings=lambda config, quick: {"rows": 400 if quick else 2000, "loops": LOOPS},
+    measure=measure,
+    axes={f"right.{name}": {"nesting": DEPTHS, "loops": range(1, LOOPS + 1)} for name in ("broken", "balanced")}
+    | {f"tasks.{name}.right": {"loops": range(1, LOOPS + 1)} for name in TASKS},
+    fill=fill,
+    figures={"brackets": draw_brackets, "mixed": draw_mixed},
 )

@@ -1,10 +1,12 @@
-"""Is loop t doing something different from loop t+1? See `open_mythos.analysis.loop_roles` for the measurement."""
+"""Does loop t do something different from loop t+1? See `open_mythos.analysis.loop_roles` for the measurement."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from open_mythos.analysis.loop_roles import (
     LoopRoles,
@@ -20,11 +22,9 @@ from open_mythos.analysis.loop_roles import (
     split_table,
     verdict,
 )
-from open_mythos.experiments.study import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.document import Figure, Part, Report, Table
-from open_mythos.reports.stats import shown
 from open_mythos.tasks import Addition, KHop
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE, Batch
@@ -38,28 +38,27 @@ TITLES = {
     "khop": "diagonal injection, a hop per loop, k-hop",
 }
 LOOPS = {"published": 4, "diagonal": 6, "khop": 4}
-"""Loops that are looked at: those of training, its deeper half, and one for each hop of the questions."""
+"""Loops to analyse: those of training, its deeper half, and one for each hop of the questions."""
 INDEX_PARTS: dict[str, Any] = {"loop_embedding": True, "lora_rank": 8}
 NO_INDEX_PARTS: dict[str, Any] = {"loop_embedding": False, "lora_rank": 0}
 PLANTED = ("diagonal", "khop")
-"""Models in whose twins a loop is made different: one whose answers stand long before the last loop, one where each
-loop is needed."""
+"""Models in whose null controls a loop is made different: one whose answers stand long before the last loop, one where
+each loop is needed."""
 PLANTED_LOOP = 2
 PLANTED_ROWS = 32
 STRENGTHS = (0.01, 0.1, 1.0)
-"""Of what is planted, in units of the update that it would be added to."""
+"""Size of the planted difference, in units of the update that it would be added to."""
 
 
-def arms(quick: bool) -> dict[str, tuple[TrainConfig, TrainConfig]]:
-    """Three models with parts that see the loop index, and the twin without them of each."""
+def arms(quick: bool) -> dict[str, TrainConfig]:
+    """Return three models with parts that see the loop index, and the null control without them of each."""
     addition, published, khop = (load_recipe(name) for name in ("tiny-addition", "addition-dgx", "tiny-khop"))
     changes = {"dim": 128, "n_heads": 4, "expert_dim": 256, "rope_theta": 100.0, "halting": "none"}
-    lti = dataclasses.replace(published.model, **changes)
     own = {
         # The published optimiser learns nothing in minutes, so the recipe's trains this one too.
         "published": dataclasses.replace(
             addition,
-            model=lti,
+            model=dataclasses.replace(published.model, **changes),
             data=Addition(2, 2),
             loops=LoopsConfig("fixed", LOOPS["published"]),
             batch_size=64,
@@ -70,32 +69,32 @@ def arms(quick: bool) -> dict[str, tuple[TrainConfig, TrainConfig]]:
         ),
         "khop": khop,
     }
-
-    def arm(cfg: TrainConfig, parts: dict[str, Any]) -> TrainConfig:
+    found = {}
+    for name, cfg in own.items():
         steps = 60 if quick else cfg.steps
         loops = dataclasses.replace(cfg.loops, ramp_steps=min(cfg.loops.ramp_steps, steps // 4))
-        model = dataclasses.replace(cfg.model, **parts)
-        return dataclasses.replace(cfg, model=model, steps=steps, loops=loops, eval=EvalConfig())
-
-    return {name: (arm(cfg, INDEX_PARTS), arm(cfg, NO_INDEX_PARTS)) for name, cfg in own.items()}
+        for arm, parts in ((name, INDEX_PARTS), (f"{name}-null", NO_INDEX_PARTS)):
+            model = dataclasses.replace(cfg.model, **parts)
+            found[arm] = dataclasses.replace(cfg, model=model, steps=steps, loops=loops, eval=EvalConfig())
+    return found
 
 
 def questions(cfg: TrainConfig, rows: int, seed: int) -> Batch:
-    """Fresh ones; pointers are followed as far as training went, so that every loop is needed."""
+    """Draw fresh questions; pointers are followed as far as training went, so that every loop is needed."""
     task = cfg.data
     if isinstance(task, KHop):
         task = dataclasses.replace(task, min_distance=task.max_distance)
     return task.batch(stream(seed + 1_000_000, 0, Purpose.VALIDATION), rows)
 
 
-def measure(model: OpenMythos, batch: Batch, n_loops: int) -> Result:
-    """What the loops do at the positions that have labels, and how many rows come out right."""
+def roles_of(model: OpenMythos, batch: Batch, n_loops: int) -> Result:
+    """Measure the loops at the positions that have labels, and the share of rows that come out right."""
     roles = loop_roles(model, batch.input_ids, n_loops, batch.labels != IGNORE)
     return {"accuracy": evaluate(model, batch, n_loops).accuracy, "roles": roles.to_dict()}
 
 
 def plant(model: OpenMythos, batch: Batch, loop: int, strength: float) -> OpenMythos:
-    """A copy of a model whose loops are all the same, but for one with a random depth LoRA that no other loop uses.
+    """Copy a model whose loops are all the same, and give one loop a random depth LoRA that no other loop uses.
 
     Its size is set at the state before the loop ahead of it: there the planted index adds `strength` of an update.
     """
@@ -108,7 +107,7 @@ def plant(model: OpenMythos, batch: Batch, loop: int, strength: float) -> OpenMy
         for x in (lora.down.weight, lora.B):
             x.copy_(torch.randn(x.shape, generator=generator))
         lora.scale.weight.copy_(nn.functional.one_hot(torch.tensor(loop), len(lora.scale.weight))[:, None])
-        # The LoRA is linear in B, and what the diagonal injection makes of its sum with the block is the sum itself.
+        # The LoRA is linear in B, and the diagonal injection passes its sum with the block on unchanged.
         lora.B.mul_(strength / _strength(loop_roles(planted, batch.input_ids, loop + 1, batch.labels != IGNORE), loop))
     return planted
 
@@ -117,181 +116,123 @@ def _strength(roles: LoopRoles, loop: int) -> float:
     return roles.other[:, loop - 1, loop].mean().item()
 
 
-def run(lab: Lab) -> Result:
-    """Roles in each model and its twin, and in twins with a planted loop, by seed."""
-    rows = 32 if lab.quick else 64
-    results: Result = {"own": {name: [] for name in TITLES}, "twin": {name: [] for name in TITLES}}
-    results["planted"] = {name: [] for name in PLANTED}
-    for seed in lab.seeds:
-        for name, pair in arms(lab.quick).items():
-            for kind, cfg in zip(("own", "twin"), pair, strict=True):
-                cfg, n = seeded(cfg, seed), LOOPS[name]
-                batch = questions(cfg, rows, seed)
-                result = lab.measured(
-                    f"{name}-{kind}-{seed}", cfg, lambda model, batch=batch, n=n: measure(model, batch, n), rows=rows
-                )
-                results[kind][name].append({"seed": seed} | result)
-        for name in PLANTED:
-            cfg = seeded(arms(lab.quick)[name][1], seed)
-
-            def planted(name: str = name, cfg: TrainConfig = cfg, seed: int = seed) -> Result:
-                model, batch = lab.trained(f"{name}-twin-{seed}", cfg), questions(cfg, PLANTED_ROWS, seed)
-                return {
-                    str(strength): measure(plant(model, batch, PLANTED_LOOP, strength), batch, LOOPS[name])
-                    for strength in STRENGTHS
-                }
-
-            asked = {"config": cfg.to_dict(), "rows": PLANTED_ROWS, "strengths": STRENGTHS}
-            results["planted"][name].append(lab.computed(f"planted-{name}-{seed}", planted, **asked))
-    return results
+def measure(run: Run) -> Result:
+    """Measure the roles of a model's loops, and of those of copies with a planted loop."""
+    name = run.arm.removesuffix("-null")
+    found = roles_of(run.model, questions(run.config, run.settings["rows"], run.seed), LOOPS[name])
+    if "strengths" in run.settings:
+        batch = questions(run.config, run.settings["planted_rows"], run.seed)
+        found["planted"] = {
+            str(strength): roles_of(plant(run.model, batch, PLANTED_LOOP, strength), batch, LOOPS[name])
+            for strength in run.settings["strengths"]
+        }
+    return found
 
 
-def report(results: Result) -> Report:
-    """Tables, figures, and what follows from the intervals."""
-    own, twin = ({name: _roles(results[kind][name]) for name in TITLES} for kind in ("own", "twin"))
-    planted = {
-        name: {s: _roles([run[str(s)] for run in results["planted"][name]]) for s in STRENGTHS} for name in PLANTED
-    }
-    parts: list[Part] = [
-        "## What it shows",
-        " ".join(f"*{title[0].upper()}{title[1:]}*: {verdict(own[name])}" for name, title in TITLES.items()),
-        Figure(
-            "function",
-            "The function's share of the change between two consecutive updates, with 95 % intervals over seeds. "
-            f"In a twin of {TITLES['diagonal']}, loop {PLANTED_LOOP} was made different on purpose, by a tenth of its "
-            "update.",
-            lambda path: draw_split(
-                {TITLES[name]: own[name] for name in TITLES}
-                | {f"planted at loop {PLANTED_LOOP}": planted["diagonal"][0.1]},
-                path,
-                "twins without index-dependent parts",
-            ),
-        ),
-        Figure(
-            "interventions",
-            "KL at the output when one loop is left out, run twice or swapped with the next, with 95 % intervals.",
-            lambda path: draw_effects({TITLES[name]: own[name] for name in TITLES}, path),
-        ),
-        "## Controls",
-        _null(twin),
-        *(part for name in PLANTED for part in _planted(TITLES[name], planted[name])),
-    ]
-    for name, title in TITLES.items():
-        right = {kind: shown([run["accuracy"] for run in results[kind][name]]) for kind in ("own", "twin")}
-        parts += [
-            f"## {title[0].upper()}{title[1:]}",
-            f"Right at {LOOPS[name]} loops: {right['own']} of the questions; the twin without loop embedding and depth "
-            f"LoRA {right['twin']}.",
-            split_table(own[name]),
-            effect_table(own[name]),
-            "The twin: " + verdict(twin[name]),
-        ]
-    return Report(_finding(own), parts)
+def settings(cfg: TrainConfig, quick: bool) -> dict[str, Any]:
+    """Return the number of questions, and for the null controls of PLANTED those about planted loops."""
+    planted = {"planted_rows": PLANTED_ROWS, "strengths": STRENGTHS}
+    same_loops = not cfg.model.lora_rank and cfg.model.injection == "diagonal"
+    return {"rows": 32 if quick else 64} | (planted if same_loops else {})
 
 
-def _finding(own: dict[str, list[LoopRoles]]) -> str:
-    """Whether the loops of each model are interchangeable, and the range of the function's share."""
-    words = {False: "have roles of their own", True: "are interchangeable", None: "leave it open"}
-    found = []
-    for name, runs in own.items():
-        share = across(runs, lambda r: r.share).mean
-        shuffled, needed = (cells(across(runs, pick("changed")))[0] for pick in (shuffle, last_loop))
-        found.append(
-            f"the loops of the model '{TITLES[name]}' {words[interchangeable(runs)]} (shuffling them changes "
-            f"{shuffled} of the answers, one loop fewer {needed}; the function's share is "
-            f"{share.min():.2f} to {share.max():.2f})"
-        )
-    return f"By what happens to the answers, {'; '.join(found)}."
-
-
-def _roles(runs: list[Result]) -> list[LoopRoles]:
+def roles(r: Results, arm: str, strength: float | None = None) -> list[LoopRoles]:
+    """Return the roles of an arm by seed, or those of its copies with a loop planted at a strength."""
+    runs = r.runs[arm] if strength is None else [run["planted"][str(strength)] for run in r.runs[f"{arm}-null"]]
     return [LoopRoles.from_dict(run["roles"]) for run in runs]
 
 
-def _null(twins: dict[str, list[LoopRoles]]) -> str:
-    def most(values: list[Tensor]) -> float:
-        # What was not measured is no zero: one NaN makes this NaN, which passes nowhere.
+def null(controls: list[LoopRoles]) -> dict[str, Any]:
+    """Return the largest function part and effect of an order in the null controls, and what they show."""
+
+    def most(values: list[torch.Tensor]) -> float:
+        # A number that was not measured is no zero: one NaN makes this NaN, which passes nowhere.
         return torch.cat([x.flatten() for x in values]).abs().max().item()
 
-    runs = [run for each in twins.values() for run in each]
-    function = most([run.function for run in runs])
-    kl = most([run.kl[name] for run in runs for name in ("swap", "shuffle")])
-    passed = function < 1e-5 and kl < 1e-5
-    return (
-        f"Null control: in {len(runs)} twins without loop embedding and depth LoRA the largest function part of any "
-        f"sequence is {function:.1g} of the update, and the largest KL of a swap or shuffle {kl:.1g} nats: "
-        f"{'float error at most' if passed else 'NOT zero, so the measurement is at fault'}."
-    )
+    function = most([run.function for run in controls])
+    kl = most([run.kl[name] for run in controls for name in ("swap", "shuffle")])
+    passed = "float error at most" if function < 1e-5 and kl < 1e-5 else "NOT zero, so the measurement is at fault"
+    return {"n": len(controls), "function": function, "kl": kl, "passed": passed}
 
 
-def _planted(title: str, planted: dict[float, list[LoopRoles]]) -> list[Part]:
-    """How much of the planted loop is found, and where."""
+def planted(r: Results, arm: str) -> dict[str, Any]:
+    """Return how much of the planted loop is found, and where, by strength."""
     rows, found = [], True
-    for strength, runs in planted.items():
-        n = runs[0].distinct.shape[1]
-        distinct, swap = across(runs, lambda r: r.distinct), across(runs, lambda r: r.kl["swap"])
-        at = [t in (PLANTED_LOOP - 1, PLANTED_LOOP) for t in range(n - 1)]
-        others = [t for t in range(n) if t != PLANTED_LOOP]
-        # Elsewhere nothing but rounding, if that; here what may be little, but clear of it.
-        elsewhere = (distinct.high[others].max(), swap.high[[not x for x in at]].max())
-        here = (distinct.low[PLANTED_LOOP], swap.mean[at].min())
+    for strength in STRENGTHS:
+        runs = roles(r, arm, strength)
+        distinct, swap = across(runs, lambda x: x.distinct), across(runs, lambda x: x.kl["swap"])
+        others = np.arange(len(distinct.mean)) != PLANTED_LOOP
+        pairs = np.isin(np.arange(len(swap.mean)), (PLANTED_LOOP - 1, PLANTED_LOOP))
+        # Elsewhere there may be rounding and no more; the planted loop's own effect may be small, but clear of that.
+        elsewhere = distinct.high[others].max(), swap.high[~pairs].max()
+        here = distinct.low[PLANTED_LOOP], swap.mean[pairs].min()
         found = found and all(e < 1e-5 and h > max(0.0, 100 * e) for h, e in zip(here, elsewhere, strict=True))
-        there = cells(distinct)[PLANTED_LOOP]
-        pair = [cells(swap, ".3g")[t] for t in (PLANTED_LOOP - 1, PLANTED_LOOP)]
-        measured = sum(_strength(run, PLANTED_LOOP) for run in runs) / len(runs)
         rows.append(
-            [
-                f"{strength:g}",
-                f"{measured:.5f}",
-                there,
-                *pair,
-                f"{max(elsewhere):.1g}",
-                cells(across(runs, shuffle("changed")))[0],
-            ]
+            {
+                "strength": strength,
+                "measured": np.mean([_strength(run, PLANTED_LOOP) for run in runs]),
+                "distinct": cells(distinct)[PLANTED_LOOP],
+                "before": cells(swap, ".3g")[PLANTED_LOOP - 1],
+                "after": cells(swap, ".3g")[PLANTED_LOOP],
+                "elsewhere": max(elsewhere),
+                "shuffled": cells(across(runs, shuffle("changed")))[0],
+            }
         )
-    return [
-        f"Planted case: loop {PLANTED_LOOP} of the twin of '{title}' is given a depth LoRA that no other "
-        "loop has. It is "
-        + ("found at every strength, and nothing is found elsewhere." if found else "NOT found at every strength."),
-        Table(
-            [
-                "planted, of an update",
-                "measured",
-                f"distinctness of loop {PLANTED_LOOP}",
-                f"KL of swap {PLANTED_LOOP - 1}, {PLANTED_LOOP}",
-                f"KL of swap {PLANTED_LOOP}, {PLANTED_LOOP + 1}",
-                "most anywhere else",
-                "answers that a shuffle changes",
-            ],
-            rows,
-        ),
-    ]
+    words = "found at every strength, and nothing is found elsewhere" if found else "NOT found at every strength"
+    return {"rows": rows, "found": words}
 
 
-PROTOCOL = f"""
-The change between two consecutive updates is split exactly into a part from the function (same state, other loop index)
-and a part from the state (same index, other state); the mean of both orders of the split is reported, each order of the
-function part beside it, in units of the update. Loops are then left out, run twice, swapped with the next or all
-shuffled (8 orders), and the KL at the output against the untouched run is taken; a loop more is there for comparison.
-All of it at the positions of answers, in sequences of fresh questions.
+def fill(r: Results) -> dict[str, Any]:
+    """Return what fills the page: the tables and the verdict of every model, and the controls."""
+    words = {False: "have roles of their own", True: "are interchangeable", None: "leave it open"}
+    models, finding = {}, []
+    for arm, title in TITLES.items():
+        runs, controls = roles(r, arm), roles(r, f"{arm}-null")
+        share = across(runs, lambda x: x.share).mean
+        shuffled, needed = (cells(across(runs, pick("changed")))[0] for pick in (shuffle, last_loop))
+        finding.append(
+            f"the loops of the model '{title}' {words[interchangeable(runs)]} (shuffling them changes {shuffled} of "
+            f"the answers, one loop fewer {needed}; the function's share is {share.min():.2f} to {share.max():.2f})"
+        )
+        models[arm] = {
+            "verdict": verdict(runs),
+            "loops": LOOPS[arm],
+            "accuracy": r[arm, "accuracy"].at(),
+            "null_accuracy": r[f"{arm}-null", "accuracy"].at(),
+            "null_verdict": verdict(controls),
+            "split": split_table(runs),
+            "effects": effect_table(runs),
+        }
+    in_place = {arm: planted(r, arm) for arm in PLANTED}
+    controls = [run for arm in TITLES for run in roles(r, f"{arm}-null")]
+    return models | {
+        "finding": "; ".join(finding),
+        "one": " With one seed, intervals are over its sequences." * (len(r.runs["khop"]) == 1),
+        "null": null(controls),
+        "planted": {arm: found["found"] for arm, found in in_place.items()},
+        **{f"planted_{arm}": found["rows"] for arm, found in in_place.items()},
+    }
 
-Models: the published architecture at width 128 on 2-digit addition ({LOOPS["published"]} loops, the published fixed
-depth; trained by Muon, since the published optimiser learns nothing in minutes; ACT is off, for in a pilot with it all
-tokens learned to leave after a loop or two, which left no loops to compare); the recipe `tiny-addition` with loop
-embedding and depth LoRA ({LOOPS["diagonal"]} loops); the recipe `tiny-khop` with both ({LOOPS["khop"]} loops on
-questions of 4 hops). Null control: the twin of each without loop embedding and depth LoRA, trained alike; its function
-part, swaps and shuffles have to come out as zero. Planted case: trained twins in which loop {PLANTED_LOOP} alone gets
-a random depth LoRA of a known size; on k-hop, where every loop is needed, they also tell how large a role has to be
-before answers show it. Intervals: Student's t over seeds; of a single seed, bootstrap over its
-sequences.
-"""
 
-EXPERIMENT = Experiment(
-    title="Is loop t doing something different from loop t+1?",
+def draw_function(r: Results, path: Path) -> None:
+    models = {title: roles(r, arm) for arm, title in TITLES.items()}
+    models[f"planted at loop {PLANTED_LOOP}"] = roles(r, "diagonal", 0.1)
+    draw_split(models, path, "without index-dependent parts")
+
+
+def draw_interventions(r: Results, path: Path) -> None:
+    draw_effects({title: roles(r, arm) for arm, title in TITLES.items()}, path)
+
+
+STUDY = Study(
+    title="Does loop t do something different from loop t+1?",
     question="Do the loops of a trained model have roles of their own, or is each the same function of another state?",
-    protocol=PROTOCOL,
+    page=Path(__file__).with_suffix(".md"),
     cost=("1 min", "50 min"),
-    run=run,
-    report=report,
-    n_parts=lambda lab: (2 * len(TITLES) + len(PLANTED)) * len(lab.seeds),
+    arms=arms,
+    titles=TITLES,
+    settings=settings,
+    measure=measure,
+    fill=fill,
+    figures={"function": draw_function, "interventions": draw_interventions},
 )

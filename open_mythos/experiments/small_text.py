@@ -2,6 +2,8 @@
 
 import dataclasses
 import gzip
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from open_mythos.data.documents import first_text
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.records import Reading
 from open_mythos.data.shards import INDEX, SPLITS, TokenShards
-from open_mythos.experiments.small_text_report import best, small_text_report
-from open_mythos.experiments.study import Experiment, Lab, Result, seeded
+from open_mythos.experiments.study import Lab, Result, Results, Run, Study, plain
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.stats import token_bits
+from open_mythos.reports.document import Table
+from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.stats import TextEstimate, token_bits
 from open_mythos.tasks import Shards
 from open_mythos.tasks.task import Batch, to_tensor
 from open_mythos.tokenization.tokenizer import BPETokenizer
@@ -27,51 +30,43 @@ from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 
 LOOPS = (1, 2, 4, 6, 8, 12, 16)
+WINDOWS = 400
+"""Held-out windows of the evaluation; the quick form has a tenth."""
 RATES = (0.5, 1.0, 2.0)
-"""Factors of the recipe's learning rates that every arm's sweep begins with."""
+"""Factors of the recipe's learning rates with which every arm's sweep begins."""
 SWEEP_SEED = 1000
 SWEEP_ROWS = 128
 """Windows of the training text that score a sweep; no run reads them."""
-TITLES = {
-    "sampled": "looped, sampled depth",
-    "fixed": "looped, fixed depth",
-    "parameters": "plain, same parameters",
-    "flops": "plain, same FLOPs",
-    # One more run, of the first seed alone, which undoes a choice of the recipe.
-    "unnormed": "looped, sampled depth, prelude output not normalised",
-}
-WINDOWS = 400
-"""Held-out windows of the evaluation."""
+LOOPED, PLAIN = ("sampled", "fixed"), ("parameters", "flops")
+WORTH = {"higher": "worse", "lower": "better", "undecided": "undecided"}
+"""What a difference in bits per byte says of the first of two models."""
 
 
-def arms(base: TrainConfig) -> dict[str, TrainConfig]:
-    """The recipe, its twin at a fixed depth, and plain transformers with its parameters and with its FLOPs."""
-    base = dataclasses.replace(base, eval=EvalConfig())
-    model, loops = base.model, LoopsConfig("fixed", base.loops.mean)
+def arms(quick: bool) -> dict[str, TrainConfig]:
+    """The recipe; a fixed depth; plain transformers with its parameters and with its FLOPs; and one choice undone."""
+    base = dataclasses.replace(load_recipe("small-text"), eval=EvalConfig())
+    if quick:
+        base = dataclasses.replace(base, steps=4, batch_size=2)
+    model, flat = base.model, dataclasses.replace(base, loops=LoopsConfig())
     outside = model.prelude_layers + model.coda_layers
     return {
         "sampled": base,
-        "fixed": dataclasses.replace(base, loops=loops),
-        "parameters": _plain(base, outside + model.recurrent_layers),
-        "flops": _plain(base, outside + model.recurrent_layers * int(base.loops.mean)),
+        "fixed": dataclasses.replace(base, loops=LoopsConfig("fixed", base.loops.mean)),
+        "parameters": plain(flat, outside + model.recurrent_layers),
+        "flops": plain(flat, outside + model.recurrent_layers * int(base.loops.mean)),
+        "unnormed": dataclasses.replace(base, model=dataclasses.replace(model, prelude_norm=False)),
     }
 
 
-def _plain(base: TrainConfig, blocks: int) -> TrainConfig:
-    layers = {"prelude_layers": blocks, "coda_layers": 0, "recurrent_layers": 0}
-    model = dataclasses.replace(base.model, **layers, prelude_norm=False)
-    return dataclasses.replace(base, model=model, loops=LoopsConfig())
-
-
 def task(cfg: TrainConfig) -> Shards:
-    """The prepared text of the recipe."""
+    """Return the prepared text of the recipe."""
     if not isinstance(cfg.data, Shards):
-        raise TypeError(f"the recipe small-text trains on {cfg.data.name!r}, not on shards; mend the recipe")
+        raise TypeError(f"the recipe small-text trains on {cfg.data.name!r}, not on shards; fix the recipe")
     return cfg.data
 
 
 def costs(cfg: TrainConfig) -> dict[str, Any]:
-    """Blocks, parameters, and FLOPs of a token's forward pass at the mean depth with half a window of context."""
+    """Return blocks, parameters, and FLOPs of a token's forward pass at the mean depth, half a window being context."""
     counts, model = count_parameters(cfg.model), cfg.model
     flops = flops_per_token(model, int(cfg.loops.mean) if model.recurrent_layers else 1, cfg.data.seq_len // 2)
     return {
@@ -83,20 +78,29 @@ def costs(cfg: TrainConfig) -> dict[str, Any]:
     }
 
 
-def tuned(cfg: TrainConfig, seed: int, rate: float) -> TrainConfig:
-    """The run with weights, depths and order of the text of its own, at `rate` times the recipe's learning rates."""
+def at_rate(cfg: TrainConfig, rate: float) -> TrainConfig:
+    """Return the run at `rate` times the recipe's learning rates."""
     optim = dataclasses.replace(cfg.optim, lr=cfg.optim.lr * rate, muon_lr=cfg.optim.muon_lr * rate)
-    data = dataclasses.replace(cfg.data, order_seed=seed)
-    return dataclasses.replace(seeded(cfg, seed), data=data, optim=optim)
+    return dataclasses.replace(cfg, optim=optim)
+
+
+def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
+    """Return the run with weights, depths and order of the text of its own."""
+    return dataclasses.replace(cfg, seed=seed, data=dataclasses.replace(task(cfg), order_seed=seed))
+
+
+def best(sweep: Result) -> float:
+    """Return the factor of the learning rates with the lowest score."""
+    return float(min(sweep, key=lambda rate: np.sum(sweep[rate]["bits"])))
 
 
 def window_bits(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> Tensor:
-    """(loops, windows) bits of the labels of each window; one line for a model without loops."""
+    """Return (loops, windows) the bits of the labels of each window; one line for a model without loops."""
     return by_loop(model, batch, loops, lambda logits, labels: token_bits(logits, labels).double().sum(1), rows=8)
 
 
 def held_out(data: Shards, n: int) -> Batch:
-    """`n` windows (or all, if there are fewer) of the held-out text, at even distances and without overlap."""
+    """Return `n` windows of the held-out text, or all if there are fewer, at even distances and without overlap."""
     tokens = TokenShards(data.paths[0], "validation")
     there = (tokens.n_tokens - 1) // data.seq_len
     places = np.linspace(0, there - 1, min(n, there)).astype(int)
@@ -104,10 +108,10 @@ def held_out(data: Shards, n: int) -> Batch:
 
 
 def unread(cfg: TrainConfig) -> Batch:
-    """The last windows of the first epoch, in the order of the run: training text that it does not come to.
+    """Return the last windows of the first epoch, in the order of the run: training text that the run never reads.
 
     Raises:
-        ValueError: it does.
+        ValueError: the run reads them.
     """
     folder = task(cfg).paths[0]
     n = (TokenShards(folder, "train").n_tokens - 1) // cfg.data.seq_len
@@ -125,7 +129,7 @@ def _batch(rows: list[np.ndarray]) -> Batch:
 
 
 def null_lines(data: Shards, batch: Batch) -> dict[str, float]:
-    """Bits per byte without a network: from counts of all the training text, and by gzip of the held-out text."""
+    """Return bits per byte without a network: from counts of the training text, and by gzip of the held-out text."""
     train, held = (TokenShards(data.paths[0], split) for split in ("train", "validation"))
     V, ids = train.info["vocab_size"], train.read(0, train.n_tokens)
     before, token = batch.input_ids.numpy(), batch.labels.numpy()
@@ -145,7 +149,7 @@ def null_lines(data: Shards, batch: Batch) -> dict[str, float]:
 
 
 def prepare_corpus(folder: Path, vocab_size: int) -> None:
-    """What the commands in the recipe's docstring do, as far as it is not done."""
+    """Do what the commands in the recipe's docstring do, as far as it is not done."""
     if (folder / INDEX).exists():
         return
     corpus, bpe = folder.parent / "corpus.jsonl", folder.parent / f"bpe-{vocab_size}"
@@ -158,40 +162,23 @@ def prepare_corpus(folder: Path, vocab_size: int) -> None:
     prepare([str(corpus)], folder, str(bpe), Settings(held_out=0.03))
 
 
-def run(lab: Lab) -> Result:
-    base = load_recipe("small-text")
-    if lab.quick:
-        base = dataclasses.replace(base, steps=4, batch_size=2)
-    data = task(base)
-    prepare_corpus(Path(data.paths[0]), base.model.vocab_size)
-    unread(base)
-    batch, every = held_out(data, 40 if lab.quick else WINDOWS), arms(base)
-    depths = np.stack([base.loops.depths(lab.seeds[0], step, base.batch_size) for step in range(base.steps)])
-    sweep = {name: _sweep(name, cfg, lab) for name, cfg in every.items()}
-    every["unnormed"] = dataclasses.replace(every["sampled"], model=dataclasses.replace(base.model, prelude_norm=False))
-    results: Result = {
-        "recipe": base.to_dict(),
-        "loops": LOOPS,
-        "held_out_documents": TokenShards(data.paths[0], "validation").n_documents,
-        "bytes_per_window": data.bytes_per_token * data.seq_len,
-        "arms": {name: {"title": TITLES[name]} | costs(cfg) for name, cfg in every.items()},
-        "depths": np.bincount(depths.flatten()).tolist(),
-        "nulls": null_lines(data, batch),
-        "sweep_rows": SWEEP_ROWS,
-        "sweep": sweep,
-        "runs": {name: [] for name in every},
-    }
-    for seed in lab.seeds:
-        for name, cfg in every.items():
-            if name != "unnormed" or seed == lab.seeds[0]:
-                rates = sweep.get(name, sweep["sampled"])
-                found = _measured(f"{name}-{seed}", tuned(cfg, seed, best(rates)), lab, batch, LOOPS)
-                results["runs"][name].append(found)
-    return results
+def measured_on(batch: Batch, loops: tuple[int, ...], model: OpenMythos) -> Result:
+    """Return the rounded bits of each window at each number of loops."""
+    return {"bits": window_bits(model, batch, loops).numpy().round(2).tolist()}
 
 
-def _sweep(name: str, cfg: TrainConfig, lab: Lab) -> dict[str, Result]:
-    """Runs of a quarter of the steps by factor of the rates, which goes on until the best is not at an end."""
+def held_out_windows(cfg: TrainConfig, quick: bool) -> Batch:
+    """Return the windows of the evaluation."""
+    return held_out(task(cfg), WINDOWS // 10 if quick else WINDOWS)
+
+
+def text_of(cfg: TrainConfig) -> list[str]:
+    """Return the hashes of the prepared text, on which the numbers depend."""
+    return [shard.sha256 for split in SPLITS for shard in TokenShards(task(cfg).paths[0], split).shards]
+
+
+def sweep(name: str, cfg: TrainConfig, lab: Lab) -> dict[str, Result]:
+    """Run a quarter of the steps at several factors of the rates, until the best factor is not the first or last."""
     warmup = cfg.schedule.warmup_steps // 4
     cfg = dataclasses.replace(
         cfg, steps=cfg.steps // 4, schedule=dataclasses.replace(cfg.schedule, warmup_steps=warmup)
@@ -200,35 +187,189 @@ def _sweep(name: str, cfg: TrainConfig, lab: Lab) -> dict[str, Result]:
     waiting = list(RATES)
     while waiting:
         for rate in waiting:
-            run = tuned(cfg, SWEEP_SEED, rate)
-            found[str(rate)] = _measured(f"sweep-{name}-{rate}", run, lab, unread(run), (int(cfg.loops.mean),))
+            run = seeded(at_rate(cfg, rate), SWEEP_SEED)
+            batch, loops = unread(run), (int(cfg.loops.mean),)
+            asked = {"text": text_of(cfg), "windows": len(batch.labels), "loops": loops}
+            measure = partial(measured_on, batch, loops)
+            found[str(rate)] = lab.measured(f"sweep-{name}-{rate}", run, measure, **asked)
         rates = [float(rate) for rate in found]
         further = {min(rates): min(rates) / 2, max(rates): max(rates) * 2}
         waiting = [further[best(found)]] if best(found) in further and not lab.quick else []
     return found
 
 
-def _measured(label: str, cfg: TrainConfig, lab: Lab, batch: Batch, loops: tuple[int, ...]) -> Result:
-    def bits(model: OpenMythos) -> Result:
-        return {"bits": window_bits(model, batch, loops).numpy().round(2).tolist()}
+def prepare_runs(lab: Lab, arms: dict[str, TrainConfig]) -> Result:
+    """Prepare the text, give every arm the learning rates of its sweep, and return what the arms share."""
+    base = arms["sampled"]
+    data = task(base)
+    prepare_corpus(Path(data.paths[0]), base.model.vocab_size)
+    unread(base)
+    depths = np.stack([base.loops.depths(lab.seeds[0], step, base.batch_size) for step in range(base.steps)])
+    sweeps = {name: sweep(name, arms[name], lab) for name in (*LOOPED, *PLAIN)}
+    facts = {name: costs(cfg) for name, cfg in arms.items()}
+    for name, cfg in arms.items():
+        arms[name] = at_rate(cfg, best(sweeps.get(name, sweeps["sampled"])))
+    return {
+        "recipe": base.to_dict(),
+        "held_out_documents": TokenShards(data.paths[0], "validation").n_documents,
+        "bytes_per_window": data.bytes_per_token * data.seq_len,
+        "costs": facts,
+        "depths": np.bincount(depths.flatten()).tolist(),
+        "nulls": null_lines(data, held_out_windows(base, lab.quick)),
+        "sweep": sweeps,
+    }
 
-    text = [shard.sha256 for split in SPLITS for shard in TokenShards(task(cfg).paths[0], split).shards]
-    return lab.measured(label, cfg, bits, text=text, windows=len(batch.labels), loops=loops)
+
+def measure(run: Run) -> Result:
+    """Return the bits of every held-out window by loops."""
+    return measured_on(held_out_windows(run.config, run.lab.quick), LOOPS, run.model)
 
 
-EXPERIMENT = Experiment(
-    title="Text: sampled depth, its fixed twin, and plain transformers",
+def bits(r: Results, arm: str, n_loops: int) -> TextEstimate:
+    """Return the bits per byte of an arm at a number of loops."""
+    return TextEstimate(r[arm, "bits"].where(loops=n_loops).values / r.raw["bytes_per_window"], ".4f")
+
+
+def contrasts(r: Results, mean: int) -> dict[str, TextEstimate]:
+    """Return by title the bits per byte of the first named less the second."""
+    title, found = r.title, {}
+    for arm in LOOPED:
+        for n in (1, LOOPS[-1]):
+            what = f"{title(arm)}: {n} loop{'s' * (n > 1)} less {mean}"
+            found[what] = bits(r, arm, n) - bits(r, arm, mean)
+    sampled, fixed = LOOPED
+    both = f"{title(sampled)} less {title(fixed)}, both at {mean}"
+    found[both] = bits(r, sampled, mean) - bits(r, fixed, mean)
+    for arm in LOOPED:
+        for other in PLAIN:
+            found[f"{title(arm)} at {mean} less {title(other)}"] = bits(r, arm, mean) - bits(r, other, 1)
+    return found
+
+
+def against_plain(r: Results, arm: str, mean: int) -> str:
+    """Return how an arm compares with the plain transformers, as a clause."""
+    less = {r.title(other): bits(r, arm, mean) - bits(r, other, 1) for other in PLAIN}
+    said = ", ".join(f"{WORTH[x.verdict()]} than {title} ({x.mean:+.3f})" for title, x in less.items())
+    return f"{r.title(arm)}: {said}"
+
+
+def fill(r: Results) -> dict[str, Any]:
+    """Return the differences, the bits by loops, and the facts of the recipe, the arms and the sweeps."""
+    raw, cfg = r.raw, r.raw["recipe"]
+    mean, per_window = int(cfg["loops"]["mean"]), raw["bytes_per_window"]
+    n_windows, n_seeds = r.runs["sampled"][0]["asked"]["windows"], len(r.runs["sampled"])
+    every = [run for runs in (*r.runs.values(), *map(dict.values, raw["sweep"].values())) for run in runs]
+    deeper = bits(r, "sampled", LOOPS[-1]) - bits(r, "sampled", mean)
+    depths = np.repeat(np.arange(len(raw["depths"])), raw["depths"])
+    rates = sorted({float(rate) for sweep in raw["sweep"].values() for rate in sweep})
+
+    def score(sweep: Result, rate: float) -> str:
+        return f"{np.mean(sweep[str(rate)]['bits']) / per_window:.4f}" if str(rate) in sweep else ""
+
+    by_loops = [
+        {"loops": n}
+        | {arm: f"{bits(r, arm, n).mean:.4f} ({bits(r, arm, n).between('.3f')})" for arm in (*LOOPED, *PLAIN)}
+        for n in LOOPS
+    ]
+    by_seed = [
+        {"title": r.title(arm), "seed": run["seed"]}
+        | {
+            f"at_{n}": f"{np.mean(row) / per_window:.4f}" if row else ""
+            for n, row in itertools.zip_longest(LOOPS, run["bits"])
+        }
+        for arm, runs in r.runs.items()
+        for run in runs
+    ]
+    return {
+        "recipe": cfg,
+        "mean": mean,
+        "n_tokens": cfg["steps"] * cfg["batch_size"] * cfg["data"]["seq_len"],
+        "n_windows": n_windows,
+        "n_bytes": n_windows * per_window,
+        "documents": raw["held_out_documents"],
+        "n_seeds": r.n_seeds("sampled"),
+        "one": ": here there is one, so a difference between arms is one of single runs" if n_seeds == 1 else "",
+        "sampled": against_plain(r, "sampled", mean),
+        "fixed": against_plain(r, "fixed", mean),
+        "deeper": deeper.mean,
+        "deeper_worth": WORTH[deeper.verdict()],
+        "contrasts": [
+            {"what": what, "mean": x.mean, "between": x.between("+.4f"), "verdict": x.verdict()}
+            | {"by_seed": ", ".join(f"{value:+.4f}" for value in x.by_seed.mean(1))}
+            for what, x in contrasts(r, mean).items()
+        ],
+        "by_loops": by_loops,
+        "by_seed": by_seed,
+        "nulls": ", ".join(f"{name} {value:.3f}" for name, value in raw["nulls"].items()),
+        "context": cfg["data"]["seq_len"] // 2,
+        "minutes": sum(run["cpu_s"] for run in every) / 60,
+        "arms": [
+            r.arm(arm)
+            | facts
+            | {"layers": "{} + {} looped + {}".format(*facts["blocks"]) if facts["blocks"][1] else facts["blocks"][0]}
+            | {"mflops": facts["flops"] / 1e6, "without_head": facts["flops_without_head"] / 1e6}
+            for arm, facts in raw["costs"].items()
+        ],
+        "depth": {"mean": depths.mean(), "most": depths.max(), "quantile": np.quantile(depths, 0.99)},
+        "first_seed": r.runs["sampled"][0]["seed"],
+        "sweep_steps": cfg["steps"] // 4,
+        "sweep_rows": r.raw["sweep"]["sampled"]["1.0"]["asked"]["windows"],
+        "sweeps": Table(
+            ["arm", *(f"x {rate:g}" for rate in rates), "chosen"],
+            [
+                [r.title(arm), *(score(sweep, rate) for rate in rates), f"{best(sweep):g}"]
+                for arm, sweep in raw["sweep"].items()
+            ],
+        ),
+    }
+
+
+def named(r: Results, arm: str) -> str:
+    """Return the title of an arm with its costs."""
+    facts = r.raw["costs"][arm]
+    return f"{r.title(arm)}: {facts['parameters'] / 1e6:.2f} M parameters, {facts['flops'] / 1e6:.1f} MFLOP per token"
+
+
+def draw_loops(r: Results, path: Path) -> None:
+    curves = {named(r, arm): [(n, *bits(r, arm, n).interval) for n in LOOPS] for arm in (*LOOPED, *PLAIN)}
+    interval_curves(curves, ("loops", "bits per byte of held-out text"), "Text by loops", path)
+
+
+def draw_closer(r: Results, path: Path) -> None:
+    mean, base = int(r.raw["recipe"]["loops"]["mean"]), bits(r, "parameters", 1)
+    curves = {
+        named(r, arm): [(n, *(bits(r, arm, n) - base).interval) for n in LOOPS if n >= mean]
+        for arm in (*LOOPED, "flops")
+    }
+    level = (named(r, "parameters"), 0.0)
+    interval_curves(curves, ("loops", "bits per byte, difference"), "Closer", path, level=level)
+
+
+STUDY = Study(
+    title="Text: sampled depth, fixed depth, and plain transformers",
     question="What do more loops give a model of text that was trained at sampled depth, and is it better than a plain "
     "transformer with as many parameters, or with as many FLOPs?",
-    protocol="""Four arms read the same tokens in the same order, with the same optimizers (Muon and AdamW): the recipe
-`small-text`, whose depth is sampled; its twin at one fixed depth; a plain transformer with as many parameters; one with
-as many FLOPs per token. Each arm's learning rates are those of its own sweep of shorter runs, all swept alike and
-scored on training text that no run reads. Then bits per byte of held-out text (of the corpus of `mythos fetch-corpus`:
-one play and 46 chapters of the Bible; training has other plays and chapters), at 1 to 16 loops where there are loops.
-Each seed has its own weights, depths and order of the text. Null lines: counts of single tokens and of pairs, and
-gzip.""",
+    page=Path(__file__).with_suffix(".md"),
     cost=("1 min", "30 min for one seed"),
-    run=run,
-    report=small_text_report,
+    arms=arms,
+    titles={
+        "sampled": "looped, sampled depth",
+        "fixed": "looped, fixed depth",
+        "parameters": "plain, same parameters",
+        "flops": "plain, same FLOPs",
+        "unnormed": "looped, sampled depth, prelude output not normalised",
+    },
     seeds=(0,),
+    n_seeds={"unnormed": 1},
+    seeded=seeded,
+    settings=lambda cfg, quick: {
+        "text": text_of(cfg),
+        "windows": len(held_out_windows(cfg, quick).labels),
+        "loops": LOOPS,
+    },
+    prepare=prepare_runs,
+    measure=measure,
+    axes={"bits": {"loops": LOOPS, "window": range(WINDOWS)}},
+    fill=fill,
+    figures={"loops": draw_loops, "closer": draw_closer},
 )

@@ -29,9 +29,9 @@ from open_mythos.model import OpenMythos
 from open_mythos.reports.document import Figure, Part, Report, write_record
 from open_mythos.reports.figures import Curve, require_matplotlib
 from open_mythos.reports.stats import Estimate, over_seeds
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.final import find_problem
+from open_mythos.train.run_folder import find_problem
 from open_mythos.train.trainer import Trainer
 
 MAX_RESULT_BYTES = 2**27
@@ -65,10 +65,10 @@ class Lab:
             print(f"{label}: a run of another configuration is removed")
             shutil.rmtree(folder)
         if find_problem(final) is not None:
-            keeping = Keeping(max(1, cfg.steps // 10), 1)
+            checkpoint = CheckpointConfig(max(1, cfg.steps // 10), 1)
             began, before = time.process_time(), self.cpu_s(label)
             try:
-                Trainer(cfg, folder, device="cpu", threads=self.threads, keeping=keeping, resume=True).run()
+                Trainer(cfg, folder, device="cpu", threads=self.threads, checkpoint=checkpoint, resume=True).run()
             finally:
                 if folder.exists():
                     write_text(folder / "cpu_s", f"{before + time.process_time() - began:.1f}\n")
@@ -131,16 +131,18 @@ class Run:
     settings: Mapping[str, Any]
     """What `Study.settings` says, such as the number of questions."""
     lab: Lab
+    model: Any = None
+    """The trained model in eval mode; None where the arm is no TrainConfig."""
 
     @property
     def label(self) -> str:
         """The name of the run's folder."""
         return f"{self.arm}-{self.seed}".replace(" ", "-")
 
-    @functools.cached_property
-    def model(self) -> OpenMythos:
-        """The trained model, in eval mode."""
-        return self.lab.trained(self.label, self.config)
+    @property
+    def folder(self) -> Path:
+        """The run's folder, which has the metrics of training."""
+        return self.lab.runs / self.label
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,13 @@ class Measure:
 
     def curve(self, label: str, color: int) -> Curve:
         """Return a line of a figure along the only axis."""
-        mean, low, high = (x.tolist() for x in over_seeds(self.values))
-        return Curve(list(*self.axes.values()), mean, label, color, low, high)
+        return curve(list(*self.axes.values()), self.values, label, color)
+
+
+def curve(xs: Sequence[float], values: np.ndarray, label: str, color: int) -> Curve:
+    """Return a line of a figure through the means of (S, X), with the intervals over seeds."""
+    mean, low, high = (x.tolist() for x in over_seeds(values))
+    return Curve(xs, mean, label, color, low, high)
 
 
 class Results:
@@ -268,11 +275,12 @@ class Study:
         return {"parameters": sizes} | shared | {"runs": runs}
 
     def _run_one(self, lab: Lab, arm: str, config: Any, seed: int) -> Result:
-        settings, trains = self.settings(config, lab.quick), isinstance(config, TrainConfig)
-        run = Run(arm, self.seeded(config, seed) if trains else config, seed, settings, lab)
-        asked = {"config": run.config.to_dict() if trains else {"arm": config, "seed": seed}, **settings}
-        return lab.computed(
-            run.label, lambda: self.measure(run) | ({"cpu_s": lab.cpu_s(run.label)} if trains else {}), **asked
+        run = Run(arm, config, seed, self.settings(config, lab.quick), lab)
+        if not isinstance(config, TrainConfig):
+            return lab.computed(run.label, lambda: self.measure(run), arm=config, seed=seed, **run.settings)
+        run = dataclasses.replace(run, config=self.seeded(config, seed))
+        return lab.measured(
+            run.label, run.config, lambda model: self.measure(dataclasses.replace(run, model=model)), **run.settings
         )
 
     def text(self, heading: str) -> str:
@@ -289,7 +297,7 @@ class Study:
         values = self.fill(results)
         parts: list[Part] = []
         for paragraph in self.text("Report").split("\n\n"):
-            image = re.fullmatch(r"!\[(.*)\]\((\w+)\.png\)", paragraph)
+            image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)
             if image:
                 draw = functools.partial(self.figures[image[2]], results)
                 parts.append(Figure(image[2], image[1].format_map(values), draw))
@@ -325,6 +333,12 @@ class Experiment:
 
 def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
     return dataclasses.replace(cfg, seed=seed)
+
+
+def plain(cfg: TrainConfig, blocks: int) -> TrainConfig:
+    """Return the run for a plain transformer of so many blocks."""
+    layers = {"prelude_layers": blocks, "recurrent_layers": 0, "coda_layers": 0, "prelude_norm": False}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **layers))
 
 
 def load(name: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from open_mythos.checks import check_int
 from open_mythos.compile import compile_model
 from open_mythos.config import MythosConfig
+from open_mythos.generation.prompts import check_room, encode_prompt
 from open_mythos.generation.sampling import generator_of, sample
 from open_mythos.generation.sampling_params import Biases, Sampling
 from open_mythos.nn.eval_mode import evaluating
@@ -96,7 +97,8 @@ class GenerationMixin(nn.Module):
         penalties = repetition_penalty, frequency_penalty, presence_penalty
         params = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias)
         prompts = _read_prompts(input_ids, attention_mask, tokenizer, cfg, next(self.parameters()).device)
-        prompts.check_room(max_new_tokens, cfg)
+        check_int("max_new_tokens", max_new_tokens, 1)
+        check_room(prompts.ids.shape[1], max_new_tokens, cfg, "max_new_tokens")
         for token, _ in params.biases:
             check_int("logit_bias", token, 0, cfg.vocab_size - 1)
         depth, rule = check_n_loops(n_loops, cfg), self.exit_rule(exit, exit_threshold)
@@ -196,17 +198,6 @@ class _Prompts:
     texts: Sequence[str] = ()
     """The prompts themselves, when they are text."""
 
-    def check_room(self, max_new_tokens: int, cfg: MythosConfig) -> None:
-        """Refuse more new tokens than the context or the configuration allow."""
-        n, longest, most = self.ids.shape[1], cfg.max_seq_len, cfg.max_output_tokens
-        if (limit := min(most, longest - n)) < 1:
-            raise ValueError(f"the prompt's {n} tokens fill max_seq_len={longest}; shorten the prompt")
-        remedy = (
-            f"the prompt has {n} tokens, max_seq_len={longest} and max_output_tokens={most}, so use "
-            f"max_new_tokens={limit} or less, or a shorter prompt"
-        )
-        check_int("max_new_tokens", max_new_tokens, 1, limit, remedy)
-
     def lists(self) -> list[list[int]]:
         """Return the prompts without padding."""
         lengths = [self.ids.shape[1]] * len(self.ids) if self.mask is None else self.mask.sum(1).tolist()
@@ -254,30 +245,16 @@ def _read_prompts(
             "use torch.tensor([ids])"
         )
     kind = "text" if isinstance(rows[0], str) else "ids"
-    ids = [_encode(row, tokenizer, kind, i) for i, row in enumerate(rows)]
+    if any(isinstance(row, str) != (kind == "text") for row in rows):
+        raise TypeError("input_ids mixes strings and ids; give prompts of one kind")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    ids = [encode_prompt(row, tokenizer, cfg, f"input_ids[{i}]") for i, row in enumerate(rows)]
     width = max(map(len, ids))
     batch = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
     check_ids(batch, cfg)
     lengths = torch.tensor([len(row) for row in ids], device=device)
     mask = torch.arange(width, device=device) >= width - lengths[:, None] if min(map(len, ids)) < width else None
     return _Prompts(batch, mask, kind, single, rows if kind == "text" else ())
-
-
-def _encode(prompt: Any, tokenizer: Tokenizer | None, kind: str, row: int) -> list[int]:
-    if isinstance(prompt, str) != (kind == "text"):
-        raise TypeError("input_ids mixes strings and ids; give prompts of one kind")
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(
-                "input_ids holds text, which needs tokenizer=; use load_tokenizer(folder) of the model's folder"
-            )
-        prompt = tokenizer.encode(prompt)
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    if not isinstance(ids, Sequence) or not all(type(i) is int for i in ids):
-        raise TypeError(f"prompt {row} of input_ids is {prompt!r:.60}, which is no list of ids; use [1, 2, 3]")
-    if not ids:
-        raise ValueError(f"prompt {row} of input_ids is empty; give it a start token")
-    return list(ids)
 
 
 class _Stops:

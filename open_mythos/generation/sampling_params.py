@@ -7,6 +7,7 @@ fields (cli/options.py), the server makes its bounds of them (server/protocol.py
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from open_mythos.checks import MAX_INT, check_bool, check_int, check_number
@@ -25,73 +26,58 @@ Biases = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Bound:
-    """The numbers that an option may take."""
+    """The numbers that an option may take, from `low` up to `high` (None: no limit)."""
 
     low: float
     high: float | None = None
-    """The largest of them; None: no limit."""
     remedy: str = ""
-    is_int: bool = False
     is_above: bool = False
     """True if `low` itself is not allowed."""
 
-    def check(self, name: str, value: object) -> None:
+    def check(self, name: str, value: object, is_int: bool) -> None:
         """Refuse a value outside the bound."""
-        if self.is_int:
-            high = MAX_INT if self.high is None else int(self.high)
-            check_int(name, value, int(self.low), high, self.remedy)
+        if is_int:
+            check_int(name, value, int(self.low), MAX_INT if self.high is None else int(self.high), self.remedy)
         else:
-            high = float("inf") if self.high is None else self.high
-            check_number(name, value, self.low, high, above=self.is_above, remedy=self.remedy)
+            check_number(
+                name, value, self.low, inf if self.high is None else self.high, above=self.is_above, remedy=self.remedy
+            )
 
 
-def _option(default: Any, help: str, bound: Bound | None = None) -> Any:
-    """Declare an option: its default, its meaning and, for a number, its bound."""
-    return field(default=default, metadata={"help": help, "bound": bound})
+def _option(default: Any, help: str, *bound: Any, **more: Any) -> Any:
+    """Declare an option: its default, its meaning and, for a number, the arguments of its `Bound`."""
+    return field(default=default, metadata={"help": help, "bound": Bound(*bound, **more) if bound else None})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults draw from the model's own distribution.
+    """Options that choose the next token; the defaults draw from the model's own distribution.
 
     Raises:
         TypeError: a field is no number (a bool is none), or `logit_bias` is no mapping.
         ValueError: a field is out of range.
     """
 
+    # fmt: off
     temperature: float = _option(
-        1.0,
-        "Divides the logits; 0 is greedy: the best token, whatever the filters say.",
-        Bound(0, remedy="use 0 for greedy, or 1.0"),
-    )
-    top_k: int | None = _option(
-        None, "Keep the k best tokens; 0 keeps all.", Bound(0, remedy="use top_k=0 to keep all", is_int=True)
-    )
+        1.0, "Divides the logits; 0 is greedy: the best token, whatever the filters say.",
+        0, remedy="use 0 for greedy, or 1.0")
+    top_k: int | None = _option(None, "Keep the k best tokens; 0 keeps all.", 0, remedy="use top_k=0 to keep all")
     top_p: float = _option(
-        1.0,
-        "Keep the fewest best tokens whose probabilities sum to at least top_p; 0 keeps the best one.",
-        Bound(0, 1, "use top_p=1.0 to keep all"),
-    )
+        1.0, "Keep the fewest best tokens whose probabilities sum to at least top_p; 0 keeps the best one.",
+        0, 1, "use top_p=1.0 to keep all")
     min_p: float = _option(
-        0.0, "Keep the tokens at least min_p times as probable as the best.", Bound(0, 1, "use min_p=0.0 to keep all")
-    )
+        0.0, "Keep the tokens at least min_p times as probable as the best.", 0, 1, "use min_p=0.0 to keep all")
     repetition_penalty: float = _option(
-        1.0,
-        "Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones.",
-        Bound(0, remedy="use 1.0 for none", is_above=True),
-    )
+        1.0, "Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones.",
+        0, remedy="use 1.0 for none", is_above=True)
     frequency_penalty: float = _option(
-        0.0,
-        "Subtracted from a logit for each time its token occurs in the answer so far.",
-        Bound(-2, 2, "use 0.0 for none"),
-    )
+        0.0, "Subtracted from a logit for each time its token occurs in the answer so far.", -2, 2, "use 0.0 for none")
     presence_penalty: float = _option(
-        0.0, "Subtracted once from the logits of all tokens in the answer so far.", Bound(-2, 2, "use 0.0 for none")
-    )
-    logit_bias: Mapping[int, float] | Biases = field(
-        default=(),
-        metadata={"help": "Numbers from -100 to 100 that are added to the logits of these ids; stored as `biases`."},
-    )
+        0.0, "Subtracted once from the logits of all tokens in the answer so far.", -2, 2, "use 0.0 for none")
+    logit_bias: Mapping[int, float] | Biases = field(default=(), metadata={
+        "help": "Numbers from -100 to 100 that are added to the logits of these ids; stored as `biases`."})
+    # fmt: on
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -112,61 +98,44 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingParams(Sampling):
-    """How a request is answered: how its tokens are chosen, when it ends, and how many loops a token takes.
+    """Options of a request: how its tokens are chosen, when it ends, and how many loops a token takes.
 
     Raises:
         TypeError, ValueError: a field is unusable with any model.
     """
 
+    # fmt: off
     n: int = _option(
-        1,
-        "Answers to each prompt; answer i has the seed `seed + i`, which wraps around at the largest int64.",
-        Bound(1, 2**16, "use n=1", is_int=True),
-    )
+        1, "Answers to each prompt; answer i has the seed `seed + i`, which wraps around at the largest int64.",
+        1, 2**16, "use n=1")
     max_tokens: int = _option(
-        16,
-        "New tokens of each answer at most, the stop token included; 0 computes the prompt only.",
-        Bound(0, 2**31, "use max_tokens=16", is_int=True),
-    )
+        16, "New tokens of each answer at most, the stop token included; 0 computes the prompt only.",
+        0, 2**31, "use max_tokens=16")
     seed: int | None = _option(
-        None,
-        "Seed of the request's own random numbers, any int64; left out: a fresh one. Equal seeds draw equally, "
-        "whatever else runs.",
-        Bound(-(2**63), 2**63 - 1, "use seed=0", is_int=True),
-    )
+        None, "Seed of the request's own random numbers, any int64; left out: a fresh one. Equal seeds draw equally, "
+        "whatever else runs.", -(2**63), 2**63 - 1, "use seed=0")
     stop: str | Sequence[str] = _option((), "Strings that end an answer. The text ends before them.")
     stop_token_ids: Sequence[int] = _option(
-        (), "Ids that end an answer and are its last token, in addition to the tokenizer's end token."
-    )
+        (), "Ids that end an answer and are its last token, in addition to the tokenizer's end token.")
     ignore_eos: bool = _option(False, "Continue after the tokenizer's end token.")
     logprobs: int | None = _option(
-        None,
-        "Return the log-probability of each token, and those of this many best tokens; left out: neither.",
-        Bound(0, MAX_LOGPROBS, "use logprobs=5 or less", is_int=True),
-    )
+        None, "Return the log-probability of each token, and those of this many best tokens; left out: neither.",
+        0, MAX_LOGPROBS, "use logprobs=5 or less")
     prompt_logprobs: int | None = _option(
-        None,
-        "Return the log-probability of each prompt token but the first, and those of this many best tokens; left out: "
-        "neither. The whole prompt is then computed, even where a cached prefix could be reused.",
-        Bound(0, MAX_LOGPROBS, "use prompt_logprobs=5 or less", is_int=True),
-    )
+        None, "Return the same for each prompt token but the first; left out: neither. The whole prompt is then "
+        "computed, even where a cached prefix could be reused.", 0, MAX_LOGPROBS, "use prompt_logprobs=5 or less")
     json_schema: str | Mapping[str, Any] | None = _option(
-        None,
-        "JSON schema that the answer has to match, as JSON or as a mapping; left out: any text. Stored as JSON. It "
-        "needs the extra `structured`.",
-    )
+        None, "JSON schema that the answer has to match, as JSON or as a mapping, stored as JSON; left out: any text. "
+        "It needs the extra `structured`.")
     n_loops: int | None = _option(
-        None,
-        "The most loops a token may take; left out: the model's max_loop_iters.",
-        Bound(1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own", is_int=True),
-    )
+        None, "The most loops a token may take; left out: the model's max_loop_iters.",
+        1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
     min_loops: int | None = _option(None, "The fewest loops of a token; left out: the model's min_loops.")
-    exit: "str | HaltingRule | None" = field(
-        default=None, metadata={"help": "Rule that lets a token leave the loop early; left out: the model's own."}
-    )
+    exit: "str | HaltingRule | None" = field(default=None, metadata={
+        "help": "Rule that lets a token leave the loop early; left out: the model's own."})
     exit_threshold: float | None = _option(
-        None, "Threshold of that rule; left out: its default.", Bound(0, is_above=True)
-    )
+        None, "Threshold of that rule; left out: its default.", 0, is_above=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,7 +188,7 @@ def check_bounds(options: object) -> None:
     for name, option in OPTIONS.items():
         value, bound = getattr(options, name, option.default), option.metadata.get("bound")
         if bound is not None and (value is not None or option.default is not None):
-            bound.check(name, value)
+            bound.check(name, value, is_int=option.type in (int, int | None))
 
 
 def _biases(given: object) -> Biases:

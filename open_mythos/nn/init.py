@@ -10,7 +10,8 @@
 | diagonal injection                                    | A = sqrt(1/5), dt to match, B the identity               |
 | concat injection                                      | N(0, sqrt(2 / (5 dim)))                                  |
 | halting                                               | weight 0, bias logit(1 / max(2, max_loop_iters))         |
-| router bias (a buffer)                                | 0                                                        |
+| router bias (a buffer), biases of a user's parts      | 0                                                        |
+| other parameters of a user's parts                    | from their `reset_parameters`                            |
 """
 
 import math
@@ -21,18 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from open_mythos.config import MythosConfig
-from open_mythos.nn.attention import GQAttention
-from open_mythos.nn.depth import LoRAAdapter
-from open_mythos.nn.halting import ACTHalting
-from open_mythos.nn.injection import ConcatInjection, DiagonalInjection, LTIInjection
-from open_mythos.nn.mla import MLAttention
+from open_mythos.nn.attention import Attention
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.moe import MoEFFN, StackedExperts
 from open_mythos.nn.norm import RMSNorm
 
 STD = 0.02
-OWN_RESET = (LoRAAdapter, LTIInjection, DiagonalInjection, ConcatInjection, ACTHalting)
-"""Modules with values unlike a plain matrix's; users build them alone too, so they carry the values themselves."""
 
 
 class NoDraws(TorchFunctionMode):
@@ -60,6 +55,8 @@ def init_weights(model: nn.Module, cfg: MythosConfig) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=STD)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, StackedExperts):
@@ -67,11 +64,17 @@ def init_weights(model: nn.Module, cfg: MythosConfig) -> None:
             nn.init.normal_(module.down, std=out_std)
         elif isinstance(module, MoEFFN):
             nn.init.zeros_(module.router_bias)
-    # After the matrices above, which these modules contain.
+    # After the matrices above, which these modules contain. Parts with values unlike a plain matrix's, and those of a
+    # user, have a `reset_parameters` of their own.
     for module in model.modules():
-        if isinstance(module, GQAttention | MLAttention):
-            nn.init.normal_(module.wo.weight, std=out_std)
+        if isinstance(module, Attention) and isinstance(wo := getattr(module, "wo", None), nn.Linear):
+            nn.init.normal_(wo.weight, std=out_std)
         elif isinstance(module, Expert):
             nn.init.normal_(module.down.weight, std=out_std)
-        elif isinstance(module, OWN_RESET):
-            module.reset_parameters()
+        if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | StackedExperts):
+            continue
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        elif next(module.parameters(recurse=False), None) is not None:
+            name = type(module).__name__
+            raise TypeError(f"{name} has parameters of its own that nothing sets; give it a method reset_parameters()")

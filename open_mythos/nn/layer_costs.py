@@ -137,18 +137,23 @@ def saved_bytes(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     saved: dict[int, torch.UntypedStorage] = {}
-    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[how.value_bytes]
-    # Fake tensors have shapes and devices, but no values: nothing is computed.
-    with FakeTensorMode(), torch.enable_grad():
-        layer = build().to(dtype)
-        own = {p.untyped_storage()._cdata for p in layer.parameters()}
+    own: set[int] = set()
 
-        def pack(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage  # the reference keeps its address from being used again
-            return x
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # the reference keeps its address from being used again
+        return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            run(layer, torch.empty(shape, dtype=dtype, requires_grad=True))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype({2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[how.value_bytes])
+    try:
+        # Fake tensors have shapes and devices, but no values: nothing is computed.
+        with FakeTensorMode(), torch.enable_grad():
+            layer = build()
+            own.update(p.untyped_storage()._cdata for p in layer.parameters())
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                run(layer, torch.empty(shape, requires_grad=True))
+    finally:
+        torch.set_default_dtype(default)
     return sum(storage.nbytes() for storage in saved.values())

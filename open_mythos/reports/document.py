@@ -64,7 +64,8 @@ def write_record(results: dict[str, Any], report: Report, out: Path, numbers: st
     """Write the report as Markdown and HTML with its figures, and `results` with the finding into the file `numbers`.
 
     Args:
-        results: the texts and the origin that the report states (see `_markdown`), and the raw numbers.
+        results: the texts and the origin that the report states (see `_markdown`), and the raw numbers. A `note` may
+            say what else a reader of this record has to know.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / numbers, json.dumps(_strict(results | {"finding": report.finding})) + "\n")
@@ -97,6 +98,7 @@ def _markdown(results: dict[str, Any], report: Report) -> str:
         f"**Question.** {results['question']}",
         f"**Finding.** {report.finding}",
         made,
+        *([results["note"]] if "note" in results else []),
         "## Protocol",
         results["protocol"],
         *map(str, report.parts),

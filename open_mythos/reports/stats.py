@@ -7,7 +7,7 @@ Shapes: S seeds, N windows or sequences.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch.nn.functional as F
@@ -79,9 +79,9 @@ class Estimate:
         """The mean over seeds."""
         return self.interval[0]
 
-    def __sub__(self, other: "Estimate") -> "Estimate":
+    def __sub__(self, other: Self) -> Self:
         """Subtract seed by seed."""
-        return Estimate(self.by_seed - other.by_seed, self.form)
+        return type(self)(self.by_seed - other.by_seed, self.form)
 
     def __format__(self, form: str) -> str:
         """Write mean and interval with the format specification of a float."""
@@ -141,7 +141,7 @@ def rank_correlation(a: ArrayLike, b: ArrayLike, within: ArrayLike = 0) -> float
         ranks = (counts.cumsum() - (counts + 1) / 2)[place]
         rest.append(ranks - (np.bincount(level, ranks) / np.bincount(level))[level])
     norms = [np.linalg.norm(x) for x in rest]
-    if min(norms) < 1e-9 * len(level) ** 1.5:
+    if min(norms) <= 1e-9 * len(level) ** 1.5:
         return math.nan
     return float(rest[0] @ rest[1] / (norms[0] * norms[1]))
 

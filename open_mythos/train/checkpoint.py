@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,27 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.files import inside, make_folder, naming, read_json, sha256, to_disk
-from open_mythos.train import tensor_shards as pieces
-from open_mythos.train.distributed import World, wait
-from open_mythos.train.tensor_shards import Groups, Piece, Stored
+from open_mythos.files import inside, make_folder, read_json, sha256, to_disk, writing
+from open_mythos.train.distributed import RankFailed, World
+from open_mythos.train.tensor_shards import ShardGroups, ShardReader, TensorShard, write_shards
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
-PATIENCE = timedelta(hours=1)
-"""For the other processes to write their files: what a very large model takes on a very slow disk."""
+PATIENCE_S, LAST_WAIT_S = 3600.0, 5.0
+"""Longest wait for the other processes' files, which a very large model and a very slow disk may need; and what is left
+of it once the run has failed."""
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """When to save, and what to keep. None of it changes a run's result."""
+class CheckpointConfig:
+    """Times at which a run is saved, and checkpoints that stay. None of it changes a run's result."""
 
     every: int = 0
     """Steps between checkpoints; 0: only `minutes` decides."""
     last: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints that stay."""
     milestones: int = 0
-    """Also keep those at multiples of so many steps; 0: none."""
+    """Checkpoints at multiples of so many steps stay too; 0: none."""
     minutes: float = 5.0
     """Minutes after which a checkpoint is saved in any case; 0: never."""
 
@@ -57,43 +56,54 @@ class Keeping:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Files are written in a thread, from copies, while training goes on."""
+    """The checkpoints of one run. Files are written in a thread, from copies, while training goes on.
 
-    def __init__(self, folder: Path, keeping: Keeping, world: World, describe: Callable[[Path], None]) -> None:
-        """Args: describe: writes what does not change during the run into a checkpoint's folder."""
-        self.folder, self.keeping, self.world, self.describe = folder, keeping, world, describe
+    Leaving a `with` block waits for the save in progress, after an error for a few seconds only.
+    """
+
+    def __init__(self, folder: Path, cfg: CheckpointConfig, world: World, describe: Callable[[Path], None]) -> None:
+        """Args: describe: writes the files that do not change during the run into a checkpoint's folder."""
+        self.folder, self.cfg, self.world, self.describe = folder, cfg, world, describe
         self._store = world.store()
         self._thread: threading.Thread | None = None
-        self._step = 0
-        self._failed: Exception | None = None
-        self._n_saves = 0
+        self._has_failed = threading.Event()
+        self._step = self._n_saves = 0
+        self._problem: Exception | None = None
         self._written_at = time.monotonic()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._has_failed.set()
+        self.join()
 
     def is_due(self, step: int) -> bool:
         """Return whether the number of steps asks for a checkpoint after `step`."""
-        return bool(self.keeping.every) and step % self.keeping.every == 0
+        return bool(self.cfg.every) and step % self.cfg.every == 0
 
     def is_late(self) -> bool:
-        """Return whether the clock asks for a checkpoint: `keeping.minutes` have passed since the last was complete."""
+        """Return whether the clock asks for a checkpoint: `cfg.minutes` have passed since the last was complete."""
         writing = self._thread is not None and self._thread.is_alive()
-        return 0 < self.keeping.minutes * 60 <= time.monotonic() - self._written_at and not writing
+        return 0 < self.cfg.minutes * 60 <= time.monotonic() - self._written_at and not writing
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+    def save(self, step: int, groups: ShardGroups, state: dict[str, Any]) -> None:
         """Copy and start to write; `state` is JSON. One save at a time: a second waits for the first.
 
         A save that fails, as on a full disk, is a warning: the older checkpoints are there, and training goes on.
         """
         self.wait()
         self._step = step
+        self._n_saves += 1
         copies = {
             file: {
-                name: replace(p, local=p.local.detach().to("cpu", copy=True).contiguous())
-                for name, p in tensors.items()
-                if self.world.rank < self.world.size // p.copies
+                name: replace(shard, local=shard.local.detach().to("cpu", copy=True).contiguous())
+                for name, shard in shards.items()
+                if self.world.rank < self.world.size // shard.n_copies
             }
-            for file, tensors in groups.items()
+            for file, shards in groups.items()
         }
-        self._n_saves += 1
         self._thread = threading.Thread(target=self._write, args=(step, copies, {"step": step, **state}))
         self._thread.start()
 
@@ -103,20 +113,20 @@ class Checkpoints:
             self._thread.join()
 
     def wait(self) -> bool:
-        """Wait for the save in progress; whether the last one succeeded."""
+        """Wait for the save in progress, and return whether the last one succeeded."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._failed is not None and self.world.is_first:
+            if self._problem is not None and self.world.is_first:
                 warnings.warn(
-                    f"the checkpoint of step {self._step} could not be saved in {self.folder} ({self._failed}); older "
+                    f"the checkpoint of step {self._step} could not be saved in {self.folder} ({self._problem}); older "
                     "ones stand, and training goes on",
                     stacklevel=2,
                 )
-        return self._failed is None
+        return self._problem is None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole, if there is any. Newer ones that are damaged are named in a warning.
+        """Return the newest checkpoint that is whole, if there is any; newer ones that are damaged give a warning.
 
         Raises:
             ValueError: all are damaged, or of another version.
@@ -137,25 +147,32 @@ class Checkpoints:
         return None
 
     def _paths(self) -> list[Path]:
-        """The checkpoints, the oldest first."""
+        """Return the checkpoints, the oldest first."""
         found = [path for path in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name)]
         return sorted((path for path in found if path.is_dir()), key=_step)
 
-    def _write(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
-        self._failed = None
-        target = self.folder / f"step-{step:08d}"
-        partial, old = target.with_suffix(".partial"), target.with_suffix(".old")
+    def _write(self, step: int, groups: ShardGroups, state: dict[str, Any]) -> None:
+        """Write a checkpoint: all processes their tensors, the first one the rest and the folder's name."""
+        self._problem = None
+        partial = self.folder / f"step-{step:08d}.partial"
         try:
             if self.world.is_first:
                 for left_over in self.folder.glob("step-*.*"):
                     if re.fullmatch(r"step-[0-9]{8,}\.(partial|old)", left_over.name):
                         shutil.rmtree(left_over, ignore_errors=True)
                 make_folder(partial)
-            self._pass_on(f"{self._n_saves}/begun")
-            self._finish(step, self._guarded(lambda: self._write_own(partial, groups)), partial, old, state)
+            self._follow("begun")
+            try:
+                written = {"files": self._write_own(partial, groups)}
+            except Exception as error:  # for the first process, which decides about the whole
+                written = {"error": f"{type(error).__name__}: {error}"}
+            self._store.set(f"{self._n_saves}/{self.world.rank}", json.dumps(written))
+            if self.world.is_first:
+                self._complete(partial, state)
+            self._follow("done")
         except Exception as error:
-            # Whatever it is, the one who waits has to hear of it: an exception ends nothing but this thread.
-            self._failed = error
+            # An exception of any kind ends this thread alone, so it has to be passed on to whoever waits.
+            self._problem = error
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 for key in ("begun", "done"):
@@ -163,63 +180,64 @@ class Checkpoints:
         finally:
             self._written_at = time.monotonic()
 
-    def _write_own(self, partial: Path, groups: Groups) -> dict[str, Any]:
-        """This process's files; their sizes and hashes."""
+    def _write_own(self, partial: Path, groups: ShardGroups) -> dict[str, Any]:
+        """Write this process's files, and return their sizes and hashes."""
         paths = []
-        for name, tensors in groups.items():
-            if tensors:
+        for name, shards in groups.items():
+            if shards:
                 paths.append(partial / f"{name}-{self.world.rank:05d}.safetensors")
-                pieces.write(paths[-1], tensors)
+                write_shards(paths[-1], shards)
         return {path.name: _seal(path) for path in paths}
 
-    @staticmethod
-    def _guarded(write: Callable[[], dict[str, Any]]) -> str:
-        try:
-            return json.dumps({"files": write()})
-        except Exception as error:  # for the first process, which decides about the whole
-            return json.dumps({"error": f"{type(error).__name__}: {error}"})
-
-    def _pass_on(self, key: str) -> None:
-        """Wait for the first process to come to this point."""
+    def _follow(self, key: str) -> None:
+        """Wait until the first process has come to this point."""
         if self.world.is_first:
-            self._store.compare_set(key, "", "ok")
-        wait(self._store, [key], PATIENCE)
-        if (said := self._store.get(key).decode()) != "ok":
-            raise OSError(said)
+            self._store.compare_set(f"{self._n_saves}/{key}", "", "ok")
+        if (answer := self._read(key)) != "ok":
+            raise OSError(answer)
 
-    def _finish(self, step: int, written: str, partial: Path, old: Path, state: dict[str, Any]) -> None:
-        """Let the first process see what all have written, complete the folder and give it its name."""
-        self._store.set(f"{self._n_saves}/{self.world.rank}", written)
-        if self.world.is_first:
-            keys = [f"{self._n_saves}/{rank}" for rank in range(self.world.size)]
-            wait(self._store, keys, PATIENCE)
-            parts = [json.loads(self._store.get(key)) for key in keys]
-            for rank, part in enumerate(parts):
-                if "error" in part:
-                    raise OSError(part["error"] if self.world.size == 1 else f"rank {rank}: {part['error']}")
-            files = {name: seal for part in parts for name, seal in part["files"].items()}
-            with naming(partial):
-                (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
-                self.describe(partial)
-                files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}
-                manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
-                (partial / MANIFEST).write_text(manifest + "\n", "utf-8")
-                to_disk(partial / MANIFEST)
-                to_disk(partial)
-                target = self.folder / f"step-{step:08d}"
-                if target.exists():  # a damaged one, that a run went back behind
-                    target.rename(old)
-                partial.rename(target)
-                to_disk(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-            self._drop(step)
-        self._pass_on(f"{self._n_saves}/done")
+    def _read(self, key: str) -> str:
+        """Wait for a value in the store of the processes.
 
-    def _drop(self, newest: int) -> None:
-        """Remove what need not be kept. Later steps than `newest` are damaged ones that the run went back behind."""
+        Raises:
+            RankFailed: it does not come.
+        """
+        key, deadline, has_failed = f"{self._n_saves}/{key}", time.monotonic() + PATIENCE_S, False
+        while not self._store.check([key]):
+            if self._has_failed.is_set() and not has_failed:
+                # Files that the other processes have begun may still come.
+                has_failed, deadline = True, time.monotonic() + LAST_WAIT_S
+            if time.monotonic() > deadline:
+                raise RankFailed("another process has not answered in time")
+            time.sleep(0.01)
+        return self._store.get(key).decode()
+
+    def _complete(self, partial: Path, state: dict[str, Any]) -> None:
+        """Complete the folder once all processes have written, and give it its name."""
+        files: dict[str, Any] = {}
+        for rank in range(self.world.size):
+            written = json.loads(self._read(str(rank)))
+            if "error" in written:
+                raise OSError(written["error"] if self.world.size == 1 else f"rank {rank}: {written['error']}")
+            files |= written["files"]
+        target, old = partial.with_suffix(""), partial.with_suffix(".old")
+        with writing(partial):
+            (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
+            self.describe(partial)
+            files |= {path.name: _seal(path) for path in partial.iterdir() if path.name not in files}
+            manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+            (partial / MANIFEST).write_text(manifest + "\n", "utf-8")
+            to_disk(partial / MANIFEST)
+            to_disk(partial)
+            if target.exists():  # a damaged one, that a run went back behind
+                target.rename(old)
+            partial.rename(target)
+            to_disk(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        # Later steps than the one just saved are damaged ones that the run went back behind: they stay.
         steps = {_step(path): path for path in self._paths()}
-        for step in sorted(step for step in steps if step <= newest)[: -self.keeping.last]:
-            if not self.keeping.milestones or step % self.keeping.milestones:
+        for step in sorted(step for step in steps if step <= _step(target))[: -self.cfg.last]:
+            if not self.cfg.milestones or step % self.cfg.milestones:
                 shutil.rmtree(steps[step], ignore_errors=True)
 
 
@@ -233,7 +251,7 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def find_problem(folder: Path, rank: int = 0, size: int = 1) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if every byte is as it was written.
+    """Return the fault of a checkpoint, with the file; None if every byte is as it was written.
 
     Of `size` processes each reads its share of the files.
     """
@@ -268,34 +286,33 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def optimizer_pieces(optimizer: torch.optim.Optimizer, held: dict[Tensor, tuple[str, Piece]]) -> dict[str, Piece]:
-    """Everything that an optimizer remembers, by parameter and field.
+NamedShards = dict[Tensor, tuple[str, TensorShard]]
+"""Name and shard of each parameter of this process."""
 
-    Args:
-        held: for each parameter its name and what this process holds of it.
-    """
+
+def optimizer_shards(optimizer: torch.optim.Optimizer, parameters: NamedShards) -> dict[str, TensorShard]:
+    """Return the whole state of an optimizer, by parameter and field."""
     found = {}
     for p, fields in optimizer.state.items():
-        name, piece = held[p]
+        name, shard = parameters[p]
         for field, x in fields.items():
-            x = x.to_local() if isinstance(x, DTensor) else x
-            found[f"{name}/{field}"] = replace(piece, local=x)
+            found[f"{name}/{field}"] = replace(shard, local=x.to_local() if isinstance(x, DTensor) else x)
     return found
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, held: dict[Tensor, tuple[str, Piece]], stored: Stored, group: str
+    optimizer: torch.optim.Optimizer, parameters: NamedShards, reader: ShardReader, group: str
 ) -> None:
-    """Put back what `optimizer_pieces` gave, whatever the number of processes was then."""
-    parameters = [p for options in optimizer.param_groups for p in options["params"]]
-    place = {held[p][0]: i for i, p in enumerate(parameters)}
+    """Put back the state that `optimizer_shards` gave, whatever the number of processes was then."""
+    ordered = [p for options in optimizer.param_groups for p in options["params"]]
+    index = {parameters[p][0]: i for i, p in enumerate(ordered)}
     state: dict[int, dict[str, Tensor]] = {}
-    for key in stored.names(group):
+    for key in reader.names(group):
         name, field = key.rsplit("/", 1)
-        p = parameters[place[name]]
-        piece = held[p][1]
-        x = stored.read(group, key, piece.start, len(piece.local) if piece.local.ndim else 1)
+        p = ordered[index[name]]
+        shard = parameters[p][1]
+        x = reader.read(group, key, shard.start, len(shard.local) if shard.local.ndim else 1)
         if isinstance(p, DTensor) and x.ndim and field != "momentum":
             x = DTensor.from_local(x.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        state.setdefault(place[name], {})[field] = x
+        state.setdefault(index[name], {})[field] = x
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.eval_mode import evaluating
-from open_mythos.nn.injection import DiagonalInjection, LTIInjection
 from open_mythos.nn.inputs import check_n_loops
 from open_mythos.ops.linear import linear
 from open_mythos.ops.precision import at_least_float32, no_autocast
@@ -82,7 +81,7 @@ def rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 def spectral_radius(model: OpenMythos) -> float | None:
     """Return the spectral radius of the state's linear update; None where the injection has none."""
     injection = None if model.recurrent is None else model.recurrent.injection
-    if not isinstance(injection, LTIInjection | DiagonalInjection):
+    decay = None if injection is None else injection.get_A()
+    if decay is None:
         return None
-    decay = injection.get_A()
     return (decay.full_tensor() if isinstance(decay, DTensor) else decay).max().item()

@@ -7,7 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
-from open_mythos.files import naming, to_disk, write_text
+from open_mythos.files import to_disk, write_text, writing
 from open_mythos.train.trackers import Tracking
 
 METRICS_FILE = "metrics.jsonl"
@@ -33,12 +33,12 @@ class MetricsWriter:
             # Bytes that a crash or a disk has damaged may be of use to someone; a log without them is needed to go on.
             if _parse(data := path.read_bytes())[1]:
                 aside = path.with_name(path.name + ".damaged")
-                with naming(aside):
+                with writing(aside):
                     aside.write_bytes(data)
             kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # Unbuffered: a buffer that cannot be emptied would lose or repeat parts of lines.
-        with naming(path):
+        with writing(path):
             self._file = path.open("ab", buffering=0)
             to_disk(path.parent)
         self._waiting = b""

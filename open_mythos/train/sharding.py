@@ -1,7 +1,7 @@
-"""A model spread over the processes of a run: which part of each parameter is where, and how it is made there.
+"""A model distributed over the processes of a run: the shard of each parameter that is where, and its initial values.
 
-A model that no host has room for is built without memory, cut, and filled piece by piece; the values are those that one
-process would have drawn.
+A model that no host has room for is built without memory, sharded, and filled shard by shard; the values are those that
+one process would have drawn.
 """
 
 import math
@@ -24,13 +24,13 @@ from open_mythos.nn.init import init_weights
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.tensor_shards import Piece, Stored
+from open_mythos.train.tensor_shards import ShardReader, TensorShard
 
 DRAWN_AT_ONCE = 2**22
-"""Values of a parameter that exist in full, beyond the piece that is kept, while it is drawn."""
+"""Values of a parameter that exist beyond this process's shard while it is drawn."""
 
 
-class Spread:
+class ShardedModel:
     """A model for one process of a run.
 
     `model` is the module with this process's parameters, `forward` is what a training step calls.
@@ -39,7 +39,7 @@ class Spread:
     def __init__(self, cfg: TrainConfig, world: World, device: torch.device) -> None:
         self.world, self.sharded = world, cfg.parallel.kind == "fsdp"
         self.experts: list[nn.Parameter] = []
-        """The parameters of which each process of an expert group holds some experts; none if they are not spread."""
+        """Parameters of which each process of an expert group has some experts; none if experts are not distributed."""
         self.n_replicas = world.size // cfg.parallel.experts
         dtype = torch.float64 if cfg.dtype == "float64" else torch.float32
         torch.manual_seed(cfg.seed)
@@ -52,12 +52,12 @@ class Spread:
             with torch.device("meta"):
                 self.model = OpenMythos(cfg.model)
             self.model.to(dtype)
-            self._cut(cfg, device)
+            self._shard(cfg, device)
         else:
             self.model = OpenMythos(cfg.model).to(device, dtype)
         if self.model.recurrent is not None:
             self.model.recurrent.checkpoint_loops = cfg.checkpoint_loops
-        self._copies = [(p, self.piece(p).copies) for p in self.model.parameters()]
+        self._copies = [(p, self.shard(p).n_copies) for p in self.model.parameters()]
         self.forward: Callable[..., Any] = self.model
         if cfg.compile != "none":
             self.forward = compile_model(self.model, cfg.compile)
@@ -65,7 +65,7 @@ class Spread:
             assert isinstance(self.forward, nn.Module)
             self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
-    def _cut(self, cfg: TrainConfig, device: torch.device) -> None:
+    def _shard(self, cfg: TrainConfig, device: torch.device) -> None:
         model, n_expert_ranks = self.model, cfg.parallel.experts
         self.mesh = init_device_mesh(
             device.type, (self.n_replicas, n_expert_ranks), mesh_dim_names=("replica", "expert")
@@ -83,30 +83,30 @@ class Spread:
         model.head.weight = model.embed.weight
         # Memory makes other parameters of those that had none.
         self.experts = [p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()]
-        with DrawnInPieces(self):
+        with ShardedInit(self):
             init_weights(model, cfg.model)
 
     def _mixtures(self) -> list[MoEFFN]:
         blocks = [] if self.model.recurrent is None else self.model.recurrent.blocks
         return [block.ffn for block in blocks if isinstance(block.ffn, MoEFFN)]
 
-    def piece(self, p: Tensor) -> Piece:
-        """What this process holds of parameter `p`."""
+    def shard(self, p: Tensor) -> TensorShard:
+        """Return this process's shard of parameter `p`."""
         if isinstance(p, DTensor):
             each = math.ceil(p.shape[0] / self.world.size)
-            return Piece(p.to_local(), min(self.world.rank * each, p.shape[0]), p.shape[0])
+            return TensorShard(p.to_local(), min(self.world.rank * each, p.shape[0]), p.shape[0])
         if any(p is one for one in self.experts):
             place = self.mesh["expert"].get_local_rank()
-            return Piece(p, place * p.shape[0], p.shape[0] * self.mesh["expert"].size(), self.n_replicas)
-        return Piece(p, 0, p.shape[0], self.world.size)
+            return TensorShard(p, place * p.shape[0], p.shape[0] * self.mesh["expert"].size(), self.n_replicas)
+        return TensorShard(p, 0, p.shape[0], self.world.size)
 
     def accumulate(self, last: bool) -> Any:
-        """A context for a backward pass, after which gradients are summed over the processes only if it is the last."""
+        """Return a context for a backward pass; gradients are summed over the processes after the last one only."""
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not last else nullcontext()
 
     def reduce_experts(self) -> None:
-        """Give the gradients of spread experts, which got what every process sent them, the scale of the others'."""
+        """Scale the gradients of distributed experts, which saw the tokens of every process, like the others'."""
         for p in self.experts:
             if p.grad is not None:
                 if self.n_replicas > 1:
@@ -114,60 +114,59 @@ class Spread:
                 p.grad /= self.world.size
 
     def gradients(self) -> list[tuple[Tensor, int]]:
-        """This process's part of every gradient, and how many processes hold the same part."""
+        """Return this process's shard of every gradient, and the number of processes that have the same."""
         found = [(p.grad, copies) for p, copies in self._copies if p.grad is not None]
         return [(g.to_local() if isinstance(g, DTensor) else g, copies) for g, copies in found]
 
-    def pieces(self) -> dict[str, Piece]:
-        """What this process holds of the model's state, by name. The head is the embedding."""
-        return {name: self.piece(x) for name, x in self._own_state().items() if name != "head.weight"}
-
-    def _own_state(self) -> dict[str, Tensor]:
-        """This process's parameters and buffers by name."""
-        # state_dict first: it makes fully_shard put back what a forward pass has gathered, whose memory is then gone.
+    def shards(self) -> dict[str, TensorShard]:
+        """Return this process's shards of the model's parameters and buffers, by name. The head is the embedding."""
+        # state_dict first: it lets fully_shard put back what a forward pass has gathered, whose memory is then gone.
         state = self.model.state_dict()
-        return {**state, **dict(self.model.named_parameters(remove_duplicate=False))}
+        state |= dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: self.shard(x) for name, x in state.items() if name != "head.weight"}
+
+    def named_shards(self) -> dict[Tensor, tuple[str, TensorShard]]:
+        """Return the name and the shard of each parameter."""
+        return {p: (name, self.shard(p)) for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take this process's pieces of a whole model's tensors, or of what gives their rows like a tensor."""
-        for name, piece in self.pieces().items():
-            piece.local.copy_(state[name][piece.start : piece.start + len(piece.local)])
+        """Take this process's shards of a whole model's tensors, or of objects that give rows like tensors."""
+        for name, shard in self.shards().items():
+            shard.local.copy_(state[name][shard.start : shard.start + len(shard.local)])
 
     @torch.no_grad()
-    def restore(self, stored: Stored) -> None:
-        """Take this process's pieces of what any number of processes have stored of a model."""
-        for name, piece in self.pieces().items():
-            piece.local.copy_(stored.read("model", name, piece.start, len(piece.local)))
+    def restore(self, reader: ShardReader) -> None:
+        """Take this process's shards of a checkpoint of any number of processes."""
+        for name, shard in self.shards().items():
+            shard.local.copy_(reader.read("model", name, shard.start, len(shard.local)))
 
     def full_state(self) -> dict[str, Tensor]:
-        """The whole model's tensors on the CPU, on the first process; an empty dictionary on the others.
+        """Return the whole model's tensors on the CPU, on the first process; an empty dictionary on the others.
 
-        Pieces travel from the memory of one host to that of the first, which alone has to have room for the whole.
+        Shards travel from the memory of one host to that of the first, which alone has to have room for the whole.
         """
         whole: dict[str, Tensor] = {}
-        for name, piece in self.pieces().items():
-            local = piece.local.detach().cpu().contiguous()
-            n = len(local)
+        for name, shard in self.shards().items():
+            local = shard.local.detach().cpu().contiguous()
+            n, missing = len(local), shard.n_rows - len(local)
             if self.world.is_first:
-                rows = (
-                    local if n == piece.rows else torch.cat((local, local.new_empty(piece.rows - n, *local.shape[1:])))
-                )
+                rows = local if not missing else torch.cat((local, local.new_empty(missing, *local.shape[1:])))
                 # All processes but the last with any have as many rows as the first.
-                for rank, start in enumerate(range(n, piece.rows, n), 1):
+                for rank, start in enumerate(range(n, shard.n_rows, n), 1):
                     dist.recv(rows[start : start + n], rank)
                 whole[name] = rows
-            elif n and self.world.rank < self.world.size // piece.copies:
+            elif n and self.world.rank < self.world.size // shard.n_copies:
                 dist.send(local, 0)
         return whole
 
 
-class DrawnInPieces(TorchFunctionMode):
-    """Within it initialisation gives this process its pieces of what one process alone would have drawn."""
+class ShardedInit(TorchFunctionMode):
+    """A mode in which initialisation gives this process its shards of the values that one process would have drawn."""
 
-    def __init__(self, spread: Spread) -> None:
+    def __init__(self, model: ShardedModel) -> None:
         super().__init__()
-        self.spread = spread
+        self.model = model
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,25 +174,25 @@ class DrawnInPieces(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.init.normal_:
             p, std = args[0] if args else kwargs["tensor"], kwargs["std"]
-            return _draw(p, self.spread.piece(p), std)
+            return _draw(p, self.model.shard(p), std)
         if func is nn.init.constant_:
             # Rounded as a float32 model's would be, of which one process makes its float64 model.
             p, value = args if len(args) == 2 else (kwargs["tensor"], kwargs["val"])
             return func(p, torch.tensor(value).item())
         if func is Tensor.fill_diagonal_ and isinstance(args[0], DTensor):
-            piece = self.spread.piece(args[0])
-            piece.local.diagonal(piece.start).fill_(args[1])
+            shard = self.model.shard(args[0])
+            shard.local.diagonal(shard.start).fill_(args[1])
             return args[0]
         return func(*args, **kwargs)
 
 
 @torch.no_grad()
-def _draw(p: Tensor, piece: Piece, std: float) -> Tensor:
-    per_row = math.prod(piece.local.shape[1:])
-    total, begin = piece.rows * per_row, piece.start * per_row
-    local = piece.local.view(-1)
-    # On the CPU, as one process does. torch draws in blocks of 16 there, so that pieces of whole blocks are what one
-    # draw of everything would give.
+def _draw(p: Tensor, shard: TensorShard, std: float) -> Tensor:
+    per_row = math.prod(shard.local.shape[1:])
+    total, begin = shard.n_rows * per_row, shard.start * per_row
+    local = shard.local.view(-1)
+    # On the CPU, as one process does. torch draws in blocks of 16 there, so that draws of whole blocks give the
+    # values of one draw of everything.
     stops = [*range(DRAWN_AT_ONCE, total - 15, DRAWN_AT_ONCE), total]
     for start, stop in zip([0, *stops], stops, strict=False):
         values = torch.empty(stop - start).normal_(0, std)

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,29 +22,34 @@ from open_mythos.device import Device, setup_device
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.reports.terminal import ProgressLine
 from open_mythos.tasks.rng import Purpose, stream
-from open_mythos.tasks.task import IGNORE
-from open_mythos.train.checkpoint import Checkpoints, Keeping, optimizer_pieces, read_state, restore_optimizer
+from open_mythos.tasks.task import IGNORE, Batch
+from open_mythos.train.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    optimizer_shards,
+    read_state,
+    restore_optimizer,
+)
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
-from open_mythos.train.distributed import World
+from open_mythos.train.distributed import Interrupted, World, signals_into
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
-from open_mythos.train.final import save_model_folder
 from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
-from open_mythos.train.interrupts import Interrupted, signals_into
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
-from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
-from open_mythos.train.sharding import Spread
-from open_mythos.train.step_guard import Guard
-from open_mythos.train.tensor_shards import Piece, Stored
+from open_mythos.train.run_folder import CHECKPOINTS, RunFolder, save_model_folder
+from open_mythos.train.sharding import ShardedModel
+from open_mythos.train.step_guard import StepGuard
+from open_mythos.train.tensor_shards import ShardReader, TensorShard
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
 
-SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}  # what the live line has room for
+SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}
+"""Metrics of the live line, by their labels."""
 
 
 class Trainer:
@@ -57,7 +62,7 @@ class Trainer:
         cfg: the run.
         out_dir: made if absent; refused if it already holds a run, unless `resume`.
         progress: whether to show the live line in a terminal.
-        keeping: when to save checkpoints.
+        checkpoint: when to save checkpoints, and which to keep.
         resume: go on from the newest whole checkpoint in `out_dir`; from the start if there is none.
         workers: processes that make batches ahead of time; 0: none.
         trackers: get what metrics.jsonl gets; see `make_trackers`.
@@ -65,7 +70,7 @@ class Trainer:
     Raises:
         ValueError: `out_dir` holds a run (with `resume`: one of another configuration), the device is not there, or the
             data cannot be read. Nothing is written then.
-        RankFailed: the same, in another process of the run.
+        RankFailed: the processes of the run have different configurations, options or data.
     """
 
     def __init__(
@@ -76,51 +81,51 @@ class Trainer:
         device: Device = "auto",
         threads: int | None = None,
         progress: bool = True,
-        keeping: Keeping | None = None,
+        checkpoint: CheckpointConfig | None = None,
         resume: bool = False,
         workers: int = 0,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.cfg = cfg
-        self.trackers = trackers
-        self.out_dir = Path(out_dir)
-        self.keeping = keeping or Keeping()
+        self.cfg, self.trackers, self.progress, self.out_dir = cfg, trackers, progress, Path(out_dir)
         self.device = setup_device(device, threads)
         self.world = World(self.device, cfg.parallel)
-        with self._answering():
-            # Before the first of the calls in which processes wait for each other.
-            options = repr((self.keeping, resume))
-            self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
-            check_int("workers", workers, 0)
-            self.world.check_fit(cfg.parallel, cfg.batch_size)
-            self.progress = progress
-            self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, self.keeping, self.world, self._describe)
-            self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, self.world, resume)
-            self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
-            self.world.agree({"data": _hash(repr(self.digests).encode())})
-            self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
-            self.spread = Spread(cfg, self.world, self.device)
-            self.model = self.spread.model
-            self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
-            self.optimizers = build_optimizers(self.model, cfg.optim)
-            self.guard = Guard(cfg.guard, scaled=cfg.dtype == "float16")
-            self.steps_done = 0
-            """Of this run, before and after a resume."""
-            self.rows = self.world.rows(cfg.batch_size)
-            place = None
-            if self.folder.newest is not None:
-                place = self._restore(self.folder.newest)
-                self.folder.tell_of_more_steps(self.steps_done)
-            elif cfg.init_from is not None:
-                self.spread.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
-            self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
-            if self.steps_done < cfg.steps:
-                verify_data(cfg.data, self._tell)
-            self._signalled: list[int] = []
-            self._stopping = self._late = False
-            self._hooks: list[tuple[Hook, int]] = []
-            if cfg.eval.every:
-                self.add_hook(Trainer.validate, cfg.eval.every)
+        self.steps_done = 0
+        """Steps of this run, before and after a resume."""
+        self._signalled: list[int] = []
+        self._stopping = self._late = False
+        self._hooks: list[tuple[Hook, int]] = []
+        check_int("workers", workers, 0)
+        with self.world.reporting():
+            self._setup(checkpoint or CheckpointConfig(), resume, workers)
+
+    def _setup(self, checkpoint: CheckpointConfig, resume: bool, workers: int) -> None:
+        """Open folder, data, model and optimizers, and restore the newest checkpoint of a run that goes on."""
+        cfg, world = self.cfg, self.world
+        # Before the first of the calls in which processes wait for each other.
+        options = {"configuration": cfg.to_yaml(), "options": repr((checkpoint, resume))}
+        world.agree({name: _hash(text.encode()) for name, text in options.items()})
+        world.check_fit(cfg.parallel, cfg.batch_size)
+        self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, checkpoint, world, self._describe)
+        self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, world, resume)
+        self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
+        world.agree({"data": _hash(repr(self.digests).encode())})
+        self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
+        self.sharded = ShardedModel(cfg, world, self.device)
+        self.model = self.sharded.model
+        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.guard = StepGuard(cfg.guard, scaled=cfg.dtype == "float16")
+        self.rows = world.rows(cfg.batch_size)
+        place = None
+        if self.folder.newest is not None:
+            place = self._restore(self.folder.newest)
+            self.folder.warn_of_more_steps(self.steps_done)
+        elif cfg.init_from is not None:
+            self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
+        self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
+        if self.steps_done < cfg.steps:
+            verify_data(cfg.data, self._report)
+        if cfg.eval.every:
+            self.add_hook(Trainer.validate, cfg.eval.every)
 
     def add_hook(self, fn: Hook, every: int) -> None:
         """Call `fn(trainer, steps_done)` after every `every` steps; what it returns goes into metrics.jsonl."""
@@ -136,13 +141,12 @@ class Trainer:
             FloatingPointError: steps had to be left out again and again, or a weight that is to be saved is not finite.
             ValueError: another trainer has the folder, or has changed it since this one was made.
             Interrupted: a signal ended the run.
-            RankFailed: another process has failed.
+            RankFailed: the processes differ in a step or in its depths.
         """
         final = self.folder.final
-        with contextlib.ExitStack() as stack, self._answering():
-            if self.folder.is_done:
-                self.world.leave()
-                return final
+        if self.folder.is_done:
+            return final
+        with self.world.reporting(), contextlib.ExitStack() as stack:
             stack.enter_context(signals_into(self._signalled))
             metrics = tracking = None
             if self.world.is_first:
@@ -152,8 +156,7 @@ class Trainer:
                 run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics))
                 tracking = Tracking(self.trackers, run)
                 self.folder.begin(self.steps_done)
-            # The other processes of the run know by then if one has failed, so a save in progress has an end.
-            stack.callback(self.checkpoints.join)
+            stack.enter_context(self.checkpoints)
             shown = self.progress and self.world.is_first
             with (
                 MetricsWriter(metrics, self.steps_done, tracking) as writer,
@@ -162,7 +165,7 @@ class Trainer:
                 self._loop(writer, line)
             # A signal that comes now changes nothing: there is less left to do than to do again.
             self.checkpoints.wait()
-            state = self.spread.full_state()
+            state = self.sharded.full_state()
             if self.world.is_first:
                 self.folder.lock.check()
                 try:
@@ -170,10 +173,9 @@ class Trainer:
                 except OSError as error:
                     raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
             self.folder.is_done = True
-            self.world.leave()
             return final
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         if self.progress and self.world.is_first:
             print(f"mythos train: {line}", file=sys.stderr, flush=True)
 
@@ -205,66 +207,48 @@ class Trainer:
                 writer.sync()
                 self._save()
             if stopping and done < cfg.steps:
-                saved = self.checkpoints.wait()
-                self.world.leave()
-                raise Interrupted(done, saved)
-
-    @contextlib.contextmanager
-    def _answering(self) -> Generator[None]:
-        """Tell the other processes of what goes wrong inside, and name what went wrong first in any of them."""
-        try:
-            yield
-        except Interrupted:
-            raise
-        except BaseException as error:
-            named = self.world.fail(error)
-            if named is error or not isinstance(error, Exception):
-                raise
-            raise named from error
-
-    def _held(self) -> dict[Tensor, tuple[str, Piece]]:
-        return {p: (name, self.spread.piece(p)) for name, p in self.model.named_parameters()}
+                raise Interrupted(done, self.checkpoints.wait())
 
     def _describe(self, folder: Path) -> None:
-        """What a checkpoint holds besides tensors and numbers, so that it can stand alone."""
+        """Write the files of a checkpoint besides tensors and numbers, so that it can stand alone."""
         (folder / CONFIG_FILE).write_text(self.cfg.to_yaml(), "utf-8")
         self.tokenizer.save(folder)
 
     def _save(self) -> None:
         # Between logged steps nothing else looks; and weights that are lost must not push good ones out.
-        groups = {"model": self.spread.pieces()}
-        for name, piece in groups["model"].items():
-            if not piece.local.isfinite().all():
+        groups = {"model": self.sharded.shards()}
+        for name, shard in groups["model"].items():
+            if not shard.local.isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}, so nothing is saved; lower optim.lr or "
                     "lengthen schedule.warmup_steps"
                 )
-        held = self._held()
+        parameters = self.sharded.named_shards()
         for i, optimizer in enumerate(self.optimizers):
-            groups[f"optimizer{i}"] = optimizer_pieces(optimizer, held)
+            groups[f"optimizer{i}"] = optimizer_shards(optimizer, parameters)
         if self.loader.place is not None:
-            groups["data"] = {"place": Piece(self.loader.place, self.rows.start, self.cfg.batch_size)}
+            groups["data"] = {"place": TensorShard(self.loader.place, self.rows.start, self.cfg.batch_size)}
         self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state(), "data": self.digests})
 
     def _restore(self, folder: Path) -> Tensor | None:
-        """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
+        """Put a checkpoint back, and return the place of this process's rows in a stream; None for other data."""
         # Whatever is random in a step is made from the seed, the step and the row, so there is no more state than this.
-        stored, state, held = Stored(folder), read_state(folder), self._held()
+        reader, state, parameters = ShardReader(folder), read_state(folder), self.sharded.named_shards()
         self.steps_done = state["step"]
         self.guard.restore(state["guard"])
-        self.spread.restore(stored)
+        self.sharded.restore(reader)
         for i, optimizer in enumerate(self.optimizers):
-            restore_optimizer(optimizer, held, stored, f"optimizer{i}")
-        return stored.read("data", "place", self.rows.start, len(self.rows)) if stored.names("data") else None
+            restore_optimizer(optimizer, parameters, reader, f"optimizer{i}")
+        return reader.read("data", "place", self.rows.start, len(self.rows)) if reader.names("data") else None
 
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
 
-        The trainer reads the device once, to know whether loss and gradient allow the step. (Exits and spread experts
-        read it in every loop.)
+        The host waits for the device once, to know whether loss and gradient allow the step. (Exits and distributed
+        experts wait in every loop.)
         """
-        cfg, batch = self.cfg, self.loader.get(step)
-        depths = cfg.loops.depths(cfg.seed, step, cfg.batch_size)
+        cfg, data = self.cfg, self.loader.get(step)
+        batch, depths = data.batch, data.depths
         # Before the first of the calls in which processes wait for each other.
         n_labels = self.world.agree(
             {"step": step, "depths": _hash(depths.tobytes())}, int((batch.labels != IGNORE).sum())
@@ -275,50 +259,60 @@ class Trainer:
             optimizer.zero_grad()
         self.model.train()
         sums: dict[str, Tensor] = {}
-        for plan, rows, last in self._micro_batches(depths.tolist()):
-            # Dropout and noisy initial states then depend on the step and on which rows are computed together.
-            first_row = self.rows.start + rows.start
-            # torch.manual_seed also writes down a stack of calls for GPUs: a tenth of a millisecond.
-            seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
-            seed_all(int(stream(cfg.seed, step, Purpose.MODEL, first_row).integers(2**63)))
+        for plan, rows, is_last in self._micro_batches(depths.tolist()):
+            self._seed(step, rows)
             part = batch.take(rows)
             share = Share(
                 int((part.labels != IGNORE).sum()) / max(1, n_labels),
                 len(plan.depths) / cfg.batch_size,
                 1 / (int(depths.sum()) * batch.input_ids.shape[1]),
             )
-            ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
-            documents = None if part.documents is None else self._on_device(part.documents)
-            with self.spread.accumulate(last):
-                with self._autocast():
-                    out = self.spread.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
-                loss, parts = total_loss(out, labels, cfg.losses, share)
-                # Processes' gradients are averaged, and each process's loss is a share of the whole.
-                (loss * (self.world.size * self.guard.scale)).backward()
-            found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
-            if out.tokens_per_expert is not None:
-                found["load"] = out.tokens_per_expert
+            found = self._forward_backward(part, plan, share, is_last)
             sums = {name: x + sums[name] if name in sums else x for name, x in found.items()}
-        values, allowed = self._update(step, sums)
+        values, is_taken = self._update(step, sums)
         n_tokens = cfg.batch_size * batch.input_ids.shape[1]
         if not log:
             return n_tokens, {}
-        metrics = {f"train/{name}": x for name, x in values.items() if name not in ("loops", "load")}
-        metrics |= {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
-        metrics |= {"loop/mean": values["loops"] / n_tokens, "loop/max": float(depths.max())}
-        if not allowed:
-            # Numbers that are not finite are no JSON; that the step was left out says enough.
-            return n_tokens, {name: metrics[name] for name in ("train/skipped", "train/lr", "loop/max")}
-        if "load" in sums:
-            load = sums["load"]
+        rates = {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
+        deepest = {"loop/max": float(depths.max())}
+        if not is_taken:  # numbers that are not finite are no JSON; that the step was left out says enough
+            return n_tokens, {**rates, **deepest}
+        metrics = {f"train/{name}": x for name, x in values.items() if name != "loops"} | rates
+        metrics |= {"loop/mean": values["loops"] / n_tokens, **deepest}
+        return n_tokens, metrics | self._model_metrics(sums.get("load"))
+
+    def _seed(self, step: int, rows: slice) -> None:
+        """Let dropout and noisy initial states depend on the step and on the rows that are computed together."""
+        seed = int(stream(self.cfg.seed, step, Purpose.MODEL, self.rows.start + rows.start).integers(2**63))
+        # torch.manual_seed also writes down a stack of calls for GPUs: a tenth of a millisecond.
+        seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        seed_all(seed)
+
+    def _forward_backward(self, part: Batch, plan: LoopPlan, share: Share, is_last: bool) -> dict[str, Tensor]:
+        """Add the gradients of some rows, and return what is to be summed over all rows of the step."""
+        ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
+        documents = None if part.documents is None else self._on_device(part.documents)
+        with self.sharded.accumulate(is_last):
+            with self._autocast():
+                out = self.sharded.forward(ids, plan=plan, trace=self.cfg.losses.per_loop, documents=documents)
+            loss, parts = total_loss(out, labels, self.cfg.losses, share)
+            # Gradients are averaged over the processes, and the loss of each is a share of the whole.
+            (loss * (self.world.size * self.guard.scale)).backward()
+        found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
+        return found if out.tokens_per_expert is None else {**found, "load": out.tokens_per_expert}
+
+    def _model_metrics(self, load: Tensor | None) -> Metrics:
+        """Return the balance of the experts and the spectral radius of the injection, where there are any."""
+        metrics: Metrics = {}
+        if load is not None:
             metrics["moe/max_load"] = (load / load.mean(dim=-1, keepdim=True)).max().item()
             metrics["moe/idle"] = (load == 0).float().mean().item()
         if (rho := spectral_radius(self.model)) is not None:
             metrics["lti/rho"] = rho
-        return n_tokens, metrics
+        return metrics
 
     def _micro_batches(self, depths: list[int]) -> Iterator[tuple[LoopPlan, slice, bool]]:
-        """For each part of this process's rows: the loops they run, which they are, and whether they are the last."""
+        """Yield for each part of this process's rows the loops they run, the rows, and whether they are the last."""
         cfg, n = self.cfg, len(self.rows)
         size = cfg.parallel.rows or n
         for start in range(0, n, size):
@@ -332,25 +326,24 @@ class Trainer:
             yield LoopPlan(tuple(own), cfg.loops.backprop_depth, n_ticks), rows, rows.stop == n
 
     def _update(self, step: int, sums: dict[str, Tensor]) -> tuple[Metrics, bool]:
-        """Sum over the processes, and take the step if the guard allows it; the step's numbers, and whether it did."""
-        self.spread.reduce_experts()
-        gradients = self.spread.gradients()
+        """Sum over the processes, and take the step if the guard allows it; return the sums, and whether it did."""
+        self.sharded.reduce_experts()
+        gradients = self.sharded.gradients()
         grads = [g for g, _ in gradients]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         squares = torch.stack(torch._foreach_norm(grads)).to(wide).square()
         copies = squares.new_tensor([copies for _, copies in gradients])
-        names = [name for name, x in sums.items() if not x.ndim]
-        scalars = [sums[name].to(wide) for name in names]
+        # One exchange for all numbers that the processes add up.
+        load = sums.get("load")
+        names = [name for name in sums if name != "load"]
         signalled = squares.new_tensor(float(bool(self._signalled)))
         late = squares.new_tensor(float(self.world.is_first and self.checkpoints.is_late()))
-        load = [sums["load"].to(wide).flatten()] if "load" in sums else []
-        everything = torch.cat((torch.stack((*scalars, signalled, late, (squares / copies).sum())), *load))
-        everything = self.world.sum(everything)
+        scalars = torch.stack((*(sums[name].to(wide) for name in names), signalled, late, (squares / copies).sum()))
+        everything = self.world.sum(scalars if load is None else torch.cat((scalars, load.to(wide).flatten())))
         *numbers, n_signalled, n_late, square = everything[: len(names) + 3].tolist()
-        values = dict(zip(names, numbers, strict=True))
         self._stopping, self._late = n_signalled > 0, n_late > 0
-        values["grad_norm"] = square**0.5 / self.guard.scale
         scale = self.guard.scale
+        values = {**dict(zip(names, numbers, strict=True)), "grad_norm": square**0.5 / scale}
         if not self.guard.allows(step, values["loss"], values["grad_norm"]):
             return values, False
         limit = self.cfg.optim.clip_norm
@@ -359,13 +352,14 @@ class Trainer:
             torch._foreach_mul_(grads, factor / scale)
         for optimizer in self.optimizers:
             optimizer.step()
-        if load:
-            sums["load"] = everything[len(names) + 3 :].view_as(sums["load"]).to(sums["load"].dtype)
-            self.model.update_expert_bias(sums["load"], self.expert_bias_rate)
+        if load is not None:
+            sums["load"] = everything[len(names) + 3 :].view_as(load).to(load.dtype)
+            rate = self.cfg.expert_bias_rate
+            self.model.update_expert_bias(sums["load"], EXPERT_BIAS_RATE if rate is None else rate)
         return values, True
 
     def validate(self, steps_done: int) -> Metrics:
-        """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
+        """Return metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
         rows = rows_of_rank(self.validation, self.world.rank, self.world.size)
         for n_loops in self.cfg.eval.loops or (None,):
@@ -384,7 +378,7 @@ class Trainer:
         return values
 
     def _on_device(self, x: Tensor) -> Tensor:
-        """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
+        """Copy a tensor without waiting for what the GPU still has to do, which takes pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from open_mythos import OpenMythos
 from open_mythos.experiments import exits
-from open_mythos.experiments.exits_report import choices, exits_report, follows
+from open_mythos.experiments.adaptive import GivenDepths
+from open_mythos.experiments.study import Lab, Results, Run
 from open_mythos.nn.halting import ACT
-from open_mythos.reports.stats import rank_correlation
+from open_mythos.reports.stats import Estimate, rank_correlation
 from open_mythos.tasks import Addition, Brackets
 from open_mythos.tasks.brackets import SYMBOLS
 from open_mythos.tasks.task import IGNORE
@@ -34,7 +36,9 @@ def test_measured_once_through(arm: str) -> None:
     cfg = exits.arms(True)[arm]
     assert isinstance(cfg.data, exits.Task)
     model = built(cfg)
-    found = exits.measure(model, cfg.data, 5, 40, 1)
+    run = Run(arm, cfg, 1 - 1_000_000, {"rows": 40, "loops": 5}, Lab(Path(), True, (1,)))
+    vars(run)["model"] = model  # instead of one that is trained
+    found = exits.measure(run)
     batch, difficulty, _ = exits.questions(cfg.data, 40, 1)
     asked = batch.labels != IGNORE
     with torch.no_grad():
@@ -57,17 +61,17 @@ def test_measured_once_through(arm: str) -> None:
         assert found["points"][1]["accuracy"] >= max(found["fixed"])
 
 
-def test_dealt_act_at_its_own_depths_is_act() -> None:
+def test_act_with_given_depths_at_its_own_depths_is_act() -> None:
     model = built(exits.arms(True)["addition, ACT, ponder 0"])
     assert model.recurrent is not None and model.recurrent.act is not None
     with torch.no_grad():
         model.recurrent.act.halt.weight.normal_()
         ids = exits.questions(Addition(2, 3), 20, 0)[0].input_ids
         own = model(ids, 5, exit=ACT(model.recurrent.act, 0.7), trace=True)
-        dealt = model(ids, 5, exit=exits.GivenDepthsACT(model.recurrent.act, own.exit_loop + 1), trace=True)
+        given = model(ids, 5, exit=GivenDepths(own.exit_loop + 1, ACT(model.recurrent.act, 1.0)), trace=True)
     assert len(own.exit_loop.unique()) > 2
-    assert torch.equal(dealt.exit_loop, own.exit_loop)
-    torch.testing.assert_close(dealt.logits, own.logits)
+    assert torch.equal(given.exit_loop, own.exit_loop)
+    torch.testing.assert_close(given.logits, own.logits)
 
 
 def test_carries() -> None:
@@ -136,53 +140,56 @@ def point(rule: str, threshold: float | None, loops: float, accuracy: float, rho
     }
 
 
-def made_up(sign: float) -> dict[str, Any]:
-    results = {}
+def made_up(sign: float, seeds: int = 5) -> Results:
+    runs: dict[str, Any] = {}
     for name in exits.arms(True):
-        runs = []
-        for seed in range(5):
+        runs[name] = []
+        for seed in range(seeds):
             rho = sign * (0.5 + 0.01 * seed)
             if "rules" in name:
                 points = [point("oracle, stays right", None, 2.0, 1.0, 0.9), point("kl", 0.1, 3.0, 0.995, rho)]
                 points += [point("kl", 1.0, 2.0, 0.5, rho), point("latent_diff", 0.1, 5.0, 0.9, math.nan)]
             else:
                 points = [point("act", 0.9, 3.0, 0.99, rho)]
-            runs.append({"fixed": [0.5, 0.9, 1.0], "commonest": 0.1, "points": points})
-        results[name] = runs
-    return results
+            runs[name].append({"fixed": [0.5, 0.9, 1.0], "commonest": 0.1, "points": points})
+    return Results(exits.STUDY, {"runs": runs})
+
+
+def thresholds(r: Results, name: str = "kl") -> list[float]:
+    """The thresholds that seeds choose for a rule of khop."""
+    (row,) = (row for row in exits.choose(exits.rows(r, "khop")) if row["name"] == name)
+    return [result["threshold"] for result in row["results"]]
 
 
 def test_report_says_what_the_numbers_say() -> None:
-    report = exits_report(made_up(1))
+    report = exits.STUDY.report(made_up(1).raw)
     assert "depth follows difficulty for kl, kl, end only, ACT" in report.finding
-    text = "\n".join(part for part in report.parts if isinstance(part, str))
+    text = "\n".join(map(str, report.parts))
     assert "follows difficulty: kl at 2 of 2; latent_diff at 0 of 1; kl, end only at 2 of 2;" in text
-    assert "better than the same depths dealt at random: kl, kl, end only, ACT" in report.finding
-    against = exits_report(made_up(-1))
-    text = "\n".join(part for part in against.parts if isinstance(part, str))
-    assert "follows difficulty: kl at 0 of 2, the reverse at 2; latent_diff" in text
-    assert "for no rule" in against.finding and "at random: none" in against.finding
-    alone = {name: runs[:1] for name, runs in made_up(1).items()}
-    assert "nothing is claimed" in exits_report(alone).finding
-    arms = {"rules": made_up(1)["khop, rules"]}
-    assert choices(arms)["kl"][0]["threshold"] == 0.1  # the cheaper one costs too much
+    assert "better than the same depths at random answers: kl, kl, end only, ACT" in report.finding
+    against = exits.STUDY.report(made_up(-1).raw)
+    assert "follows difficulty: kl at 0 of 2, the reverse at 2; latent_diff" in "\n".join(map(str, against.parts))
+    assert "for no rule" in against.finding and "at random answers: none" in against.finding
+    assert "nothing is claimed" in exits.STUDY.report(made_up(1, seeds=1).raw).finding
+    assert thresholds(made_up(1))[0] == 0.1  # the cheaper one costs too much
 
 
 def test_the_threshold_of_a_seed_is_chosen_by_the_others() -> None:
-    runs = made_up(1)["khop, rules"]
+    r = made_up(1)
+    runs = r.runs["khop, rules"]
     runs[0]["points"][2]["accuracy"] = 1.0  # the cheaper threshold, by luck
-    chosen = choices({"rules": runs})["kl"]
-    assert [p["threshold"] for p in chosen] == [0.1] * 5
-    # The others are sure of it as well: the seed where it fails is given it all the same.
+    assert thresholds(r) == [0.1] * 5
+    # The others are sure of it as well: the seed where it fails gets it all the same.
     for run in runs:
         run["points"][2]["accuracy"] = 1.0
     runs[3]["points"][2]["accuracy"] = 0.9
-    assert [p["threshold"] for p in choices({"rules": runs})["kl"]] == [0.1, 0.1, 0.1, 1.0, 0.1]
-    assert choices({"rules": runs[:1]})["kl"][0]["threshold"] == 1.0
+    assert thresholds(r) == [0.1, 0.1, 0.1, 1.0, 0.1]
+    r.runs["khop, rules"] = runs[:1]
+    assert thresholds(r) == [1.0]
 
 
 def test_words_follow_from_intervals() -> None:
-    assert follows([0.1, 0.2, 0.15]) == "yes"
-    assert follows([-0.1, -0.2, -0.15]) == "the reverse"
-    assert follows([-0.1, 0.2, 0.05]) == "not shown"
-    assert "no interval" in follows([math.pi])
+    assert exits.follows(Estimate([0.1, 0.2, 0.15])) == "yes"
+    assert exits.follows(Estimate([-0.1, -0.2, -0.15])) == "the reverse"
+    assert exits.follows(Estimate([-0.1, 0.2, 0.05])) == "not shown"
+    assert "no interval" in exits.follows(Estimate([math.pi]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos import LoopPlan, MythosConfig, OpenMythos
+from open_mythos import LoopPlan, OpenMythos
 from open_mythos.accounting import count_parameters
 from open_mythos.experiments.khop import (
     DISTANCES,
@@ -24,21 +24,12 @@ from open_mythos.experiments.khop import (
 )
 from open_mythos.recipes import load_recipe
 from open_mythos.tasks.rng import Purpose, stream
-
-
-def random_model(cfg: MythosConfig) -> OpenMythos:
-    """One whose answers differ from loop to loop."""
-    torch.manual_seed(0)
-    model = OpenMythos(cfg).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(20 if name.startswith("recurrent.block") else 1)
-    return model
+from tests.models import scaled
 
 
 def test_accuracy_by_loops_is_that_of_separate_calls() -> None:
     base = load_recipe("tiny-khop")
-    model = random_model(dataclasses.replace(base.model, dim=16))
+    model = scaled(dataclasses.replace(base.model, dim=16))
     batch = base.data.batch(np.random.default_rng(0), 400)  # no multiple of the rows at once
     named = [model(batch.input_ids, n_loops=n)[:, -1].argmax(-1) for n in (1, 2, 5)]
     batch.labels[:, -1] = named[1]
@@ -49,7 +40,7 @@ def test_accuracy_by_loops_is_that_of_separate_calls() -> None:
 
 def test_a_plain_model_has_one_answer() -> None:
     twin = plain_baseline(load_recipe("tiny-khop"))
-    model = random_model(dataclasses.replace(twin.model, dim=16))
+    model = scaled(dataclasses.replace(twin.model, dim=16))
     grid = accuracy_grid(model, khop_task(twin), 130, 0, (1, 8), (1,))
     assert [len(row) for row in grid] == [1, 1]
 
@@ -86,7 +77,7 @@ def test_cycles_go_through_all_symbols() -> None:
 
 def test_cycle_accuracy_is_that_of_separate_calls() -> None:
     base = load_recipe("tiny-khop")
-    model = random_model(dataclasses.replace(base.model, dim=16))
+    model = scaled(dataclasses.replace(base.model, dim=16))
     measured = cycle_accuracy(model, 24, 150, 3, 30)
     ids, _ = cycles(24, 150, stream(3, 0, Purpose.VALIDATION))
     for loops in (1, 5, 30):

@@ -1,6 +1,7 @@
 """The loop_roles experiment: its arms, the planted loop's size, and what its report says of made-up numbers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,40 @@ import torch
 
 from open_mythos import OpenMythos
 from open_mythos.analysis.loop_roles import LoopRoles, loop_roles, verdict
+from open_mythos.experiments import EXPERIMENTS
 from open_mythos.experiments import loop_roles as experiment
-from open_mythos.experiments.study import Lab
-from open_mythos.reports.document import Figure, write_record
+from open_mythos.experiments.study import Lab, perform
 from open_mythos.tasks.task import IGNORE
 
 
 def small(quick: bool) -> dict[str, Any]:
     """The arms at a few steps and a small width."""
-
-    def shrink(cfg: Any) -> Any:
-        return dataclasses.replace(
+    return {
+        name: dataclasses.replace(
             cfg,
             steps=2,
             batch_size=4,
             model=dataclasses.replace(cfg.model, dim=16, n_heads=2, n_kv_heads=2, expert_dim=8),
             loops=dataclasses.replace(cfg.loops, ramp_steps=0),
         )
-
-    return {name: tuple(map(shrink, pair)) for name, pair in ARMS(quick).items()}
-
-
-ARMS = experiment.arms
+        for name, cfg in experiment.arms(quick).items()
+    }
 
 
-def test_twins_differ_in_the_parts_that_see_the_index_alone() -> None:
-    for own, twin in ARMS(False).values():
+def test_null_controls_differ_in_the_parts_that_see_the_index_alone() -> None:
+    arms = experiment.arms(False)
+    for name in experiment.TITLES:
+        own, null = arms[name], arms[f"{name}-null"]
         assert (own.model.loop_embedding, own.model.lora_rank) == (True, 8)
-        assert (twin.model.loop_embedding, twin.model.lora_rank) == (False, 0)
-        assert dataclasses.replace(twin, model=own.model) == own
-        assert dataclasses.replace(twin.model, loop_embedding=True, lora_rank=8) == own.model
+        assert (null.model.loop_embedding, null.model.lora_rank) == (False, 0)
+        assert dataclasses.replace(null, model=own.model) == own
+        assert dataclasses.replace(null.model, loop_embedding=True, lora_rank=8) == own.model
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0])
 def test_what_is_planted_has_the_size_asked_for(strength: float) -> None:
     torch.manual_seed(0)
-    cfg = small(False)["diagonal"][1]
+    cfg = small(False)["diagonal-null"]
     model = OpenMythos(cfg.model).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,18 +58,16 @@ def test_what_is_planted_has_the_size_asked_for(strength: float) -> None:
 
 
 def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "arms", small)
+    monkeypatch.setitem(EXPERIMENTS, "loop_roles", dataclasses.replace(experiment.STUDY, arms=small))
     lab = Lab(tmp_path / "runs", True, (3,))
-    results = experiment.run(lab)
-    assert [run["seed"] for run in results["own"]["khop"]] == [3]
-    assert experiment.run(lab) == results, "runs that are there are not repeated"
-    report = experiment.report(results)
-    text = "\n".join(part for part in report.parts if isinstance(part, str))
+    perform("loop_roles", lab, tmp_path / "out", "command")
+    results = json.loads((tmp_path / "out" / "report.json").read_text())["results"]["runs"]
+    assert [run["seed"] for run in results["khop"]] == [3]
+    assert [name for name, runs in results.items() if "planted" in runs[0]] == ["diagonal-null", "khop-null"]
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "float error at most" in text and "found at every strength, and nothing is found elsewhere" in text
-    facts = {"title": "t", "question": "q", "command": "c", "protocol": "p", "machine": "m"}
-    write_record(facts | {"commits": ["x"], "quick": True, "seeds": [3]}, report, tmp_path / "out")
-    for figure in (part for part in report.parts if isinstance(part, Figure)):
-        assert (tmp_path / "out" / f"{figure.name}.svg").stat().st_size > 5000
+    for figure in ("function", "interventions"):
+        assert (tmp_path / "out" / f"{figure}.svg").stat().st_size > 5000
 
 
 def made_up(function: float, state: float, changed: float, n: int = 120, fewer: float = 0.1) -> LoopRoles:
@@ -114,18 +111,24 @@ def test_the_verdict_follows_the_numbers() -> None:
 
 
 def test_a_broken_control_is_said_so() -> None:
-    runs = [{"seed": 0, "accuracy": 1.0, "roles": made_up(0.2, 1.0, 0.1).to_dict()}]
-    every = dict.fromkeys(experiment.TITLES, runs)
-    planted = {name: [{str(s): runs[0] for s in experiment.STRENGTHS}] for name in experiment.PLANTED}
-    text = "\n".join(map(str, experiment.report({"own": every, "twin": every, "planted": planted}).parts))
+    run = {"seed": 0, "accuracy": 1.0, "roles": made_up(0.2, 1.0, 0.1).to_dict()}
+    run["planted"] = {str(strength): dict(run) for strength in experiment.STRENGTHS}
+    report = experiment.STUDY.report({"runs": {arm: [run] for arm in experiment.arms(True)}})
+    text = "\n".join(map(str, report.parts))
     assert "NOT zero, so the measurement is at fault" in text and "NOT found at every strength" in text
 
 
 def test_a_control_that_was_not_measured_does_not_pass() -> None:
     zero, lost = made_up(0.0, 1.0, 0.0), made_up(0.0, 1.0, 0.0)
     lost.function[:] = torch.nan
-    assert "float error at most" in experiment._null({"a": [zero]})
-    assert "NOT zero" in experiment._null({"a": [zero, lost]}) and "NOT zero" in experiment._null({"a": [lost, zero]})
+    assert experiment.null([zero])["passed"] == "float error at most"
+    assert (
+        "NOT zero" in experiment.null([zero, lost])["passed"] and "NOT zero" in experiment.null([lost, zero])["passed"]
+    )
     lost = made_up(0.0, 1.0, 0.0)
     lost.kl["swap"][0] = torch.nan
-    assert "NOT zero" in experiment._null({"a": [zero, lost]})
+    for controls in ([zero, lost], [lost, zero]):
+        assert "NOT zero" in experiment.null(controls)["passed"]
+    lost = made_up(0.0, 1.0, 0.0)
+    lost.kl["swap"][0] = torch.nan
+    assert "NOT zero" in experiment.null([zero, lost])["passed"]

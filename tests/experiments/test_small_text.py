@@ -17,8 +17,8 @@ from open_mythos.cli import main
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.shards import TokenShards, load_index
-from open_mythos.experiments import small_text, small_text_report
-from open_mythos.experiments.study import Lab, perform
+from open_mythos.experiments import small_text
+from open_mythos.experiments.study import Lab, Results, perform
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.recipes.text import SMALL_TEXT_DATA
@@ -43,8 +43,14 @@ def base(shards: Path) -> TrainConfig:
     return dataclasses.replace(cfg, data=data, steps=2, batch_size=2)
 
 
+@pytest.fixture
+def every(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, TrainConfig]:
+    monkeypatch.setattr(small_text, "load_recipe", lambda _: base)
+    return small_text.arms(quick=False)
+
+
 def test_the_arms_have_the_same_parameters_and_the_same_flops() -> None:
-    costs = {name: small_text.costs(cfg) for name, cfg in small_text.arms(load_recipe("small-text")).items()}
+    costs = {name: small_text.costs(cfg) for name, cfg in small_text.arms(quick=False).items()}
     assert costs["sampled"] == costs["fixed"]
     for key in ("parameters", "parameters_without_embedding"):
         assert costs["parameters"][key] == pytest.approx(costs["sampled"][key], rel=1e-3)
@@ -55,20 +61,20 @@ def test_the_arms_have_the_same_parameters_and_the_same_flops() -> None:
         assert costs["parameters"][key] < 0.7 * costs["sampled"][key]
 
 
-def test_arms_of_a_seed_read_the_same_tokens(base: TrainConfig) -> None:
-    runs = [small_text.tuned(cfg, 3, rate) for rate, cfg in enumerate(small_text.arms(base).values(), 1)]
+def test_arms_of_a_seed_read_the_same_tokens(base: TrainConfig, every: dict[str, TrainConfig]) -> None:
+    runs = [small_text.seeded(small_text.at_rate(cfg, rate), 3) for rate, cfg in enumerate(every.values(), 1)]
     for run in runs:
         first = run.data.batch(np.random.default_rng(0), 8).input_ids
         assert torch.equal(first, runs[0].data.batch(np.random.default_rng(0), 8).input_ids)
-    assert [run.optim.muon_lr / base.optim.muon_lr for run in runs] == [1, 2, 3, 4]
-    other = small_text.tuned(base, 4, 1.0).data.batch(np.random.default_rng(0), 8).input_ids
+    assert [run.optim.muon_lr / base.optim.muon_lr for run in runs] == [1, 2, 3, 4, 5]
+    other = small_text.seeded(base, 4).data.batch(np.random.default_rng(0), 8).input_ids
     assert not torch.equal(first, other)
 
 
-def test_bits_are_those_of_separate_calls(base: TrainConfig) -> None:
+def test_bits_are_those_of_separate_calls(base: TrainConfig, every: dict[str, TrainConfig]) -> None:
     torch.manual_seed(0)
     batch = small_text.held_out(small_text.task(base), 11)
-    for cfg in (base, small_text.arms(base)["parameters"]):
+    for cfg in (base, every["parameters"]):
         model = OpenMythos(cfg.model).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -142,9 +148,10 @@ def test_the_whole_in_small(shards: Path, tmp_path: Path, monkeypatch: pytest.Mo
     out, lab = tmp_path / "out", Lab(tmp_path / "runs", True, (0, 1))
     perform("small_text", lab, out, "command")
     results = json.loads((out / "report.json").read_text())["results"]
-    arms = [name for name in small_text.TITLES if name != "unnormed"]
+    arms = [*small_text.LOOPED, *small_text.PLAIN]
     assert {name: len(sweep) for name, sweep in results["sweep"].items()} == dict.fromkeys(arms, 3)
-    bits = small_text_report.bits_per_byte(results)
+    read = Results(small_text.STUDY, results)
+    bits = {name: read[name, "bits"].values / results["bytes_per_window"] for name in read.runs}
     assert {name: x.shape[:2] for name, x in bits.items()} == {
         "sampled": (2, 7),
         "fixed": (2, 7),
@@ -160,8 +167,8 @@ def test_the_whole_in_small(shards: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("loops", "closer"):
         assert (out / f"{name}.svg").read_text().startswith("<?xml")
     # Half a bit more for one of them, and the words turn.
-    assert "better than plain, same FLOPs" not in small_text_report.small_text_report(results).finding
+    assert "better than plain, same FLOPs" not in small_text.STUDY.report(results).finding
     for run in results["runs"]["flops"]:
         run["bits"] = [[x + 0.5 * results["bytes_per_window"] for x in row] for row in run["bits"]]
-    finding = small_text_report.small_text_report(results).finding
+    finding = small_text.STUDY.report(results).finding
     assert finding.count("better than plain, same FLOPs (-0.") == 2

@@ -181,29 +181,6 @@ def test_every_experiment_says_what_it_asks(name: str) -> None:
     assert len(set(experiment.seeds)) == len(experiment.seeds) >= 1
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-def test_the_parts_are_as_many_as_are_told(
-    name: str, seeds: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counted by a lab that computes nothing. What an experiment makes of its results is no part."""
-    experiment, lab = load(name), Lab(tmp_path, True, seeds)
-    if experiment.n_parts(lab) is None:
-        pytest.skip("not known beforehand")
-    labels: list[str] = []
-
-    class Nothing(dict):
-        """A result in which every number is another such."""
-
-        def __missing__(self, key: str) -> "Nothing":
-            return Nothing()
-
-    monkeypatch.setattr(Lab, "computed", lambda self, label, compute, **asked: labels.append(label) or Nothing())
-    monkeypatch.setattr(Lab, "measured", lambda self, label, *_, **asked: labels.append(label) or Nothing())
-    experiment.run(lab)
-    assert len(labels) == len(set(labels)) == experiment.n_parts(lab)
-
-
 def test_parts_are_counted_with_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lab = Lab(tmp_path, True, (0,), n_parts=3)
     for label in ("a-0", "b-0"):

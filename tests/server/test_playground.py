@@ -105,7 +105,7 @@ def test_answer_streams_and_every_token_is_shaded(visit: Callable, viewport: dic
     assert one.pieces() == whole["pieces"] and "".join(one.pieces()) == whole["text"]
     assert one.loops() == whole["loops"] and len(set(one.loops())) > 1
     told = one.facts(".pane")
-    assert (told["Tokens"], told["Loops in all"]) == (str(3 * TOKENS), str(sum(whole["loops"])))
+    assert (told["Tokens"], told["Total loops"]) == (str(3 * TOKENS), str(sum(whole["loops"])))
     assert float(told["Mean loops"]) == pytest.approx(sum(whole["loops"]) / (3 * TOKENS), abs=0.005)
     check_shades(one)
     assert one.locator(".chart path:not(.top)").count() == len(set(whole["loops"]))
@@ -284,7 +284,7 @@ def test_key_is_asked_for_refused_and_taken(chromium: Any, guarded: tuple[str, s
     url, key = guarded
     with visits(chromium, url, complaints=("401 (Unauthorized)",)) as open_page:
         one = open_page()
-        one.locator("#notice:has-text('asks for a key')").wait_for()
+        one.locator("#notice:has-text('needs a key')").wait_for()
         assert one.evaluate("document.activeElement.id") == "key"
         one.fill("#key", "wrong")
         one.keyboard.press("Enter")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mythos.train.checkpoint import FORMAT, Checkpoints, Keeping, find_problem, read_state
+from open_mythos.train.checkpoint import FORMAT, CheckpointConfig, Checkpoints, find_problem, read_state
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import ParallelConfig, World
 from open_mythos.train.metrics import MetricsWriter, read_metrics
@@ -108,7 +108,7 @@ def look(folder: str, n: int) -> None:
     """Two processes, each of which compares its share of the files."""
     world = World(torch.device("cpu"), ParallelConfig())
     older, newest = sorted((Path(folder) / "checkpoints").iterdir())
-    checkpoints = Checkpoints(older.parent, Keeping(1), world, lambda folder: None)
+    checkpoints = Checkpoints(older.parent, CheckpointConfig(1), world, lambda folder: None)
     for path, bad in flips_and_cuts(newest, n, n // 5):
         good = path.read_bytes()
         world.agree({})
@@ -124,7 +124,6 @@ def look(folder: str, n: int) -> None:
             path.write_bytes(good)
     world.agree({})
     assert checkpoints.newest() == newest
-    world.leave()
 
 
 @pytest.mark.parametrize("n", [10, pytest.param(100, marks=pytest.mark.slow)])
@@ -177,7 +176,6 @@ def fill_the_disk(folder: str, cfg: TrainConfig, n: int) -> None:
             assert save(step)
             last = step
         run.world.agree({})
-    run.world.leave()
 
 
 @pytest.mark.parametrize("n", [5, pytest.param(50, marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from open_mythos.train.distributed import ParallelConfig, World
 from open_mythos.train.losses import LossConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.optim import OptimConfig
-from open_mythos.train.sharding import Spread
+from open_mythos.train.sharding import ShardedModel
 from open_mythos.train.trainer import Trainer
 from tests.models import tiny
 from tests.train.ranks import run_ranks
@@ -113,11 +113,10 @@ def build(folder: str, cfg: TrainConfig) -> None:
     """Write how many bytes of memory it takes to make this process's part of the model."""
     world = World(torch.device("cpu"), cfg.parallel)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    spread = Spread(cfg, world, torch.device("cpu"))
+    sharded = ShardedModel(cfg, world, torch.device("cpu"))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     (Path(folder) / f"{cfg.parallel.kind}{world.rank}").write_text(str(grown * 1024))
-    assert sum(p.numel() for p in spread.model.parameters()) == count_parameters(cfg.model).total
-    world.leave()
+    assert sum(p.numel() for p in sharded.model.parameters()) == count_parameters(cfg.model).total
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.tasks import Addition, Shards, Stream
-from open_mythos.tasks.task import Batch
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
-from open_mythos.train.tensor_shards import Stored
+from open_mythos.train.loader import StepData
+from open_mythos.train.tensor_shards import ShardReader
 from open_mythos.train.trainer import Interrupted, Trainer
 from tests.data.test_stream import make
 from tests.train.ranks import run_ranks
@@ -41,19 +41,19 @@ def run(folder: str, cfg: TrainConfig, workers: int, stop: int) -> None:
     """Train up to step `stop`, and log what all processes have read."""
     warnings.filterwarnings("ignore", "This DataLoader will create")
     run = Trainer(
-        cfg, folder, device="cpu", threads=1, progress=False, keeping=Keeping(1, last=STEPS), resume=True,
+        cfg, folder, device="cpu", threads=1, progress=False, checkpoint=CheckpointConfig(1, last=STEPS), resume=True,
         workers=workers,
     )  # fmt: skip
     get, read = run.loader.get, []
 
-    def remember(step: int) -> Batch:
+    def remember(step: int) -> StepData:
         read[:] = [get(step)]
         return read[0]
 
     def hook(run: Trainer, done: int) -> dict[str, float]:
         if done == stop and run.world.rank == run.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        mine = torch.cat((read[0].input_ids, read[0].labels), 1)
+        mine = torch.cat((read[0].batch.input_ids, read[0].batch.labels), 1)
         each = [torch.empty_like(mine) for _ in range(run.world.size)]
         if run.world.size > 1:
             dist.all_gather(each, mine)
@@ -82,7 +82,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def moments(folder: Path) -> dict[str, torch.Tensor]:
     """Of the last checkpoint, whole."""
-    stored = Stored(folder / "checkpoints" / f"step-{STEPS - 1:08d}")
+    stored = ShardReader(folder / "checkpoints" / f"step-{STEPS - 1:08d}")
     groups = ("model", "optimizer0", "optimizer1")
     return {f"{g}/{name}": stored.read(g, name, 0, 10**9) for g in groups for name in stored.names(g)}
 

@@ -1,4 +1,4 @@
-"""Ranks that disagree, fail, die or fall silent: all others end soon, and say what happened."""
+"""Ranks that disagree, fail, die or fall silent: all others end soon, and torchrun names what happened first."""
 
 import dataclasses
 import os
@@ -10,11 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
-from open_mythos.train.distributed import ParallelConfig, Watch
+from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.trainer import Trainer
 from tests.train.ranks import Ranks, run_ranks
@@ -27,7 +29,6 @@ SPREADS = {
     "fsdp": ParallelConfig("fsdp"),
     "experts": ParallelConfig("fsdp", experts=2),
 }
-CONFIGURATION = "rank 1 has configuration="
 CHANGES: dict[str, Callable[[TrainConfig], dict]] = {
     "seed": lambda cfg: {"seed": 1},
     "rate": lambda cfg: {"optim": OptimConfig("muon", lr=1e-3)},
@@ -35,26 +36,26 @@ CHANGES: dict[str, Callable[[TrainConfig], dict]] = {
     "width": lambda cfg: {"model": dataclasses.replace(cfg.model, dim=32)},
     "experts of 4": lambda cfg: {"parallel": ParallelConfig("fsdp", experts=4)},
 }
-SAID = {
-    **dict.fromkeys(CHANGES, CONFIGURATION),
+DIFFERENT = {
+    **dict.fromkeys(CHANGES, "rank 1 has configuration="),
     "saves": "rank 1 has options=",
     "step": "rank 1 has step=4 and rank 0 3",
     "depth": "rank 1 has depths=",
-    "constructor": "rank 1 failed: ValueError: no tokenizer here",
-    "data": "rank 1 failed: OSError: no such shard",
-    "hook": "rank 1 failed: ValueError: this hook fails",
-    "runtime error": "rank 1 failed: RuntimeError: this hook fails",
-    "exit": "rank 1 failed: SystemExit: 3",
-    "interrupt": "rank 1 failed: KeyboardInterrupt",
-    "nan": "rank 1 failed: FloatingPointError: embed.weight is not finite",
-    "killed": "rank 1 is gone",
-    "killed in constructor": "rank 1 is gone",
-    "killed in save": "rank 1 is gone",
-    "stopped": "rank 1 has been silent",
-    "stopped in save": "rank 1 has been silent",
-    "stuck": "Timed out waiting",
 }
-"""What goes wrong in rank 1, and what rank 0 has to say."""
+"""Ways in which rank 1 differs from rank 0, and what both say."""
+RAISED = {
+    "constructor": "ValueError: no tokenizer here",
+    "data": "OSError: no such shard",
+    "hook": "ValueError: this hook fails",
+    "runtime error": "RuntimeError: this hook fails",
+    "nan": "FloatingPointError: embed.weight is not finite",
+}
+"""Errors of rank 1, which it says."""
+ENDED = ("exit", "interrupt", "killed", "killed in constructor", "killed in save")
+"""Ways in which rank 1 ends without a word of its own."""
+SILENT = ("stopped", "stopped in save", "stuck")
+"""Ways in which rank 1 no longer answers, which rank 0 finds after `parallel.timeout_s`."""
+FAULTS = (*DIFFERENT, *RAISED, *ENDED, *SILENT)
 FAST = {
     ("kind", "ddp"), ("width", "fsdp"), ("saves", "ddp"), ("depth", "experts"), ("hook", "fsdp"), ("killed", "ddp"),
     ("nan", "fsdp"), ("killed in save", "ddp"), ("stopped", "experts"),
@@ -65,9 +66,8 @@ def die(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 
 
-def faulty(folder: str, cfg: TrainConfig, what: str, scale: float, every: int = 2) -> None:
-    """Train, with a fault in rank 1 and another clock."""
-    Watch.BEAT_S, Watch.SILENCE_S = scale * Watch.BEAT_S, scale * Watch.SILENCE_S
+def faulty(folder: str, cfg: TrainConfig, what: str, every: int = 2) -> None:
+    """Train, with a fault in rank 1."""
     bad = os.environ["RANK"] == "1"
     if bad and what in CHANGES:
         cfg = dataclasses.replace(cfg, **CHANGES[what](cfg))
@@ -77,7 +77,7 @@ def faulty(folder: str, cfg: TrainConfig, what: str, scale: float, every: int = 
         mock.patch.object(type(cfg.data), "tokenizer", side_effect=ValueError("no tokenizer here")).start()
     if bad and what == "killed in constructor":
         mock.patch.object(type(cfg.data), "tokenizer", side_effect=die).start()
-    run = Trainer(cfg, folder, device="cpu", threads=1, progress=False, keeping=Keeping(every), resume=True)
+    run = Trainer(cfg, folder, device="cpu", threads=1, progress=False, checkpoint=CheckpointConfig(every), resume=True)
     if bad:
         break_rank(run, what)
     run.run()
@@ -105,7 +105,7 @@ def break_rank(run: Trainer, what: str) -> None:
                 time.sleep(1000)
             if what == "nan":
                 with torch.no_grad():
-                    run.spread.pieces()["embed.weight"].local.view(-1)[0] = torch.nan
+                    run.sharded.shards()["embed.weight"].local.view(-1)[0] = torch.nan
 
     def bad_get(number: int):
         if what == "data" and number == AT:
@@ -130,39 +130,69 @@ def break_rank(run: Trainer, what: str) -> None:
         mock.patch.object(LoopsConfig, "depths", lambda *args: depths(*args) + (args[2] == AT)).start()
 
 
+def faulty_config(spread: str, timeout_s: float = 600.0) -> TrainConfig:
+    parallel = dataclasses.replace(SPREADS[spread], timeout_s=timeout_s)
+    return config(batch_size=4, steps=12, dtype="float32", parallel=parallel, eval=EvalConfig())
+
+
 @pytest.mark.parametrize(
-    ("what", "spread", "scale"),
-    [(*one, 0.2) for one in sorted(FAST)]
-    + [
-        pytest.param(what, spread, 1.0 if spread == "ddp" else 0.2, marks=pytest.mark.slow)
-        for what in SAID
+    ("what", "spread"),
+    [
+        pytest.param(what, spread, marks=() if (what, spread) in FAST else pytest.mark.slow)
+        for what in FAULTS
         for spread in SPREADS
-        if spread == "ddp" or (what, spread) not in FAST
     ],
 )
-def test_all_end(tmp_path: Path, what: str, spread: str, scale: float) -> None:
-    parallel = SPREADS[spread]
-    if what == "stuck":  # The process lives and its main thread does nothing: the limit is the configured one.
-        parallel = dataclasses.replace(parallel, timeout_s=5)
-    cfg = config(batch_size=4, steps=12, dtype="float32", parallel=parallel, eval=EvalConfig())
-    with Ranks(2, faulty, str(tmp_path / "run"), cfg, what, scale, logs=tmp_path / "logs") as ranks:
+def test_all_end(tmp_path: Path, what: str, spread: str) -> None:
+    """Without torchrun's help: a rank that has failed ends the others, and a silent one after the configured time."""
+    cfg = faulty_config(spread, 5 if what in SILENT else 600)
+    with Ranks(2, faulty, str(tmp_path / "run"), cfg, what, logs=tmp_path / "logs") as ranks:
         started = time.monotonic()
-        faulted = ranks.wait([1], 60) if not what.startswith(("stopped", "stuck")) else 0.0
+        faulted = ranks.wait([1], 60) if what not in SILENT else 0.0
         ranks.wait([0], 60)
         ended = time.monotonic() - started
-        # A stopped process ends once it may go on.
-        ranks.send(signal.SIGCONT)
+        # A stopped process ends once it may go on; one that sleeps is ended by torchrun.
+        ranks.send(signal.SIGKILL if what == "stuck" else signal.SIGCONT)
         ranks.wait([1], 30)
         codes = [process.exitcode for process in ranks.processes]
         said = [ranks.said(rank).strip() for rank in range(2)]
     print(f"{what}, {spread}: rank 1 ended {faulted:.1f} s and rank 0 {ended:.1f} s after the start")
     assert all(codes) and ended < 30, codes
-    assert SAID[what] in said[0], said[0]
-    if codes[1] != -signal.SIGKILL and what not in ("exit", "interrupt"):
-        assert SAID[what].removeprefix("rank 1 failed: ") in said[1], said[1]
+    for rank in range(2):
+        assert DIFFERENT.get(what, "Error: ") in said[rank] or (rank and what in ENDED), said[rank]
+    assert RAISED.get(what, "") in said[1], said[1]
+    assert "Timed out" in said[0] or what not in SILENT, said[0]
     if what not in ("constructor", "killed in constructor", "killed in save", "stopped in save", "saves", *CHANGES):
         newest = opened(tmp_path / "run").newest()  # what had been saved stands
         assert newest is not None and newest.name == "step-00000002"
+
+
+@record
+def launched(*args: object) -> None:
+    torch.set_num_threads(1)
+    faulty(*args)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("hook", "ValueError: this hook fails"),
+        pytest.param("killed", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
+        pytest.param("runtime error", "RuntimeError: this hook fails", marks=pytest.mark.slow),
+        pytest.param("step", "rank 1 has step=4 and rank 0 3", marks=pytest.mark.slow),
+        pytest.param("stopped", "Timed out", marks=pytest.mark.slow),
+    ],
+)
+def test_torchrun_names_the_first_error(tmp_path: Path, what: str, named: str) -> None:
+    """Under torchrun's own agent, which ends the ranks that have not ended by themselves."""
+    agent = LaunchConfig(1, 1, 2, run_id=what, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+                         monitor_interval=0.1, start_method="forkserver")  # fmt: skip
+    cfg = faulty_config("ddp", 5 if what in SILENT else 600)
+    with pytest.raises(ChildFailedError) as error:
+        elastic_launch(agent, launched)(str(tmp_path / "run"), cfg, what)
+    rank, failure = error.value.get_first_failure()
+    assert named in str(failure.message), failure
+    assert rank == 1 or what in ("step", "stopped")
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -176,7 +206,7 @@ def test_ranks_that_halt_at_different_depths(tmp_path: Path, spread: str) -> Non
 
 def twice(folder: str, cfg: TrainConfig) -> None:
     for name in ("a", "b"):
-        train(f"{folder}/{name}", cfg, keeping=Keeping(2))
+        train(f"{folder}/{name}", cfg, checkpoint=CheckpointConfig(2))
 
 
 def test_two_runs_one_after_another(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from open_mythos.cli import main
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Addition, Text
 from open_mythos.tokenization.tokenizer import ByteTokenizer
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.init_from import FREE, adopt, open_initial
@@ -51,13 +51,15 @@ def test_a_resumed_run_goes_on_from_its_own_weights(folder: str, tmp_path: Path)
     options = ["--eval.loops", "1", "--device", "cpu", "--threads", "1"]
     assert main([*command, *options, "--steps", "4", "--out", str(tmp_path / "whole")]) == 0
     cfg = TrainConfig.load(tmp_path / "whole" / "config.yaml")
-    first = Trainer(cfg, tmp_path / "run", device="cpu", progress=False, keeping=Keeping(every=2))
+    first = Trainer(cfg, tmp_path / "run", device="cpu", progress=False, checkpoint=CheckpointConfig(every=2))
     first.add_hook(lambda trainer, step: (_ for _ in ()).throw(RuntimeError("crash")), 3)
     with pytest.raises(RuntimeError, match="crash"):
         first.run()
     first.checkpoints.wait()
     Path(folder).rename(tmp_path / "gone")
-    Trainer(cfg, tmp_path / "run", device="cpu", progress=False, keeping=Keeping(every=2), resume=True).run()
+    Trainer(
+        cfg, tmp_path / "run", device="cpu", progress=False, checkpoint=CheckpointConfig(every=2), resume=True
+    ).run()
     name = "final/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from open_mythos.train import lock
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.lock import LOCK_FILE, STALE_S, Holder, RunLock
 from open_mythos.train.trainer import Trainer
 from tests.train.ranks import CONTEXT, Ranks
@@ -195,7 +195,9 @@ def test_a_holder_notices_that_it_was_replaced(tmp_path: Path, monkeypatch: pyte
 
 def train(folder: str) -> None:
     """A run that has done two steps and then waits."""
-    run = Trainer(config(), folder, device="cpu", threads=1, progress=False, keeping=Keeping(1), resume=True)
+    run = Trainer(
+        config(), folder, device="cpu", threads=1, progress=False, checkpoint=CheckpointConfig(1), resume=True
+    )
 
     def wait(run: Trainer, done: int) -> None:
         while done == 2:
@@ -264,7 +266,7 @@ def test_all_processes_of_a_run_are_refused(tmp_path: Path) -> None:
     mine.acquire()
     with Ranks(2, train_or_say, str(tmp_path / "run"), logs=tmp_path / "logs") as ranks:
         assert ranks.join(60) == [1, 1]
-        assert all("is in use by another mythos train" in ranks.said(rank) for rank in range(2))
+        assert "is in use by another mythos train" in ranks.said(0)
     mine.check()
     mine.release()
 

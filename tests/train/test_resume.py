@@ -12,7 +12,7 @@ import torch
 
 from open_mythos.cli import main
 from open_mythos.tasks import Addition
-from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
+from open_mythos.train.checkpoint import CheckpointConfig, Checkpoints, find_problem
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.distributed import ParallelConfig, World
@@ -38,8 +38,8 @@ def config(**changes: object) -> TrainConfig:
 
 
 def trainer(folder: Path, cfg: TrainConfig | None = None, every: int = 3, **options: object) -> Trainer:
-    keeping = Keeping(every, **{k: options.pop(k) for k in ("last", "milestones") if k in options})
-    return Trainer(cfg or config(), folder, device="cpu", threads=1, progress=False, keeping=keeping, **options)
+    checkpoint = CheckpointConfig(every, **{k: options.pop(k) for k in ("last", "milestones") if k in options})
+    return Trainer(cfg or config(), folder, device="cpu", threads=1, progress=False, checkpoint=checkpoint, **options)
 
 
 def state(run: Trainer) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def state(run: Trainer) -> dict[str, torch.Tensor]:
 def opened(folder: Path) -> Checkpoints:
     """The checkpoints of a run, for one process that only reads them."""
     world = World(torch.device("cpu"), ParallelConfig())
-    return Checkpoints(folder / "checkpoints", Keeping(1), world, lambda folder: None)
+    return Checkpoints(folder / "checkpoints", CheckpointConfig(1), world, lambda folder: None)
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:
@@ -317,7 +317,7 @@ def test_refuses(tmp_path: Path) -> None:
     wrong = (("every", -1, "checkpoint_every"), ("last", 0, "keep_last"), ("milestones", 1.5, "keep_every"))
     for field, value, name in wrong:
         with pytest.raises((TypeError, ValueError), match=name):
-            Keeping(**{field: value})
+            CheckpointConfig(**{field: value})
     run = trainer(tmp_path, config(steps=3), every=1)
     run.run()
     with pytest.raises(ValueError, match=r"differs from this command in steps: 3 in the run, 2 now"):

@@ -16,7 +16,7 @@ import torch
 from open_mythos.cli import main
 from open_mythos.model import OpenMythos
 from open_mythos.tokenization.tokenizer import load_tokenizer
-from open_mythos.train.checkpoint import Checkpoints, Keeping, find_problem
+from open_mythos.train.checkpoint import CheckpointConfig, Checkpoints, find_problem
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.distributed import ParallelConfig
 from open_mythos.train.metrics import MetricsWriter, last_step, read_metrics
@@ -158,7 +158,9 @@ def test_the_clock_saves_and_changes_nothing(tmp_path: Path, monkeypatch: pytest
     whole.run()
     clock = [0.0]
     monkeypatch.setattr("open_mythos.train.checkpoint.time.monotonic", lambda: clock[0])
-    run = Trainer(config(), tmp_path / "run", device="cpu", threads=1, progress=False, keeping=Keeping(last=9))
+    run = Trainer(
+        config(), tmp_path / "run", device="cpu", threads=1, progress=False, checkpoint=CheckpointConfig(last=9)
+    )
     saved: list[int] = []
     save = run.checkpoints.save
 
@@ -315,7 +317,8 @@ def test_a_full_disk_is_named(tmp_path: Path, name: str) -> None:
                 lambda *_: patch.setattr("open_mythos.model_folder.to_disk", lambda path: (_ for _ in ()).throw(full)),
                 3,
             )
-        with pytest.raises(OSError, match="the disk is full; make room, and run the command again") as error:
+        message = r"No space left on device \(.* bytes are free\); make room, and run the command again"
+        with pytest.raises(OSError, match=message) as error:
             run.run()
     assert str(folder / name) in str(error.value) and resource.getrlimit(resource.RLIMIT_FSIZE) == before
     if name == "final":
@@ -360,7 +363,7 @@ def test_out_that_is_no_folder(tmp_path: Path, target: str | None) -> None:
 def test_refuses(tmp_path: Path) -> None:
     for value in (-1, float("nan"), "5"):
         with pytest.raises((TypeError, ValueError), match="checkpoint_minutes"):
-            Keeping(minutes=value)
+            CheckpointConfig(minutes=value)
     assert json.loads((trainer_state(tmp_path) / "state.json").read_text())["data"] == {}
     assert issubclass(Checkpoints, object) and torch.get_num_threads() == 1
 

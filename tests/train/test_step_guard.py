@@ -34,7 +34,7 @@ class Injector:
         self.site, self.value, self.rng = "", 0.0, random.Random(0)
         self._wrap(module, "total_loss", lambda found: (self.spoil("loss", found[0]), found[1]))
         self._wrap(moe, "float32_linear", lambda logits: self.spoil("router", logits))
-        self._wrap(run.spread, "gradients", self._spoil_gradient)
+        self._wrap(run.sharded, "gradients", self._spoil_gradient)
         run.model.prelude[0].register_forward_hook(lambda _, __, y: self._spoil_backward(self.spoil("activation", y)))
         if run.model.recurrent is not None and run.model.recurrent.act is not None:
             self._wrap(run.model.recurrent.act, "forward", lambda p: self.spoil("halting", p))
@@ -67,7 +67,7 @@ class Injector:
 def held(run: Trainer) -> list[Tensor]:
     """Copies of everything that a step changes."""
     moments = [x for one in run.optimizers for fields in one.state.values() for x in fields.values()]
-    everything = [*(piece.local for piece in run.spread.pieces().values()), *moments]
+    everything = [*(piece.local for piece in run.sharded.shards().values()), *moments]
     return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in everything]
 
 
@@ -97,7 +97,6 @@ def inject(folder: str, cfg: TrainConfig, n: int) -> None:
             step += 2
     if run.world.is_first:
         print(cfg.parallel, cfg.model.halting, step, {f"{site} {value}": n for (site, value), n in skipped.items()})
-    run.world.leave()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,6 @@ def overflow(folder: str, cfg: TrainConfig) -> None:
         print(
             f"{run.guard.skipped} steps left out, scale {run.guard.scale:g}, loss {losses[0]:.2f} to {losses[-1]:.2f}"
         )
-    run.world.leave()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,6 @@ def spike(folder: str, cfg: TrainConfig, spikes: set[int]) -> None:
         if allowed:
             taken.append((loss, norm))
     print(f"{run.guard.skipped} of {cfg.steps} steps left out, {len(spikes)} of them planted")
-    run.world.leave()
 
 
 @pytest.mark.parametrize("spread", ["alone", pytest.param("fsdp", marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ import pytest
 from open_mythos.cli import main
 from open_mythos.recipes import load_recipe
 from open_mythos.tasks import Text
-from open_mythos.train.checkpoint import Keeping
+from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.metrics import read_metrics
 from open_mythos.train.trackers import Run, TensorBoard, Tracker, Trackio, Wandb, make_trackers
@@ -55,7 +55,7 @@ def run_config(steps: int = 4) -> TrainConfig:
     return dataclasses.replace(recipe, model=model, steps=steps, batch_size=2, log_every=1, data=data, eval=evaluation)
 
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "progress": False, "keeping": Keeping(every=2)}
+OPTIONS: dict[str, Any] = {"device": "cpu", "progress": False, "checkpoint": CheckpointConfig(every=2)}
 
 
 def crashed_run(folder: Path, trackers: Sequence[Tracker]) -> None:

@@ -44,13 +44,13 @@ def config(task: str, folder: Path) -> TrainConfig:
 def batches(loader: Loader, first: int = 0) -> Iterator[torch.Tensor]:
     step = first
     while True:
-        batch = loader.get(step)
+        batch = loader.get(step).batch
         yield torch.cat((batch.input_ids, batch.labels))
         step += 1
 
 
 def pids(loader: Loader) -> list[int]:
-    return [worker.pid for worker in loader._batches._workers]
+    return [worker.pid for worker in loader._steps._workers]
 
 
 @pytest.mark.parametrize("task", ["addition", "stream"])
