@@ -40,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); `layer` names this block's place in the view's store."""
+        """Apply the block, (B, T, D) -> (B, T, D); `layer` is its place in the view's store."""
         x = self.attn_out_norm(x + self.dropout(self.attn(self.attn_norm(x), view, layer)))
         u = self.ffn_norm(x)
         y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
