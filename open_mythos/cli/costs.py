@@ -67,7 +67,7 @@ def info(rest: list[str]) -> None:
     args = read(InfoArgs, "mythos info", rest)
     if Path(args.model).is_dir():
         check_folder(Path(args.model))
-    from open_mythos.costs.info import print_info
+    from open_mythos.costs.tables import print_info
 
     if args.tokenizer is not None:
         if args.vocab_size is not None:

@@ -96,10 +96,6 @@ class PagedKVCache:
         cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
         return cos, sin
 
-    @property
-    def page_nbytes(self) -> int:
-        return self.pages[0].nbytes
-
     def places(self, layer: int, n_loops: np.ndarray, loop: np.ndarray | None) -> np.ndarray:
         """Return the place of each token at a model's layer; `loop` is the token's loop, None outside the loop."""
         # In the loop: layer + loop * core. The prelude's layers come before, the coda's behind the last loop.
@@ -197,7 +193,7 @@ class Group:
 
 
 class Layout:
-    """What calls on the same tokens share: positions, masks, and the groups that attend together.
+    """Positions, masks and groups of tokens that attend together, shared by all calls on the same tokens.
 
     Args:
         n_rows: rows of the calls: the tokens, and copies of the first one behind them.

@@ -47,7 +47,9 @@ class TransformerBlock(nn.Module):
 
 
 def dense_width(cfg: MythosConfig, recurrent: bool) -> int:
-    """Return the hidden width of a block's dense feed-forward."""
+    """Return the hidden width of a block's dense feed-forward, or beside routed experts that of the shared ones."""
+    if recurrent and cfg.n_experts:
+        return cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
     return cfg.expert_dim if recurrent else cfg.dim * 4 // 3
 
 
@@ -66,8 +68,11 @@ def attention_costs(cfg: MythosConfig) -> LayerCosts:
 
 
 def feed_forward_costs(cfg: MythosConfig, recurrent: bool) -> LayerCosts:
-    """Return the costs of one dense feed-forward."""
-    kind, width = FEED_FORWARDS[cfg.feed_forward], dense_width(cfg, recurrent)
+    """Return the costs of a block's dense feed-forward, or beside routed experts those of the shared ones."""
+    width = dense_width(cfg, recurrent)
+    if not width:
+        return LayerCosts((), lambda execution, T: 0)
+    kind = Expert if recurrent and cfg.n_experts else FEED_FORWARDS[cfg.feed_forward]
     if "costs" in vars(kind):
         return kind.costs(cfg.dim, width)
     return measured(lambda: kind(cfg.dim, width), lambda layer, x: layer(x), cfg.dim, (0, 0, 0))
