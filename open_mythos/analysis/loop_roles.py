@@ -310,7 +310,7 @@ def effect_table(runs: Runs) -> Table:
 
 
 def without_order_or_last(runs: Runs) -> tuple[str, str]:
-    """Write the shares of answers that a shuffle changes, and that need the last loop: without need no order matters."""
+    """Write the shares of answers that a shuffle changes, and that need the last loop: else no order could matter."""
     return cells(across(runs, "changed.shuffle"))[0], cells(across(runs, "changed.skip"))[-1]
 
 
