@@ -21,7 +21,7 @@ def test_pages_are_the_formula_rounded_up_to_pages(attn_type: str, dtype: torch.
     cfg, size = model.cfg, dtype.itemsize
     blocks = -(-100 // PAGE_TOKENS)
     each = kv_bytes_per_token(cfg, cfg.max_loop_iters, size)
-    assert engine.n_pages * engine.kv.page_nbytes == blocks * PAGE_TOKENS * each
+    assert engine.n_pages * engine.kv.pages[0].nbytes == blocks * PAGE_TOKENS * each
     assert engine.n_pages == blocks * n_layers(cfg, cfg.max_loop_iters)
 
 
