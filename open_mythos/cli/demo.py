@@ -17,7 +17,8 @@ from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
 from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, program, shaded
-from open_mythos.tokenization.tokenizer import TextStream, Tokenizer
+from open_mythos.tokenization.detokenizer import TextStream
+from open_mythos.tokenization.tokenizer import Tokenizer
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.evaluate import evaluate
 from open_mythos.train.trainer import Trainer

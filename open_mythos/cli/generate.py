@@ -36,7 +36,7 @@ def generate(rest: list[str]) -> None:
 
     from open_mythos.reports.terminal import loop_style, loop_summary, write
     from open_mythos.tokenization.chat_template import end_of_turn, render, turns_unknown
-    from open_mythos.tokenization.tokenizer import TextStream
+    from open_mythos.tokenization.detokenizer import TextStream
 
     model, tokenizer = args.load()
     if args.chat and (warning := turns_unknown(args.folder, "leave --chat out to have the prompt continued")):

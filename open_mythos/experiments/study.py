@@ -31,7 +31,7 @@ from open_mythos.reports.figures import Curve, require_matplotlib
 from open_mythos.reports.stats import Estimate
 from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
-from open_mythos.train.final import find_problem
+from open_mythos.train.run_folder import find_problem
 from open_mythos.train.trainer import Trainer
 
 MAX_RESULT_BYTES = 2**27

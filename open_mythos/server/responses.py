@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Self
 from open_mythos.engine.engine import TokenEvent
 from open_mythos.engine.sequence import Sequence as Request
 from open_mythos.server.protocol import ChatRequest, ChoicesRequest, error
+from open_mythos.tokenization.detokenizer import TextStream
 from open_mythos.tokenization.token_text import TokenTexts
-from open_mythos.tokenization.tokenizer import TextStream, Tokenizer
+from open_mythos.tokenization.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 LEAST = -9999.0

@@ -9,11 +9,11 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -35,50 +35,39 @@ HUB_ROLES = "tokenizer_config.json"
 OWN_FILE = "mythos_tokenizer.json"  # bytes and symbols
 
 
-class Tokenizer(Protocol):
-    """Interface of all tokenizers. The id of a special token that a vocabulary lacks is None."""
+class Tokenizer(ABC):
+    """A vocabulary: text to ids and back."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id; a model needs at least this many rows in its embedding."""
-        ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    @property
-    def pad_id(self) -> int | None: ...
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of marks that are not text. The token for unknown characters is text."""
-        ...
+    vocab_size: int
+    """One more than the largest id; a model needs at least this many rows in its embedding."""
+    bos_id: int | None
+    """Id of the begin token; None, like the two below, in a vocabulary without one."""
+    eos_id: int | None
+    pad_id: int | None
+    special_ids: frozenset[int]
+    """Ids of marks that are not text. The token for unknown characters is text."""
 
     def normalize(self, text: str) -> str:
         """Return the text that is split into tokens: `text` after the normalizer, such as lower case."""
-        ...
+        return text
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]: ...
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write the file that `load_tokenizer(folder)` reads; the folder is made if it is absent."""
-        ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0 to 255, then <bos>, <eos> and <pad>. Bytes that are not UTF-8 decode to U+FFFD."""
 
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
     special_ids = frozenset({256, 257, 258})
-
-    def normalize(self, text: str) -> str:
-        return text
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -90,7 +79,7 @@ class ByteTokenizer:
         _write(folder, OWN_FILE, {"type": "bytes"})
 
 
-class SymbolTokenizer:
+class SymbolTokenizer(Tokenizer):
     """A fixed list of symbols; a symbol's id is its place in the list.
 
     Text is read from the left, the longest symbol first; white space between symbols means nothing.
@@ -134,11 +123,8 @@ class SymbolTokenizer:
         longest_first = sorted(self.symbols, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
 
-    def normalize(self, text: str) -> str:
-        return text
-
     def encode(self, text: str) -> list[int]:
-        """Ids of the symbols in `text`.
+        """Return the ids of the symbols in `text`.
 
         Raises:
             ValueError: part of the text is no symbol.
@@ -164,7 +150,7 @@ class SymbolTokenizer:
         _write(folder, OWN_FILE, {"type": "symbols", **fields})
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A vocabulary of the `tokenizers` library. Special tokens written out in a text become their ids.
 
     Args:
@@ -303,62 +289,6 @@ class MythosTokenizer(BPETokenizer):
             path, roles = _download(model_id)
         backend, growth = _backend(path)
         super().__init__(backend, **read_roles(roles), growth=growth)
-
-
-class TextStream:
-    """Turns ids that arrive one at a time into text, never showing half a character.
-
-    The pieces that `push` and the final `flush` return join to the `decode` of prompt and ids, less the `decode` of the
-    prompt. The work for an id does not grow with the number of ids before it.
-
-    Args:
-        prompt_ids: what stands before the ids: some vocabularies decode a token by what precedes it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = _context(tokenizer, prompt_ids)
-        self._n_whole = len(self._ids)  # the first of them: those of the last piece that ended in a whole character
-        self._n_shown = len(tokenizer.decode(self._ids))  # characters of their text that were given out
-
-    def push(self, token_id: int) -> str:
-        """Return the text that `token_id` completes; empty while a character is incomplete."""
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        n_open = len(self._ids) - self._n_whole
-        # Of a run of U+FFFD only the last can still become a character: the ones before it are invalid bytes. But
-        # vocabularies with a token for each byte write one for each, until up to four of them make a character.
-        ready = len(text.rstrip("\ufffd") if n_open < 4 else text.removesuffix("\ufffd"))
-        piece = text[self._n_shown : ready]
-        self._n_shown = max(self._n_shown, ready)
-        if piece and ready == len(text):
-            self._ids = self._ids[self._n_whole :]
-            self._n_whole = len(self._ids)
-            self._n_shown = len(self._tokenizer.decode(self._ids))
-        elif ready == len(text) > 0 and self._tokenizer.decode(self._ids[:-1]) == text:
-            self._ids.pop()  # a special token, or an id that no token has
-        elif n_open >= 16:
-            self._forget(text)
-        return piece
-
-    def flush(self) -> str:
-        """Return the text still held back, once no id follows."""
-        return self._tokenizer.decode(self._ids)[self._n_shown :]
-
-    def _forget(self, text: str) -> None:
-        """Drop the older half of the ids, invalid bytes by now, unless it means something to the other half."""
-        half = len(self._ids) // 2
-        before = self._tokenizer.decode(self._ids[:half])
-        if before + self._tokenizer.decode(self._ids[half:]) == text and len(before) <= self._n_shown:
-            self._ids, self._n_whole, self._n_shown = self._ids[half:], 0, self._n_shown - len(before)
-
-
-def _context(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Return the last few ids: enough to show text, and only whole characters where the ids hold such."""
-    n = 16
-    while n < len(ids) and ("\ufffd" in (text := tokenizer.decode(ids[-n:])) or not text):
-        n *= 2
-    return list(ids[-n:])
 
 
 def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:

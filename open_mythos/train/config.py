@@ -1,6 +1,7 @@
 """A run's configuration: nested dataclasses, checked when made, that round-trip through YAML exactly."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -314,6 +315,14 @@ class TrainConfig:
             raise FileNotFoundError(f"{path} does not exist; name a run's config.yaml") from error
         with blamed_on(path):
             return cls.from_dict(values)
+
+
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of nested sections by their full names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

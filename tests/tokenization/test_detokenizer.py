@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from open_mythos.assets import novel
-from open_mythos.tokenization.detokenizer import AnswerText
-from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, TextStream, Tokenizer
+from open_mythos.tokenization.detokenizer import AnswerText, TextStream
+from open_mythos.tokenization.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
 
 def byte_fallback() -> BPETokenizer:

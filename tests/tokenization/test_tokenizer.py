@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from open_mythos.assets import novel
+from open_mythos.tokenization.detokenizer import TextStream
 from open_mythos.tokenization.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     MythosTokenizer,
     SymbolTokenizer,
-    TextStream,
     load_tokenizer,
 )
 
