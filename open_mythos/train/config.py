@@ -1,6 +1,7 @@
 """A run's configuration: nested dataclasses, checked when made, that round-trip through YAML exactly."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,6 @@ from open_mythos.checks import (
     PositiveFloat,
     PositiveInt,
     Range,
-    check_choice,
     check_field,
     check_int,
     check_number,
@@ -22,7 +22,7 @@ from open_mythos.checks import (
     check_text,
     shown,
 )
-from open_mythos.config import MAX_LOOPS, MythosConfig
+from open_mythos.config import MAX_LOOPS, MythosConfig, check_part
 from open_mythos.device import Dtype
 from open_mythos.files import blamed_on, parse_yaml, read_yaml
 from open_mythos.tasks import TASKS, Task
@@ -288,7 +288,7 @@ class TrainConfig:
             if not isinstance(values.get(name), dict):
                 raise ValueError(f"section {name!r} is missing; a run needs `model` and `data`")
         data = dict(values["data"])
-        check_choice("data.task", data.get("task", ""), tuple(TASKS))
+        check_part("data.task", data.get("task", ""), TASKS, "TASKS")
         values["data"] = _build(TASKS[data.pop("task")], data, "data.")
         try:
             values["model"] = MythosConfig.from_dict(values["model"])
@@ -314,6 +314,14 @@ class TrainConfig:
             raise FileNotFoundError(f"{path} does not exist; name a run's config.yaml") from error
         with blamed_on(path):
             return cls.from_dict(values)
+
+
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of nested sections by their full names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -1,4 +1,4 @@
-"""The processes that train one model together: how they find each other, and what they agree on.
+"""The processes that train one model together: how they find each other, agree, and end.
 
 `torchrun` starts them, gives each its rank, and ends all of them when one has failed. Without it there is one process,
 and all of this does nothing.
@@ -7,6 +7,8 @@ and all of this does nothing.
 import contextlib
 import os
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Generator, Mapping
 from datetime import timedelta
@@ -24,6 +26,14 @@ BROKEN_CALL_S = 1.0
 
 class RankFailed(ConnectionError):
     """Processes of a run differ where they must not, or one has not answered in time."""
+
+
+class Interrupted(Exception):
+    """A signal has ended a run."""
+
+    def __init__(self, steps_done: int, saved: bool) -> None:
+        state = "saved" if saved else "which could not be saved"
+        super().__init__(f"stopped after step {steps_done}, {state}; go on with the same command and --resume")
 
 
 class World:
@@ -115,3 +125,16 @@ class World:
                 time.sleep(BROKEN_CALL_S * isinstance(error, RuntimeError))
                 get_error_handler().record_exception(error)
             raise
+
+
+@contextlib.contextmanager
+def signals_into(seen: list[int]) -> Generator[None]:
+    """Put SIGTERM and SIGINT into `seen` instead of letting them end the process; in the main thread only."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

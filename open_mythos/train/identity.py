@@ -11,7 +11,7 @@ from open_mythos.files import sha256
 from open_mythos.tasks import Task
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.checkpoint import read_state
-from open_mythos.train.config import TrainConfig
+from open_mythos.train.config import TrainConfig, flat_fields
 
 CONFIG_FILE = "config.yaml"
 MAX_NAMED = 5
@@ -76,7 +76,7 @@ def check_config(cfg: TrainConfig, path: Path) -> TrainConfig:
         raise ValueError(
             f"{error}. If {path} is damaged, put the {CONFIG_FILE} of a checkpoint in its place"
         ) from error
-    before, now = _flat(theirs.to_dict()), _flat(cfg.to_dict())
+    before, now = flat_fields(theirs.to_dict()), flat_fields(cfg.to_dict())
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if "data.task" in names:  # the fields of another task say nothing
         names = ["data.task", *(name for name in names if not name.startswith("data."))]
@@ -117,14 +117,6 @@ def check_data(now: Mapping[str, str], run: Mapping[str, str] | None, folder: Pa
             f"the data is not what the run of {folder} was trained on (digest of {'; '.join(found[:MAX_NAMED])}); "
             "restore it, or begin another run in another folder"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of nested sections by their full names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _short(value: Any) -> str:

@@ -52,13 +52,9 @@ class RunLock:
         self._lost = self._made_folder = False
 
     def refuse_if_held(self) -> None:
-        """Look whether another process has the lock, and take nothing.
-
-        Raises:
-            ValueError: it has; the message names it and the remedy.
-        """
-        if self.path.exists() and not _is_gone(self.path, holder := _read(self.path)):
-            raise ValueError(_refusal(self.path, holder))
+        """Raise ValueError, with the holder and the remedy, where another process has the lock; take nothing."""
+        if self.path.exists():
+            _refuse_live(self.path, _read(self.path))
 
     def acquire(self) -> None:
         """Take the lock, also one whose holder is gone. Of several processes that try, exactly one succeeds.
@@ -72,11 +68,7 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
-        """Make sure that the lock is still this process's.
-
-        Raises:
-            ValueError: it is not, so this process may write nothing more.
-        """
+        """Raise ValueError where the lock is no longer this process's, so that it may write nothing more."""
         with contextlib.suppress(OSError):  # a file system that does not answer says nothing about the lock
             self._lost = self._lost or not self._is_mine()
         if self._lost:
@@ -99,9 +91,8 @@ class RunLock:
             if not path.exists():  # given back just now
                 continue
             holder = _read(path)
-            if not _is_gone(path, holder):
-                raise ValueError(_refusal(path, holder))
-            # Only who has the claim to this very holder may replace its lock, so that no live one is ever replaced.
+            _refuse_live(path, holder)
+            # Only the process with the claim to this very holder may replace its lock: no live one is ever replaced.
             claim = path.with_name(f"{path.name}.{holder.token if holder else 'unreadable'}")
             self._take(claim)
             if path.exists() and _read(path) == holder and _is_gone(path, holder):
@@ -110,22 +101,18 @@ class RunLock:
             claim.unlink()
 
     def _create(self, path: Path) -> bool:
-        """Create the file; False if it exists."""
+        """Create the file, and return False if it exists."""
         now = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         started, place = _start_of(os.getpid()) or "", _place(path.parent)
         holder = Holder(self._token, socket.gethostname(), os.getpid(), started, place, now)
-        with writing(path):
-            try:
-                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                return False
-            try:
-                os.write(file, json.dumps(asdict(holder)).encode())
-            except OSError:
-                path.unlink()
-                raise
-            finally:
-                os.close(file)
+        try:
+            # An exclusive create is atomic on local file systems, and on NFS from version 3 on.
+            with path.open("x"):
+                pass
+        except FileExistsError:
+            return False
+        with writing(path, half=path):
+            path.write_text(json.dumps(asdict(holder)))
         return True
 
     def _is_mine(self) -> bool:
@@ -144,7 +131,7 @@ class RunLock:
 
 
 def _read(path: Path) -> Holder | None:
-    """Return what a lock says; None if there is none, or it is not readable, as one that is being written."""
+    """Return the holder in a lock; None if there is none, or it is not readable, as one that is being written."""
     try:
         with path.open("rb") as file:
             holder = Holder(**json.loads(file.read(8192)))
@@ -153,6 +140,21 @@ def _read(path: Path) -> Holder | None:
     texts = (holder.token, holder.host, holder.started, holder.place, holder.since)
     is_sound = all(isinstance(text, str) for text in texts) and re.fullmatch("[0-9a-f]{16}", holder.token)
     return holder if is_sound and type(holder.pid) is int and 0 < holder.pid < 2**31 else None
+
+
+def _refuse_live(path: Path, holder: Holder | None) -> None:
+    """Raise ValueError unless the holder of a lock is gone."""
+    if _is_gone(path, holder):
+        return
+    who, check = "a process that has just begun", ""
+    if holder is not None:
+        who = f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
+        check = "end it first" if holder.place == _place(path.parent) else ""
+    check = check or f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
+    raise ValueError(
+        f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
+        f"--out. If it should not run, {check}: {path}"
+    )
 
 
 def _is_gone(path: Path, holder: Holder | None) -> bool:
@@ -182,35 +184,16 @@ def _start_of(pid: int) -> str | None:
         # Behind the name in brackets: the state, and as the 20th field the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        pass
-    try:
-        asked = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return asked.stdout.strip()
-    except OSError:
+    except FileNotFoundError:  # no Linux
+        with contextlib.suppress(OSError):
+            command = ["ps", "-o", "lstart=", "-p", str(pid)]
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         return ""
 
 
 def _place(folder: Path) -> str:
-    def read(path: str) -> str:
-        try:
-            return os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip()
-        except OSError:
-            return ""
-
-    parts = (socket.gethostname(), read("/proc/sys/kernel/random/boot_id"), read("/proc/self/ns/pid"))
-    return " ".join((*parts, str(folder.resolve())))
-
-
-def _refusal(path: Path, holder: Holder | None) -> str:
-    who = (
-        "a process that has just begun"
-        if holder is None
-        else f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
-    )
-    is_here = holder is not None and holder.place == _place(path.parent)
-    check = "end it first" if is_here else f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
-    return (
-        f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
-        f"--out. If it should not run, {check}: {path}"
-    )
+    parts = [socket.gethostname(), "", "", str(folder.resolve())]
+    with contextlib.suppress(OSError):  # no Linux
+        parts[1] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        parts[2] = os.readlink("/proc/self/ns/pid")
+    return " ".join(parts)

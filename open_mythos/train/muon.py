@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
 from open_mythos.ops.linear import MANY_PRODUCTS, linear, uses_onednn
 from open_mythos.train.config import AdjustLR
-from open_mythos.train.owners import Owners
 
 # Quintic coefficients of Jordan et al.: the steepest slope at 0 that keeps singular values within about 0.7 .. 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -50,7 +50,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def _iterate(y: Tensor) -> Tensor:
-    """y <- (a + b G + c G^2) y with G = y y^T, on (N, R, C) at once."""
+    """Iterate y <- (a + b G + c G^2) y with G = y y^T on (N, R, C) at once."""
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = y @ y.mT
@@ -59,7 +59,7 @@ def _iterate(y: Tensor) -> Tensor:
 
 
 def _iterate_alone(y: Tensor) -> Tensor:
-    """The same on one large matrix (R, C) of a CPU, whose batched products take twice as long.
+    """Iterate on one large matrix (R, C) on a CPU, whose batched products take twice as long.
 
     With z = c^(1/4) y the polynomial is (z z^T + s)^2 + a - s^2, s = b / (2 sqrt(c)): squares of symmetric matrices and
     shifts of diagonals, and nothing to scale or add.
@@ -76,7 +76,7 @@ def _iterate_alone(y: Tensor) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """x x^T, of which little more than the upper half is computed: (R, C) -> (R, R)."""
+    """Return x x^T, of which little more than the upper half is computed: (R, C) -> (R, R)."""
     whole = x.new_empty(len(x), len(x))
     for start in range(0, len(x), STRIP):
         strip, below = slice(start, start + STRIP), slice(start + STRIP, None)
@@ -86,7 +86,7 @@ def _square(x: Tensor) -> Tensor:
 
 
 def lr_factor(rows: int, columns: int, adjust_lr: AdjustLR) -> float:
-    """What the learning rate is multiplied by for an (R, C) matrix.
+    """Return the factor on the learning rate of an (R, C) matrix.
 
     "match_rms_adamw" gives every shape the update size that AdamW would have, so both can share a rate
     (Liu et al. 2025, arXiv 2502.16982); "original" is sqrt(max(1, R / C)).
@@ -96,13 +96,69 @@ def lr_factor(rows: int, columns: int, adjust_lr: AdjustLR) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
+class MatrixOwners:
+    """An assignment of matrices to the processes of a group, about equally many values each.
+
+    Each process has rows of every matrix: of R rows process r has those from r * ceil(R / size) on, as torch.chunk
+    gives them. `gather` brings every matrix whole to its owner, `scatter` brings the rows back.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], group: dist.ProcessGroup) -> None:
+        self.shapes, self.group = shapes, group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        load = [0] * self.size
+        self.owner = [0] * len(shapes)
+        for i in sorted(range(len(shapes)), key=lambda i: -math.prod(shapes[i])):
+            self.owner[i] = load.index(min(load))
+            load[self.owner[i]] += math.prod(shapes[i])
+        self._owned = [[i for i, owner in enumerate(self.owner) if owner == rank] for rank in range(self.size)]
+        self.mine = self._owned[self.rank]
+        """Numbers of the matrices that this process owns."""
+
+    def _n_rows(self, i: int, rank: int) -> int:
+        R = self.shapes[i][0]
+        each = math.ceil(R / self.size)
+        return min(R, (rank + 1) * each) - min(R, rank * each)
+
+    def _numel(self, i: int, rank: int) -> int:
+        return self._n_rows(i, rank) * self.shapes[i][1]
+
+    def gather(self, local: list[Tensor]) -> list[Tensor]:
+        """Exchange this process's rows of every matrix for the whole of each matrix in `mine`."""
+        sent = torch.cat([local[i].flatten() for owned in self._owned for i in owned])
+        out = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
+        got = sent.new_empty(sum(out))
+        into = [sum(local[i].numel() for i in owned) for owned in self._owned]
+        dist.all_to_all_single(got, sent, out, into, group=self.group)
+        parts = [p.split([self._numel(i, rank) for i in self.mine]) for rank, p in enumerate(got.split(out))]
+        return [
+            torch.cat([parts[rank][k] for rank in range(self.size)]).view(self.shapes[i])
+            for k, i in enumerate(self.mine)
+        ]
+
+    def scatter(self, whole: list[Tensor], local: list[Tensor]) -> list[Tensor]:
+        """Exchange whole matrices for this process's rows of every matrix, shaped like `local`."""
+        ranks = range(self.size)
+        parts = [x.split([self._n_rows(i, rank) for rank in ranks]) for i, x in zip(self.mine, whole, strict=True)]
+        sent = torch.cat([local[0].new_empty(0), *(p[rank].flatten() for rank in ranks for p in parts)])
+        into = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
+        out = [sum(local[i].numel() for i in owned) for owned in self._owned]
+        got = sent.new_empty(sum(out))
+        dist.all_to_all_single(got, sent, out, into, group=self.group)
+        back = [Tensor()] * len(local)
+        for owned, part in zip(self._owned, got.split(out), strict=True):
+            for i, x in zip(owned, part.split([local[i].numel() for i in owned]), strict=True):
+                back[i] = x.view_as(local[i])
+        return back
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
     A parameter of shape (..., R, C) is a stack of matrices, each orthogonalised on its own, so no expert's update
     depends on another's. `widths` names the rows of each map in a parameter that holds several (`Linear.widths`); each
-    is orthogonalised on its own too. Not so gate and up of a stacked expert (2F x D), nor the heads and parts of q_up
-    and kv_up: these count as one matrix. Parameters with fewer than two dimensions are refused.
+    is orthogonalised on its own too. Gate and up of a stacked expert (2F x D) count as one matrix, and so do all heads
+    and parts of q_up and of kv_up. Parameters with fewer than two dimensions are refused.
     """
 
     def __init__(
@@ -132,7 +188,7 @@ class Muon(torch.optim.Optimizer):
             named = [p for p in group["params"] if p.grad is not None]
             if not named:
                 continue
-            params, grads = [_here(p) for p in named], [_here(p.grad) for p in named]
+            params, grads = [_local(p) for p in named], [_local(p.grad) for p in named]
             for p, local in zip(named, params, strict=True):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(local)
@@ -144,9 +200,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def _updates(self, params: list[Tensor], nesterov: list[Tensor], adjust_lr: AdjustLR) -> list[Tensor]:
-        """The updates for what this process holds of each parameter, from what it holds of their momenta."""
-        # Matrices whose rows are spread over processes are worked on whole, each by one of them. Stacks of matrices are
-        # spread by matrix.
+        """Return the updates of this process's shards of the parameters, from its shards of their momenta."""
+        # Matrices whose rows are on several processes are orthogonalised whole, each by its owner. Stacks of matrices
+        # are sharded by matrix.
         meshes = {i: p.device_mesh for i, p in enumerate(params) if isinstance(p, DTensor) and p.ndim == 2}
         split = [i for i, mesh in meshes.items() if mesh.size() > 1]
         rest = [i for i in range(len(params)) if i not in split]
@@ -155,14 +211,14 @@ class Muon(torch.optim.Optimizer):
         )
         if split:
             shapes = [(params[i].shape[0], params[i].shape[1]) for i in split]
-            owners = Owners(shapes, meshes[split[0]].get_group())
+            owners = MatrixOwners(shapes, meshes[split[0]].get_group())
             local = [nesterov[i] for i in split]
             whole = self._orthogonal([params[split[k]] for k in owners.mine], owners.gather(local), adjust_lr)
             updates |= dict(zip(split, owners.scatter(whole, local), strict=True))
         return [updates[i] for i in range(len(params))]
 
     def _orthogonal(self, params: list[Tensor], nesterov: list[Tensor], adjust_lr: AdjustLR) -> list[Tensor]:
-        """Whole momenta -> orthogonalised, each map of a parameter by itself, and scaled as its shape asks for."""
+        """Orthogonalise whole momenta, each map of a parameter by itself, and scale them as their shapes ask for."""
         by_shape: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         updates = [torch.empty_like(u) for u in nesterov]
         for p, u, out in zip(params, nesterov, updates, strict=True):
@@ -172,13 +228,12 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns, *_), pairs in by_shape.items():
             whole = orthogonalize(torch.cat([part.reshape(-1, rows, columns) for part, _ in pairs]))
             whole *= lr_factor(rows, columns, adjust_lr)
-            for (_, into), piece in zip(
-                pairs, whole.split([u.numel() // (rows * columns) for u, _ in pairs]), strict=True
-            ):
-                into.copy_(piece.view_as(into))
+            counts = [part.numel() // (rows * columns) for part, _ in pairs]
+            for (_, into), update in zip(pairs, whole.split(counts), strict=True):
+                into.copy_(update.view_as(into))
         return updates
 
 
-def _here(x: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+def _local(x: Tensor) -> Tensor:
+    """Return this process's shard of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -1,18 +1,26 @@
-"""A run's folder: which run is in it, which trainer has it, and what is left to do there."""
+"""A run's folder: the run that is in it, the trainer that has it, and the model at its end."""
 
+import os
+import shutil
 import warnings
 from pathlib import Path
 
-from open_mythos.files import write_text
+from torch import Tensor
+
+from open_mythos import model_folder
+from open_mythos.config import MythosConfig
+from open_mythos.files import make_folder, to_disk, write_text, writing
+from open_mythos.model import OpenMythos
+from open_mythos.tokenization.chat_template import save_template
+from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
 from open_mythos.train.checkpoint import Checkpoints
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.final import FINAL, find_problem, set_aside
 from open_mythos.train.identity import CONFIG_FILE, check_config
 from open_mythos.train.lock import RunLock
 from open_mythos.train.metrics import METRICS_FILE, last_step
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, FINAL = "checkpoints", "final"
 
 
 class RunFolder:
@@ -26,28 +34,35 @@ class RunFolder:
     def __init__(self, path: Path, cfg: TrainConfig, checkpoints: Checkpoints, world: World, resume: bool) -> None:
         self.path, self.cfg, self.world = path, cfg, world
         self.lock = RunLock(path)
-        self.final, self.metrics = path / FINAL, path / METRICS_FILE
+        self.final, self.metrics, self._config = path / FINAL, path / METRICS_FILE, path / CONFIG_FILE
         self._seen = self._snapshot()
         if world.is_first:
             self.lock.refuse_if_held()
         if (path.exists() or path.is_symlink()) and not path.is_dir():
             raise ValueError(f"{path} is a file, or a link to nothing; name a folder for the run")
-        if not resume:
-            self._refuse_a_run()
-        config = path / CONFIG_FILE
-        run = check_config(cfg, config) if config.exists() else None
+        for name in () if resume else (CONFIG_FILE, METRICS_FILE, CHECKPOINTS, FINAL):
+            if (path / name).exists():
+                raise ValueError(
+                    f"{path} already holds a run ({name}); go on with it with --resume, use another folder, or remove "
+                    "this one"
+                )
+        run = check_config(cfg, self._config) if self._config.exists() else None
         self.newest = checkpoints.newest() if resume else None
         """The checkpoint that the run goes on from."""
         if self.newest is not None:
             # The folder's own file may be lost or replaced.
             saved = check_config(cfg, self.newest / CONFIG_FILE)
             run = run or saved
-        elif run is None:
-            self._refuse_a_nameless_run()
+        for left in (self.final, self.metrics):
+            if run is None and left.exists():
+                raise ValueError(
+                    f"{left} is there and neither {CONFIG_FILE} nor a checkpoint, so it is not known which run it is "
+                    f"of; put the run's {CONFIG_FILE} back, or use another folder"
+                )
         self.steps_before = cfg.steps if run is None else run.steps
         """Steps of the run as it began. There may be more now."""
         self.is_done = world.agree({}, int(world.is_first and self._is_done())) > 0
-        """The final model is there and whole."""
+        """True once the final model is there and whole."""
 
     def claim(self) -> None:
         """Take the folder's lock.
@@ -66,10 +81,9 @@ class RunFolder:
         """Make the folder, whose lock this process has, that of this run, which goes on behind step `steps_done`."""
         # First of all, for as soon as config.yaml says more steps, final/ passes for the model after these.
         if self.final.exists():
-            set_aside(self.final, self.steps_before)
-        config = self.path / CONFIG_FILE
-        if not config.exists() or self.steps_before != self.cfg.steps:
-            write_text(config, self.cfg.to_yaml())
+            self._set_final_aside()
+        if not self._config.exists() or self.steps_before != self.cfg.steps:
+            write_text(self._config, self.cfg.to_yaml())
         every = self.cfg.log_every
         expected = steps_done // every * every or min(1, steps_done)  # step 1 is logged whatever `log_every` is
         if (last := last_step(self.metrics)) < expected:
@@ -78,8 +92,8 @@ class RunFolder:
                 stacklevel=3,
             )
 
-    def tell_of_more_steps(self, steps_done: int) -> None:
-        """Say what more steps than the run began with do to its learning rate."""
+    def warn_of_more_steps(self, steps_done: int) -> None:
+        """Say how more steps than the run began with change its learning rate."""
         cfg, before = self.cfg, self.steps_before
         if self.world.is_first and before < cfg.steps:
             old = cfg.schedule.factor(before - 1, before) * cfg.optim.lr
@@ -89,22 +103,6 @@ class RunFolder:
                 f"step {steps_done + 1} has the learning rate {new:.3g}, where step {before} of {before} had {old:.3g}",
                 stacklevel=3,
             )
-
-    def _refuse_a_run(self) -> None:
-        for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS, FINAL):
-            if (self.path / name).exists():
-                raise ValueError(
-                    f"{self.path} already holds a run ({name}); go on with it with --resume, use another folder, or "
-                    "remove this one"
-                )
-
-    def _refuse_a_nameless_run(self) -> None:
-        for path in (self.final, self.metrics):
-            if path.exists():
-                raise ValueError(
-                    f"{path} is there and neither {CONFIG_FILE} nor a checkpoint, so it is not known which run it is "
-                    f"of; put the run's {CONFIG_FILE} back, or use another folder"
-                )
 
     def _is_done(self) -> bool:
         if not self.final.exists():
@@ -124,8 +122,66 @@ class RunFolder:
             )
         return False
 
+    def _set_final_aside(self) -> None:
+        """Rename the model folder, because the run goes on: after its step, or to `final.damaged`."""
+        problem = find_problem(self.final)
+        name = f"{FINAL}-step-{self.steps_before:08d}" if problem is None else f"{FINAL}.damaged"
+        aside = self.final.with_name(name)
+        if problem is not None:
+            warnings.warn(
+                f"{self.final} cannot be used ({problem}); it is now {aside}, and is made again from the newest "
+                "checkpoint",
+                stacklevel=3,
+            )
+        with writing(aside):
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside)
+            else:
+                aside.unlink(missing_ok=True)
+            os.replace(self.final, aside)
+            to_disk(self.path)
+
     def _snapshot(self) -> tuple[bytes | None, list[str], bool]:
         """Return what another trainer in the folder would change."""
-        config = self.path / CONFIG_FILE
         saved = sorted(path.name for path in (self.path / CHECKPOINTS).glob("step-*") if not path.suffix)
-        return config.read_bytes() if config.is_file() else None, saved, self.final.exists()
+        return self._config.read_bytes() if self._config.is_file() else None, saved, self.final.exists()
+
+
+def save_model_folder(
+    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, has_turns: bool = False
+) -> None:
+    """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
+
+    The folder appears complete or not at all: it is written beside its place and renamed.
+
+    Args:
+        has_turns: write the chat template too, since the model was trained on conversations.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; use another folder or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    make_folder(partial)
+    with writing(folder):
+        model_folder.save(partial, cfg, state)
+        tokenizer.save(partial)
+        if has_turns:
+            save_template(partial)
+        for path in (*partial.iterdir(), partial):
+            to_disk(path)
+        partial.rename(folder)
+        to_disk(folder.parent)
+
+
+def find_problem(folder: Path) -> str | None:
+    """Return why a model folder cannot be used; None if its configuration, its weights and its tokenizer can be read.
+
+    Weights are checked as far as their header and the size of the file go.
+    """
+    try:
+        OpenMythos.without_weights(folder)
+        load_tokenizer(folder)
+    except (OSError, ValueError, TypeError) as error:
+        return str(error)
+    return None

@@ -30,7 +30,7 @@ class GuardConfig:
         check_section(self, "guard.")
 
 
-class Guard:
+class StepGuard:
     """Decides from numbers that are equal on all processes, so that they decide the same."""
 
     def __init__(self, cfg: GuardConfig, scaled: bool = False) -> None:

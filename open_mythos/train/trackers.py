@@ -1,24 +1,27 @@
-"""A run's numbers to TensorBoard, Weights & Biases or Trackio: what metrics.jsonl gets, and the configuration once.
+"""A run's numbers in TensorBoard, Weights & Biases or Trackio: what metrics.jsonl gets, and the configuration once.
 
-Trainer(cfg, "runs/first", trackers=make_trackers(["tensorboard"])).run()
+    Trainer(cfg, "runs/first", trackers=make_trackers(["tensorboard"])).run()
+
+A tracker of your own is a class with the methods of `Tracker`; `TRACKERS["mine"] = Mine` gives it to `--track mine`.
 """
 
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from open_mythos.checks import check_choice
 from open_mythos.extras import load
+from open_mythos.train.config import flat_fields
 
 PROJECT = "open-mythos"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told when a run starts or goes on."""
+    """A run that starts or goes on."""
 
     config: dict[str, Any]
     folder: Path
@@ -28,7 +31,7 @@ class Run:
 
 
 class Tracker(Protocol):
-    """Where the numbers of a run go besides metrics.jsonl."""
+    """A destination of a run's numbers besides metrics.jsonl."""
 
     @property
     def name(self) -> str: ...
@@ -41,17 +44,18 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in OUT/tensorboard. Of a run that goes on, what was logged behind its checkpoint is hidden."""
+    """Event files in OUT/tensorboard. A run that goes on hides what was logged behind its checkpoint."""
 
     name = "tensorboard"
 
     def __init__(self) -> None:
-        self._library = _library("torch.utils.tensorboard", self.name)
+        self._library = load("torch.utils.tensorboard", "track", f"tracker {self.name}", self.name)
 
     def start(self, run: Run) -> None:
         self._writer = self._library.SummaryWriter(str(run.folder / self.name), purge_step=run.steps_done + 1)
         if not run.steps_logged:
-            self._writer.add_text("config", "".join(f"    {line}\n" for line in _lines(run.config)))
+            fields = flat_fields(run.config).items()
+            self._writer.add_text("config", "".join(f"    {name}: {value}\n" for name, value in fields))
 
     def log(self, steps_done: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -63,41 +67,24 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
-    """A run of the project open-mythos; WANDB_MODE, WANDB_PROJECT and the library's other variables hold."""
+class _Online:
+    """A run of a library that appends. Its name is stored in the run's folder, and no step is logged twice."""
 
-    name = "wandb"
-
-    def __init__(self) -> None:
-        self._library = _library("wandb", self.name)
-
-    def start(self, run: Run) -> None:
-        name, self._logged = _identity(run, self.name)
-        settings = {"config": run.config, "id": name, "name": name, "resume": "allow" if self._logged else None}
-        run.folder.mkdir(parents=True, exist_ok=True)
-        project = self._library.setup().settings.project or PROJECT
-        self._run = self._library.init(project=project, dir=str(run.folder), **settings)
-
-    def log(self, steps_done: int, values: Mapping[str, float]) -> None:
-        if steps_done > self._logged:
-            self._run.log(dict(values), step=steps_done)
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-class Trackio:
-    """A run of the project open-mythos in Trackio's own folder, TRACKIO_DIR; `trackio show` draws it."""
-
-    name = "trackio"
+    name: str
 
     def __init__(self) -> None:
-        self._library = _library("trackio", self.name)
+        self._library = load(self.name, "track", f"tracker {self.name}", self.name)
 
     def start(self, run: Run) -> None:
-        name, self._logged = _identity(run, self.name)
-        resume = "allow" if self._logged else "never"
-        self._run = self._library.init(PROJECT, name=name, config=run.config, resume=resume, embed=False)
+        path = run.folder / "trackers" / self.name
+        self._logged = run.steps_logged if path.is_file() else 0
+        if not self._logged:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{run.folder.resolve().name}-{uuid.uuid4().hex[:8]}", encoding="utf-8")
+        self._run = self._init(run, path.read_text(encoding="utf-8"))
+
+    def _init(self, run: Run, name: str) -> Any:
+        raise NotImplementedError
 
     def log(self, steps_done: int, values: Mapping[str, float]) -> None:
         if steps_done > self._logged:
@@ -107,11 +94,36 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS = {tracker.name: tracker for tracker in (TensorBoard, Wandb, Trackio)}
+class Wandb(_Online):
+    """A run of the project open-mythos; WANDB_MODE, WANDB_PROJECT and the library's other variables hold."""
+
+    name = "wandb"
+
+    def _init(self, run: Run, name: str) -> Any:
+        project, resume = self._library.setup().settings.project or PROJECT, "allow" if self._logged else None
+        return self._library.init(
+            project=project, dir=str(run.folder), config=run.config, id=name, name=name, resume=resume
+        )
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class Trackio(_Online):
+    """A run of the project open-mythos in Trackio's own folder, TRACKIO_DIR; `trackio show` draws it."""
+
+    name = "trackio"
+
+    def _init(self, run: Run, name: str) -> Any:
+        resume = "allow" if self._logged else "never"
+        return self._library.init(PROJECT, name=name, config=run.config, resume=resume, embed=False)
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {tracker.name: tracker for tracker in (TensorBoard, Wandb, Trackio)}
 
 
 def make_trackers(names: Iterable[str]) -> tuple[Tracker, ...]:
-    """The trackers of these names.
+    """Make the trackers of these names.
 
     Raises:
         ValueError: there is no such tracker.
@@ -138,7 +150,7 @@ class Tracking:
             except Exception as error:  # whatever the library raises
                 self.close(failed=True)
                 raise ValueError(
-                    f"tracker {tracker.name} cannot start ({error}); mend that, or train without it"
+                    f"tracker {tracker.name} cannot start ({error}); correct that, or train without it"
                 ) from error
             self._trackers.append(tracker)
 
@@ -156,30 +168,3 @@ class Tracking:
                 tracker.close(failed)
             except Exception as error:  # whatever the library raises
                 warnings.warn(f"tracker {tracker.name} could not be closed ({error})", stacklevel=2)
-
-
-def _library(module: str, package: str) -> Any:
-    return load(module, "track", f"tracker {package}", package)
-
-
-def _identity(run: Run, tracker: str) -> tuple[str, int]:
-    """The run's name at a tracker, kept in its folder, and the last step that is already there under that name.
-
-    These libraries append: a step that is logged again would stand there twice.
-    """
-    path = run.folder / "trackers" / tracker
-    if run.steps_logged and path.is_file():
-        return path.read_text(encoding="utf-8"), run.steps_logged
-    name = f"{run.folder.resolve().name}-{uuid.uuid4().hex[:8]}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(name, encoding="utf-8")
-    return name, 0
-
-
-def _lines(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each field, with the sections it is in."""
-    lines: list[str] = []
-    for name, value in config.items():
-        nested = isinstance(value, Mapping)
-        lines += _lines(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}: {value}"]
-    return lines

@@ -22,7 +22,7 @@ from open_mythos.device import Device, setup_device
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.reports.terminal import ProgressLine
 from open_mythos.tasks.rng import Purpose, stream
-from open_mythos.tasks.task import IGNORE
+from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -31,26 +31,25 @@ from open_mythos.train.checkpoint import (
     restore_optimizer,
 )
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
-from open_mythos.train.distributed import World
+from open_mythos.train.distributed import Interrupted, World, signals_into
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
-from open_mythos.train.final import save_model_folder
 from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
-from open_mythos.train.interrupts import Interrupted, signals_into
 from open_mythos.train.loader import Loader
 from open_mythos.train.losses import Share, total_loss
 from open_mythos.train.metrics import MetricsWriter, last_step
 from open_mythos.train.optim import build_optimizers, set_lr
-from open_mythos.train.run_folder import CHECKPOINTS, RunFolder
+from open_mythos.train.run_folder import CHECKPOINTS, RunFolder, save_model_folder
 from open_mythos.train.sharding import ShardedModel
-from open_mythos.train.step_guard import Guard
+from open_mythos.train.step_guard import StepGuard
 from open_mythos.train.tensor_shards import ShardReader, TensorShard
 from open_mythos.train.trackers import Run, Tracker, Tracking
 
 Metrics = dict[str, float]
 Hook = Callable[["Trainer", int], Metrics | None]
 
-SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}  # what the live line has room for
+SHOWN = {"loss": "train/loss", "loops": "loop/mean", "tokens/s": "perf/tok_s"}
+"""Metrics of the live line, by their labels."""
 
 
 class Trainer:
@@ -87,46 +86,46 @@ class Trainer:
         workers: int = 0,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.cfg = cfg
-        self.trackers = trackers
-        self.out_dir = Path(out_dir)
+        self.cfg, self.trackers, self.progress, self.out_dir = cfg, trackers, progress, Path(out_dir)
         self.device = setup_device(device, threads)
         self.world = World(self.device, cfg.parallel)
+        self.steps_done = 0
+        """Steps of this run, before and after a resume."""
+        self._signalled: list[int] = []
+        self._stopping = self._late = False
+        self._hooks: list[tuple[Hook, int]] = []
+        check_int("workers", workers, 0)
         with self.world.reporting():
-            # Before the first of the calls in which processes wait for each other.
-            checkpoint = checkpoint or CheckpointConfig()
-            options = repr((checkpoint, resume))
-            self.world.agree({"configuration": _hash(cfg.to_yaml().encode()), "options": _hash(options.encode())})
-            check_int("workers", workers, 0)
-            self.world.check_fit(cfg.parallel, cfg.batch_size)
-            self.progress = progress
-            self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, checkpoint, self.world, self._describe)
-            self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, self.world, resume)
-            self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
-            self.world.agree({"data": _hash(repr(self.digests).encode())})
-            self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
-            self.sharded = ShardedModel(cfg, self.world, self.device)
-            self.model = self.sharded.model
-            self.expert_bias_rate = EXPERT_BIAS_RATE if cfg.expert_bias_rate is None else cfg.expert_bias_rate
-            self.optimizers = build_optimizers(self.model, cfg.optim)
-            self.guard = Guard(cfg.guard, scaled=cfg.dtype == "float16")
-            self.steps_done = 0
-            """Of this run, before and after a resume."""
-            self.rows = self.world.rows(cfg.batch_size)
-            place = None
-            if self.folder.newest is not None:
-                place = self._restore(self.folder.newest)
-                self.folder.tell_of_more_steps(self.steps_done)
-            elif cfg.init_from is not None:
-                self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
-            self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
-            if self.steps_done < cfg.steps:
-                verify_data(cfg.data, self._tell)
-            self._signalled: list[int] = []
-            self._stopping = self._late = False
-            self._hooks: list[tuple[Hook, int]] = []
-            if cfg.eval.every:
-                self.add_hook(Trainer.validate, cfg.eval.every)
+            self._setup(checkpoint or CheckpointConfig(), resume, workers)
+
+    def _setup(self, checkpoint: CheckpointConfig, resume: bool, workers: int) -> None:
+        """Open folder, data, model and optimizers, and restore the newest checkpoint of a run that goes on."""
+        cfg, world = self.cfg, self.world
+        # Before the first of the calls in which processes wait for each other.
+        options = {"configuration": cfg.to_yaml(), "options": repr((checkpoint, resume))}
+        world.agree({name: _hash(text.encode()) for name, text in options.items()})
+        world.check_fit(cfg.parallel, cfg.batch_size)
+        self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, checkpoint, world, self._describe)
+        self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, world, resume)
+        self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
+        world.agree({"data": _hash(repr(self.digests).encode())})
+        self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
+        self.sharded = ShardedModel(cfg, world, self.device)
+        self.model = self.sharded.model
+        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.guard = StepGuard(cfg.guard, scaled=cfg.dtype == "float16")
+        self.rows = world.rows(cfg.batch_size)
+        place = None
+        if self.folder.newest is not None:
+            place = self._restore(self.folder.newest)
+            self.folder.warn_of_more_steps(self.steps_done)
+        elif cfg.init_from is not None:
+            self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
+        self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
+        if self.steps_done < cfg.steps:
+            verify_data(cfg.data, self._report)
+        if cfg.eval.every:
+            self.add_hook(Trainer.validate, cfg.eval.every)
 
     def add_hook(self, fn: Hook, every: int) -> None:
         """Call `fn(trainer, steps_done)` after every `every` steps; what it returns goes into metrics.jsonl."""
@@ -176,7 +175,7 @@ class Trainer:
             self.folder.is_done = True
             return final
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         if self.progress and self.world.is_first:
             print(f"mythos train: {line}", file=sys.stderr, flush=True)
 
@@ -232,7 +231,7 @@ class Trainer:
         self.checkpoints.save(self.steps_done, groups, {"guard": self.guard.state(), "data": self.digests})
 
     def _restore(self, folder: Path) -> Tensor | None:
-        """Put a checkpoint back; the place of this process's rows in their data, where the step does not decide it."""
+        """Put a checkpoint back, and return the place of this process's rows in a stream; None for other data."""
         # Whatever is random in a step is made from the seed, the step and the row, so there is no more state than this.
         reader, state, parameters = ShardReader(folder), read_state(folder), self.sharded.named_shards()
         self.steps_done = state["step"]
@@ -245,8 +244,8 @@ class Trainer:
     def train_step(self, step: int, log: bool = True) -> tuple[int, Metrics]:
         """Do optimizer step `step`; return its number of input tokens and, if `log`, its metrics.
 
-        The trainer reads the device once, to know whether loss and gradient allow the step. (Exits and spread experts
-        read it in every loop.)
+        The host waits for the device once, to know whether loss and gradient allow the step. (Exits and distributed
+        experts wait in every loop.)
         """
         cfg, data = self.cfg, self.loader.get(step)
         batch, depths = data.batch, data.depths
@@ -260,50 +259,60 @@ class Trainer:
             optimizer.zero_grad()
         self.model.train()
         sums: dict[str, Tensor] = {}
-        for plan, rows, last in self._micro_batches(depths.tolist()):
-            # Dropout and noisy initial states then depend on the step and on which rows are computed together.
-            first_row = self.rows.start + rows.start
-            # torch.manual_seed also writes down a stack of calls for GPUs: a tenth of a millisecond.
-            seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
-            seed_all(int(stream(cfg.seed, step, Purpose.MODEL, first_row).integers(2**63)))
+        for plan, rows, is_last in self._micro_batches(depths.tolist()):
+            self._seed(step, rows)
             part = batch.take(rows)
             share = Share(
                 int((part.labels != IGNORE).sum()) / max(1, n_labels),
                 len(plan.depths) / cfg.batch_size,
                 1 / (int(depths.sum()) * batch.input_ids.shape[1]),
             )
-            ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
-            documents = None if part.documents is None else self._on_device(part.documents)
-            with self.sharded.accumulate(last):
-                with self._autocast():
-                    out = self.sharded.forward(ids, plan=plan, trace=cfg.losses.per_loop, documents=documents)
-                loss, parts = total_loss(out, labels, cfg.losses, share)
-                # Processes' gradients are averaged, and each process's loss is a share of the whole.
-                (loss * (self.world.size * self.guard.scale)).backward()
-            found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
-            if out.tokens_per_expert is not None:
-                found["load"] = out.tokens_per_expert
+            found = self._forward_backward(part, plan, share, is_last)
             sums = {name: x + sums[name] if name in sums else x for name, x in found.items()}
-        values, allowed = self._update(step, sums)
+        values, is_taken = self._update(step, sums)
         n_tokens = cfg.batch_size * batch.input_ids.shape[1]
         if not log:
             return n_tokens, {}
-        metrics = {f"train/{name}": x for name, x in values.items() if name not in ("loops", "load")}
-        metrics |= {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
-        metrics |= {"loop/mean": values["loops"] / n_tokens, "loop/max": float(depths.max())}
-        if not allowed:
-            # Numbers that are not finite are no JSON; that the step was left out says enough.
-            return n_tokens, {name: metrics[name] for name in ("train/skipped", "train/lr", "loop/max")}
-        if "load" in sums:
-            load = sums["load"]
+        rates = {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
+        deepest = {"loop/max": float(depths.max())}
+        if not is_taken:  # numbers that are not finite are no JSON; that the step was left out says enough
+            return n_tokens, {**rates, **deepest}
+        metrics = {f"train/{name}": x for name, x in values.items() if name != "loops"} | rates
+        metrics |= {"loop/mean": values["loops"] / n_tokens, **deepest}
+        return n_tokens, metrics | self._model_metrics(sums.get("load"))
+
+    def _seed(self, step: int, rows: slice) -> None:
+        """Let dropout and noisy initial states depend on the step and on the rows that are computed together."""
+        seed = int(stream(self.cfg.seed, step, Purpose.MODEL, self.rows.start + rows.start).integers(2**63))
+        # torch.manual_seed also writes down a stack of calls for GPUs: a tenth of a millisecond.
+        seed_all = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        seed_all(seed)
+
+    def _forward_backward(self, part: Batch, plan: LoopPlan, share: Share, is_last: bool) -> dict[str, Tensor]:
+        """Add the gradients of some rows, and return what is to be summed over all rows of the step."""
+        ids, labels = self._on_device(part.input_ids), self._on_device(part.labels)
+        documents = None if part.documents is None else self._on_device(part.documents)
+        with self.sharded.accumulate(is_last):
+            with self._autocast():
+                out = self.sharded.forward(ids, plan=plan, trace=self.cfg.losses.per_loop, documents=documents)
+            loss, parts = total_loss(out, labels, self.cfg.losses, share)
+            # Gradients are averaged over the processes, and the loss of each is a share of the whole.
+            (loss * (self.world.size * self.guard.scale)).backward()
+        found = {"loss": loss.detach(), **parts, "loops": out.loops.sum()}
+        return found if out.tokens_per_expert is None else {**found, "load": out.tokens_per_expert}
+
+    def _model_metrics(self, load: Tensor | None) -> Metrics:
+        """Return the balance of the experts and the spectral radius of the injection, where there are any."""
+        metrics: Metrics = {}
+        if load is not None:
             metrics["moe/max_load"] = (load / load.mean(dim=-1, keepdim=True)).max().item()
             metrics["moe/idle"] = (load == 0).float().mean().item()
         if (rho := spectral_radius(self.model)) is not None:
             metrics["lti/rho"] = rho
-        return n_tokens, metrics
+        return metrics
 
     def _micro_batches(self, depths: list[int]) -> Iterator[tuple[LoopPlan, slice, bool]]:
-        """For each part of this process's rows: the loops they run, which they are, and whether they are the last."""
+        """Yield for each part of this process's rows the loops they run, the rows, and whether they are the last."""
         cfg, n = self.cfg, len(self.rows)
         size = cfg.parallel.rows or n
         for start in range(0, n, size):
@@ -317,25 +326,24 @@ class Trainer:
             yield LoopPlan(tuple(own), cfg.loops.backprop_depth, n_ticks), rows, rows.stop == n
 
     def _update(self, step: int, sums: dict[str, Tensor]) -> tuple[Metrics, bool]:
-        """Sum over the processes, and take the step if the guard allows it; the step's numbers, and whether it did."""
+        """Sum over the processes, and take the step if the guard allows it; return the sums, and whether it did."""
         self.sharded.reduce_experts()
         gradients = self.sharded.gradients()
         grads = [g for g, _ in gradients]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         squares = torch.stack(torch._foreach_norm(grads)).to(wide).square()
         copies = squares.new_tensor([copies for _, copies in gradients])
-        names = [name for name, x in sums.items() if not x.ndim]
-        scalars = [sums[name].to(wide) for name in names]
+        # One exchange for all numbers that the processes add up.
+        load = sums.get("load")
+        names = [name for name in sums if name != "load"]
         signalled = squares.new_tensor(float(bool(self._signalled)))
         late = squares.new_tensor(float(self.world.is_first and self.checkpoints.is_late()))
-        load = [sums["load"].to(wide).flatten()] if "load" in sums else []
-        everything = torch.cat((torch.stack((*scalars, signalled, late, (squares / copies).sum())), *load))
-        everything = self.world.sum(everything)
+        scalars = torch.stack((*(sums[name].to(wide) for name in names), signalled, late, (squares / copies).sum()))
+        everything = self.world.sum(scalars if load is None else torch.cat((scalars, load.to(wide).flatten())))
         *numbers, n_signalled, n_late, square = everything[: len(names) + 3].tolist()
-        values = dict(zip(names, numbers, strict=True))
         self._stopping, self._late = n_signalled > 0, n_late > 0
-        values["grad_norm"] = square**0.5 / self.guard.scale
         scale = self.guard.scale
+        values = {**dict(zip(names, numbers, strict=True)), "grad_norm": square**0.5 / scale}
         if not self.guard.allows(step, values["loss"], values["grad_norm"]):
             return values, False
         limit = self.cfg.optim.clip_norm
@@ -344,13 +352,14 @@ class Trainer:
             torch._foreach_mul_(grads, factor / scale)
         for optimizer in self.optimizers:
             optimizer.step()
-        if load:
-            sums["load"] = everything[len(names) + 3 :].view_as(sums["load"]).to(sums["load"].dtype)
-            self.model.update_expert_bias(sums["load"], self.expert_bias_rate)
+        if load is not None:
+            sums["load"] = everything[len(names) + 3 :].view_as(load).to(load.dtype)
+            rate = self.cfg.expert_bias_rate
+            self.model.update_expert_bias(sums["load"], EXPERT_BIAS_RATE if rate is None else rate)
         return values, True
 
     def validate(self, steps_done: int) -> Metrics:
-        """Metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
+        """Return metrics on the validation rows at each of `cfg.eval.loops`; the rows are the same every time."""
         values: Metrics = {}
         rows = rows_of_rank(self.validation, self.world.rank, self.world.size)
         for n_loops in self.cfg.eval.loops or (None,):
@@ -369,7 +378,7 @@ class Trainer:
         return values
 
     def _on_device(self, x: Tensor) -> Tensor:
-        """Copied without waiting for what the GPU still has to do, which takes pinned memory."""
+        """Copy a tensor without waiting for what the GPU still has to do, which takes pinned memory."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager:

@@ -151,8 +151,8 @@ def test_all_end(tmp_path: Path, what: str, spread: str) -> None:
         faulted = ranks.wait([1], 60) if what not in SILENT else 0.0
         ranks.wait([0], 60)
         ended = time.monotonic() - started
-        # A stopped process ends once it may go on.
-        ranks.send(signal.SIGCONT)
+        # A stopped process ends once it may go on; one that sleeps is ended by torchrun.
+        ranks.send(signal.SIGKILL if what == "stuck" else signal.SIGCONT)
         ranks.wait([1], 30)
         codes = [process.exitcode for process in ranks.processes]
         said = [ranks.said(rank).strip() for rank in range(2)]

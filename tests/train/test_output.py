@@ -10,8 +10,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.model import OpenMythos
 from open_mythos.reports.terminal import ProgressLine, duration
 from open_mythos.tokenization.tokenizer import ByteTokenizer, load_tokenizer
-from open_mythos.train.final import save_model_folder
 from open_mythos.train.metrics import MetricsWriter, read_metrics
+from open_mythos.train.run_folder import save_model_folder
 
 
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from open_mythos.train.owners import Owners
+from open_mythos.train.muon import MatrixOwners
 from tests.train.ranks import run_ranks
 
 SHAPES = [(7, 5), (2, 9), (6, 4), (1, 3), (40, 2), (3, 3)]
@@ -20,7 +20,7 @@ def there_and_back() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    owners = Owners(SHAPES, dist.group.WORLD)
+    owners = MatrixOwners(SHAPES, dist.group.WORLD)
     local = [rows_of(x, rank, size) for x in whole]
     gathered = owners.gather(local)
     assert len(gathered) == len(owners.mine)
