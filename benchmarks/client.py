@@ -1,11 +1,10 @@
 """The coordinator's end of a worker process."""
 
-import contextlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,18 @@ class Client:
             install(NEEDS[side])
         self.side = side
         # A file, not a pipe: nobody empties it while the worker runs, and a full pipe would stop the worker.
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.connection, theirs = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", side, str(threads)],
+            [sys.executable, "-m", "benchmarks.worker", side, str(threads), str(theirs.fileno())],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=self.printed,
+            stderr=self.printed,
+            pass_fds=[theirs.fileno()],
         )
+        theirs.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -50,35 +51,27 @@ class Client:
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            if stream is not None:
-                # Closing flushes what a dead worker did not read.
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        self.connection.close()
+        self.printed.close()
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request and return its answer.
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Call a method of the worker and return its answer.
 
         Raises:
             WorkerError: with the worker's message, or the end of what it printed if it died.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.errors.seek(0)
-            raise WorkerError(
-                f"the worker {self.side} died with status {self.process.wait()}: {self.errors.read()[-1000:].strip()}"
-            )
-        reply = json.loads(line)
-        if "error" in reply:
-            raise WorkerError(f"{self.side}: {reply['error']}")
-        return reply["answer"]
+            self.connection.send((do, arguments))
+            failed, answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            status = self.process.wait()
+            self.printed.seek(0)
+            printed = self.printed.read()[-1000:].strip()
+            raise WorkerError(f"the worker {self.side} died with status {status}: {printed}") from None
+        if failed:
+            raise WorkerError(f"{self.side}: {answer}")
+        return answer
 
     def prepare(self, id: str, job: Job) -> dict[str, Any]:
         """Build the job's model and inputs, and return what the report says of them."""
-        return self.ask("prepare", id=id, job=job.to_dict())
+        return self.ask("prepare", id=id, job=job)

@@ -73,7 +73,7 @@ class Samples:
     """The clock of `ratio` and `median`."""
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """By player and clock."""
-    readings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    readings: dict[str, list[Any]] = field(default_factory=dict)
     """By player: what the task measured itself."""
 
     def times(self, player: str) -> list[float]:
@@ -125,15 +125,13 @@ class Bench:
             Different: on every draw of the inputs.
         """
         answer: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory(prefix=".gate-", dir=SCRATCH) as folder:
-            file = str(Path(folder) / "outputs.safetensors")
-            for seed in range(GATE_SEEDS):
-                self.tell("gate", seed, GATE_SEEDS)
-                peer.ask("outputs", id=reference or id, seed=seed, path=file)
-                answers = [client.ask("gate", id=id, seed=seed, path=file, layout=peer.side) for client in ours]
-                answer = next((a for a in answers if "different" in a), answers[0]) | {"seed": seed}
-                if "different" not in answer:
-                    return answer
+        for seed in range(GATE_SEEDS):
+            self.tell("gate", seed, GATE_SEEDS)
+            expected = peer.ask("outputs", id=reference or id, seed=seed)
+            answers = [client.ask("gate", id=id, seed=seed, reference=expected, layout=peer.side) for client in ours]
+            answer = next((a for a in answers if "different" in a), answers[0]) | {"seed": seed}
+            if "different" not in answer:
+                return answer
         raise Different(answer["different"])
 
     def interleave(self, players: Sequence[Player], budget: Budget = FULL, rotate: bool = False) -> Samples:

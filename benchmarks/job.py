@@ -1,12 +1,12 @@
 """What one worker is asked to build and run."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task on a model. It travels to the worker as JSON."""
+    """A task on a model."""
 
     task: str
     """Name in the table of `benchmarks.tasks`, or of the side's own tasks."""
@@ -39,13 +39,3 @@ class Job:
     def halting_loop(self) -> int:
         """`halt_at`, or the call's deepest loop."""
         return self.halt_at or max(self.depths, default=self.n_loops)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Job":
-        """Read what `to_dict` wrote."""
-        known: dict[str, Any] = {**values, "depths": tuple(values["depths"])}
-        return cls(**known)

@@ -1,10 +1,10 @@
 """The peers: each installed from the package index into a folder of its own, and run as it is."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,12 @@ def install(peer: Peer) -> Path:
     """
     if peer.folder.is_dir():
         return peer.folder
+    FOLDER.mkdir(exist_ok=True)
     # Renamed only when complete, so that a crash leaves no half of it under the final name.
-    partial = peer.folder.with_name(f"{peer.folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    options = ["--quiet", "--target", str(partial), *([] if peer.dependencies else ["--no-deps"])]
-    done = subprocess.run([*_installer(), *options, peer.requirement], capture_output=True, text=True)
-    try:
+    with tempfile.TemporaryDirectory(suffix=".partial", dir=FOLDER) as folder:
+        partial = Path(folder) / "packages"
+        options = ["--quiet", "--target", str(partial), *([] if peer.dependencies else ["--no-deps"])]
+        done = subprocess.run([*_installer(), *options, peer.requirement], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(
                 f"{peer.requirement} could not be installed, which takes a package index: {done.stderr.strip()[-500:]}"
@@ -54,8 +54,6 @@ def install(peer: Peer) -> Path:
             raise RuntimeError(f"{peer.requirement} installs torch; peers have to run on the torch of this environment")
         if not peer.folder.is_dir():
             partial.rename(peer.folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return peer.folder
 
 

@@ -1,28 +1,18 @@
-"""`python -m benchmarks.plan`: what `mythos plan` predicts beside what training steps take, on small models.
+"""`python -m benchmarks.plan`: what `mythos plan` predicts beside measured training steps of small models."""
 
-FLOPs: the products that torch's counter sees in a step, those in this package's own autograd functions among them, and
-those of attention's kernel for CPUs, which the counter does not know and is told here. Grouped products it would not
-see either; in float32 on a CPU there are none.
-
-Memory: everything torch allocates less what it frees, at its highest, from the profiler's allocation events. That
-includes what operators take inside; the resident set would add what the C library's allocator keeps.
-
-Memory of a rank: what the C library (glibc) has given out, looked at after each operator. The profiler does not see
-what other threads free, and those of gloo free tensors that they were the last to hold, now this one and now that.
-"""
-
+import contextlib
 import ctypes
 import gc
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.progress import track
@@ -30,10 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.page import table, write_page
 from open_mythos.accounting import count_parameters
 from open_mythos.costs.depth_distribution import with_gradient
 from open_mythos.costs.flops import step_flops
-from open_mythos.costs.memory import micro_batches, peak, rows_at_once
+from open_mythos.costs.memory import Memory, micro_batches, peak, rows_at_once
 from open_mythos.costs.saved_activations import execution_of
 from open_mythos.tasks import Text
 from open_mythos.train.config import TrainConfig
@@ -52,12 +43,9 @@ def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-KERNELS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
-"""Attention's kernel for CPUs, which torch's counter of FLOPs does not know."""
-
+_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+KERNELS = {getattr(torch.ops.aten, _KERNEL): _forward, getattr(torch.ops.aten, f"{_KERNEL}_backward"): _backward}
+"""Attention's kernels for CPUs, which torch's counter of FLOPs does not know."""
 STEPS = 2
 """From the second step on the moments of the optimizer and the last step's gradients are there."""
 
@@ -85,7 +73,7 @@ class Reading:
 
     @property
     def off(self) -> float:
-        """By how much the plan is above what was measured, relative to that."""
+        """The excess of the plan over the measurement, as a share of the measurement."""
         return self.predicted / self.measured - 1
 
 
@@ -93,36 +81,45 @@ MLA = {"attn_type": "mla", "kv_lora_rank": 64, "q_lora_rank": 96, "qk_rope_head_
 PUBLISHED = {"injection": "lti", "halting": "act", "lora_rank": 8, "loop_embedding": True, "prelude_norm": False}
 
 
+def _config(variant: str, rows: int, changed: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
+    model = replace(VARIANTS[variant](), max_seq_len=512, **(changed or {}))
+    fields = {"loops": LoopsConfig("poisson", 4, backprop_depth=3), **fields}
+    return TrainConfig(model, Text(seq_len=512), STEPS, rows, **fields)
+
+
 def cases() -> dict[str, TrainConfig]:
-    """Experts, both attentions, rows of drawn depth and a window of back-propagation, and what else changes memory."""
-
-    def of(variant: str, rows: int, changed: dict[str, Any] | None = None, **fields: Any) -> TrainConfig:
-        model = replace(VARIANTS[variant](), max_seq_len=512, **(changed or {}))
-        fields = {"loops": LoopsConfig("poisson", 4, backprop_depth=3), **fields}
-        return TrainConfig(model, Text(seq_len=512), STEPS, rows, **fields)
-
+    """List experts, both attentions, drawn depths, a window of back-propagation, and what else changes memory."""
     return {
-        "200k": of("200k", 8),
-        "3m": of("3m", 4, optim=OptimConfig("muon")),
-        "3m, mla": of("3m", 4, {**MLA, "v_head_dim": 40}),
-        "3m, ACT and depth LoRA": of("3m", 4, PUBLISHED, loops=LoopsConfig("fixed", 4)),
-        "3m, dense, no window": of("3m", 4, {"n_experts": 0}, loops=LoopsConfig("poisson", 4)),
-        "3m, bf16": of("3m", 4, dtype="bfloat16"),
-        "30m": of("30m", 4),
-        "30m, loops recomputed": of("30m", 4, checkpoint_loops=True),
-        "30m, Muon, one row": of("30m", 1, optim=OptimConfig("muon"), loops=LoopsConfig("fixed", 1)),
+        "200k": _config("200k", 8),
+        "3m": _config("3m", 4, optim=OptimConfig("muon")),
+        "3m, mla": _config("3m", 4, {**MLA, "v_head_dim": 40}),
+        "3m, ACT and depth LoRA": _config("3m", 4, PUBLISHED, loops=LoopsConfig("fixed", 4)),
+        "3m, dense, no window": _config("3m", 4, {"n_experts": 0}, loops=LoopsConfig("poisson", 4)),
+        "3m, bf16": _config("3m", 4, dtype="bfloat16"),
+        "30m": _config("30m", 4),
+        "30m, loops recomputed": _config("30m", 4, checkpoint_loops=True),
+        "30m, Muon, one row": _config("30m", 1, optim=OptimConfig("muon"), loops=LoopsConfig("fixed", 1)),
     }
 
 
-def kept_loops(cfg: TrainConfig) -> np.ndarray:
-    """Of each row of the last step."""
-    return with_gradient(cfg.loops, cfg.loops.depths(cfg.seed, STEPS - 1, cfg.batch_size))
+@contextlib.contextmanager
+def training(cfg: TrainConfig) -> Generator[Trainer]:
+    """Make a trainer on the CPU, in a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Trainer(cfg, Path(folder), device="cpu", progress=False)
+
+
+def planned_memory(cfg: TrainConfig, world: int = 1, rank: int = 0) -> Memory:
+    """Plan the peak of a rank in the last step, at the depths that it draws."""
+    loops = with_gradient(cfg.loops, cfg.loops.depths(cfg.seed, STEPS - 1, cfg.batch_size))
+    # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.
+    each = loops.reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
+    return peak(cfg, execution_of(cfg, "cpu"), world, int(each[rank].max()))
 
 
 def measure_flops(cfg: TrainConfig) -> Reading:
-    """Of the second step."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
+    """Count the products of the second step, at the depths that it draws."""
+    with training(cfg) as trainer:
         trainer.train_step(0)
         with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
             trainer.train_step(1)
@@ -133,19 +130,14 @@ def measure_flops(cfg: TrainConfig) -> Reading:
 
 
 def measure_memory(cfg: TrainConfig) -> Reading:
-    """Of one process, building the model and two steps."""
-    gc.collect()  # what an earlier run left in cycles would be freed meanwhile, and count as less than nothing
-    with tempfile.TemporaryDirectory() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
+    """Measure the highest sum of torch's allocations less what it frees, over building the model and two steps."""
+    gc.collect()  # garbage of an earlier run, freed meanwhile, would count as less than nothing
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p, training(cfg) as trainer:
         for step in range(STEPS):
             trainer.train_step(step)
-    live = highest = 0
     assert p.profiler is not None and p.profiler.kineto_results is not None
-    for event in p.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
-    return Reading(peak(cfg, execution_of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).total, highest)
+    changes = [e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return Reading(planned_memory(cfg).total, max(itertools.accumulate(changes)))
 
 
 class _MallocInfo(ctypes.Structure):
@@ -156,7 +148,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def given_out() -> int:
-    """Bytes that malloc has given out: by mappings of their own, and out of its heaps."""
+    """Return the bytes that malloc (glibc) has given out: as mappings of their own, and out of its heaps."""
     _LIBC.mallinfo2.restype = _MallocInfo
     info = _LIBC.mallinfo2()
     return info.field4 + info.field7
@@ -174,62 +166,27 @@ class Meter(TorchDispatchMode):
 
 
 def measure_rank(cfg: TrainConfig, rank: int, world: int) -> Reading:
-    """Of one rank: building the model and two steps, the second time that it does so, for modules and buffers that are
-    made once are there by then."""
+    """Measure one rank that builds the model and takes two steps, the second time: by then, modules and buffers that
+    are made once exist. The profiler misses what gloo's threads free, so malloc is asked."""
     taken = 0
     for _ in range(2):
         gc.collect()
         before = given_out()
-        with tempfile.TemporaryDirectory() as folder, Meter() as meter:
-            trainer = Trainer(cfg, Path(folder), device="cpu", progress=False)
+        with Meter() as meter, training(cfg) as trainer:
             for step in range(STEPS):
                 trainer.train_step(step)
         taken = meter.highest - before
         del trainer
-    # A rank's rows stand side by side in the batch, and a micro-batch's in the rank.
-    each = kept_loops(cfg).reshape(world, micro_batches(cfg, world), rows_at_once(cfg, world)).sum(-1)
-    return Reading(peak(cfg, execution_of(cfg, "cpu"), world, int(each[rank].max())).total, taken)
+    return Reading(planned_memory(cfg, world, rank).total, taken)
 
 
-HEAD = """# The plan against measurement
-
-What `mythos plan` computes from a configuration beside what two training steps take. Written by
-`python -m benchmarks.plan` on torch {torch}, CPU; rows of 512 tokens, data the novel in bytes.
-
-- Parameters are exact for every recipe: tests/costs/test_plan.py builds each on the meta device.
-- FLOPs: all products that `torch.utils.flop_counter` sees in the second step. It sees those inside this package's own
-  autograd functions; it is told of attention's kernel for CPUs, which it does not know, and which multiplies the whole
-  square. It knows no grouped products: on a CPU there are none, experts are products one by one. A GPU's path is not
-  counted here.
-- Memory: what torch allocates less what it frees, at its highest over two steps and the building of the model, from the
-  profiler's allocation events: every tensor, and what operators take inside. The resident set would add what the C
-  library's allocator keeps.
-- Formulas take the depths that the step really drew. No factor is fitted; what is off are groups of rows padded for the
-  experts, the validation rows, rotary tables and small temporaries.
-- Memory of a rank: what glibc has given out, looked at after each operator, the second time that the process builds
-  the model and takes two steps; oneDNN keeps no products of earlier shapes. The profiler does not see what gloo's
-  threads free, so that its figures would be too high, by another amount each time. What an operator takes inside is not
-  in these lines.
-- Not measured: GPUs.
-
-| case | parameters | FLOPs planned | measured | off | peak planned | measured | off | highest in |
-|---|---|---|---|---|---|---|---|---|"""
-RANKS_HEAD = """
-Two processes on gloo, each measuring itself:
-
-| case | rank | peak planned | measured | off |
-|---|---|---|---|---|"""
-
-
-def rows(chosen: dict[str, TrainConfig]) -> Iterator[str]:
-    """Lines of the table, measured one by one."""
+def rows(chosen: dict[str, TrainConfig]) -> Iterator[Sequence[str]]:
+    """Measure the cases one by one -> the cells of their rows."""
     for name, cfg in track(chosen.items(), description="measuring"):
         flops, memory = measure_flops(cfg), measure_memory(cfg)
-        moment = peak(cfg, execution_of(cfg, "cpu"), grad_loops=int(kept_loops(cfg).sum())).moment
-        yield (
-            f"| {name} | {count_parameters(cfg.model).total:,} | {flops.predicted / 1e9:.2f} G | "
-            f"{flops.measured / 1e9:.2f} G | {flops.off:+.2%} | {_bytes(memory)} | {moment} |"
-        )
+        sizes = [f"{value / 1e9:.2f} G" for value in (flops.predicted, flops.measured)]
+        parameters = f"{count_parameters(cfg.model).total:,}"
+        yield name, parameters, *sizes, f"{flops.off:+.2%}", *_bytes(memory), planned_memory(cfg).moment
 
 
 def main(args: Args) -> None:
@@ -244,28 +201,31 @@ def main(args: Args) -> None:
         for name, cfg in chosen.items():
             reading = measure_rank(replace(cfg, parallel=ParallelConfig(args.kind, args.experts)), rank, world)
             how = args.kind if args.experts == 1 else f"{args.kind}, experts over {args.experts}"
-            print(f"{RANK_LINE}{name}, {how} | {rank} of {world} | {_bytes(reading)} |", flush=True)
+            print(RANK_LINE, f"{name}, {how}", f"{rank} of {world}", *_bytes(reading), sep="|", flush=True)
         return
-    lines = [HEAD.format(torch=torch.__version__), *rows(chosen), RANKS_HEAD]
+    sizes = ("peak planned", "measured", "off")
+    columns = ("case", "parameters", "FLOPs planned", "measured", "off", *sizes, "highest in")
+    lines = [f"torch {torch.__version__}, CPU.", "", *table(columns, rows(chosen)), ""]
+    found_ranks: list[list[str]] = []
     for how in (["--kind", "ddp"], ["--kind", "fsdp"], ["--kind", "fsdp", "--experts", "2"]):
-        lines += ranks(["--cases", "30m", *how])
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        found_ranks += ranks(["--cases", "30m", *how])
+    lines += ["Two processes on gloo, each measuring itself:", "", *table(("case", "rank", *sizes), found_ranks)]
+    write_page(args.out, "\n".join(lines), "The plan against measurement")
 
 
-RANK_LINE = "| rank: "
+RANK_LINE = "rank:"
 
 
-def ranks(options: list[str]) -> list[str]:
-    """Lines of two processes that measure themselves."""
+def ranks(options: list[str]) -> list[list[str]]:
+    """Let two processes measure themselves -> the cells of their rows."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "benchmarks.plan", *options]
     environment = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found = [line for line in done.stdout.splitlines() if line.startswith(RANK_LINE)]
-    return sorted(line.replace(RANK_LINE, "| ") for line in found)
+    return sorted(line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith(RANK_LINE))
 
 
-def _bytes(reading: Reading) -> str:
-    return f"{reading.predicted / 1e6:.1f} MB | {reading.measured / 1e6:.1f} MB | {reading.off:+.1%}"
+def _bytes(reading: Reading) -> tuple[str, str, str]:
+    return f"{reading.predicted / 1e6:.1f} MB", f"{reading.measured / 1e6:.1f} MB", f"{reading.off:+.1%}"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.job import Job
-from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers, shared_width
+from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token, n_layers
 from open_mythos.config import MythosConfig
-from open_mythos.nn.block import attention_costs
+from open_mythos.nn.block import attention_costs, dense_width
 
 Shape = tuple[int, int, int]
 Products = Counter[Shape]
@@ -41,7 +41,7 @@ def forward_products(cfg: MythosConfig, rows: int, tokens: int, n_loops: int, la
         busy = min(cfg.n_experts, N * cfg.n_experts_per_tok)
         swiglu(products, -(-N * cfg.n_experts_per_tok // busy), D, cfg.expert_dim, loops * busy)
         if cfg.n_shared_experts:
-            swiglu(products, N, D, shared_width(cfg), loops)
+            swiglu(products, N, D, dense_width(cfg, recurrent=True), loops)
     else:
         swiglu(products, N, D, cfg.expert_dim, loops)
     if cfg.lora_rank:

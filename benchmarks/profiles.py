@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.case import Case, commit
 from benchmarks.cases import CASES
 from benchmarks.cases.pairs import pair
+from benchmarks.page import table
 from benchmarks.sides import ours
 from benchmarks.tasks import TASKS
 
@@ -31,7 +32,7 @@ class Args:
     out: Path = Path("docs/results/performance/profiles.md")
 
 
-def table(case: Case) -> str:
+def profile_of(case: Case) -> str:
     """Write a Markdown section with the operators that take longest."""
     job = replace(case.job, **case.ours)
     task: Any = TASKS[job.task]
@@ -46,18 +47,14 @@ def table(case: Case) -> str:
     total = sum(e.self_cpu_time_total for e in found)
     calls = sum(e.count for e in found if e.key.startswith(("aten::", "mkldnn::"))) / RUNS
     products = sum(e.self_cpu_time_total for e in found if e.key in PRODUCTS) / total
-    lines = [
-        f"## {case.title} (`{case.name}`)",
-        "",
-        f"{total / RUNS / 1e3:.1f} ms in {calls:,.0f} calls of operators; matrix products take {products:.0%}.",
-        "",
-        "| operator | calls | ms | share |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for e in sorted(found, key=lambda e: -e.self_cpu_time_total)[:SHOWN]:
         ms = e.self_cpu_time_total / RUNS / 1e3
-        lines.append(f"| `{e.key[:60]}` | {e.count / RUNS:,.0f} | {ms:.2f} | {e.self_cpu_time_total / total:.1%} |")
-    return "\n".join(lines) + "\n"
+        share = f"{e.self_cpu_time_total / total:.1%}"
+        rows.append((f"`{e.key[:60]}`", f"{e.count / RUNS:,.0f}", f"{ms:.2f}", share))
+    summary = f"{total / RUNS / 1e3:.1f} ms in {calls:,.0f} calls of operators; matrix products take {products:.0%}."
+    title = f"## {case.title} (`{case.name}`)"
+    return "\n".join([title, "", summary, "", *table(("operator", "calls", "ms", "share"), rows)]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"cases={args.cases} must name some of {', '.join(pairs)}")
     command = f"python -m benchmarks.profiles {' '.join(args.cases)}"
     title = f"# Profiles\n\nBy `{command}` at commit {commit()}, one thread.\n"
-    args.out.write_text("\n".join([title, *(table(pairs[name]) for name in args.cases)]), "utf-8")
+    args.out.write_text("\n".join([title, *(profile_of(pairs[name]) for name in args.cases)]), "utf-8")
     print(f"Wrote {args.out}.")
 
 

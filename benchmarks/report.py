@@ -1,19 +1,16 @@
-"""The pages of docs/results that are made from results.json alone: tables and figures between two marks.
+"""The tables and figures of the pages performance and engine, made from results.json alone."""
 
-What stands outside of the marks is written by hand, and stays.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Results
 from benchmarks.cases import reach_of
 from benchmarks.cases.engine import AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
+from benchmarks.page import table, write_page
 from benchmarks.stats import Spread, differs
 from open_mythos.reports.figures import Curve, draw_curves
 
-BEGIN, END = "<!-- written by python -m benchmarks -->", "<!-- end of what it has written -->"
 Record = dict[str, Any]
 Cases = dict[str, Record]
 CLOCKS = {
@@ -22,21 +19,6 @@ CLOCKS = {
     "device": "the device's, between two events",
 }
 SWEEPS = {"tokens": "tokens of one row, 8 loops", "loops": "loops, 256 tokens", "rows": "rows of 64 tokens, 8 loops"}
-
-
-def write_page(path: Path, text: str, title: str) -> Path:
-    """Put text between the marks of a page; a page that does not exist gets a title.
-
-    Raises:
-        ValueError: the page lacks the marks.
-    """
-    page = path.read_text(encoding="utf-8") if path.exists() else f"# {title}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    if END not in rest:
-        raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r}; put them where the figures go")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{BEGIN}\n\n{text.rstrip()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return path
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -60,14 +42,6 @@ def render(data: Record, folder: str) -> str:
         if found := section(data, folder):
             lines += [*([f"## {title}", ""] if title else []), *found, ""]
     return "\n".join(lines)
-
-
-def table(columns: Sequence[str] | Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> list[str]:
-    """Write a Markdown table of rows of cells, or of records from which each column makes its cell."""
-    if isinstance(columns, Mapping):
-        rows = [[cell(row) for cell in columns.values()] for row in rows]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
 
 
 # The page of comparisons.
@@ -323,47 +297,9 @@ def _policies(data: Record, folder: str) -> list[str]:
     return [*lines, "### Costs measured at the start, in ms", "", *table(("model", "of", *sizes), rows)]
 
 
-def _others(data: Record, folder: str) -> list[str]:
-    rows = []
-    for case in _of(data["cases"], "over"):
-        for law, over in case["over"].items():
-            for name, ratio in over.items():
-                rates = [f"{case['rates'][key]['median']:,.1f}" for key in (f"engine, {law}", name)]
-                rows.append((case["n_rows"], law, rates[0], name.partition(", " + law)[0], rates[1], _ratio(ratio)))
-        flops = " and ".join(f"{name} {value / 1e6:.1f}" for name, value in case["flops"].items())
-    columns = ("R", "law of ours", "ours, tok/s", "against", "tok/s", "ours over it")
-    return [f"MFLOP per token: {flops}.", "", *table(columns, rows)] if rows else []
-
-
-def _modes(data: Record, folder: str) -> list[str]:
-    columns: dict[str, Callable[[Record], str]] = {
-        "model": lambda case: case["subject"],
-        "R": lambda case: str(case["n_rows"]),
-        "on, tok/s": lambda case: _rate(case, "on"),
-        "off, tok/s": lambda case: _rate(case, "off"),
-        "on over off": lambda case: _ratio(case["on_over_off"]),
-        "on against itself": lambda case: _ratio(case["noise"]),
-    }
-    found = _of(data["cases"], "on_over_off")
-    return table(columns, found) if found else []
-
-
-def _fairness(data: Record, folder: str) -> list[str]:
-    gaps: dict[str, Callable[[Record], str]] = {
-        "clients": lambda case: str(case["clients"]),
-        "p95 gap, mixed": lambda case: f"{1e3 * case['p95']['mixed']['median']:.3g} ms",
-        "p95 gap, shallow": lambda case: f"{1e3 * case['p95']['shallow']['median']:.3g} ms",
-        "mixed over shallow": lambda case: _ratio(case["over_shallow"]),
-        "shallow against itself": lambda case: _ratio(case["noise"]),
-    }
-    found = _of(data["cases"], "kinds")
-    rows = [
-        (case["clients"], name, kind["answers"], *(_longest(kind[what]) for what in ("turnaround", "wait")))
-        for case in found
-        for name, kind in case["kinds"].items()
-    ]
-    columns = ("clients", "request", "answers", "turnaround: median, longest", "wait: median, longest")
-    return [*table(gaps, found), "", *table(columns, rows)] if found else []
+def _other_cases(data: Record, folder: str) -> list[str]:
+    cases = {name: case for name, case in data["cases"].items() if "exits" not in case.get("curves", {})}
+    return _comparisons({"cases": cases}, folder) if cases else []
 
 
 def _runs(data: Record, folder: str) -> list[str]:
@@ -391,15 +327,9 @@ def _ratio(spread: Record) -> str:
     return f"**{spread['median']:.2f}** ({spread['q1']:.2f}-{spread['q3']:.2f})"
 
 
-def _longest(spread: Record | None) -> str:
-    return f"{spread['median']:.2f}, {spread['max']:.2f}" if spread else "none complete"
-
-
 ENGINE: list[tuple[str, Section]] = [
     ("", _summary),
     ("", _policies),
-    ("Beside others", _others),
-    ("The same bits whatever the neighbours", _modes),
-    ("Shallow requests beside deep ones", _fairness),
+    ("Beside others, without batch invariance, and beside deep requests", _other_cases),
     ("Runs", _runs),
 ]

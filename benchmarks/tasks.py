@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import contextlib
 import time
-from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -15,39 +15,17 @@ from torch import Tensor, nn
 from benchmarks.job import Job
 
 
-class Side(ABC):
-    """A model of one package, with the operations that tasks need."""
+class Side:
+    """A model of one package. A side defines these operations, on rows of tokens (B, T):
+
+    - `logits(ids, n_loops)` -> (B, T, V), without a cache; `loss(ids, labels, job)`, the mean cross-entropy of a step.
+    - `new_cache(rows, max_len, n_loops)`; `copy_cache(cache)`, which may be written to; `cache_tensors(cache)`.
+    - `feed(ids, cache, start, n_loops)`: append to a cache of `start` tokens -> logits of the last position, (B, V).
+    - `generate(ids, new_tokens, n_loops)`: continue greedily -> (B, T + new_tokens).
+    """
 
     model: Any
     vocab_size: int
-
-    @abstractmethod
-    def logits(self, ids: Tensor, n_loops: int) -> Tensor:
-        """Compute (B, T) -> (B, T, V), without a cache."""
-
-    @abstractmethod
-    def loss(self, ids: Tensor, labels: Tensor, job: Job) -> Tensor:
-        """Compute the mean cross-entropy of a training step's forward pass."""
-
-    @abstractmethod
-    def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
-        """Make an empty cache."""
-
-    @abstractmethod
-    def feed(self, ids: Tensor, cache: Any, start: int, n_loops: int) -> Tensor:
-        """Append (B, T) tokens to a cache of `start` tokens -> logits of the last position, (B, V)."""
-
-    @abstractmethod
-    def copy_cache(self, cache: Any) -> Any:
-        """Make a cache that can be written to without changing `cache`."""
-
-    @abstractmethod
-    def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
-        """Continue greedily, (B, T) -> (B, T + new_tokens)."""
-
-    @abstractmethod
-    def cache_tensors(self, cache: Any) -> list[Tensor]:
-        """List the tensors of a cache."""
 
     def info(self) -> dict[str, Any]:
         """Return what the report says of the model besides its parameters."""
@@ -57,26 +35,18 @@ class Side(ABC):
         """Return gradients by parameter name, zeros where there is none."""
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.model.named_parameters()}
 
-    def count_loops(self) -> "LoopCounter | None":
-        """Make a counter of the loops that the next calls run; None for a model without loops."""
+    def loop_module(self) -> nn.Module | None:
+        """Return the module that runs once in each loop; None for a model without loops."""
         return None
 
 
-class LoopCounter:
-    """How often a module runs while the counter is entered."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.count = module, 0
-
-    def __enter__(self) -> "LoopCounter":
-        self._hook = self.module.register_forward_pre_hook(self._called)
-        return self
-
-    def _called(self, *_: Any) -> None:
-        self.count += 1
-
-    def __exit__(self, *_: Any) -> None:
-        self._hook.remove()
+@contextlib.contextmanager
+def counted(module: nn.Module) -> Generator[list[int]]:
+    """Add to the list that this yields whenever the module runs."""
+    calls: list[int] = []
+    hook = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
 
 
 class Task:
@@ -129,7 +99,7 @@ class ModelTask(Task):
 
     counts_loops = True
 
-    def __init__(self, job: Job, module: Any, side: Side) -> None:
+    def __init__(self, job: Job, module: Any, side: Any) -> None:
         super().__init__(job, module)
         self.side = side
         self.draw(0)

@@ -1,28 +1,24 @@
-"""One side of a comparison in a process of its own: `python -m benchmarks.worker`, JSON lines in, JSON lines out.
+"""One side of a comparison in a process of its own: `python -m benchmarks.worker SIDE THREADS CONNECTION`.
 
-Requests name an operation and its arguments; the reply is {"answer": ...}, or {"error": ...} if it failed. Nothing
-runs between requests, so that an idle worker does not disturb the other.
+A request names a method of `Worker` and its arguments. Nothing runs between requests, so that an idle worker does not
+disturb the other.
 """
 
 import contextlib
 import gc
 import importlib
 import json
-import os
 import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import numpy as np
+
+from benchmarks.job import Job
 
 SIDES = ("ours", "exits", "trainer", "engine", "open_mythos_0_5", "hf", "limits")
-
-
-def _free_channel() -> IO[str]:
-    """Return the real standard output, for answers alone: what libraries print goes to standard error."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return channel
 
 
 class Worker:
@@ -53,21 +49,18 @@ class Worker:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }
 
-    def prepare(self, id: str, job: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, id: str, job: Job) -> dict[str, Any]:
         """Build what the job needs; jobs on the same model share it."""
-        from benchmarks.job import Job
         from benchmarks.tasks import TASKS, ModelTask
 
-        asked = Job.from_dict(job)
-        task = {**TASKS, **getattr(self.module, "TASKS", {})}[asked.task]
+        task = {**TASKS, **getattr(self.module, "TASKS", {})}[job.task]
         if not issubclass(task, ModelTask):
-            self.tasks[id] = task(asked, self.module)
+            self.tasks[id] = task(job, self.module)
         else:
-            names = ("model", "load", "checkpoint", "compiled", "seed")
-            key = json.dumps([*(job[name] for name in names), asked.halting_loop])
+            key = json.dumps([job.model, job.load, job.checkpoint, job.compiled, job.seed, job.halting_loop])
             if key not in self.models:
-                self.models[key] = self.module.make(asked)
-            self.tasks[id] = task(asked, self.module, self.models[key])
+                self.models[key] = self.module.make(job)
+            self.tasks[id] = task(job, self.module, self.models[key])
         return self.tasks[id].info()
 
     def call(self, id: str, n: int = 1, warm_up: int = 0) -> dict[str, Any]:
@@ -82,23 +75,18 @@ class Worker:
         """Call a method of a task that only its side has."""
         return getattr(self.tasks[id], name)(**arguments)
 
-    def outputs(self, id: str, seed: int, path: str) -> dict[str, Any]:
-        """Write what the task computes on the inputs of `seed`, which later calls keep, for the other side's gate."""
-        from safetensors.torch import save_file
+    def outputs(self, id: str, seed: int) -> dict[str, np.ndarray]:
+        """Return what the task computes on the inputs of `seed`, which later calls use, for the other side's gate."""
+        return {name: x.numpy() for name, x in self._outputs(id, seed).items()}
 
-        save_file(self._outputs(id, seed), path)
-        return {}
+    def gate(self, id: str, seed: int, reference: dict[str, np.ndarray], layout: str) -> dict[str, Any]:
+        """Compare with the outputs of the reference -> the agreement, or why there is none.
 
-    def gate(self, id: str, seed: int, path: str, layout: str) -> dict[str, Any]:
-        """Compare with what the reference wrote -> the agreement, or why there is none.
-
-        `layout` is the side that wrote it: gradients of 0.5.0 have other names and shapes.
+        `layout` is the side that computed it: gradients of 0.5.0 have other names and shapes.
         """
-        from safetensors.torch import load_file
-
         from benchmarks.gate import GRADIENT, LOOPS, Different, compare
 
-        ours, theirs = self._outputs(id, seed), load_file(path)
+        ours, theirs = self._outputs(id, seed), {name: self.torch.from_numpy(x) for name, x in reference.items()}
         gradients = {k.removeprefix(GRADIENT): theirs.pop(k) for k in list(theirs) if k.startswith(GRADIENT)}
         if gradients and layout == "open_mythos_0_5":
             gradients = self.tasks[id].side.regroup(gradients)
@@ -113,15 +101,16 @@ class Worker:
 
     def _outputs(self, id: str, seed: int) -> dict[str, Any]:
         from benchmarks.gate import GRADIENT, LOOPS
+        from benchmarks.tasks import counted
 
         task = self.tasks[id]
         task.draw(seed)
         fresh = task.fresh()
-        counter = task.side.count_loops() if task.counts_loops and not task.job.depths else None
-        with counter or contextlib.nullcontext():
+        module = task.side.loop_module() if task.counts_loops and not task.job.depths else None
+        with counted(module) if module else contextlib.nullcontext() as calls:
             outputs = task.run(fresh)
-        if counter is not None:
-            outputs[LOOPS] = self.torch.tensor(counter.count)
+        if calls is not None:
+            outputs[LOOPS] = self.torch.tensor(len(calls))
         if task.training:
             outputs |= {GRADIENT + name: x for name, x in task.side.weight_gradients().items()}
         return {name: x.detach().contiguous().cpu() for name, x in outputs.items()}
@@ -146,24 +135,22 @@ def _reset_peak() -> int:
     return _status_bytes("VmRSS")
 
 
-def main(side: str, threads: int) -> None:
-    """Answer requests until standard input closes."""
-    channel = _free_channel()
-    failed, worker = "", None
+def main(side: str, threads: int, connection: Connection) -> None:
+    """Answer requests until the coordinator closes the connection."""
+    failure, worker = "", None
     try:
         worker = Worker(side, threads)
     except Exception as error:
         # No request has come yet: the failure is the answer to every one.
-        failed = _message(error)
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        reply: dict[str, Any] = {"error": failed}
-        if worker is not None:
+        failure = _message(error)
+    with contextlib.suppress(EOFError):
+        while True:
+            method, arguments = connection.recv()
             try:
-                reply = {"answer": getattr(worker, request.pop("do"))(**request)}
+                answer = (True, failure) if worker is None else (False, getattr(worker, method)(**arguments))
             except Exception as error:
-                reply = {"error": _message(error)}
-        print(json.dumps(reply), file=channel, flush=True)
+                answer = (True, _message(error))
+            connection.send(answer)
 
 
 def _message(error: Exception) -> str:
@@ -173,4 +160,4 @@ def _message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Connection(int(sys.argv[3])))

@@ -1,15 +1,21 @@
 """Recurrent-depth language models: apply one block again and again, and pay for depth in compute, not in parameters.
 
-Names are imported when they are first used, so that `mythos --help` need not wait for torch.
+A name is imported when it is first used, so that `mythos --help` does not wait for torch.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# The public names, each on a line of its own. Type checkers read them here, and so does `_MODULE_OF`.
 if TYPE_CHECKING:
     from open_mythos.config import MythosConfig as MythosConfig
     from open_mythos.convert.open_mythos_0_5 import convert_open_mythos_0_5 as convert_open_mythos_0_5
+    from open_mythos.engine.engine import Engine as Engine
+    from open_mythos.engine.engine import EngineConfig as EngineConfig
     from open_mythos.engine.llm import LLM as LLM
+    from open_mythos.experiments.study import Study as Study
     from open_mythos.generation.sampling_params import SamplingParams as SamplingParams
     from open_mythos.model import LoopTrace as LoopTrace
     from open_mythos.model import OpenMythos as OpenMythos
@@ -29,8 +35,11 @@ if TYPE_CHECKING:
     from open_mythos.nn.norm import RMSNorm as RMSNorm
     from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
     from open_mythos.nn.rope import apply_rope as apply_rope
+    from open_mythos.recipes import load_recipe as load_recipe
     from open_mythos.tokenization.tokenizer import MythosTokenizer as MythosTokenizer
     from open_mythos.tokenization.tokenizer import load_tokenizer as load_tokenizer
+    from open_mythos.train.config import TrainConfig as TrainConfig
+    from open_mythos.train.trainer import Trainer as Trainer
     from open_mythos.variants import VARIANTS as VARIANTS
     from open_mythos.variants import mythos_1b as mythos_1b
     from open_mythos.variants import mythos_1t as mythos_1t
@@ -46,32 +55,12 @@ if TYPE_CHECKING:
     from open_mythos.variants import mythos_200k as mythos_200k
     from open_mythos.variants import mythos_500b as mythos_500b
 
-_NAMES = {
-    "config": ["MythosConfig"],
-    "convert.open_mythos_0_5": ["convert_open_mythos_0_5"],
-    "model": ["LoopTrace", "OpenMythos", "TrainOutput"],
-    "nn.attention": ["GQAttention"],
-    "nn.block": ["TransformerBlock"],
-    "nn.cache": ["KVCache"],
-    "nn.depth": ["LoRAAdapter", "LoopPlan", "loop_index_embedding"],
-    "nn.halting": ["ACTHalting", "HaltingRule"],
-    "nn.injection": ["LTIInjection"],
-    "nn.mla": ["MLAttention"],
-    "nn.mlp": ["Expert"],
-    "nn.moe": ["MoEFFN"],
-    "nn.norm": ["RMSNorm"],
-    "nn.recurrent": ["RecurrentBlock"],
-    "nn.rope": ["apply_rope"],
-    "engine.llm": ["LLM"],
-    "generation.sampling_params": ["SamplingParams"],
-    "tokenization.tokenizer": ["MythosTokenizer", "load_tokenizer"],
-    "variants": [
-        "VARIANTS", "mythos_1b", "mythos_1t", "mythos_3b", "mythos_3m", "mythos_7b", "mythos_8b_fine", "mythos_10b",
-        "mythos_30m", "mythos_50b", "mythos_100b", "mythos_120m", "mythos_200k", "mythos_500b",
-    ],
-}  # fmt: skip
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-
+_MODULE_OF = {
+    name: module
+    for module, name in re.findall(
+        r"^    from ([\w.]+) import (\w+) as", Path(__file__).read_text("utf-8"), re.MULTILINE
+    )
+}
 __all__ = list(_MODULE_OF)
 
 
@@ -80,7 +69,7 @@ def __getattr__(name: str) -> Any:
         return import_module("open_mythos.main")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'open_mythos' has no attribute {name!r}")
-    value = getattr(import_module(f"open_mythos.{_MODULE_OF[name]}"), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

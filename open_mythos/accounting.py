@@ -72,11 +72,10 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
     plain = block + feed_forward_costs(cfg, recurrent=False).parameters
     expert = 3 * D * cfg.expert_dim
     routed = chosen = 0
+    core = n_blocks * (block + feed_forward_costs(cfg, recurrent=True).parameters)
     if cfg.n_experts:
         routed, chosen = n_blocks * cfg.n_experts * expert, n_blocks * cfg.n_experts_per_tok * expert
-        core = n_blocks * (block + cfg.n_experts * D + 3 * D * shared_width(cfg))
-    else:
-        core = n_blocks * (block + feed_forward_costs(cfg, recurrent=True).parameters)
+        core += n_blocks * cfg.n_experts * D  # the router
     injection, around, other_loops = InjectionCosts(), 0, 0
     if n_blocks:
         injection = injection_costs(cfg)
@@ -94,11 +93,6 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
         other_loops=other_loops,
         norms=D + (D if cfg.prelude_norm else 0),
     )
-
-
-def shared_width(cfg: MythosConfig) -> int:
-    """Return the hidden width of the shared experts together."""
-    return cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
 
 
 def flops_per_token(cfg: MythosConfig, n_loops: int, context_tokens: int = 0) -> int:

@@ -102,9 +102,9 @@ def summarize(samples: Samples, points: dict[str, Any], n_loops: int, rows: int)
     fixed = samples.readings[FIXED]
     loop_s = statistics.median(s for window in fixed for s in window["looping_s"])
     outer_s = statistics.median(s for window in fixed for s in window["reading_s"]) - loop_s
-    depths = {policy: _depths(samples.readings[policy]) for policy in POLICIES}
+    depths = {p: sum((window["depths"] for window in samples.readings[p]), Counter()) for p in POLICIES}
     limit = amdahl(n_loops, mean(depths[OURS]), loop_s, outer_s)
-    loop, outer = (Curve({int(n): pair[i] for n, pair in points["seconds"].items()}) for i in (0, 1))
+    loop, outer = (Curve({n: pair[i] for n, pair in points["seconds"].items()}) for i in (0, 1))
     threshold, at = best_threshold(StepCosts(loop, outer), depths[OURS], n_loops, rows)
     best = max(SIMPLE, key=lambda policy: statistics.median(rates[policy]))
     over = ratios(rates[OURS], rates[FIXED])
@@ -152,13 +152,17 @@ def others(case: Case, bench: Bench) -> Outcome:
     for name in PEERS:
         calls = (samples.times(f"{name} {tokens}") for tokens in (1, 1 + DECODED))
         rates[name] = [rows * DECODED / (long - short) for short, long in zip(*calls, strict=True)]
-    over = {
-        law: {name: ratios(rates[f"engine, {law}"], rates[name]) for name in (f"`generate`, {law}", *PEERS)}
-        for law in LAWS
-    }
-    flops = {name: found["flops_per_token"] for name, found in info.items() if "flops_per_token" in found}
-    spreads = {name: Spread.of(values) for name, values in rates.items()}
-    return Outcome(curves={"n_rows": rows, "rates": spreads, "over": over, "flops": flops})
+    found = []
+    for law in LAWS:
+        for peer, key in (("`generate`", f"`generate`, {law}"), *((name, name) for name in PEERS)):
+            ratio = ratios(rates[f"engine, {law}"], rates[key])
+            theirs, ours = (f"{statistics.median(rates[name]):,.1f} tok/s" for name in (key, f"engine, {law}"))
+            id, what = f"{case.name}.{law}.{peer}", f"R = {rows}, {law}, over {peer}"
+            found.append(Row(id, what, ratio.median, "x", theirs, ours, spread=ratio))
+    flops = " and ".join(
+        f"{n} {side['flops_per_token'] / 1e6:.1f}" for n, side in info.items() if "flops_per_token" in side
+    )
+    return Outcome(found, info, notes=[f"MFLOP per token: {flops}."])
 
 
 def modes(case: Case, bench: Bench) -> Outcome:
@@ -169,15 +173,10 @@ def modes(case: Case, bench: Bench) -> Outcome:
         worker.prepare("on again", _load(case.job, bench, on))
         players = [Player(name, worker, name, once=True) for name in ("on", "off", "on again")]
         samples = bench.interleave(players, WINDOWS, rotate=True)
-    return Outcome(
-        curves={
-            "subject": case.job.arguments["subject"],
-            "n_rows": case.job.rows,
-            "rates": {name: Spread.of([1 / s for s in samples.times(name)]) for name in samples.seconds},
-            "on_over_off": samples.ratio("off", "on"),
-            "noise": samples.ratio("on", "on again"),
-        }
-    )
+    ratio, noise = samples.ratio("off", "on"), samples.ratio("on", "on again")
+    off, on = (f"{1 / samples.median(name):,.0f} tok/s" for name in ("off", "on"))
+    what = f"batch_invariant on over off, {case.job.arguments['subject']}, R = {case.job.rows}"
+    return Outcome([Row(case.name, what, ratio.median, "x", off, on, spread=ratio, noise=noise)])
 
 
 def fairness(case: Case, bench: Bench) -> Outcome:
@@ -196,33 +195,22 @@ def fairness(case: Case, bench: Bench) -> Outcome:
             costs = worker.prepare(name, replace(job, task="crowd", new_tokens=CROWD_TOKENS))
         samples = bench.interleave([Player(name, worker, name, once=True) for name in depths], WINDOWS)
         waiting = worker.ask("method", id="mixed", name="waiting")
-    p95 = {name: [_p95(window["1"]["gaps"]) for window in found] for name, found in samples.readings.items()}
-    kinds = {}
-    for kind, depth in (("shallow", 1), ("deep", DEEPEST)):
-        seen = {
-            what: [x for w in samples.readings["mixed"] for x in w[str(depth)][what]]
-            for what in ("gaps", "waits", "turnarounds")
-        }
-        # Requests that still wait have waited so long already.
-        seen["waits"] += [ticks for asked, ticks in waiting if asked == depth]
-        ideal = CROWD_TOKENS * depth / min(1.0, CROWD_ROWS / (2 * half))
-        kinds[kind] = {
-            "answers": len(seen["turnarounds"]),
-            "tokens": len(seen["gaps"]) + len(seen["waits"]),
-            "ideal_ticks": ideal,
-            "turnaround": _over(seen["turnarounds"], ideal),
-            "wait": _over(seen["waits"], ideal),
-        }
-    over = ratios(p95["mixed"], p95["shallow"])
-    data = {
-        "clients": 2 * half,
-        "p95": {name: Spread.of(values) for name, values in p95.items()},
-        "over_shallow": over,
-        "noise": ratios(p95["again"], p95["shallow"]),
-        "kinds": kinds,
-    }
+    p95 = {name: [_p95(window[1]["gaps"]) for window in found] for name, found in samples.readings.items()}
+    over, noise = ratios(p95["mixed"], p95["shallow"]), ratios(p95["again"], p95["shallow"])
+    shallow, mixed = (f"{1e3 * statistics.median(p95[name]):.3g} ms" for name in ("shallow", "mixed"))
     what = "p95 between a shallow request's tokens, half of the load deep over all shallow"
-    return Outcome([Row(case.name, what, over.median, spread=over, noise=data["noise"])], curves=data)
+    rows = [Row(case.name, what, over.median, "x", shallow, mixed, spread=over, noise=noise)]
+    for kind, depth in (("shallow", 1), ("deep", DEEPEST)):
+        ideal = CROWD_TOKENS * depth / min(1.0, CROWD_ROWS / (2 * half))
+        # Requests that still wait have waited so long already.
+        extra = {"waits": [ticks for asked, ticks in waiting if asked == depth], "turnarounds": []}
+        for figure, name in (("turnarounds", "turnaround"), ("waits", "wait")):
+            ticks = [x for window in samples.readings["mixed"] for x in window[depth][figure]] + extra[figure]
+            if ticks:
+                seen = Spread.of([each / ideal for each in ticks])
+                title = f"{2 * half} clients, {kind} requests: {name} over the ideal of a whole answer"
+                rows.append(Row(f"{case.name}.{kind}.{name}", title, seen.median, "of the ideal", spread=seen))
+    return Outcome(rows)
 
 
 def _load(job: Job, bench: Bench, costs: dict[str, Any], **arguments: Any) -> Job:
@@ -231,19 +219,8 @@ def _load(job: Job, bench: Bench, costs: dict[str, Any], **arguments: Any) -> Jo
     return replace(job, arguments=given | ({"costs": costs["costs"]} if costs else {}))
 
 
-def _depths(windows: list[dict[str, Any]]) -> Counter[int]:
-    found: Counter[int] = Counter()
-    for window in windows:
-        found.update({int(depth): n for depth, n in window["depths"].items()})
-    return found
-
-
 def _p95(gaps: list[float]) -> float:
     return statistics.quantiles(gaps, n=20, method="inclusive")[-1]
-
-
-def _over(ticks: list[float], ideal: float) -> Spread | None:
-    return Spread.of([each / ideal for each in ticks]) if ticks else None
 
 
 def mean(depths: Counter[int]) -> float:

@@ -2,10 +2,11 @@
 
 import os
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.case import Case, Outcome, Reach, Row
 from benchmarks.cases.pairs import ratio_row
@@ -99,9 +100,10 @@ def allowed(job: Job, seconds: dict[str, float], reading: dict[str, Any], propor
     parts = {rows: rows / job.rows for rows in _powers(job.rows)}
     if not proportional and job.rows > 1:
         parts = {rows: loop_s[f"decode_{rows}_"] / loop_s[f"decode_{job.rows}_"] for rows in parts}
-    part = _between(parts)
     steps = list(zip(*(row[1:] for row in reading["depths"]), strict=True))
-    left_out = sum(1 - part(sum(depth > n for depth in step)) for step in steps for n in range(job.n_loops))
+    active = [sum(depth > n for depth in step) for step in steps for n in range(job.n_loops)]
+    # Straight lines between measured numbers of rows, from nothing at 0.
+    left_out = len(active) - float(np.interp(active, [0, *parts], [0.0, *parts.values()]).sum())
     saved = (loop_s[""] - loop_s["prompt_"]) / len(steps) * left_out
     saved += loop_s["prompt_"] * (job.n_loops - reading["prompt_depth"])
     return seconds["full"] / (seconds["full"] - saved)
@@ -124,17 +126,6 @@ def _calls(job: Job) -> list[str]:
 def _powers(rows: int) -> list[int]:
     """List 1, 2, 4, ... up to `rows`, a power of two."""
     return [1 << i for i in range(rows.bit_length())]
-
-
-def _between(points: dict[int, float]) -> Callable[[int], float]:
-    """Return the function of straight lines between measured points, from nothing at 0."""
-    points = {0: 0.0, **points}
-
-    def at(n: int) -> float:
-        low, high = max(k for k in points if k <= n), min(k for k in points if k >= n)
-        return points[low] + (points[high] - points[low]) * (n - low) / max(1, high - low)
-
-    return at
 
 
 def cases() -> list[Case]:

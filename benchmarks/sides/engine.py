@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -49,17 +49,13 @@ def mean_depth(law: list[float]) -> float:
 
 
 def _geometric() -> list[float]:
-    """Find the law by which each loop is the last with equal probability, the deepest takes the rest; mean MEAN."""
-
-    def cut(p: float) -> list[float]:
-        law = [p * (1 - p) ** n for n in range(DEEPEST - 1)]
-        return [*law, 1 - sum(law)]
-
-    low, high = 1 / DEEPEST, 1.0
+    """Make the law by which each loop is the last with equal probability, and the deepest takes the rest; mean MEAN."""
+    p, high = 1 / DEEPEST, 1.0
     for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_depth(cut(middle)) > MEAN else (low, middle)
-    return cut(low)
+        middle = (p + high) / 2
+        p, high = (middle, high) if (1 - (1 - middle) ** DEEPEST) / middle > MEAN else (p, middle)
+    law = [p * (1 - p) ** n for n in range(DEEPEST - 1)]
+    return [*law, 1 - sum(law)]
 
 
 LAWS = {"uniform": [1 / DEEPEST] * DEEPEST, "geometric": _geometric()}
@@ -157,7 +153,7 @@ class EngineTask(Task):
             rule = {"exit": UntilAllAreDone(inner)}
         self.rule = rule
         points = given.get("costs") or self._measure_costs()
-        loop, outer = ({int(n): seconds[i] for n, seconds in points["seconds"].items()} for i in (0, 1))
+        loop, outer = ({n: seconds[i] for n, seconds in points["seconds"].items()} for i in (0, 1))
         self.points, self.costs = points, StepCosts(Curve(loop), Curve(outer), points["least_rows"])
         self.last: Any = {}
 
@@ -197,19 +193,6 @@ class EngineTask(Task):
         return self.last
 
 
-@dataclass
-class Window:
-    """What happened between two read-outs."""
-
-    tokens: int = 0
-    depths: Counter[int] = field(default_factory=Counter)
-    """Tokens by the loops that they took."""
-    looping_s: list[float] = field(default_factory=list)
-    """CPU seconds of every step that only looped."""
-    reading_s: list[float] = field(default_factory=list)
-    """CPU seconds of every step that also read tokens out and began new ones."""
-
-
 class Load(EngineTask):
     """An engine with all its rows busy: as many requests wait as there are rows, and one that ends is replaced.
 
@@ -240,20 +223,22 @@ class Load(EngineTask):
         """
         while not self.step():
             pass
-        window, rows = Window(), self.job.rows
+        rows, n_tokens, depths = self.job.rows, 0, Counter[int]()
+        seconds: dict[bool, list[float]] = {False: [], True: []}
         started, wall = time.process_time(), time.perf_counter()
         before = started
         while True:
             events = self.step()
             now = time.process_time()
-            (window.reading_s if events else window.looping_s).append(now - before)
+            seconds[bool(events)].append(now - before)
             before = now
-            window.tokens += len(events)
-            window.depths.update(event.loops for event in events)
-            if events and (window.tokens >= self.seconds * ONE_ROW if rows == 1 else now - started >= self.seconds):
+            n_tokens += len(events)
+            depths.update(event.loops for event in events)
+            if events and (n_tokens >= self.seconds * ONE_ROW if rows == 1 else now - started >= self.seconds):
                 break
-        self.last = vars(window)
-        return {"cpu": (now - started) / window.tokens, "wall": (time.perf_counter() - wall) / window.tokens}
+        # Seconds of the steps that only looped, and of those that also read tokens out and began new ones.
+        self.last = {"tokens": n_tokens, "depths": depths, "looping_s": seconds[False], "reading_s": seconds[True]}
+        return {"cpu": (now - started) / n_tokens, "wall": (time.perf_counter() - wall) / n_tokens}
 
     def step(self) -> list[Any]:
         """Run one step of the engine, and replace the requests that end."""

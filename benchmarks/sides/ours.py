@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.job import Job
 from benchmarks.sides import first_of
 from benchmarks.sides.looped import Looped
-from benchmarks.tasks import LoopCounter
 from open_mythos import KVCache, LoopPlan, MythosConfig, OpenMythos, convert_open_mythos_0_5
 from open_mythos.device import keep_freed_memory
 from open_mythos.nn.rope import rotary_table
@@ -72,9 +71,9 @@ class Ours(Looped):
         options: dict[str, Any] = {"temperature": 0, "compiled": self.compiled}
         return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, **options)
 
-    def count_loops(self) -> LoopCounter | None:
+    def loop_module(self) -> nn.Module | None:
         # A hook makes a model compile again, and counts recomputed loops twice; the outputs have to do then.
-        return super().count_loops() if self.countable else None
+        return super().loop_module() if self.countable else None
 
     def regroup(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put gradients of 0.5.0 under our names: what regroups weights regroups their gradients."""

@@ -32,10 +32,11 @@ from open_mythos.analysis import unroll
 from open_mythos.analysis.section import Section, Subject, numbers
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
-from open_mythos.nn.cache import Scratch, View
+from open_mythos.nn.cache import Scratch
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import Exit
-from open_mythos.nn.inputs import check_n_loops
+from open_mythos.nn.view import View
 from open_mythos.ops.precision import at_least_float32
 from open_mythos.reports.document import Figure, Part, Table
 from open_mythos.reports.figures import Curve, draw_curves

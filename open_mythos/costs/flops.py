@@ -11,7 +11,6 @@ Shapes: B rows, T tokens, K and W key and value width of a head, H heads.
 from collections import Counter
 from dataclasses import dataclass
 
-from open_mythos.accounting import shared_width
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import attention_costs, feed_forward_costs
 from open_mythos.nn.injection import injection_costs
@@ -42,10 +41,9 @@ def matrix_sizes(cfg: MythosConfig) -> MatrixSizes:
     if cfg.recurrent_layers:
         injection = injection_costs(cfg)
         prepared, loop = injection.prepared, injection.per_loop
+        ffn = feed_forward_costs(cfg, recurrent=True).weights
         if cfg.n_experts:
-            ffn = D * cfg.n_experts + cfg.n_experts_per_tok * (1 + cfg.n_shared_experts) * 3 * D * cfg.expert_dim
-        else:
-            ffn = feed_forward_costs(cfg, recurrent=True).weights
+            ffn += D * cfg.n_experts + cfg.n_experts_per_tok * 3 * D * cfg.expert_dim
         loop += cfg.recurrent_layers * (attention + ffn) + 2 * D * cfg.lora_rank
         loop += D if cfg.halting == "act" else 0
     outer = (cfg.prelude_layers + cfg.coda_layers) * plain
@@ -137,18 +135,12 @@ def _newton_schulz(cfg: MythosConfig) -> int:
 
 def hidden_matrices(cfg: MythosConfig) -> Counter[tuple[int, int]]:
     """Count the matrices by (rows, columns) as Muon takes them: maps of one input count apart."""
-    D, attention = cfg.dim, attention_costs(cfg).matrices
-    outer, inner = attention + feed_forward_costs(cfg, recurrent=False).matrices, Counter(attention)
-    if not cfg.n_experts:
-        inner += feed_forward_costs(cfg, recurrent=True).matrices
-    else:
-        # Gate and up of a routed expert are one matrix; of the shared experts they are two.
-        inner.update({(2 * cfg.expert_dim, D): cfg.n_experts})
-        inner.update({(D, cfg.expert_dim): cfg.n_experts})
-        if width := shared_width(cfg):
-            inner.update([(width, D), (width, D), (D, width)])
-    counts: Counter[tuple[int, int]] = Counter()
-    for layers, shapes in ((cfg.prelude_layers + cfg.coda_layers, outer), (cfg.recurrent_layers, inner)):
-        for shape, n in shapes.items():
-            counts[shape] += layers * n
+    attention, counts = attention_costs(cfg).matrices, Counter[tuple[int, int]]()
+    for recurrent, n_layers in ((False, cfg.prelude_layers + cfg.coda_layers), (True, cfg.recurrent_layers)):
+        shapes = attention + feed_forward_costs(cfg, recurrent).matrices
+        if recurrent and cfg.n_experts:
+            # Gate and up of a routed expert are one matrix.
+            shapes += Counter({(2 * cfg.expert_dim, cfg.dim): cfg.n_experts})
+            shapes += Counter({(cfg.dim, cfg.expert_dim): cfg.n_experts})
+        counts.update({shape: n_layers * n for shape, n in shapes.items()})
     return +counts

@@ -1,7 +1,6 @@
 """What a run costs on given GPUs, from its configuration alone: nothing is built and nothing is allocated."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ MOST_GPUS = 2**16
 
 @dataclass(frozen=True)
 class Plan:
-    """The costs of a run. Units are in the names; `per_step` figures are of all GPUs together unless they say so."""
+    """Costs of a run. Units are in the names; figures of a step are those of all GPUs together unless they say so."""
 
     gpus: int
     gpu: str
@@ -33,24 +32,24 @@ class Plan:
     micro_batches: int
     parameters: Parameters
     mean_loops: float
-    """Of a row; ACT may end them earlier, which is not counted."""
+    """Loops of a row. ACT may end them earlier, which is not counted."""
     mean_grad_loops: float
     flops_per_step: StepFlops
     memory: Memory
-    """Of one GPU at the highest moment of the deepest step."""
+    """Memory of one GPU at the highest moment of the deepest step."""
     room_bytes: float
-    """Of one GPU, less what is reserved."""
+    """Memory of one GPU without the reserved share."""
     sent_bytes: dict[str, float]
-    """By one GPU in a step."""
+    """Bytes that one GPU sends in a step, by kind of exchange."""
     send_s: float
-    """What sending takes in a step if nothing else goes on meanwhile."""
+    """Time of a step's exchanges if nothing else runs meanwhile."""
     slowest: float
-    """Loops of the rank with the most, over the mean, on average over steps: the others wait for it."""
+    """Loops of the rank with the most, over the mean, averaged over steps: the others wait for it."""
     step_s: float
-    """At `mfu`, sending and waiting left out."""
+    """Time of a step at `mfu`, without sending and waiting."""
     price_per_hour: float | None
     remedy: str | None
-    """What to change so that it fits."""
+    """Changes that make the run fit; None if it does."""
 
     @property
     def fits(self) -> bool:
@@ -77,7 +76,7 @@ class Plan:
         return None if self.price_per_hour is None else self.gpu_hours * self.price_per_hour
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for machines."""
+        """Return plain values, for JSON."""
         values = asdict(self)
         values["parameters"]["total"] = self.parameters.total
         values["memory"]["total"] = self.memory.total
@@ -89,11 +88,11 @@ class Plan:
 def make_plan(
     cfg: TrainConfig, gpus: int = 8, gpu: str = "h100", mfu: float = 0.4, price_per_hour: float | None = None
 ) -> Plan:
-    """The plan of a run.
+    """Return the plan of a run.
 
     Args:
-        mfu: share of the card's peak that the executed products reach, those that are recomputed included.
-        price_per_hour: of one GPU.
+        mfu: share of the card's peak that the executed products reach, recomputed ones included.
+        price_per_hour: price of one GPU.
 
     Raises:
         ValueError: the rows or experts cannot be spread over so many GPUs, or an argument is out of range.
@@ -191,23 +190,20 @@ def _check_spread(cfg: TrainConfig, gpus: int) -> None:
 
 
 def _slowest(cfg: TrainConfig, gpus: int, steps: int = 64) -> float:
-    """From the depths that the run's first steps draw."""
+    """Return `Plan.slowest`, from the depths that the run's first steps draw."""
     shares = [cfg.loops.depths(cfg.seed, step + cfg.loops.ramp_steps, cfg.batch_size) for step in range(steps)]
     work = np.stack(shares).reshape(steps, gpus, -1).sum(-1)
     return float((work.max(1) / work.mean(1)).mean())
 
 
 def _remedy(cfg: TrainConfig, gpus: int, room: float) -> str:
-    """The fewest changes that fit; those that keep more rows first."""
-    for changes, changed in _changes(cfg, gpus):
-        if peak(changed, execution_of(changed), gpus).total <= room:
-            return f"use {' '.join(changes)}"
-    more = gpus * 2
-    while more <= MOST_GPUS and cfg.batch_size % more == 0:
-        for changes, changed in _changes(cfg, more):
-            if peak(changed, execution_of(changed), more).total <= room:
-                return f"use {' '.join((f'--gpus {more}', *changes))}"
-        more *= 2
+    """Return the fewest changes that make the run fit, on more GPUs where nothing else does."""
+    n = gpus
+    while n <= MOST_GPUS and cfg.batch_size % n == 0:
+        for flags, changed in _changes(cfg, n):
+            if peak(changed, execution_of(changed), n).total <= room:
+                return f"use {' '.join([f'--gpus {n}'] * (n > gpus) + flags)}"
+        n *= 2
     counts = count_parameters(cfg.model)
     core = execution_of(cfg).state_bytes * (counts.core + counts.loop + counts.other_loops) / 1e9
     return (
@@ -216,34 +212,34 @@ def _remedy(cfg: TrainConfig, gpus: int, room: float) -> str:
     )
 
 
-def _changes(cfg: TrainConfig, gpus: int) -> Iterator[tuple[tuple[str, ...], TrainConfig]]:
-    """Configurations that take less, with the options that make them, fewest first."""
-    now, model = cfg.parallel, cfg.model
-    rows, fewer = rows_at_once(cfg, gpus), []
-    while rows > 1:
-        rows //= 2
-        fewer.append(rows)
-    spread = [
-        n
-        for n in (2, 4, 8, 16, 32, 64, 128, 256, 512)
-        if n > now.experts and gpus % n == 0 and model.n_experts % n == 0
+def _changes(cfg: TrainConfig, gpus: int) -> list[tuple[list[str], TrainConfig]]:
+    """Return configurations that need less memory, with the flags that make them: the fewest flags and most rows first.
+
+    The first one is `cfg` itself.
+    """
+    now, model, rows = cfg.parallel, cfg.model, rows_at_once(cfg, gpus)
+    # Flags of the same line exclude each other.
+    options: list[dict[str, dict[str, Any]]] = [
+        {f"--parallel.rows {rows >> i}": {"rows": rows >> i} for i in range(1, rows.bit_length())},
+        {"--checkpoint-loops": {"checkpoint_loops": True}},
+        {"--parallel.kind fsdp": {"kind": "fsdp"}},
+        {
+            f"--parallel.experts {n}": {"experts": n}
+            for n in (2**i for i in range(1, 10))
+            if n > now.experts and gpus % n == 0 and model.n_experts and model.n_experts % n == 0
+        },
     ]
-    options = itertools.product(
-        [None, *fewer],
-        [None] if cfg.checkpoint_loops or cfg.compile == "model" or not model.recurrent_layers else [None, True],
-        [None] if now.kind == "fsdp" or gpus == 1 else [None, "fsdp"],
-        [None, *(spread if model.n_experts else [])],
-    )
+    if cfg.checkpoint_loops or cfg.compile == "model" or not model.recurrent_layers:
+        options[1] = {}
+    if now.kind == "fsdp" or gpus == 1:
+        options[2] = {}
     found = []
-    for n_rows, recompute, kind, experts in options:
-        if experts and (kind or now.kind) != "fsdp":
+    for chosen in itertools.product(*([("", {}), *option.items()] for option in options)):
+        fields = {name: value for _, changes in chosen for name, value in changes.items()}
+        # Experts are spread with fsdp only.
+        if "experts" in fields and fields.get("kind", now.kind) != "fsdp":
             continue
-        changes = []
-        changes += [f"--parallel.rows {n_rows}"] if n_rows else []
-        changes += ["--checkpoint-loops"] if recompute else []
-        changes += [f"--parallel.kind {kind}"] if kind else []
-        changes += [f"--parallel.experts {experts}"] if experts else []
-        parallel = replace(now, rows=n_rows or now.rows, kind=kind or now.kind, experts=experts or now.experts)
-        changed = replace(cfg, parallel=parallel, checkpoint_loops=recompute or cfg.checkpoint_loops)
-        found.append((tuple(changes), changed))
-    return iter(sorted(found, key=lambda pair: len(pair[0])))
+        recompute = fields.pop("checkpoint_loops", cfg.checkpoint_loops)
+        changed = replace(cfg, parallel=replace(now, **fields), checkpoint_loops=recompute)
+        found.append(([flag for flag, _ in chosen if flag], changed))
+    return sorted(found, key=lambda pair: len(pair[0]))

@@ -12,12 +12,11 @@ Shapes: D width, F hidden width, E experts, C chosen experts of a token.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from open_mythos.accounting import kv_values, shared_width
+from open_mythos.accounting import kv_values
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import attention_costs, feed_forward_costs
 from open_mythos.nn.injection import injection_costs
 from open_mythos.nn.layer_costs import Execution
-from open_mythos.nn.mlp import Expert
 from open_mythos.train.config import TrainConfig
 
 
@@ -63,15 +62,12 @@ def one_loop(cfg: MythosConfig, execution: Execution, T: int, expert_ranks: int 
     D, w, s = cfg.dim, execution.value_bytes, execution.state_bytes
     injection = injection_costs(cfg)
     stream_bytes = injection.stream_bytes(execution)
-    dense = routed = 0.0
-    if not cfg.n_experts:
-        dense = feed_forward_costs(cfg, recurrent=True).saved(execution, T)
-    else:
+    dense, routed = feed_forward_costs(cfg, recurrent=True).saved(execution, T), 0.0
+    if cfg.n_experts:
         routed = _routed(cfg, execution, expert_ranks)
-        if width := shared_width(cfg):
-            # In one dtype router, routed and shared experts save one input; under autocast each casts a float32 stream.
-            one_input = not execution.autocast or (stream_bytes == w and execution.device == "cpu")
-            dense = Expert.costs(D, width).saved(execution, T) - (w * D if one_input else 0)
+        # In one dtype router, routed and shared experts save one input; under autocast each casts a float32 stream.
+        if dense and (not execution.autocast or (stream_bytes == w and execution.device == "cpu")):
+            dense -= w * D
     attention = attention_costs(cfg).saved(execution, T)
     per_block = SavedBytes(attention, dense, routed, _norms(cfg, stream_bytes))
 
@@ -85,18 +81,18 @@ def one_loop(cfg: MythosConfig, execution: Execution, T: int, expert_ranks: int 
     return per_block * cfg.recurrent_layers + SavedBytes(stream=stream)
 
 
-def around_loop(cfg: MythosConfig, execution: Execution) -> SavedBytes:
+def around_loop(cfg: MythosConfig, execution: Execution) -> float:
     """Return the bytes between prelude and loop: the norm, and e as the injection takes it."""
     if not cfg.recurrent_layers:
-        return SavedBytes()
+        return 0
     norm = _norm(cfg.dim, execution.state_bytes, execution) if cfg.prelude_norm else 0
-    return SavedBytes(stream=norm + injection_costs(cfg).saved_once(execution))
+    return norm + injection_costs(cfg).saved_once(execution)
 
 
-def before_head(cfg: MythosConfig, execution: Execution) -> SavedBytes:
+def before_head(cfg: MythosConfig, execution: Execution) -> float:
     """Return the bytes of the last norm and of the head's input."""
     stream_bytes = injection_costs(cfg).stream_bytes(execution) if cfg.recurrent_layers else execution.state_bytes
-    return SavedBytes(stream=_norm(cfg.dim, stream_bytes, execution) + execution.value_bytes * cfg.dim)
+    return _norm(cfg.dim, stream_bytes, execution) + execution.value_bytes * cfg.dim
 
 
 def keys_and_values(cfg: MythosConfig, execution: Execution) -> float:

@@ -1,4 +1,4 @@
-"""Which pages are free, and which hold a prefix that another sequence may reuse. No torch."""
+"""Free pages, pages in use, and cached pages whose prefix another sequence may reuse. No torch."""
 
 from open_mythos.engine.sequence import Block, Sequence
 

@@ -1,4 +1,4 @@
-"""What an engine measures before its first request: the times of its steps, and row counts that are batch-invariant."""
+"""Measurements before the first request: the times of a step, and the numbers of rows that are batch-invariant."""
 
 import math
 import time

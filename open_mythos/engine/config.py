@@ -1,4 +1,4 @@
-"""How much an engine does at once. No torch."""
+"""The configuration of an engine. No torch."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from open_mythos.engine.sequence import GRID
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine does at once.
+    """The sizes and the modes of an engine.
 
     Raises:
         TypeError, ValueError: a field is unusable.
@@ -20,7 +20,7 @@ class EngineConfig:
     """Requests that wait, at most."""
     kv_tokens: int | None = None
     """Tokens that the pages have room for, at `max_loop_iters` loops each; None: a full context for each row, or what a
-    quarter of the free memory holds."""
+    quarter of the free memory has room for."""
     page_tokens: int = 16
     """Tokens of a page: 8, 16, 32 or 64."""
     max_prefill_tokens: int = 512
@@ -33,11 +33,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_int("max_rows", self.max_rows, 1, 2**16, "use max_rows=32")
         check_int("max_queue", self.max_queue, 1, 2**31, "use max_queue=1024")
+        check_int("max_prefill_tokens", self.max_prefill_tokens, GRID, 2**31, "use max_prefill_tokens=512")
         if self.kv_tokens is not None:
             check_int("kv_tokens", self.kv_tokens, 1, 2**40, "use kv_tokens=None for a quarter of the free memory")
         check_int("page_tokens", self.page_tokens, 8, GRID, "use page_tokens=16")
         if GRID % self.page_tokens:
             raise ValueError(f"page_tokens={self.page_tokens} must be 8, 16, 32 or 64; use page_tokens=16")
-        check_int("max_prefill_tokens", self.max_prefill_tokens, GRID, 2**31, "use max_prefill_tokens=512")
-        for name in ("prefix_reuse", "batch_invariant"):
-            check_bool(name, getattr(self, name))
+        check_bool("prefix_reuse", self.prefix_reuse)
+        check_bool("batch_invariant", self.batch_invariant)

@@ -255,7 +255,7 @@ class Engine:
         rest = "" if seq.detokenizer is None else seq.detokenizer.flush()
         seq.text += rest
         seq.finish_reason, seq.finished_s = reason, time.monotonic()
-        # What serves only requests in work goes, so that a caller may keep many records of answers.
+        # Objects that only a running request needs are dropped, because callers may store the record of the answer.
         seq.rule = seq.sampler = seq.detokenizer = seq.swapped = None
         self.scheduler.finish(seq)
         self.runner.release(seq)

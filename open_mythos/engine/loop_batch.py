@@ -47,7 +47,7 @@ class LoopBatch:
         self.rows: dict[str, Tensor] = {}
         """`h` and the prepared `e` (N, 1, D), `n_loops` (N,), and under a weighted rule the sum `out` (N, 1, D)."""
         self.state: State = {}
-        """What the rule remembers of each token."""
+        """The rule's own state, one row for each token."""
 
     def __len__(self) -> int:
         return len(self.tokens)

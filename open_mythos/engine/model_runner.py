@@ -23,7 +23,7 @@ from open_mythos.ops.batch_invariant import Invariance, batch_invariant, size_of
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What coda and head compute from chunks that have left the loop."""
+    """Results of coda and head for chunks that have left the loop."""
 
     logits: Tensor
     """(n, V): of the last token of each sequence that yields a token, in their order."""
@@ -41,7 +41,7 @@ class ModelRunner:
     def __init__(self, model: OpenMythos, kv: PagedKVCache, max_rows: int, invariant: bool) -> None:
         self.model, self.kv = model, kv
         self.invariance = Invariance() if invariant and kv.device.type == "cpu" else None
-        """What products have shown so far; None: kernels are chosen by speed."""
+        """Row counts that products have proved invariant at; None: kernels are chosen by speed."""
         self.least_rows = 1
         """Rows that a batch-invariant call is padded to at least, which changes its time and not its results."""
         self.max_rows = max_rows

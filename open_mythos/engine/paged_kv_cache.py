@@ -21,9 +21,8 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.nn.block import ATTENTIONS
-from open_mythos.nn.cache import KeyValues, View
-from open_mythos.nn.depth import LoopConstants
 from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.view import KeyValues, LoopConstants, View
 from open_mythos.ops.batch_invariant import cancelling, invariant, row_blocks
 
 
@@ -95,10 +94,6 @@ class PagedKVCache:
         index = self.index(padded(positions, n_rows))
         cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
         return cos, sin
-
-    @property
-    def page_nbytes(self) -> int:
-        return self.pages[0].nbytes
 
     def places(self, layer: int, n_loops: np.ndarray, loop: np.ndarray | None) -> np.ndarray:
         """Return the place of each token at a model's layer; `loop` is the token's loop, None outside the loop."""
@@ -197,7 +192,7 @@ class Group:
 
 
 class Layout:
-    """What calls on the same tokens share: positions, masks, and the groups that attend together.
+    """Positions, masks and groups of tokens that attend together, shared by all calls on the same tokens.
 
     Args:
         n_rows: rows of the calls: the tokens, and copies of the first one behind them.
@@ -242,9 +237,7 @@ class Layout:
             loop_index: the loops of all rows, copies included, (n_rows,) int64.
         """
         call = PagedCall(self, loop)
-        return View(
-            call, self.positions, self.rope, None, False, tokens=call, constants=constants, loop_index=loop_index
-        )
+        return View(call, self.positions, self.rope, constants=constants, loop_index=loop_index)
 
 
 def _groups(tokens: Tokens) -> list[np.ndarray]:
@@ -277,6 +270,8 @@ def padded(x: np.ndarray, n: int) -> np.ndarray:
 
 class PagedCall:
     """The pages as one call sees them: a `TokenStore`."""
+
+    attends = True
 
     def __init__(self, layout: Layout, loop: np.ndarray | None) -> None:
         self.layout, self.loop = layout, loop

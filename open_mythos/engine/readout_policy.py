@@ -1,4 +1,4 @@
-"""When to read out: as soon as more loops cost more than reading out together saves. No torch."""
+"""The time to read out: when one more loop costs more than reading out more tokens together saves. No torch."""
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
@@ -41,7 +41,7 @@ class Curve:
         self._values += [known[-1][1] + self.slope * x for x in range(1, _TABLE_SIZE - len(self._values) + 1)]
 
     def __call__(self, tokens: float) -> float:
-        """Return the seconds of so many tokens; 0 for none."""
+        """Return the seconds for a number of tokens; 0 for none."""
         below = int(tokens)
         if below + 1 < len(self._values):
             value = self._values[below]
@@ -51,18 +51,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """The times of the parts of a step."""
+    """The times of the parts of a step, by number of tokens."""
 
     loop: Curve
-    """One loop of so many tokens."""
+    """Seconds of one loop."""
     outer: Curve
-    """So many tokens outside the loop: coda, head, sampling, and embedding and prelude of the tokens that follow."""
+    """Seconds of the work outside the loop: coda, head and sampling, then embedding and prelude of the new tokens."""
     least_rows: int = 1
     """Rows that a batch-invariant call is padded to at least, where that made these times shortest."""
 
 
 class DepthCounts:
-    """How many loops the chunks of one kind take, as far as is known."""
+    """The numbers of loops that chunks of one kind have taken so far."""
 
     def __init__(self, seq: Sequence) -> None:
         n = seq.n_loops

@@ -8,8 +8,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.generation.prompts import check_room
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
-from open_mythos.nn.inputs import check_n_loops
 
 Rules = WeakValueDictionary[Hashable, HaltingRule]
 """Exit rules in use, by the options that requests give for them."""

@@ -18,7 +18,7 @@ from open_mythos.ops.precision import at_least_float32
 
 @dataclass(eq=False)
 class SamplerState:
-    """What the sampler keeps of one sequence."""
+    """The sampler's state of one sequence."""
 
     sampling: Sampling
     generator: torch.Generator

@@ -1,4 +1,4 @@
-"""Which sequences run next: admission, pages, preemption, and when to read out. No torch."""
+"""The choice of what runs next: admission, pages, preemption, and read-outs. No torch."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable

@@ -84,7 +84,7 @@ class Sequence:
     # For the scheduler.
     phase: Phase = Phase.WAITING
     tag: float = 0.0
-    """Of the waiting sequences, the one with the smallest tag is next."""
+    """Place in the queue: the waiting sequence with the smallest tag is next."""
     blocks: list[Block] = field(default_factory=list)
     n_cached: int = 0
     """Prompt tokens found in the prefix cache."""

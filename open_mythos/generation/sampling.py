@@ -16,9 +16,10 @@ from open_mythos.ops.precision import at_least_float32
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """A generator on the CPU for any int64.
+    """Make a generator on the CPU for any int64.
 
-    PyTorch's uses the lowest 32 bits of a seed only, so one that has more is hashed to so many: -1 and 2^32 - 1 differ.
+    PyTorch's generator uses only the lowest 32 bits of a seed, so a longer seed is hashed to 32 bits: -1 and 2^32 - 1
+    differ.
     """
     if not 0 <= seed < 2**32:
         seed = int.from_bytes(blake2b(seed.to_bytes(8, "little", signed=True), digest_size=4).digest(), "little")
@@ -48,6 +49,7 @@ def sample(
     Returns:
         (B,) int64.
     """
+    # 1. Penalties and bias.
     scores = at_least_float32(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
@@ -60,10 +62,11 @@ def sample(
         scores = scores.index_add(1, columns, scores.new_tensor(biases).expand(len(scores), -1))
     if params.temperature == 0:
         return scores.argmax(-1)
+    # 2. Temperature. The best score becomes 0, so that no temperature overflows.
     tiny = torch.finfo(scores.dtype).tiny  # parameters below it would become 0
-    # The best score becomes 0, so no temperature overflows.
     scores = (scores - scores.amax(-1, keepdim=True)) / max(params.temperature, tiny)
 
+    # 3. Filters: top-k, then top-p and min-p, both on the probabilities that top-k leaves.
     vocab_size = scores.shape[-1]
     candidates = None  # (B, K) ids in the order of the scores; None while that order is the vocabulary's
     if params.top_k and params.top_k < vocab_size:
@@ -74,8 +77,9 @@ def sample(
     mass = scores.softmax(-1)
     keep = scores >= (log(params.min_p) if params.min_p else -inf)
     if params.top_p < 1:
-        # Compares what comes before a token, so the best one always stays.
+        # The sum before a token is compared, so the best token always stays.
         keep &= mass.cumsum(-1) - mass < max(params.top_p, tiny)
+    # 4. One draw from the tokens that are left.
     choice = _draw(mass * keep, generator)
     return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
 
@@ -95,7 +99,7 @@ def _counts(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def _draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """(B,) columns drawn with probability in proportion to `mass` (B, K), by inverting the cumulative sum."""
+    """Draw columns (B,) with probabilities proportional to `mass` (B, K), by inverting the cumulative sum."""
     rows = len(mass)
     if generator is None or isinstance(generator, torch.Generator):
         uniform = _uniform(rows, generator)

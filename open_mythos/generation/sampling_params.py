@@ -51,7 +51,7 @@ def _option(default: Any, help: str, *bound: Any, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults draw from the model's own distribution.
+    """Options that choose the next token; the defaults draw from the model's own distribution.
 
     Raises:
         TypeError: a field is no number (a bool is none), or `logit_bias` is no mapping.
@@ -98,7 +98,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingParams(Sampling):
-    """How a request is answered: how its tokens are chosen, when it ends, and how many loops a token takes.
+    """Options of a request: how its tokens are chosen, when it ends, and how many loops a token takes.
 
     Raises:
         TypeError, ValueError: a field is unusable with any model.

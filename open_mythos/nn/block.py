@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 from open_mythos.config import ATTENTIONS, FEED_FORWARDS, MythosConfig
 from open_mythos.nn.attention import GQAttention
-from open_mythos.nn.cache import View, make_view
+from open_mythos.nn.inputs import make_view
 from open_mythos.nn.layer_costs import LayerCosts, measured
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.view import View
 
 # ATTENTIONS: a class made from a configuration; see nn/attention.py. FEED_FORWARDS: a class made from the model's width
 # and a hidden width, x (..., D) -> (..., D). docs/extending.md shows one of each.
@@ -39,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); `layer` names this block's place in the view's store."""
+        """Apply the block, (B, T, D) -> (B, T, D); `layer` is its place in the view's store."""
         x = self.attn_out_norm(x + self.dropout(self.attn(self.attn_norm(x), view, layer)))
         u = self.ffn_norm(x)
         y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
@@ -47,7 +48,9 @@ class TransformerBlock(nn.Module):
 
 
 def dense_width(cfg: MythosConfig, recurrent: bool) -> int:
-    """Return the hidden width of a block's dense feed-forward."""
+    """Return the hidden width of a block's dense feed-forward, or beside routed experts that of the shared ones."""
+    if recurrent and cfg.n_experts:
+        return cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
     return cfg.expert_dim if recurrent else cfg.dim * 4 // 3
 
 
@@ -66,8 +69,11 @@ def attention_costs(cfg: MythosConfig) -> LayerCosts:
 
 
 def feed_forward_costs(cfg: MythosConfig, recurrent: bool) -> LayerCosts:
-    """Return the costs of one dense feed-forward."""
-    kind, width = FEED_FORWARDS[cfg.feed_forward], dense_width(cfg, recurrent)
+    """Return the costs of a block's dense feed-forward, or beside routed experts those of the shared ones."""
+    width = dense_width(cfg, recurrent)
+    if not width:
+        return LayerCosts((), lambda execution, T: 0)
+    kind = Expert if recurrent and cfg.n_experts else FEED_FORWARDS[cfg.feed_forward]
     if "costs" in vars(kind):
         return kind.costs(cfg.dim, width)
     return measured(lambda: kind(cfg.dim, width), lambda layer, x: layer(x), cfg.dim, (0, 0, 0))

@@ -14,7 +14,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from open_mythos.checks import check_choice
 from open_mythos.config import HALTING_RULES
@@ -60,6 +59,14 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a content's part that is text, in chats and in /v1/responses."""
 
 
+class FieldError(ValueError):
+    """An error whose message names its field itself; `param` is the field's path, None for a whole object."""
+
+    def __init__(self, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 def bound(name: str) -> Any:
     """Return the bound of an option of the engine as a constraint of pydantic."""
     limit = OPTIONS[name].metadata["bound"]
@@ -69,16 +76,14 @@ def bound(name: str) -> Any:
 def _as_prompts(value: Any) -> Any:
     """Make a list of a single prompt."""
     if not isinstance(value, str | list):
-        raise PydanticCustomError(
-            "prompt", "must be a string, a list of strings, a list of ids, or a list of such lists"
-        )
+        raise ValueError("must be a string, a list of strings, a list of ids, or a list of such lists")
     is_ids = isinstance(value, list) and bool(value) and not any(isinstance(item, str | list) for item in value)
     return [value] if isinstance(value, str) or is_ids else value
 
 
 def _as_prompt(value: Any) -> Any:
     if not isinstance(value, str | list):
-        raise PydanticCustomError("prompt", "must be a string or a list of ids")
+        raise ValueError("must be a string or a list of ids")
     return value
 
 
@@ -88,8 +93,7 @@ def _as_text(value: Any) -> Any:
         return value
     for place, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            values = {"place": place, "example": '{"type": "text", "text": "..."}'}
-            raise PydanticCustomError("content", "part {place} is no text; send parts like {example}", values)
+            raise ValueError(f'part {place} is no text; send parts like {{"type": "text", "text": "..."}}')
     return "".join(part["text"] for part in value)
 
 
@@ -98,14 +102,13 @@ def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("text", "half of a surrogate pair is no text") from None
+        raise ValueError("half of a surrogate pair is no text") from None
     return text
 
 
 def _few_in_all(stops: list[str]) -> list[str]:
     if (n := sum(map(len, stops))) > MAX_ALL_STOP_CHARS:
-        most = {"n": n, "most": MAX_ALL_STOP_CHARS}
-        raise PydanticCustomError("stop", "the strings have {n} characters, at most {most} are allowed", most)
+        raise ValueError(f"the strings have {n} characters, at most {MAX_ALL_STOP_CHARS} are allowed")
     return stops
 
 
@@ -113,7 +116,7 @@ def _rule(name: str) -> str:
     try:
         check_choice("exit", name, tuple(HALTING_RULES))
     except ValueError as error:
-        raise PydanticCustomError("exit", "{message}", {"message": str(error)}) from None
+        raise FieldError(str(error), "exit") from None
     return name
 
 
@@ -157,11 +160,11 @@ class Fields(BaseModel):
         # `logit_bias` has a bound of its own, on its type.
         inner = [each for name, each in values.items() if name != "logit_bias"]
         if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in (values, *inner)):
-            raise PydanticCustomError("fields", "an object may have {most} fields at most", {"most": MAX_FIELDS})
+            raise FieldError(f"an object may have {MAX_FIELDS} fields at most", None)
         given = {name: value for name, value in values.items() if value is not None}
         for path, neutral in cls.unsupported.items():
             if (name := path.rpartition(".")[2]) in given and given.pop(name) not in neutral:
-                raise PydanticCustomError("named", "{name} is not supported here; leave it out", {"name": path})
+                raise FieldError(f"{path} is not supported here; leave it out", path)
         return given
 
 
@@ -193,7 +196,7 @@ class Message(Fields):
     @classmethod
     def _said(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None and info.data.get("role") not in ("assistant", None):
-            raise PydanticCustomError("content", "must be a string, or a list of text parts")
+            raise ValueError("must be a string, or a list of text parts")
         return value
 
     @property
@@ -224,7 +227,7 @@ def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
         level = [each for values in inner for each in values if isinstance(each, dict | list)]
         if not level:
             return schema
-    raise PydanticCustomError("schema", "must be nested at most {most} levels deep", {"most": MAX_SCHEMA_DEPTH})
+    raise ValueError(f"must be nested at most {MAX_SCHEMA_DEPTH} levels deep")
 
 
 class JsonSchema(Fields):
@@ -262,5 +265,5 @@ class ResponseFormat(Format):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if self.type == "json_schema" and self.json_schema is None:
-            raise PydanticCustomError("format", "type json_schema needs json_schema with a schema")
+            raise ValueError("type json_schema needs json_schema with a schema")
         return self

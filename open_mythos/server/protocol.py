@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
 from open_mythos.generation.sampling_params import SamplingParams
@@ -21,6 +20,7 @@ from open_mythos.server.fields import (
     Count,
     Effort,
     Exit,
+    FieldError,
     Fields,
     Id,
     LogitBias,
@@ -232,15 +232,12 @@ class CompletionRequest(ChoicesRequest):
 
     @model_validator(mode="after")
     def _enough_to_choose_from(self) -> Self:
-        counts = {"n": self.n, "made": self.n_made}
+        best_of = f"best_of={self.n_made}"
         if self.n_made < self.n:
-            raise PydanticCustomError(
-                "named", "best_of={made} must be at least n={n}; leave it out, or raise it", counts
-            )
+            raise FieldError(f"{best_of} must be at least n={self.n}; leave it out, or raise it", "best_of")
         if self.stream and self.n_made > self.n:
-            raise PydanticCustomError(
-                "named", "best_of={made} above n={n} cannot be streamed; send stream=false, or best_of={n}", counts
-            )
+            remedy = f"send stream=false, or best_of={self.n}"
+            raise FieldError(f"{best_of} above n={self.n} cannot be streamed; {remedy}", "best_of")
         return self
 
     @property
@@ -281,7 +278,7 @@ class ChatRequest(ChoicesRequest, Conversation):
     @model_validator(mode="after")
     def _both(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError("named", "top_logprobs needs logprobs=true; send both, or neither")
+            raise FieldError("top_logprobs needs logprobs=true; send both, or neither", "top_logprobs")
         return self
 
     @property
@@ -297,11 +294,11 @@ def invalid(errors: list[Any], body: object) -> Refusal:
     """Make the refusal of a body from the first error that pydantic found; it names the field."""
     # A field may have several forms; the error is that of the form that fits furthest.
     first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
-    kind, message, place = first["type"], first["msg"], [part for part in first["loc"] if part != "body"]
-    if kind == "named":  # by its first word
-        return Refusal(400, message, re.split(r"[ =]", message)[0])
-    if kind == "fields":
-        return Refusal(400, message)
+    kind, fault = first["type"], first.get("ctx", {}).get("error")
+    place = [part for part in first["loc"] if part != "body"]
+    message = str(fault) if kind == "value_error" else first["msg"]
+    if isinstance(fault, FieldError):
+        return Refusal(400, message, fault.param)
     if not place and kind == "string_unicode":
         return Refusal(400, "a field's name is half of a surrogate pair, which is no text; check its spelling")
     if not place:

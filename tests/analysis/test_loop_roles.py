@@ -124,7 +124,9 @@ def test_a_planted_loop_is_found(planted: int, part: str, monkeypatch: pytest.Mo
         constants = model.recurrent.constants
         waves = torch.zeros(5, model.cfg.dim)
         waves[planted, :8] = 4.0
-        monkeypatch.setattr(model.recurrent, "constants", lambda h: dataclasses.replace(constants(h), waves=waves))
+        monkeypatch.setattr(
+            model.recurrent, "constants", lambda h: dataclasses.replace(constants(h), loop_embeddings=waves)
+        )
     roles = loop_roles(model, ids(model, 6), 5)
     touching = [t in (planted - 1, planted) for t in range(4)]
     for values in (roles.function, roles.kl["swap"]):

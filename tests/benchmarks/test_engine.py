@@ -13,7 +13,8 @@ from benchmarks.case import Case, Results
 from benchmarks.cases import CASES, engine
 from benchmarks.harness import Bench, Settings
 from benchmarks.job import Job
-from benchmarks.report import BEGIN, END, render, write_report
+from benchmarks.page import BEGIN, END
+from benchmarks.report import render, write_report
 from benchmarks.sides.engine import (
     AT_ONCE,
     DEEPEST,
@@ -34,7 +35,7 @@ from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.nn.halting import LatentDiff
 from open_mythos.variants import mythos_200k
 
-COSTS = {"seconds": {"1": [1.0, 1.0], "64": [2.0, 2.0]}, "least_rows": 1}
+COSTS = {"seconds": {1: [1.0, 1.0], 64: [2.0, 2.0]}, "least_rows": 1}
 RECORDED = json.loads((Path(__file__).parents[2] / "docs/results/engine/results.json").read_text())
 MODEL = dataclasses.replace(mythos_200k(), vocab_size=1024).to_dict()
 
@@ -152,11 +153,21 @@ def test_cases_make_their_records(tmp_path: Path) -> None:
     bench, results = Bench(Settings(quick=True)), Results(tmp_path / "engine")
     for name in ("engine_geometric_8", "engine_modes_8"):
         outcome = CASES[name].measure(small(CASES[name], 2), bench)
-        made = {"made_by": {"quick": True}, "date": "", "commit": "", "seconds": 1.0, "load": [0, 0], "title": name}
+        made = {
+            "made_by": {"quick": True, "device": "cpu", "threads": 1},
+            "date": "",
+            "commit": "",
+            "seconds": 1.0,
+            "load": [0, 0],
+            "title": name,
+        }
         results.put(name, (), json.loads(json.dumps(dataclasses.asdict(outcome))) | made | {"error": None})
         assert all(row.value > 0 for row in outcome.rows)
     text = render(results.data, "engine")
-    assert "| over the best of (a), (b) and (c) | >= 0.97 |" in text and "| heavy | 2 |" in text
+    assert (
+        "| over the best of (a), (b) and (c) | >= 0.97 |" in text
+        and "batch_invariant on over off, heavy, R = 2" in text
+    )
 
 
 def test_amdahl() -> None:

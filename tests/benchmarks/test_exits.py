@@ -73,13 +73,6 @@ def test_a_case_runs_from_gate_to_rows(case: Case, folder: str) -> None:
     assert outcome.gate is not None
 
 
-def test_a_loop_of_so_many_rows_costs_what_lies_between_the_measured() -> None:
-    cost = exits._between({1: 2.0, 2: 3.0, 4: 5.0})
-    assert [cost(n) for n in range(5)] == [0.0, 2.0, 3.0, 4.0, 5.0]
-    assert exits._powers(1) == [1]
-    assert exits._powers(16) == [1, 2, 4, 8, 16]
-
-
 def test_what_loop_counts_allow() -> None:
     # A prefill of 10 s besides loops of 2 s: at 3 of 8 loops it is 16 s of 26.
     prefill = Job("exits_prefill", n_loops=8)

@@ -13,8 +13,9 @@ from benchmarks.__main__ import Args, main
 from benchmarks.case import Outcome, Reach, Results, Row, plain
 from benchmarks.cases import CASES, reach_of
 from benchmarks.machine import describe
+from benchmarks.page import BEGIN, END
 from benchmarks.peers import Peer, install
-from benchmarks.report import BEGIN, END, render, write_report
+from benchmarks.report import render, write_report
 from benchmarks.stats import Spread
 
 MADE_BY = {"source": "abc", "device": "cpu", "threads": 1, "quick": False, "environment": {}}

@@ -47,9 +47,6 @@ class Here(Worker):
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         return getattr(self, do)(**arguments)
 
-    def prepare(self, id: str, job: Any) -> dict[str, Any]:
-        return super().prepare(id, job.to_dict())
-
 
 def test_cases_make_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(Settings(quick=True))

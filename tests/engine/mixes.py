@@ -20,7 +20,7 @@ COSTS = StepCosts(Curve({1: 2e-3, 8: 3e-3, 64: 9e-3}), Curve({1: 3e-3, 64: 8e-3}
 
 @dataclass
 class Load:
-    """What happens to one engine."""
+    """The requests to one engine, and their cancellations."""
 
     config: EngineConfig
     requests: list[tuple[int, list[int], SamplingParams]]
@@ -31,11 +31,11 @@ class Load:
 
 @dataclass
 class Outcome:
-    """What came of it."""
+    """The results of a load."""
 
     requests: list[Sequence] = field(default_factory=list)
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
-    """Of every token, by the request's id."""
+    """Logits of every token, by the request's id."""
     n_preempted: int = 0
     n_most: int = 0
     """The most sequences admitted at once."""

@@ -68,7 +68,7 @@ def test_only_full_blocks_match() -> None:
 
 
 def test_the_last_token_of_a_prompt_is_never_found() -> None:
-    """What follows the prompt is drawn from the logits of its last token, which are not cached."""
+    """The token that follows a prompt is drawn from the logits of its last token, which are not cached."""
     blocks = BlockManager(20, 2)
     filled(blocks, [1, 2, 3, 4])
     whole = Sequence(0, [1, 2, 3, 4], SamplingParams(), 1, "deep", True, 1)

@@ -42,12 +42,12 @@ def run(n_requests: int) -> dict[str, int]:
             for sequence in engine.sequences.values()
             if sequence.phase not in (Phase.WAITING, Phase.SWAPPED)
         )
-        n_bytes = engine.scheduler.block_manager.n_used * engine.kv.page_nbytes
+        n_bytes = engine.scheduler.block_manager.n_used * engine.kv.pages[0].nbytes
         assert n_bytes == expected
         seen["most_bytes"] = max(seen["most_bytes"], n_bytes)
     empty(engine)
     assert seen["done"] + seen["cancelled"] + seen["refused"] == n_requests
-    seen["preempted"], seen["pool_bytes"] = outcome.n_preempted, engine.n_pages * engine.kv.page_nbytes
+    seen["preempted"], seen["pool_bytes"] = outcome.n_preempted, engine.n_pages * engine.kv.pages[0].nbytes
     print(seen)
     return seen
 

@@ -1,4 +1,4 @@
-"""What a request may ask for, and what is refused before it waits."""
+"""Options of requests, and refusals before a request waits."""
 
 from typing import Any
 

@@ -5,7 +5,7 @@ import torch
 
 from open_mythos import SamplingParams
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.costs.info import PAGE_TOKENS
+from open_mythos.costs.tables import PAGE_TOKENS
 from open_mythos.engine.engine import Engine, EngineConfig
 from open_mythos.engine.scheduler import QueueFull
 from tests.models import ATTENTIONS, scaled, tiny
@@ -21,7 +21,7 @@ def test_pages_are_the_formula_rounded_up_to_pages(attn_type: str, dtype: torch.
     cfg, size = model.cfg, dtype.itemsize
     blocks = -(-100 // PAGE_TOKENS)
     each = kv_bytes_per_token(cfg, cfg.max_loop_iters, size)
-    assert engine.n_pages * engine.kv.page_nbytes == blocks * PAGE_TOKENS * each
+    assert engine.n_pages * engine.kv.pages[0].nbytes == blocks * PAGE_TOKENS * each
     assert engine.n_pages == blocks * n_layers(cfg, cfg.max_loop_iters)
 
 

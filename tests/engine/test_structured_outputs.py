@@ -126,7 +126,7 @@ def test_a_schema_is_only_so_deep(served: Served) -> None:
 
 @pytest.mark.parametrize("schema", ENDLESS, ids=str)
 def test_schemas_without_end_begin_at_once(schema: dict[str, Any]) -> None:
-    """What they ask for is never written out, and each token costs no more than another schema's."""
+    """Their expansion is never written out, and each token costs no more than another schema's."""
     matcher = Grammars(ByteTokenizer(), 259).matcher(json.dumps(schema))
     for _ in range(30):
         allowed = matcher.allowed().nonzero()[:, 0].tolist()

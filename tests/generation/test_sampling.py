@@ -25,7 +25,7 @@ SETTINGS = [
     Sampling(0.7, 9, 0.95, 0.01, 1.3, frequency_penalty=-0.4, presence_penalty=1.5, logit_bias={3: 1, 12: -2}),
 ]
 ANSWER = [7, 0, 7, 5, 7]
-"""What has been generated; the penalties of frequency and presence look at nothing else."""
+"""Tokens generated so far; the penalties of frequency and presence depend on nothing else."""
 
 
 def reference(logits: list[float], params: Sampling, previous: list[int], answer: list[int]) -> list[float]:
