@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from open_mythos.analysis import breadth, fixed_point, injection, jacobian, lens, loop_roles, routing, sweep
+from open_mythos.analysis import breadth, fixed_point, injection, jacobian, lens, loop_roles_section, routing, sweep
 from open_mythos.analysis.section import Section, Subject
 
 SECTIONS: dict[str, Callable[[Subject], Section]] = {
@@ -12,7 +12,7 @@ SECTIONS: dict[str, Callable[[Subject], Section]] = {
     "jacobian": jacobian.section,
     "injection": injection.section,
     "routing": routing.section,
-    "loop_roles": loop_roles.section,
+    "loop_roles": loop_roles_section.section,
     "breadth": breadth.section,
 }
 """The sections of `mythos analyze` in the order of its report, by their names in analysis.json; add your own."""

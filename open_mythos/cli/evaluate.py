@@ -33,13 +33,13 @@ class EvalArgs(ModelOptions):
 def evaluate(rest: list[str]) -> None:
     """bits per byte of a text, by loops"""
     args = read(EvalArgs, "mythos eval", rest)
-    check_folder(args.folder)
     try:
         n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
     except ValueError:
         raise ValueError(f"--n-loops {args.n_loops} must be numbers with commas between; use 1,2,4,8") from None
     for n in n_loops:
         check_int("n_loops", n, 1, MAX_LOOPS, "use n_loops=1,2,4,8")
+    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.evals.by_loops import evaluate_files, print_results

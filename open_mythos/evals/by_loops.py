@@ -68,7 +68,6 @@ def evaluate_files(
     context = (trained_context(folder) or cfg.max_seq_len) if context is None else context
     how = {"context": context, "exit": exit, "exit_threshold": exit_threshold}
     scores = _score(model, tokenizer, texts, n_loops, progress, **how)
-    best = min(score.bits_per_byte for score in scores)
     results = {
         "model": str(folder),
         "text": list(text),
@@ -79,16 +78,7 @@ def evaluate_files(
         "tokens": scores[0].n_tokens,
         **how,
         "dtype": dtype,
-        "scores": [
-            {
-                "loops": score.n_loops,
-                "bits_per_byte": score.bits_per_byte,
-                "nats_per_token": score.nats_per_token,
-                "ratio_to_best": score.bits_per_byte / best,
-                "mean_loops": score.mean_loops,
-            }
-            for score in scores
-        ],
+        "scores": _rows(scores),
     }
     out = folder / "eval" if out is None else out
     out.mkdir(parents=True, exist_ok=True)
@@ -98,6 +88,21 @@ def evaluate_files(
     for ending in (".png", ".svg"):
         draw_curves({title: [curve]}, out / (FIGURE + ending), ("loops", "bits per byte"), ticks=curve.xs, log="x")
     return results
+
+
+def _rows(scores: Sequence[TextScore]) -> list[dict[str, Any]]:
+    """Return the scores as eval.json lists them."""
+    best = min(score.bits_per_byte for score in scores)
+    return [
+        {
+            "loops": score.n_loops,
+            "bits_per_byte": score.bits_per_byte,
+            "nats_per_token": score.nats_per_token,
+            "ratio_to_best": score.bits_per_byte / best,
+            "mean_loops": score.mean_loops,
+        }
+        for score in scores
+    ]
 
 
 def _score(

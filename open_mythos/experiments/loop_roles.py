@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from open_mythos.analysis.loop_roles import (
-    LoopRoles,
+from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
+from open_mythos.analysis.loop_roles_section import (
     across,
     cells,
     draw_effects,
     draw_split,
     effect_table,
     interchangeable,
-    loop_roles,
     split_table,
     verdict,
     without_order_or_last,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.loop_roles import LoopRoles, across, interventions, loop_roles, run_loops, split, update
+from open_mythos.analysis.loop_roles import LoopRoles, interventions, loop_roles, run_loops, split, update
+from open_mythos.analysis.loop_roles_section import across
 from tests.models import random_ids, scaled, tiny
 
 BARE = {"loop_embedding": False, "lora_rank": 0}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.analysis.loop_roles import LoopRoles, loop_roles, verdict
+from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
+from open_mythos.analysis.loop_roles_section import verdict
 from open_mythos.experiments import EXPERIMENTS
 from open_mythos.experiments import loop_roles as experiment
 from open_mythos.experiments.study import Lab, perform
