@@ -296,7 +296,7 @@ class OneByOne(EngineTask):
         self.seed += 1
         return {clock: (spent[1][clock] - spent[0][clock]) / (NEW_TOKENS - 1) for clock in spent[0]}
 
-    def run(self, fresh: Any) -> None:
+    def run(self, fresh: Any) -> Any:
         prompt, depth = self.prompts[self.seed % N_PROMPTS], self.job.n_loops
         self.model.generate(prompt, self.new_tokens, depth, 1.0, None, seed=self.seed, **self.rule)
 
