@@ -16,14 +16,14 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 VALUE = r"""'[^']*'|"[^"]*"|\([^)]*\)|\[[^\]]*\]|[^\s;,'"]*[^\s;,'".):]"""
-"""A value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
+"""Pattern of a value in a message: quoted, a tuple or list, or one word without the punctuation behind it."""
 
 MAX_INT = 2**63 - 1
-"""The largest integer that tensors and arrays hold."""
+"""Largest integer of a tensor or an array."""
 
 
 class _Short(reprlib.Repr):
-    """A value as a message shows it, cut to a line, whatever its size: the work does not grow with the value."""
+    """Writes a value for a message, cut to a line; the work does not grow with the size of the value."""
 
     maxstring = maxlong = maxother = 80
 
@@ -40,7 +40,7 @@ shown = _Short().repr
 
 
 def check_int(name: str, value: object, low: int, high: int = MAX_INT, remedy: str = "") -> None:
-    """Refuse anything but an int in [low, high]; the remedy, unless given, is the nearest int that is."""
+    """Refuse anything but an int in [low, high]; without a `remedy` the message names the nearest allowed int."""
     if type(value) is not int:
         allowed = f"at least {low}" if high == MAX_INT else f"between {low} and {high}"
         raise TypeError(
@@ -63,7 +63,7 @@ def check_number(
     below: bool = False,
     remedy: str = "",
 ) -> None:
-    """Refuse anything but a finite number in [low, high]; `above` leaves out low itself, and `below` high."""
+    """Refuse anything but a finite number in [low, high]; `above` excludes low itself, `below` high itself."""
     allowed = f"a finite number {'above' if above else 'of at least'} {low:g}"
     if high < math.inf:
         allowed += f" and {'below' if below else 'at most'} {high:g}"
@@ -84,7 +84,7 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_text(name: str, value: object, remedy: str = "give a name") -> None:
-    """Refuse anything but a string that is not empty and holds no NUL, which no path or name may hold."""
+    """Refuse anything but a string that is not empty and has no NUL, which paths and names must not contain."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={shown(value)} must be str, not {type(value).__name__}; give it as text in quotes")
     if not value or "\0" in value:
@@ -155,7 +155,7 @@ def _field_types(cls: Any) -> dict[str, tuple[Any, Range | None, bool]]:
 
 
 def check_field(name: object, fields: Sequence[str], section: str = "") -> None:
-    """Refuse a name that is none of `fields`; `section` is what stands before them, such as "optim."."""
+    """Refuse a name that is none of `fields`; `section` is their prefix, such as "optim."."""
     if name not in fields:
         near = difflib.get_close_matches(name[:80], fields, n=1) if isinstance(name, str) else []
         remedy = f"did you mean {section + near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
@@ -165,13 +165,13 @@ def check_field(name: object, fields: Sequence[str], section: str = "") -> None:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown word: the known one that comes nearest, if one does."""
+    """Return the end of a message about an unknown word: the nearest known word, or nothing."""
     near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def as_typed(message: str, flag_of: Mapping[str, str]) -> str:
-    """A message in which fields and their values stand as the command line has them: --n-loops 0 for n_loops=0.
+    """Write fields and values in a message as the command line has them: --n-loops 0 for n_loops=0.
 
     A field of a section is known without the section's name too, if no other has that name.
     """

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from open_mythos.checks import check_choice
-from open_mythos.nn.cache import View
 from open_mythos.nn.recurrent import RecurrentBlock
 from open_mythos.nn.static_cache import StaticKVCache, StaticLevel
+from open_mythos.nn.view import View
 from open_mythos.ops.linear import is_traced
 
 Scope = Literal["block", "model", "decode"]
@@ -71,7 +71,7 @@ def _compile_stages(model: Any, backend: str) -> None:
 
 
 def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """A stage, compiled for calls that bring one token per row to a static cache, and as it is for others."""
+    """Compile a stage for calls that bring one token per row to a static cache; other calls run as before."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     compiled = torch.compile(  # ty: ignore[no-matching-overload] (two options are missing in torch's overloads)
@@ -95,7 +95,7 @@ def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callabl
             view = replace(view, store=view.store.at(0))
         if not isinstance(view.store, StaticLevel) or view.positions.shape[1] > 1:
             return stage(self, *args)
-        for x in (view.mask, *(x for kept in view.store.kept for x in kept)):
+        for x in (view.mask, *(x for stored in view.store.stored for x in stored)):
             if not hasattr(x, "_dynamo_dynamic_indices"):
                 # One graph for caches of any length.
                 torch._dynamo.mark_dynamic(x, 3 if x is view.mask else 1)

@@ -104,7 +104,7 @@ def check_part(name: str, value: object, table: Mapping[str, Any], table_name: s
 
 @dataclass
 class MythosConfig:
-    """Everything that decides a model's shape and mathematics.
+    """The shape and the mathematics of a model.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -115,10 +115,10 @@ class MythosConfig:
     dim: int = 2048
     n_heads: int = 16
     n_kv_heads: int = 4
-    """Key and value heads of `gqa`; has to divide `n_heads`. `mla` has none and ignores it."""
+    """Number of key and value heads of `gqa`, a divisor of `n_heads`. `mla` has none and ignores it."""
     max_seq_len: int = 4096
     max_loop_iters: int = 16
-    """Loops of a call that names none, and rows of the depth LoRA. More may be asked for, up to 4096."""
+    """Loops of a call that names none, and rows of the depth LoRA. A call may ask for more, up to 4096."""
     prelude_layers: int = 2
     coda_layers: int = 2
     attn_type: str = "mla"
@@ -128,37 +128,37 @@ class MythosConfig:
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
     n_experts: int = 64
-    """Routed experts of the recurrent block; 0 makes its feed-forward one dense SwiGLU of width `expert_dim`."""
+    """Number of routed experts of the recurrent block; with 0 its feed-forward is a dense one of width `expert_dim`."""
     n_shared_experts: int = 2
-    """Shared experts, each `expert_dim * n_experts_per_tok` wide as in 0.5.0; they are stored as one fused SwiGLU."""
+    """Number of shared experts, each `expert_dim * n_experts_per_tok` wide as in 0.5.0; stored as one wide SwiGLU."""
     n_experts_per_tok: int = 4
     expert_dim: int = 512
     act_threshold: float = 0.99
     rope_theta: float = 500000.0
     lora_rank: int = 16
-    """Rank of the depth LoRA; 0 leaves it out."""
+    """Rank of the depth LoRA; with 0 there is none."""
     max_output_tokens: int = 4096
-    """The most tokens one `generate` call may ask for."""
+    """Limit of new tokens of one `generate` call."""
     dropout: float = 0.0
 
     injection: str = "lti"
-    """How the prelude's output e enters every loop: lti, diagonal, concat or add (see nn/injection.py)."""
+    """Way of the prelude's output e into every loop: lti, diagonal, concat or add (see nn/injection.py)."""
     initial_state: str = "e"
-    """The state before the first loop: e, zero, or normal (noise that depends on the row's seed and the position)."""
+    """State before the first loop: e, zero, or normal (noise that depends on the row's seed and the position)."""
     loop_embedding: bool = True
     halting: str = "act"
-    """act: learned halting, the output is the weighted sum of states. none: the output is the last state."""
+    """Halting of the model itself. act: learned, the output is the weighted sum of states. none: the last state."""
     min_loops: int = 1
-    """No token exits before this many loops, whatever the rule."""
+    """Number of loops before which no token exits, whatever the rule."""
     recurrent_layers: int = 1
-    """Blocks inside the loop; 0 makes a plain transformer of prelude and coda, which takes no `n_loops`."""
+    """Number of blocks inside the loop; with 0 the model is a plain transformer, which takes no `n_loops`."""
     prelude_norm: bool = False
     """RMSNorm on the prelude's output before it is injected."""
     block_norm: str = "pre"
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
     feed_forward: str = "swiglu"
-    """Dense feed-forward: of prelude and coda and, with n_experts=0, of the recurrent block."""
+    """Dense feed-forward of prelude and coda and, with n_experts=0, of the recurrent block."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -180,7 +180,7 @@ class MythosConfig:
         return cls(**values)
 
     def validate(self) -> None:
-        """Check every field, then the fields that have to fit each other."""
+        """Check every field, and the fields that have to fit each other."""
         for name, largest in LARGEST.items():
             check_int(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1, largest)
         check_int("max_loop_iters", self.max_loop_iters, 1, MAX_LOOPS)

@@ -1,4 +1,4 @@
-"""Choice of the machine's part of a command: device, dtype and threads. Imports torch only when a device is set up."""
+"""The options device, dtype and threads of a command. Torch is imported only when a device is set up."""
 
 import ctypes
 import platform
@@ -14,9 +14,9 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def setup_device(device: Device = "auto", threads: int | None = None) -> "torch.device":
-    """The device to use, after setting the number of CPU threads of this process if `threads` is given.
+    """Return the device to use, and set the number of CPU threads of this process if `threads` is given.
 
-    "auto" takes the first that is there of cuda, mps, cpu.
+    "auto" is the first available one of cuda, mps and cpu.
 
     Raises:
         TypeError: threads is no int.
@@ -39,10 +39,10 @@ def setup_device(device: Device = "auto", threads: int | None = None) -> "torch.
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library of Linux keep freed memory for the next tensor; whether it could be told to.
+    """Let the C library of Linux reuse freed memory for the next tensor; return whether the library has this setting.
 
-    By default it gives large blocks back to the system at once, and every new tensor is mapped in again page by page:
-    a tenth of a training step's time. The process then holds the most memory it ever used until it ends.
+    By default large blocks go back to the system at once, and every new tensor is mapped in again page by page, which
+    is a tenth of a training step's time. With this setting the process occupies its peak of memory until it ends.
     """
     trim_threshold, mmap_threshold = -1, -3  # names in malloc.h
     if platform.libc_ver()[0] != "glibc":

@@ -1,4 +1,4 @@
-"""Packages that only some features need: loading one, and what to install where it is missing."""
+"""Optional packages: import one, or say what to install where it is missing."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ def load(module: str, extra: str, feature: str, package: str = "") -> ModuleType
 
 
 def packages(extra: str, package: str = "") -> str:
-    """The requirements of an extra, or one of them, as arguments of pip with the bounds that this package declares."""
+    """Return the requirements of an extra, or one of them, as arguments of pip with the declared bounds."""
     try:
         lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError as error:  # a source tree that is not installed

@@ -21,26 +21,17 @@ from open_mythos.checks import check_int, check_number
 from open_mythos.config import MythosConfig
 from open_mythos.generation.generate import GenerationMixin
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
-from open_mythos.nn.cache import KVCache, View, make_view
-from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.depth import LoopPlan, check_n_loops, check_plan
 from open_mythos.nn.halting import HaltingRule, make_rule
 from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.initial_state import initial_state
-from open_mythos.nn.inputs import (
-    check_documents,
-    check_generator,
-    check_ids,
-    check_load,
-    check_mask,
-    check_n_loops,
-    check_plan,
-    check_room,
-    refuse_unknown,
-)
-from open_mythos.nn.moe import MoEFFN
+from open_mythos.nn.initial_state import check_generator, initial_state
+from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
+from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
-from open_mythos.nn.static_cache import StaticKVCache, make_static_view
+from open_mythos.nn.static_cache import StaticKVCache
+from open_mythos.nn.view import View
 from open_mythos.ops.linear import Linear, autocasts, linear
 
 
@@ -60,7 +51,7 @@ class LoopTrace:
 
 @dataclass
 class TrainOutput:
-    """What a training step needs of one forward pass. Logits are made when they are first asked for, and then kept."""
+    """The outputs of a forward pass in training. Logits are computed when they are first used, and stored."""
 
     hidden: Tensor
     """(B, T, D), what the head reads: after coda and norm, in the dtype of the head's product."""
@@ -156,15 +147,13 @@ class OpenMythos(GenerationMixin):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
     ) -> View:
-        """The view of a call with `shape` = (B, T) new tokens: positions, masks, rotations and where keys are kept."""
+        """Return the view of a call with `shape` = (B, T) new tokens: positions, masks, angles and the store."""
         check_documents(documents, shape, cache)
         dim, theta = ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta
-        if isinstance(cache, StaticKVCache):
-            return make_static_view(shape, dim, theta, cache, attention_mask)
         return make_view(shape, dim, theta, self.dtype, self.device, attention_mask, cache, documents)
 
     def make_cache(self, batch_size: int, max_len: int, n_loops: int | None = None, static: bool = False) -> KVCache:
-        """An empty, preallocated key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
+        """Make an empty key/value cache: `batch_size` rows of up to `max_len` tokens at up to `n_loops` loops.
 
         With `static`, a `StaticKVCache`: calls at fixed depth that a CUDA graph can capture, each of which reads all
         `max_len` slots.
@@ -233,7 +222,7 @@ class OpenMythos(GenerationMixin):
         check_mask(input_ids, attention_mask)
         check_room(input_ids, cache, self.cfg, self.dtype, self.device)
         check_generator(generator)
-        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, cache)
+        depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, None if cache is None else cache.n_loops)
         if plan is not None:
             others = {
                 "n_loops": n_loops,
@@ -266,7 +255,7 @@ class OpenMythos(GenerationMixin):
         trace: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
-        """What `forward` does once its arguments are checked: logits, and what the loop left besides."""
+        """Compute `forward` from checked arguments; return logits and the result of the loop."""
         result = self._loop(input_ids, view, depth, rule, cache, generator, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
@@ -291,7 +280,7 @@ class OpenMythos(GenerationMixin):
         return self.recurrent(h, e, view, depth, rule, self._probe, trace)
 
     def exit_rule(self, exit: str | HaltingRule | None, threshold: float | None = None) -> HaltingRule | None:
-        """The rule object that `exit` and `exit_threshold` of a call mean; None: the model's own halting."""
+        """Return the rule for `exit` and `exit_threshold` of a call; None: the model's own halting."""
         if exit is None:
             if threshold is not None:
                 raise ValueError(
@@ -398,5 +387,5 @@ class OpenMythos(GenerationMixin):
         return self.recurrent
 
     def _probe(self, h: Tensor) -> Tensor:
-        """The prediction read off a state, (B, T, D) -> (B, T, V), without the coda: it sees one token and no cache."""
+        """Predict from a state without the coda, (B, T, D) -> (B, T, V): this sees one token and no cache."""
         return self.head(self.norm(h))

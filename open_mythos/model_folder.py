@@ -8,7 +8,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from open_mythos.files import blamed_on, inside, make_folder, open_ordinary, par
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
 SAVED_CONFIG, SAVED_DIGEST = "open_mythos_config", "saved_config_sha256"
-"""Names of the configuration in the weights' metadata, behind its digest, and of this digest in `config.json`."""
+"""The keys of the configuration, behind its digest, in the weights' metadata, and of the digest in `config.json`."""
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 100_000
-"""Of `model.safetensors`. Larger ones take seconds and gigabytes to read before anything is known of them."""
+"""Limits of `model.safetensors`: beyond them, reading takes seconds and gigabytes before anything is known of it."""
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -76,17 +77,21 @@ def _sort_metadata(path: Path) -> None:
 
 def load(folder: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a model folder."""
-    path = _weights(Path(folder))
-    try:
+    with _weights(folder) as path:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
     # Copies: the loaded ones are mapped from the file, at odd offsets, where kernels round differently.
     return {name: x.clone() for name, x in tensors.items()}
 
 
+def open_slices(folder: str | Path) -> dict[str, Any]:
+    """Return the tensors of a model folder as safetensors' slices: mapped, with `get_shape()` and rows by index."""
+    with _weights(folder) as path:
+        file = safe_open(path, "pt")
+        return {name: file.get_slice(name) for name in file.keys()}
+
+
 def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model folder's tensors, which are not read.
+    """Return the shapes of a model folder's tensors, which stay on disk.
 
     Raises:
         ValueError: the file is damaged, or a tensor is not of floating point.
@@ -101,32 +106,19 @@ def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def locate(folder_or_repo: str | Path) -> Path:
-    """The folder, or the local copy of a hub repository when there is no such folder."""
+    """Return the folder, or the local copy of a hub repository when there is no such folder."""
     folder = Path(folder_or_repo)
     return _download(str(folder_or_repo)) if not folder.exists() and str(folder_or_repo).count("/") == 1 else folder
 
 
-def open_slices(folder: str | Path) -> dict[str, Any]:
-    """The tensors of a model folder as safetensors' slices: mapped, with `get_shape()` and rows by index."""
-    path = _weights(Path(folder))
-    try:
-        file = safe_open(path, "pt")
-        return {name: file.get_slice(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
-
-
 def read_config(folder: str | Path) -> MythosConfig:
-    """Return the configuration of a model folder.
+    """Return the configuration of a model folder: `config.json`, also when it was edited by hand.
 
-    That is `config.json`, also when it was edited by hand. A `config.json` that belongs to other weights, as after a
-    save over an older folder that was cut off between the two files, gives way with a warning to the configuration
-    that the weights were saved with.
+    A `config.json` that belongs to other weights, as after a save over an older folder that was cut off between the
+    two files, gives way with a warning to the configuration that the weights were saved with.
     """
-    path = _file(Path(folder), CONFIG_FILE)
-    values = read_json(path, MAX_CONFIG_BYTES)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; copy or save it again")
+    path = _file(folder, CONFIG_FILE)
+    values = _json_object(read_json(path, MAX_CONFIG_BYTES), path)
     if (saved := _saved_config(Path(folder))) is not None:
         digest = values.pop(SAVED_DIGEST, None) or _digest(json.dumps(values, sort_keys=True))
         if digest != _digest(saved):
@@ -136,9 +128,7 @@ def read_config(folder: str | Path) -> MythosConfig:
                 stacklevel=2,
             )
             path = path.with_name(WEIGHTS_FILE)
-            values = parse_json(saved, str(path))
-            if not isinstance(values, dict):
-                raise ValueError(f"{path} holds no configuration in its metadata; copy or save it again")
+            values = _json_object(parse_json(saved, str(path)), path)
     if values.get("model_type") != FOLDER_KEYS["model_type"]:
         raise ValueError(
             f"{path} has model_type={shown(values.get('model_type'))}, not 'open_mythos'; "
@@ -149,22 +139,19 @@ def read_config(folder: str | Path) -> MythosConfig:
         return MythosConfig.from_dict({name: value for name, value in values.items() if name not in own})
 
 
-def _saved_config(folder: Path) -> str | None:
-    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs.
+def _json_object(values: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy or save it again")
+    return values
 
-    Raises:
-        ValueError: it is not as it was written.
-    """
+
+def _saved_config(folder: Path) -> str | None:
+    """Return the configuration in the weights' metadata; None where there is none, as in folders of other programs."""
     path = inside(folder, WEIGHTS_FILE)
-    if not path.is_file():
-        return None
-    with open_ordinary(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= MAX_HEADER_BYTES else b""
     try:
-        # What is wrong with a damaged header is said by whoever reads the tensors.
-        digest, _, saved = json.loads(header)["__metadata__"][SAVED_CONFIG].partition(" ")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # A damaged header is reported by whoever opens the tensors.
+        digest, _, saved = json.loads(_header(path))["__metadata__"][SAVED_CONFIG].partition(" ")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     if len(saved) > MAX_CONFIG_BYTES or not saved.isascii() or _digest(saved) != digest:
         raise ValueError(f"{path} is damaged in its header; copy or save it again")
@@ -204,21 +191,28 @@ def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) ->
         )
 
 
-def _weights(folder: Path) -> Path:
-    """The file of the tensors, once its header is known to be of a sane size."""
+@contextmanager
+def _weights(folder: str | Path) -> Generator[Path]:
+    """Give the file of the tensors, whose header is of a sane size, and name it in an error of the library."""
     path = _file(folder, WEIGHTS_FILE)
+    if (n := _header(path).count(b'"data_offsets"')) > MAX_TENSORS:
+        raise ValueError(f"{path} has {n} tensors, more than {MAX_TENSORS}; copy or save it again")
+    try:
+        yield path
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from error
+
+
+def _header(path: Path) -> bytes:
     with open_ordinary(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
             raise ValueError(f"{path} cannot be read (a header of {size} bytes); copy or save it again")
-        n = file.read(size).count(b'"data_offsets"')
-    if n > MAX_TENSORS:
-        raise ValueError(f"{path} has {n} tensors, more than {MAX_TENSORS}; copy or save it again")
-    return path
+        return file.read(size)
 
 
-def _file(folder: Path, name: str) -> Path:
-    path = inside(folder, name)
+def _file(folder: str | Path, name: str) -> Path:
+    path = inside(Path(folder), name)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give a folder written by save_pretrained or by 'mythos train', "

@@ -1,10 +1,13 @@
 """Ready-made configurations: the published sizes under their names, and small ones for a CPU.
 
-The published ones have exactly the parameter counts of open-mythos 0.5.0. Those marked as ours (but 7b, which
-continues the published line) follow the recipe with the best evidence: the diagonal injection on a normalised prelude
-output, no loop-specific parts, halting chosen per call.
+1b, 3b, 10b, 50b, 100b, 500b and 1t are published, and have exactly the parameter counts of open-mythos 0.5.0. The
+published README names 7b too, without sizes: those here continue the line. The others are ours, and follow the recipe
+with the best evidence: the diagonal injection on a normalised prelude output, no loop-specific parts, halting chosen
+per call. The two smallest have a vocabulary of bytes, and train in seconds (200k) or minutes (3m) on one core; 30m runs
+on a laptop, 120m is the size of a first run on one GPU, and 8b_fine has many narrow experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from open_mythos.config import MythosConfig
@@ -16,291 +19,94 @@ RECIPE: dict[str, Any] = {
     "lora_rank": 0,
     "halting": "none",
 }
-"""What our own variants share: Prairie et al. 2026, arXiv 2604.12946."""
+"""Fields that our own variants share: Prairie et al. 2026, arXiv 2604.12946."""
 
-
-def mythos_1b() -> MythosConfig:
-    """1,064,028,034 parameters, 16 loops, 4k context."""
-    return MythosConfig(
-        dim=2048,
-        n_heads=16,
-        n_kv_heads=4,
-        max_seq_len=4096,
-        max_loop_iters=16,
-        kv_lora_rank=256,
-        q_lora_rank=512,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=64,
-        v_head_dim=64,
-        n_experts=64,
-        expert_dim=2048,
-        lora_rank=8,
-    )
-
-
-def mythos_3b() -> MythosConfig:
-    """3,041,725,186 parameters, 16 loops, 4k context."""
-    return MythosConfig(
-        dim=3072,
-        n_heads=24,
-        n_kv_heads=6,
-        max_seq_len=4096,
-        max_loop_iters=16,
-        kv_lora_rank=384,
-        q_lora_rank=768,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=96,
-        v_head_dim=96,
-        n_experts=64,
-        expert_dim=4096,
-        lora_rank=8,
-    )
-
-
-def mythos_7b() -> MythosConfig:
-    """7,197,679,746 parameters, 16 loops, 8k context. Ours: the published README uses the name, and gives no sizes."""
-    return MythosConfig(
-        dim=3584,
-        n_heads=28,
-        n_kv_heads=7,
-        max_seq_len=8192,
-        max_loop_iters=16,
-        kv_lora_rank=512,
-        q_lora_rank=1024,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
-        n_experts=128,
-        expert_dim=4608,
-        lora_rank=8,
-    )
-
-
-def mythos_10b() -> MythosConfig:
-    """9,981,316,994 parameters, 24 loops, 8k context."""
-    return MythosConfig(
-        dim=4096,
-        n_heads=32,
-        n_kv_heads=8,
-        max_seq_len=8192,
-        max_loop_iters=24,
-        kv_lora_rank=512,
-        q_lora_rank=1024,
-        n_experts=128,
-        expert_dim=5632,
-        lora_rank=16,
-    )
-
-
-def mythos_50b() -> MythosConfig:
-    """50,374,247,426 parameters, 32 loops, 8k context."""
-    return MythosConfig(
-        dim=6144,
-        n_heads=48,
-        n_kv_heads=8,
-        max_seq_len=8192,
-        max_loop_iters=32,
-        prelude_layers=3,
-        coda_layers=3,
-        kv_lora_rank=512,
-        q_lora_rank=1536,
-        n_experts=256,
-        n_shared_experts=4,
-        expert_dim=9728,
-        lora_rank=32,
-    )
-
-
-def mythos_100b() -> MythosConfig:
-    """99,545,072,130 parameters, 32 loops, 1M context."""
-    return MythosConfig(
-        dim=8192,
-        n_heads=64,
-        n_kv_heads=8,
-        max_seq_len=1_000_000,
-        max_loop_iters=32,
-        prelude_layers=4,
-        coda_layers=4,
-        kv_lora_rank=512,
-        q_lora_rank=2048,
-        n_experts=256,
-        n_shared_experts=4,
-        n_experts_per_tok=8,
-        expert_dim=13568,
-        rope_theta=1e6,
-        lora_rank=64,
-        max_output_tokens=131072,
-    )
-
-
-def mythos_500b() -> MythosConfig:
-    """497,849,137,154 parameters, 48 loops, 1M context."""
-    return MythosConfig(
-        vocab_size=100000,
-        dim=12288,
-        n_heads=96,
-        n_kv_heads=16,
-        max_seq_len=1_000_000,
-        max_loop_iters=48,
-        prelude_layers=4,
-        coda_layers=4,
-        kv_lora_rank=1024,
-        q_lora_rank=3072,
-        n_experts=512,
-        n_shared_experts=8,
-        n_experts_per_tok=8,
-        expert_dim=23040,
-        rope_theta=1e6,
-        lora_rank=128,
-        max_output_tokens=131072,
-    )
-
-
-def mythos_1t() -> MythosConfig:
-    """999,326,352,386 parameters, 64 loops, 1M context."""
-    return MythosConfig(
-        vocab_size=100000,
-        dim=16384,
-        n_heads=128,
-        n_kv_heads=16,
-        max_seq_len=1_000_000,
-        max_loop_iters=64,
-        prelude_layers=6,
-        coda_layers=6,
-        kv_lora_rank=1024,
-        q_lora_rank=4096,
-        n_experts=512,
-        n_shared_experts=8,
-        n_experts_per_tok=8,
-        expert_dim=34560,
-        rope_theta=2e6,
-        lora_rank=256,
-        max_output_tokens=131072,
-    )
-
-
-def mythos_8b_fine() -> MythosConfig:
-    """About 8 billion parameters in 384 narrow experts, 8 per token and one shared: 9.5 % of them active. Ours."""
-    return MythosConfig(
-        dim=4096,
-        n_heads=32,
-        n_kv_heads=8,
-        max_seq_len=8192,
-        max_loop_iters=16,
-        kv_lora_rank=512,
-        q_lora_rank=1024,
-        n_experts=384,
-        n_shared_experts=1,
-        n_experts_per_tok=8,
-        expert_dim=1536,
-        **RECIPE,
-    )
-
-
-def mythos_200k() -> MythosConfig:
-    """About 0.2 million parameters over bytes: trains in seconds on one core. Ours."""
-    return MythosConfig(
-        vocab_size=259,
-        dim=64,
-        n_heads=4,
-        n_kv_heads=4,
-        max_seq_len=256,
-        max_loop_iters=8,
-        prelude_layers=1,
-        coda_layers=1,
-        attn_type="gqa",
-        n_experts=8,
-        n_shared_experts=1,
-        n_experts_per_tok=2,
-        expert_dim=64,
-        **RECIPE,
-    )
-
-
-def mythos_3m() -> MythosConfig:
-    """About 3 million parameters over bytes: trains in minutes on one core. Ours."""
-    return MythosConfig(
-        vocab_size=259,
-        dim=256,
-        n_heads=8,
-        n_kv_heads=4,
-        max_seq_len=512,
-        max_loop_iters=8,
-        prelude_layers=1,
-        coda_layers=1,
-        attn_type="gqa",
-        n_experts=8,
-        n_shared_experts=1,
-        n_experts_per_tok=2,
-        expert_dim=176,
-        **RECIPE,
-    )
-
-
-def mythos_30m() -> MythosConfig:
-    """About 30 million parameters, 8k vocabulary: runs on a laptop. Ours."""
-    return MythosConfig(
-        vocab_size=8192,
-        dim=512,
-        n_heads=8,
-        n_kv_heads=4,
-        max_seq_len=1024,
-        max_loop_iters=8,
-        prelude_layers=2,
-        coda_layers=2,
-        kv_lora_rank=128,
-        q_lora_rank=256,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
-        v_head_dim=64,
-        n_experts=32,
-        n_shared_experts=1,
-        n_experts_per_tok=4,
-        expert_dim=384,
-        **RECIPE,
-    )
-
-
-def mythos_120m() -> MythosConfig:
-    """About 120 million parameters, 32k vocabulary: the size of a first run on one GPU. Ours."""
-    return MythosConfig(
-        vocab_size=32768,
-        dim=768,
-        n_heads=12,
-        n_kv_heads=4,
-        max_seq_len=2048,
-        max_loop_iters=8,
-        prelude_layers=2,
-        coda_layers=2,
-        kv_lora_rank=192,
-        q_lora_rank=384,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
-        v_head_dim=64,
-        n_experts=48,
-        n_shared_experts=1,
-        n_experts_per_tok=4,
-        expert_dim=640,
-        **RECIPE,
-    )
-
-
-VARIANTS = {
-    function.__name__.removeprefix("mythos_"): function
-    for function in (
-        mythos_200k,
-        mythos_3m,
-        mythos_30m,
-        mythos_120m,
-        mythos_1b,
-        mythos_3b,
-        mythos_7b,
-        mythos_8b_fine,
-        mythos_10b,
-        mythos_50b,
-        mythos_100b,
-        mythos_500b,
-        mythos_1t,
-    )
+# fmt: off
+_SIZES = {
+    #            vocab_size    dim heads kv    context loops outer experts shared per_tok expert_dim
+    "200k":    (       259,    64,    4,  4,       256,   8,    1,      8,     1,      2,        64),
+    "3m":      (       259,   256,    8,  4,       512,   8,    1,      8,     1,      2,       176),
+    "30m":     (     8_192,   512,    8,  4,     1_024,   8,    2,     32,     1,      4,       384),
+    "120m":    (    32_768,   768,   12,  4,     2_048,   8,    2,     48,     1,      4,       640),
+    "1b":      (    32_000,  2048,   16,  4,     4_096,  16,    2,     64,     2,      4,      2048),
+    "3b":      (    32_000,  3072,   24,  6,     4_096,  16,    2,     64,     2,      4,      4096),
+    "7b":      (    32_000,  3584,   28,  7,     8_192,  16,    2,    128,     2,      4,      4608),
+    "8b_fine": (    32_000,  4096,   32,  8,     8_192,  16,    2,    384,     1,      8,      1536),
+    "10b":     (    32_000,  4096,   32,  8,     8_192,  24,    2,    128,     2,      4,      5632),
+    "50b":     (    32_000,  6144,   48,  8,     8_192,  32,    3,    256,     4,      4,      9728),
+    "100b":    (    32_000,  8192,   64,  8, 1_000_000,  32,    4,    256,     4,      8,     13568),
+    "500b":    (   100_000, 12288,   96, 16, 1_000_000,  48,    4,    512,     8,      8,     23040),
+    "1t":      (   100_000, 16384,  128, 16, 1_000_000,  64,    6,    512,     8,      8,     34560),
 }
+"""The sizes that every variant names; `outer` counts the layers of the prelude, and again of the coda."""
+
+_LATENTS = {
+    #         kv_lora q_lora rope nope    v
+    "30m":     ( 128,   256,  32,  32,   64),
+    "120m":    ( 192,   384,  32,  32,   64),
+    "1b":      ( 256,   512,  32,  64,   64),
+    "3b":      ( 384,   768,  32,  96,   96),
+    "7b":      ( 512,  1024,  64, 128,  128),
+    "8b_fine": ( 512,  1024,  64, 128,  128),
+    "10b":     ( 512,  1024,  64, 128,  128),
+    "50b":     ( 512,  1536,  64, 128,  128),
+    "100b":    ( 512,  2048,  64, 128,  128),
+    "500b":    (1024,  3072,  64, 128,  128),
+    "1t":      (1024,  4096,  64, 128,  128),
+}
+"""Ranks and head widths of multi-head latent attention; a variant without a row has grouped-query attention."""
+
+_OTHERS: dict[str, dict[str, Any]] = {
+    "200k": RECIPE, "3m": RECIPE, "30m": RECIPE, "120m": RECIPE, "8b_fine": RECIPE,
+    "1b": {"lora_rank": 8}, "3b": {"lora_rank": 8}, "7b": {"lora_rank": 8}, "10b": {"lora_rank": 16},
+    "50b": {"lora_rank": 32},
+    "100b": {"lora_rank": 64, "rope_theta": 1e6, "max_output_tokens": 131_072},
+    "500b": {"lora_rank": 128, "rope_theta": 1e6, "max_output_tokens": 131_072},
+    "1t": {"lora_rank": 256, "rope_theta": 2e6, "max_output_tokens": 131_072},
+}
+
+PARAMETERS = {
+    "200k": 226_496, "3m": 2_601_728, "30m": 33_428_352, "120m": 119_784_768,
+    "1b": 1_064_028_034, "3b": 3_041_725_186, "7b": 7_197_679_746, "8b_fine": 7_985_741_312, "10b": 9_981_316_994,
+    "50b": 50_374_247_426, "100b": 99_545_072_130, "500b": 497_849_137_154, "1t": 999_326_352_386,
+}
+"""The number of parameters of each variant."""
+# fmt: on
+
+
+def _variant(name: str) -> Callable[[], MythosConfig]:
+    vocab, dim, heads, kv_heads, context, loops, outer, experts, shared, per_token, expert_dim = _SIZES[name]
+    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    latents: dict[str, Any] = dict(zip(names, _LATENTS[name], strict=True)) if name in _LATENTS else {}
+
+    def make() -> MythosConfig:
+        return MythosConfig(
+            vocab_size=vocab,
+            dim=dim,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            max_seq_len=context,
+            max_loop_iters=loops,
+            prelude_layers=outer,
+            coda_layers=outer,
+            attn_type="mla" if latents else "gqa",
+            n_experts=experts,
+            n_shared_experts=shared,
+            n_experts_per_tok=per_token,
+            expert_dim=expert_dim,
+            **latents,
+            **_OTHERS[name],
+        )
+
+    make.__name__ = make.__qualname__ = f"mythos_{name}"
+    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {loops} loops, {context:,} tokens."
+    return make
+
+
+VARIANTS = {name: _variant(name) for name in _SIZES}
 """Every variant by its short name, as the command line takes it."""
+
+mythos_200k, mythos_3m, mythos_30m, mythos_120m = (VARIANTS[name] for name in ("200k", "3m", "30m", "120m"))
+mythos_1b, mythos_3b, mythos_7b, mythos_8b_fine = (VARIANTS[name] for name in ("1b", "3b", "7b", "8b_fine"))
+mythos_10b, mythos_50b, mythos_100b = (VARIANTS[name] for name in ("10b", "50b", "100b"))
+mythos_500b, mythos_1t = VARIANTS["500b"], VARIANTS["1t"]

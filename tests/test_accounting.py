@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
 from open_mythos.accounting import count_parameters, flops_per_token, kv_bytes_per_token
+from open_mythos.variants import PARAMETERS
 
 SMALL = MythosConfig(
     vocab_size=50, dim=32, n_heads=4, n_kv_heads=2, max_seq_len=16, max_loop_iters=3, prelude_layers=1, coda_layers=1,
@@ -34,7 +35,7 @@ def built_parameters(cfg: MythosConfig) -> int:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_counted_exactly(name: str) -> None:
     cfg = VARIANTS[name]()
-    assert count_parameters(cfg).total == built_parameters(cfg)
+    assert count_parameters(cfg).total == built_parameters(cfg) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
-from open_mythos.nn.cache import View
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.initial_state import initial_state
-from open_mythos.nn.inputs import check_ids, check_n_loops, check_room
+from open_mythos.nn.inputs import check_ids, check_room
+from open_mythos.nn.view import View
 
 
 class States(NamedTuple):

@@ -15,7 +15,7 @@ from open_mythos.checks import as_typed, check_int
 from open_mythos.engine.engine import MEMORY_SHARE, Engine, EngineConfig, cache_bytes
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
-from open_mythos.nn.inputs import check_n_loops
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.reports.terminal import loop_legend, loop_style, write
 from open_mythos.tokenization.chat_template import end_of_turn, render
 from open_mythos.tokenization.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from open_mythos.cli.train import read_run
 
 @dataclass
 class PlanArgs:
-    """What a run costs on given GPUs: parameters, memory, FLOPs, communication, days. Nothing is built.
+    """Compute the costs of a run on given GPUs: parameters, memory, FLOPs, communication, days. Nothing is built.
 
     Any field of the recipe can be given as in `mythos train`: --parallel.rows 2 --parallel.kind fsdp
     --checkpoint-loops --steps 1000.
@@ -32,7 +32,7 @@ class PlanArgs:
 
 
 def plan(rest: list[str]) -> None:
-    """tell what a run would cost on given GPUs"""
+    """compute what a run would cost on given GPUs"""
     args, recipe, cfg = read_run(rest, PlanArgs, "mythos plan")
     from open_mythos.costs import make_plan
     from open_mythos.costs.tables import print_plan
@@ -46,20 +46,20 @@ def plan(rest: list[str]) -> None:
 
 @dataclass
 class InfoArgs:
-    """What a model costs: parameters, compute and memory, from its configuration alone."""
+    """Compute the costs of a model from its configuration alone: parameters, FLOPs and memory."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
     kv_gb: float | None = None
-    """GB for keys and values: how many tokens and requests the engine holds in them. Left out: room for 32 whole
-    contexts, at most 10 GB."""
+    """Memory for keys and values in GB, for the count of tokens and requests that fit. Left out: 32 whole contexts, at
+    most 10 GB."""
     tokenizer: str | None = None
     """Count with the vocabulary of this tokenizer: "bytes", a folder, a tokenizer.json, or a model's name on the
     Hugging Face hub."""
     vocab_size: int | None = None
-    """Count with so many tokens in the vocabulary."""
+    """Size of the vocabulary to count with."""
 
 
 def info(rest: list[str]) -> None:

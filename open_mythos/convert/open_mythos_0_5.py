@@ -1,4 +1,4 @@
-"""Weights of open-mythos 0.5.0, brought into this package's layout."""
+"""Weights of open-mythos 0.5.0 in this package's layout."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ DROPPED = ("freqs_cis", "freqs_cis_mla", "head.weight")
 
 
 def convert_open_mythos_0_5(state_dict: dict[str, Tensor], cfg: MythosConfig) -> dict[str, Tensor]:
-    """Rename and regroup a state dict of open-mythos 0.5.0; every value is kept exactly.
+    """Rename and regroup a state dict of open-mythos 0.5.0; every value stays exactly the same.
 
     The rotary tables are dropped (angles are computed here), the head is the embedding, routed experts are stacked,
     shared experts become one wider feed-forward, and maps of the same input become one product. Load the result into a
     model built from the same `cfg`, whose new fields keep their defaults.
 
     The function is the same as long as all tokens of a prompt halt at the same loop. Where they do not, 0.5.0 lets a
-    halted token's state go on changing under the eyes of the others; here it is frozen.
+    halted token's state go on changing while the others go on seeing it; here it is frozen.
 
     Raises:
         ValueError: a tensor that the configuration needs is missing, or one is left over.

@@ -1,6 +1,6 @@
-"""How often each depth occurs, and what a micro-batch has to expect. No sampling: the laws' own probabilities.
+"""Probabilities of depths, and the deepest micro-batch to expect; computed from the laws, without sampling.
 
-The ramp of `loops.ramp_steps` is left out: it is over soon, and what comes after it takes more.
+The ramp of `loops.ramp_steps` is left out: it is short, and the steps after it are deeper.
 """
 
 import math
@@ -12,7 +12,7 @@ from open_mythos.train.depth_sampling import LoopsConfig
 
 
 def probabilities(loops: LoopsConfig) -> np.ndarray:
-    """p[d], the probability that a row runs d loops, from d = 0 (never) up to the deepest that matters."""
+    """Return p[d], the probability that a row runs d loops, from d = 0 (never) up to the deepest that matters."""
     if loops.law == "fixed":
         p = np.zeros(int(loops.mean) + 1)
         p[-1] = 1
@@ -34,14 +34,14 @@ def probabilities(loops: LoopsConfig) -> np.ndarray:
 
 
 def mean_loops(loops: LoopsConfig, window: bool = False) -> float:
-    """Loops of a row, or with `window` those of them that have gradient."""
+    """Return the mean loops of a row, or with `window` its mean loops with gradient."""
     p = probabilities(loops)
     depth = np.arange(len(p))
     return float((with_gradient(loops, depth) if window else depth) @ p)
 
 
 def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
-    """The most loops with gradient that `rows` rows together keep, in the deepest of `draws` micro-batches.
+    """Return the loops with gradient that `rows` rows have together, in the deepest of `draws` micro-batches.
 
     A sum is passed over if `draws` micro-batches are expected to exceed it less than once.
     """
@@ -60,7 +60,7 @@ def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
 
 
 def with_gradient(loops: LoopsConfig, depth: np.ndarray) -> np.ndarray:
-    """How many of so many loops are inside the window of back-propagation."""
+    """Return how many of `depth` loops are inside the window of back-propagation."""
     return np.minimum(depth, loops.backprop_depth) if loops.backprop_depth else depth
 
 
@@ -69,7 +69,7 @@ def _one_more(p: np.ndarray) -> np.ndarray:
 
 
 def _poisson(rates: np.ndarray) -> np.ndarray:
-    """(N,) -> (N, K), up to where less than 1e-12 is left."""
+    """Return Poisson probabilities by rate, (N,) -> (N, K), as far as 1e-12 of the weight is reached."""
     most = rates.max()
     k = np.arange(int(most + 10 * math.sqrt(most) + 30))
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(k[1:]))))

@@ -1,4 +1,4 @@
-"""What a GPU has, from its maker's data sheet."""
+"""Memory and speed of GPUs, from their maker's data sheets."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ class Card:
     """One kind of GPU. Rates are peaks that no program reaches."""
 
     memory_gb: float
-    """In units of 10^9 bytes."""
+    """Memory in units of 10^9 bytes."""
     bf16_tflops: float
-    """Dense products with float32 sums, without sparsity."""
+    """Rate of dense products with float32 sums, without sparsity."""
     float32_tflops: float
-    """Outside of the tensor cores."""
+    """Rate outside of the tensor cores."""
     link_gb_s: float
-    """To another GPU of the same node, one direction."""
+    """Bandwidth to another GPU of the same node, in one direction."""
 
 
 CARDS = {
@@ -30,11 +30,11 @@ PCIe 4.0 with 16 lanes. Source: NVIDIA's data sheets of H100, H200, A100 and L40
 
 NODE_GPUS = 8
 NETWORK_GB_S = 50
-"""Between nodes, per GPU and direction: one 400 Gb/s adapter for each, as in a DGX H100."""
+"""Bandwidth between nodes, per GPU and direction: one 400 Gb/s adapter for each, as in a DGX H100."""
 RESERVED_SHARE = 0.1
-"""Of the memory, for the CUDA context, the libraries' workspaces and what the allocator cannot fill."""
+"""Share of the memory for the CUDA context, the libraries' workspaces and the allocator's gaps."""
 
 
 def link_gb_s(card: Card, gpus: int) -> float:
-    """The slowest link that an exchange between so many GPUs takes."""
+    """Return the bandwidth of the slowest link in an exchange between so many GPUs."""
     return card.link_gb_s if gpus <= NODE_GPUS else min(card.link_gb_s, NETWORK_GB_S)

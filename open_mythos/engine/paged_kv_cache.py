@@ -21,9 +21,8 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.nn.block import ATTENTIONS
-from open_mythos.nn.cache import KeyValues, View
-from open_mythos.nn.depth import LoopConstants
 from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.view import KeyValues, LoopConstants, View
 from open_mythos.ops.batch_invariant import cancelling, invariant, row_blocks
 
 
@@ -238,9 +237,7 @@ class Layout:
             loop_index: the loops of all rows, copies included, (n_rows,) int64.
         """
         call = PagedCall(self, loop)
-        return View(
-            call, self.positions, self.rope, None, False, tokens=call, constants=constants, loop_index=loop_index
-        )
+        return View(call, self.positions, self.rope, constants=constants, loop_index=loop_index)
 
 
 def _groups(tokens: Tokens) -> list[np.ndarray]:
@@ -273,6 +270,8 @@ def padded(x: np.ndarray, n: int) -> np.ndarray:
 
 class PagedCall:
     """The pages as one call sees them: a `TokenStore`."""
+
+    attends = True
 
     def __init__(self, layout: Layout, loop: np.ndarray | None) -> None:
         self.layout, self.loop = layout, loop

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from open_mythos.checks import check_int
 from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
-from open_mythos.nn.inputs import check_n_loops
 from open_mythos.ops.precision import at_least_float32
 from open_mythos.tokenization.tokenizer import Tokenizer
 

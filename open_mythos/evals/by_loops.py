@@ -18,7 +18,7 @@ from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
 from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
-from open_mythos.nn.inputs import check_n_loops
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.reports.figures import Curve, draw_curves, require_matplotlib
 from open_mythos.reports.terminal import ProgressLine, table
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer

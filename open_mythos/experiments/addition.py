@@ -233,9 +233,9 @@ def draw_loops(r: Results, path: Path) -> None:
     panels: dict[str, list[Curve]] = {}
     for d, theirs in PUBLISHED.items():
         panels[f"{d} digits"] = [Curve(LOOPS, theirs, "as published, dim 256", color=None)]
-        for i, arm in enumerate(r.runs):
+        for arm in r.runs:
             if d in r[arm, "accuracy"].axes["digits"]:
-                panels[f"{d} digits"].append(r[arm, "accuracy"].where(digits=d).curve(r.title(arm), i))
+                panels[f"{d} digits"].append(r[arm, "accuracy"].where(digits=d).curve(r.title(arm)))
     stacked(panels, path, ("loops", "exact match"), LOOPS)
 
 

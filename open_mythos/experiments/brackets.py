@@ -240,15 +240,15 @@ def draw_brackets(r: Results, path: Path) -> None:
     panels: dict[str, list[Curve]] = {}
     for arm, title in LOOPED.items():
         panels[title] = [Curve((1, LOOPS), (level, level), f"{PLAIN['deep']}, mean of nestings", None)]
-        for color, depth in enumerate(r[arm, "right.broken"].axes["nesting"]):
-            by_loop = r[arm, "right.broken"].where(nesting=depth).values
-            panels[title].append(curve(SHOWN, by_loop[:, np.array(SHOWN) - 1], f"nesting {depth}", color))
+        for depth in r[arm, "right.broken"].axes["nesting"]:
+            by_loop = r[arm, "right.broken"].where(nesting=depth)
+            panels[title].append(curve(SHOWN, [by_loop[n] for n in SHOWN], f"nesting {depth}"))
     stacked(panels, path, ("loops", "right"), SHOWN)
 
 
 def draw_mixed(r: Results, path: Path) -> None:
-    right = {name: r["mixed", f"tasks.{name}.right"].values[:, np.array(SHOWN) - 1] for name in TASKS}
-    curves = [curve(SHOWN, right[name], title, color) for color, (name, title) in enumerate(TASKS.items())]
+    right = {name: r["mixed", f"tasks.{name}.right"] for name in TASKS}
+    curves = [curve(SHOWN, [right[name][n] for n in SHOWN], title) for name, title in TASKS.items()]
     stacked({"mixed": curves}, path, ("loops", "right"), SHOWN)
 
 

@@ -240,10 +240,8 @@ def draw_hops(r: Results, path: Path) -> None:
         text, trained = "chance; longest in training", (task["max_distance"],) * 2
         return [Curve((1, last), (share, share), text, None), Curve(trained, (0, 1), text, None)]
 
-    on_cycle = [r[arm, "cycle.right"].curve(r.title(arm), i) for i, arm in enumerate(INJECTIONS)]
-    in_forests = [
-        r[arm, "forest"].where(loops=LOOPS[-1]).curve(r.title(arm), i) for i, arm in enumerate([*INJECTIONS, *PLAIN])
-    ]
+    on_cycle = [r[arm, "cycle.right"].curve(r.title(arm)) for arm in INJECTIONS]
+    in_forests = [r[arm, "forest"].where(loops=LOOPS[-1]).curve(r.title(arm)) for arm in (*INJECTIONS, *PLAIN)]
     panels = {
         f"Cycle of {task['n_symbols']} symbols, as many loops as hops": [
             *levels(1 / task["n_symbols"], STEPS[-1]),

@@ -132,7 +132,7 @@ def draw_lines(r: Results, path: Path) -> None:
     levels = [Curve((1, FARTHEST), (CHANCE, CHANCE), text, None), Curve((TRAINED, TRAINED), (0, 1), text, None)]
     # Six lines, as the figure has six colours.
     drawn = [line for name, line in LINES.items() if name != "base100"]
-    curves = [curve(BITS, by_bits(r, arm, loops), title, i) for i, (arm, title, loops) in enumerate(drawn)]
+    curves = [curve(BITS, [*map(Estimate, by_bits(r, arm, loops).T)], title) for arm, title, loops in drawn]
     panels = {"trained with loops = bits": levels + curves[:2], "the baselines": levels + curves[2:]}
     stacked(panels, path, ("bits", "accuracy"))
 

@@ -17,11 +17,11 @@ from open_mythos.data.documents import first_text
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.data.records import Reading
 from open_mythos.data.shards import INDEX, SPLITS, TokenShards
-from open_mythos.experiments.study import Lab, Result, Results, Run, Study, plain
+from open_mythos.experiments.study import Lab, Result, Results, Run, Study, curve, plain
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
-from open_mythos.reports.figures import interval_curves
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import TextEstimate, token_bits
 from open_mythos.tasks import Shards
 from open_mythos.tasks.task import Batch, to_tensor
@@ -331,18 +331,15 @@ def named(r: Results, arm: str) -> str:
 
 
 def draw_loops(r: Results, path: Path) -> None:
-    curves = {named(r, arm): [(n, *bits(r, arm, n).interval) for n in LOOPS] for arm in (*LOOPED, *PLAIN)}
-    interval_curves(curves, ("loops", "bits per byte of held-out text"), "Text by loops", path)
+    curves = [curve(LOOPS, [bits(r, arm, n) for n in LOOPS], named(r, arm)) for arm in (*LOOPED, *PLAIN)]
+    draw_curves({"Text by loops": curves}, path, ("loops", "bits per byte of held-out text"))
 
 
 def draw_closer(r: Results, path: Path) -> None:
-    mean, base = int(r.raw["recipe"]["loops"]["mean"]), bits(r, "parameters", 1)
-    curves = {
-        named(r, arm): [(n, *(bits(r, arm, n) - base).interval) for n in LOOPS if n >= mean]
-        for arm in (*LOOPED, "flops")
-    }
-    level = (named(r, "parameters"), 0.0)
-    interval_curves(curves, ("loops", "bits per byte, difference"), "Closer", path, level=level)
+    base, loops = bits(r, "parameters", 1), [n for n in LOOPS if n >= r.raw["recipe"]["loops"]["mean"]]
+    curves = [curve(loops, [bits(r, arm, n) - base for n in loops], named(r, arm)) for arm in (*LOOPED, "flops")]
+    curves.append(Curve((loops[0], loops[-1]), (0, 0), named(r, "parameters"), None))
+    draw_curves({"Closer": curves}, path, ("loops", "bits per byte, difference"))
 
 
 STUDY = Study(

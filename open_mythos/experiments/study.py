@@ -28,7 +28,7 @@ from open_mythos.files import read_json, read_text, write_text
 from open_mythos.model import OpenMythos
 from open_mythos.reports.document import Figure, Part, Report, write_record
 from open_mythos.reports.figures import Curve, require_matplotlib
-from open_mythos.reports.stats import Estimate, over_seeds
+from open_mythos.reports.stats import Estimate
 from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.run_folder import find_problem
@@ -171,15 +171,16 @@ class Measure:
         x = self.where(**places).values
         return Estimate(x.reshape(len(x), -1).mean(1))
 
-    def curve(self, label: str, color: int) -> Curve:
+    def curve(self, label: str) -> Curve:
         """Return a line of a figure along the only axis."""
-        return curve(list(*self.axes.values()), self.values, label, color)
+        places = list(*self.axes.values())
+        return curve(places, [self[place] for place in places], label)
 
 
-def curve(xs: Sequence[float], values: np.ndarray, label: str, color: int) -> Curve:
-    """Return a line of a figure through the means of (S, X), with the intervals over seeds."""
-    mean, low, high = (x.tolist() for x in over_seeds(values))
-    return Curve(xs, mean, label, color, low, high)
+def curve(xs: Sequence[float], estimates: Sequence[Estimate], label: str) -> Curve:
+    """Return a line of a figure through estimates, with their intervals."""
+    mean, low, high = zip(*(estimate.interval for estimate in estimates), strict=True)
+    return Curve(xs, mean, label, 0, low, high)
 
 
 class Results:

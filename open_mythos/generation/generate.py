@@ -16,9 +16,11 @@ from open_mythos.config import MythosConfig
 from open_mythos.generation.prompts import check_room, encode_prompt
 from open_mythos.generation.sampling import generator_of, sample
 from open_mythos.generation.sampling_params import Biases, Sampling
+from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
-from open_mythos.nn.inputs import check_generator, check_ids, check_mask, check_n_loops
+from open_mythos.nn.initial_state import check_generator
+from open_mythos.nn.inputs import check_ids, check_mask
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.tokenization.chat_template import END, Message, end_of_turn, render
 from open_mythos.tokenization.detokenizer import AnswerText

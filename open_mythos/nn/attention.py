@@ -7,16 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig, check_grouped_heads
-from open_mythos.nn.cache import View
 from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.nn.view import View
 from open_mythos.ops.causal_attention import CausalAttention, takes_blocks
 from open_mythos.ops.linear import Linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(scale * q k^T) v, masked by the view: q (B, T, H, K), k (B, S, G, K), v (B, S, G, W) -> (B, T, H, W)."""
+    """Attend, softmax(scale * q k^T) v under the view's mask.
+
+    q (B, T, H, K), k (B, S, G, K), v (B, S, G, W) -> (B, T, H, W).
+    """
     if view.is_square and not dropout and takes_blocks(q):
         return CausalAttention.apply(q, k, v, scale, view.starts)
     width = v.shape[-1]
@@ -89,7 +92,7 @@ class GQAttention(Attention):
         return LayerCosts(maps, saved, 2 * K if cfg.qk_norm else 0, (H, K, K))
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
+        """Attend, (B, T, D) -> (B, T, D); `layer` is this layer's place in the view's store."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv.split(x))
         q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)
         if view.tokens is not None:

@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 from open_mythos.config import ATTENTIONS, FEED_FORWARDS, MythosConfig
 from open_mythos.nn.attention import GQAttention
-from open_mythos.nn.cache import View, make_view
+from open_mythos.nn.inputs import make_view
 from open_mythos.nn.layer_costs import LayerCosts, measured
 from open_mythos.nn.mla import MLAttention
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.view import View
 
 # ATTENTIONS: a class made from a configuration; see nn/attention.py. FEED_FORWARDS: a class made from the model's width
 # and a hidden width, x (..., D) -> (..., D). docs/extending.md shows one of each.
@@ -39,7 +40,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); `layer` names this block's place in the view's store."""
+        """Apply the block, (B, T, D) -> (B, T, D); `layer` is its place in the view's store."""
         x = self.attn_out_norm(x + self.dropout(self.attn(self.attn_norm(x), view, layer)))
         u = self.ffn_norm(x)
         y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)

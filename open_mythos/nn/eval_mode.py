@@ -1,4 +1,4 @@
-"""Running a model for its answers."""
+"""Evaluation mode for the time of a call."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """eval mode and no gradients inside; every module's own mode is back afterwards, whatever happened."""
+    """Set eval mode without gradients inside, and restore every module's own mode afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -85,11 +85,12 @@ class Exit:
         """Return rows and state after a loop that took rows["h"] to `h_new`, the tokens that exit, and the weights.
 
         Args:
-            rows: `h` (B, T, D), `n_loops` (B,), and under a weighted rule `out` (B, T, D), the weighted sum so far.
+            rows: `h` (B, T, D), `n_loops` (B,), and under a weighted rule `out` (B, T, D), the weighted sum so far. A
+                caller that keeps them has `active` and `loops` (B, T) updated too, and a `ponder_cost` beside weights.
             active: (B, T), the tokens that were in the loop; None if all of them were.
         """
         rule, before, weight = self.rule, state, None
-        # Where all rows end, the prediction would be made for nothing.
+        # 1. Exit. Where all rows end, a prediction would be made for nothing.
         if rule.needs_probe and self.everyone_out and not rule.weighted:
             exit_mask = torch.ones_like(h_new[..., 0], dtype=torch.bool)
         else:
@@ -97,8 +98,10 @@ class Exit:
             state, done = rule.update(before, rows["h"], h_new, loop_index, seen)
             n_done = (loop_index + 1)[:, None]
             exit_mask = (done & (n_done >= rule.min_loops)) | (n_done >= rows["n_loops"][:, None])
+        # 2. Weigh this loop's state.
         if rule.weighted:
             weight = rule.weigh(before, state, exit_mask)
+        # 3. Freeze what had exited before.
         h = h_new
         if active is not None:
             exit_mask = exit_mask & active
@@ -107,6 +110,11 @@ class Exit:
         rows = {**rows, "h": h}
         if weight is not None:
             rows["out"] = rows["out"] + weight[..., None] * h_new
+        if "active" in rows:
+            rows["loops"] = rows["loops"] + rows["active"]
+            rows["active"] = ~exit_mask if active is None else rows["active"] & ~exit_mask
+            if weight is not None:
+                rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
         return rows, state, exit_mask, weight
 
 

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from open_mythos.nn.cache import KVCache, View
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.view import View
 
 NOISE_STD = math.sqrt(2 / 5)
 """Standard deviation of the noise. Source: Geiping et al. 2025, arXiv 2502.05171."""
@@ -22,7 +23,7 @@ def initial_state(
     generator: torch.Generator | None = None,
     training: bool = False,
 ) -> Tensor:
-    """h_0 (B, T, D): the prelude's output itself, zero, or noise.
+    """Return h_0 (B, T, D): the prelude's output itself, zero, or noise.
 
     The noise of a token is a function of its row's seed, its position and the channel, so it does not depend on the
     other rows, on padding, or on how a prompt was cut into chunks. A cache keeps the seeds of its rows.
@@ -36,10 +37,12 @@ def initial_state(
         seeds = _draw_seeds(e.shape[0], e.device, generator, training)
         if cache is not None:
             cache.row_seed = seeds
+    # A counter-based generator: each number is a hash of its row's seed, its position and its channel.
     channels = torch.arange(2 * e.shape[-1], device=e.device)
     counter = _mix(_mix(_mix(seeds)[:, None] ^ view.positions)[..., None] ^ channels)
     # 24 random bits each, moved off zero for the logarithm.
     uniform = (((counter >> 24) & 0xFFFFFF).float() + 0.5) / 2**24
+    # Box-Muller: two uniform numbers make a normal one.
     radius, angle = uniform.chunk(2, dim=-1)
     noise = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
     return (NOISE_STD * noise.clamp(-3, 3)).to(e.dtype)
@@ -53,8 +56,14 @@ def _draw_seeds(n: int, device: torch.device, generator: torch.Generator | None,
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int64 that scatters neighbouring values (the finaliser of SplitMix64, wrapping arithmetic)."""
+    """Scatter neighbouring values by a bijection of int64 (the finaliser of SplitMix64, wrapping arithmetic)."""
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
     return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse a generator that is none of torch's."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r} must be a torch.Generator; use torch.Generator().manual_seed(0)")

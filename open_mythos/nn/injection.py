@@ -28,7 +28,7 @@ from open_mythos.ops.linear import Linear, linear
 from open_mythos.ops.precision import at_least_float32
 
 A_MAX = 1 - 2**-8
-"""No decay exceeds this. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""
+"""Largest decay. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""
 
 # The margin of 1e-4 (4e-7 in A) keeps the rounding of two exponentials below A_MAX in every kernel and dtype.
 _LOW = math.log(-math.log(A_MAX)) + 1e-4
@@ -36,7 +36,7 @@ _HIGH = math.log(16.0)
 
 
 class _Bounded(torch.autograd.Function):
-    """x limited to [_LOW, _HIGH]. At a limit only the gradient that leads back inside passes, so a channel can return.
+    """Limits x to [_LOW, _HIGH]. At a limit only the gradient that leads back inside passes, so a channel can return.
 
     Written out because clamp drops both directions, and clamp-and-detach arithmetic is inf - inf at infinity.
     """
@@ -108,7 +108,7 @@ class LTIInjection(Injection):
         nn.init.constant_(self.B, 0.1)
 
     def get_A(self) -> Tensor:
-        """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
+        """Return the decay of each channel, (D,), in at least float32 and at most 0.99609375."""
         return bounded_decay(self.log_A, self.log_dt)
 
     @staticmethod
@@ -150,7 +150,7 @@ class DiagonalInjection(Injection):
             self.B.zero_().fill_diagonal_(1)
 
     def get_A(self) -> Tensor:
-        """The decay of each channel, (D,), in at least float32 and at most 0.99609375."""
+        """Return the decay of each channel, (D,), in at least float32 and at most 0.99609375."""
         bias = at_least_float32(self.dt_bias)
         # log(softplus(x)) tends to x, where softplus itself underflows to log 0.
         log_dt = torch.where(bias < -20, bias, F.softplus(bias.clamp(min=-20)).log())

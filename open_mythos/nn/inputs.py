@@ -1,20 +1,23 @@
-"""Checks of what a call to the model is given, made before any work is done."""
+"""The input of a call to the model: checks of its arguments, made before any work, and the view made from them.
+
+Shapes: B rows, T new tokens, S key slots (earlier tokens, then the new ones).
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_mythos.checks import check_int
-from open_mythos.config import MAX_LOOPS, MythosConfig
-from open_mythos.nn.cache import KVCache
-from open_mythos.nn.depth import LoopPlan
+from open_mythos.config import MythosConfig
+from open_mythos.nn.cache import KVCache, Scratch
+from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.view import View
 
 REMOVED = {
     "kv_cache": "cache=model.make_cache(batch_size, max_len, n_loops)",
     "start_pos": "cache=, which counts its tokens itself",
 }
-"""Arguments of open-mythos 0.5.0 that are gone, and what to write instead."""
+"""Arguments of open-mythos 0.5.0 that are gone, each with its replacement."""
 
 
 def refuse_unknown(given: dict[str, Any]) -> None:
@@ -26,7 +29,7 @@ def refuse_unknown(given: dict[str, Any]) -> None:
 
 
 def check_ids(input_ids: Tensor, cfg: MythosConfig) -> None:
-    """input_ids has to be (B, T) integers inside the vocabulary, with at least one row and one token."""
+    """Refuse ids that are not (B, T) integers inside the vocabulary, with at least one row and one token."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(
             f"input_ids must be a (B, T) tensor of int64, not {type(input_ids).__name__}; use torch.tensor([ids])"
@@ -38,8 +41,8 @@ def check_ids(input_ids: Tensor, cfg: MythosConfig) -> None:
             f"input_ids has shape {tuple(input_ids.shape)}, but (B, T) with at least one row of at least one token is "
             "needed; give an empty prompt a start token"
         )
-    # On a GPU the range stays the embedding kernel's own check: reading it here would wait for all that is under way.
-    # Neither meta nor fake tensors, a subclass, hold numbers.
+    # On a GPU the embedding kernel itself checks the range: reading it here would wait for all work under way.
+    # Meta and fake tensors (a subclass) hold no numbers.
     no_numbers = input_ids.is_meta or type(input_ids) is not Tensor
     if torch.compiler.is_compiling() or no_numbers or input_ids.is_cuda:
         return
@@ -52,7 +55,7 @@ def check_ids(input_ids: Tensor, cfg: MythosConfig) -> None:
 
 
 def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """attention_mask has to have the shape of input_ids."""
+    """Refuse a mask of another shape than that of input_ids."""
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
@@ -67,7 +70,7 @@ def check_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 
 def check_documents(documents: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> None:
-    """documents has to have the shape of input_ids and to count upwards in each row, and does not go with a cache."""
+    """Refuse documents of another shape than that of input_ids, ones that fall within a row, and ones with a cache."""
     if documents is None:
         return
     if cache is not None:
@@ -83,7 +86,7 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int], cache: KVC
             f"documents has shape {tuple(documents.shape)}, but numbers the tokens and so has input_ids' shape "
             f"{tuple(shape)}"
         )
-    # Numbers are looked at where that is free, as in check_ids.
+    # Numbers are checked where that is free, as in check_ids.
     no_numbers = documents.is_meta or type(documents) is not Tensor
     if torch.compiler.is_compiling() or no_numbers or documents.is_cuda:
         return
@@ -99,7 +102,7 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int], cache: KVC
 def check_room(
     input_ids: Tensor, cache: KVCache | None, cfg: MythosConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """The tokens have to fit the context, or the cache's slots; and the cache has to be of the model's kind."""
+    """Refuse tokens that do not fit the context or the cache's slots, and a cache of another dtype, device or batch."""
     B, T = input_ids.shape
     if cache is None:
         if T > cfg.max_seq_len:
@@ -125,65 +128,53 @@ def check_room(
         )
 
 
-def check_n_loops(n_loops: int | None, cfg: MythosConfig, cache: KVCache | None = None) -> int:
-    """The loops a call means: an int in [1, 4096] within the cache's levels; for None those, else `max_loop_iters`."""
-    if n_loops is None:
-        if cache is not None:
-            return cache.n_loops
-        return cfg.max_loop_iters if cfg.recurrent_layers else 1
-    if not cfg.recurrent_layers:
-        raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
-    check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
-    if cache is not None and n_loops > cache.n_loops:
-        raise ValueError(
-            f"n_loops={n_loops} is deeper than the cache, which has {cache.n_loops} levels; "
-            f"make it with make_cache(..., n_loops={n_loops})"
-        )
-    return n_loops
+def make_view(
+    shape: tuple[int, int],
+    rope_dim: int,
+    rope_theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    cache: KVCache | None = None,
+    documents: Tensor | None = None,
+) -> View:
+    """Return the view of a call that brings `shape` = (B, T) new tokens.
+
+    Args:
+        attention_mask: (B, T), nonzero for tokens and zero for padding, which may stand anywhere; None: no padding.
+        cache: holds the earlier tokens of the same rows.
+        documents: (B, T), the number of each token's document in its row; a new one begins wherever the number changes.
+            Positions count on across documents, because attention depends on their differences alone. Not with a cache.
+    """
+    B, T = shape
+    valid = None if attention_mask is None else attention_mask.bool()
+    starts = None if documents is None else _starts(documents)
+    if valid is None and (cache is None or not (cache.padded or cache.is_static)):
+        # Every row stands at the same position, so one row of angles serves all.
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + T, device=device)[None].expand(B, T)
+        mask = None
+        if (past and T > 1) or starts is not None:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
+        if mask is not None and starts is not None:
+            mask = mask & (positions[:1] >= starts[..., None])
+        rope = rotary_table(positions[:1], rope_dim, rope_theta, dtype)
+        return View(cache or Scratch(), positions, rope, None if mask is None else mask[:, None], starts=starts)
+    new = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    visible, query = (new, torch.arange(T, device=device)) if cache is None else cache.visible(new)
+    n_earlier = torch.zeros(B, dtype=torch.int64, device=device) if cache is None else cache.n_valid
+    positions = (n_earlier[:, None] + new.cumsum(1) - 1).clamp(min=0)
+    slots, query = torch.arange(visible.shape[1], device=device), query[:, None]
+    # A padding query would see nothing and its softmax would be 0/0, so every query sees itself.
+    mask = (visible[:, None] & (slots <= query)) | (slots == query)
+    if starts is not None:
+        mask = mask & (slots >= starts[..., None])
+    rope = rotary_table(positions, rope_dim, rope_theta, dtype)
+    return View(cache or Scratch(), positions, rope, mask[:, None], valid)
 
 
-def check_plan(plan: LoopPlan, input_ids: Tensor, cfg: MythosConfig, trace: bool, others: dict[str, Any]) -> None:
-    """A plan has to fit the batch and the halting, and stands alone: `others` are arguments that do not go with it."""
-    if not isinstance(plan, LoopPlan):
-        raise TypeError(f"plan={plan!r} must be a LoopPlan; use plan=LoopPlan(depths=(8,) * batch_size)")
-    for name, given in others.items():
-        if given is not None:
-            raise ValueError(f"{name}={given!r} does not go with plan=, which is for training; leave {name} out")
-    if len(plan.depths) != input_ids.shape[0]:
-        raise ValueError(f"plan.depths has {len(plan.depths)} depths for {input_ids.shape[0]} rows; give one per row")
-    if trace and cfg.halting == "act":
-        raise ValueError(
-            "trace=True with plan= gives the logits of every loop's state, but halting='act' reads out a weighted sum "
-            "of states and may end the loop early; use halting='none' or leave trace out"
-        )
-    deepest = max(plan.depths)
-    if trace and min(plan.depths) != deepest:
-        raise ValueError(
-            f"plan.depths goes from {min(plan.depths)} to {deepest}, but trace=True needs one depth for all rows; give "
-            "every row the same depth or leave trace out"
-        )
-    if cfg.halting == "act" and plan.n_grad is not None and plan.n_grad < deepest:
-        raise ValueError(
-            f"plan.n_grad={plan.n_grad} is below the plan's {deepest} loops, but halting='act' learns from every loop; "
-            "use n_grad=None or halting='none'"
-        )
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """generator has to be one of torch's."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator={generator!r} must be a torch.Generator; use torch.Generator().manual_seed(0)")
-
-
-def check_load(tokens_per_expert: Tensor, cfg: MythosConfig) -> None:
-    """tokens_per_expert has to have a row for each block of the core and a column for each expert."""
-    if not isinstance(tokens_per_expert, Tensor):
-        raise TypeError(
-            f"tokens_per_expert must be a tensor, not {type(tokens_per_expert).__name__}; pass that of a TrainOutput"
-        )
-    shape = (cfg.recurrent_layers, cfg.n_experts)
-    if tuple(tokens_per_expert.shape) != shape:
-        raise ValueError(
-            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, but (recurrent_layers, n_experts) is "
-            f"{shape}; pass that of a TrainOutput"
-        )
+def _starts(documents: Tensor) -> Tensor:
+    """Return the slot at which each token's document begins: (B, T) -> (B, T) int64."""
+    slots = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents != documents.roll(1, dims=1)
+    return (slots * begins).cummax(dim=1).values

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: one latent and one rotary key per token are kept, whatever the number of heads.
+"""Multi-head latent attention: one latent and one rotary key per token are cached, whatever the number of heads.
 
 Shapes: B rows, T query tokens, S key tokens, H heads, R latent width, N and P unrotated and rotated key width, W value.
 Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig, check_latent_heads
 from open_mythos.nn.attention import Attention, attend
-from open_mythos.nn.cache import View
 from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
+from open_mythos.nn.view import View
 from open_mythos.ops.batch_invariant import by_rows, invariant
 from open_mythos.ops.linear import Linear
 
@@ -74,7 +74,7 @@ class MLAttention(Attention):
         return LayerCosts(maps, saved, Q + R, (H, K, W), decode_heads=(H, R + P, R))
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D); `layer` names this layer's place in the view's store."""
+        """Attend, (B, T, D) -> (B, T, D); `layer` is this layer's place in the view's store."""
         low, latent, k_rope = self.down.split(x)
         q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
         turned = apply_rope(torch.cat((q_rope, k_rope[:, :, None]), dim=2), *view.rope)
@@ -109,12 +109,12 @@ class MLAttention(Attention):
         return self._values(self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)).unflatten(0, (B, T))
 
     def _latent_query(self, q_nope: Tensor) -> Tensor:
-        """What meets the latents, one product for each head: (B, T, H, N) -> (B T, H, R)."""
+        """Return the queries for the latents, by one product for each head: (B, T, H, N) -> (B T, H, R)."""
         up_k = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, : self.nope]
         return _by_head(q_nope.flatten(0, 1), up_k)
 
     def _values(self, out: Tensor) -> Tensor:
-        """The values that sums of latents and their rotated keys stand for: (B T, H, R + P) -> (B T, H, W)."""
+        """Turn weighted sums of latents and rotated keys into values: (B T, H, R + P) -> (B T, H, W)."""
         up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, self.nope :]
         return _by_head(out[..., : self.rank], up_v.mT)
 
@@ -123,7 +123,7 @@ class MLAttention(Attention):
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """A product for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
+    """Multiply for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
 
     def product(rows: Tensor, by_output: Tensor) -> Tensor:
         return torch.bmm(rows.transpose(0, 1), by_output.mT).transpose(0, 1)
@@ -132,7 +132,7 @@ def _by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _per_head(view: View, n_heads: int) -> View:
-    """The view with its mask repeated for queries laid out as (T, H)."""
+    """Return the view with its mask repeated for queries laid out as (T, H)."""
     if view.mask is None and not view.is_causal:
         return view
     T = view.positions.shape[1]
@@ -141,4 +141,4 @@ def _per_head(view: View, n_heads: int) -> View:
         mask = torch.ones(T, T, dtype=torch.bool, device=view.positions.device).tril()[None, None]
     if mask is not None:
         mask = mask.repeat_interleave(n_heads, dim=2)
-    return dataclasses.replace(view, mask=mask, is_causal=False, starts=None)
+    return dataclasses.replace(view, mask=mask, starts=None)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from open_mythos.config import MythosConfig
-from open_mythos.nn.cache import View
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.token_dispatch import dispatch_and_combine
+from open_mythos.nn.view import View
 from open_mythos.ops.experts import ExpertWeights, routed_experts
 from open_mythos.ops.linear import Linear, autocasts
 from open_mythos.ops.precision import float32_linear
@@ -47,13 +47,14 @@ class MoEFFN(nn.Module):
         return self
 
     def forward(self, x: Tensor, view: View | None = None, layer: int = 0) -> Tensor:
-        """(..., D) -> (..., D). A `view` whose `router_log` is a list gets the router's statistics appended to it.
+        """Compute (..., D) -> (..., D), and append the router's statistics to the view's `router_log`, if it has one.
 
         Args:
             layer: this layer's place in the view's constants.
         """
         tokens = x.reshape(-1, x.shape[-1])
         logits, chosen = self.route(tokens)
+        # The bias has chosen; the gates do without it.
         gates = logits.gather(-1, chosen).softmax(-1)
         weights = None if view is None or view.constants is None else view.constants.experts.get(layer)
         out = self.experts(tokens, chosen, gates.to(x.dtype), weights).to(x.dtype)
@@ -64,12 +65,12 @@ class MoEFFN(nn.Module):
         return out.reshape(x.shape)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The router's logits (N, E) for tokens (N, D), and the experts that they choose (N, C)."""
+        """Return the router's logits (N, E) for tokens (N, D), and the experts that they choose (N, C)."""
         logits = float32_linear(tokens, self.router.weight)
         return logits, (logits + self.router_bias).topk(self.n_chosen, dim=-1).indices
 
     def _statistics(self, logits: Tensor, chosen: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """(sum of logsumexp(logits)^2, tokens per expert), over tokens that are in the loop and no padding."""
+        """Return the sum of logsumexp(logits)^2 and the tokens per expert, without padding and exited tokens."""
         counted = view.active if view.active is not None else view.valid
         z = logits.logsumexp(-1).square()
         each = torch.ones_like(chosen, dtype=logits.dtype)
@@ -116,7 +117,22 @@ class StackedExperts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gates = x.to(dtype), gates.to(dtype)
         if self.group is not None:
+            # The experts of other processes are reached over the network.
             return dispatch_and_combine(
                 x, chosen, gates, len(self.gate_up), self.group, partial(routed_experts, weights=weights)
             )
         return routed_experts(x, chosen, gates, weights)
+
+
+def check_load(tokens_per_expert: Tensor, cfg: MythosConfig) -> None:
+    """Refuse counts without a row for each block of the core and a column for each expert."""
+    if not isinstance(tokens_per_expert, Tensor):
+        raise TypeError(
+            f"tokens_per_expert must be a tensor, not {type(tokens_per_expert).__name__}; pass that of a TrainOutput"
+        )
+    shape = (cfg.recurrent_layers, cfg.n_experts)
+    if tuple(tokens_per_expert.shape) != shape:
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, but (recurrent_layers, n_experts) is "
+            f"{shape}; pass that of a TrainOutput"
+        )

@@ -4,20 +4,20 @@ Shapes: B rows, T tokens, D width.
 """
 
 import dataclasses
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.nn.block import TransformerBlock
-from open_mythos.nn.cache import KVCache, View
-from open_mythos.nn.depth import LoopConstants, LoopPlan, LoRAAdapter, loop_waves
-from open_mythos.nn.driver import Compaction, RecurrentOutput, Run, after_loop
+from open_mythos.nn.cache import KVCache
+from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_embeddings
+from open_mythos.nn.driver import Compaction, LoopDriver, RecurrentOutput
 from open_mythos.nn.halting import ACT, ACTHalting, Exit, Fixed, HaltingRule, Probe, Rows, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.view import LoopConstants, View
 from open_mythos.ops.linear import autocasts, is_traced
 
 
@@ -44,23 +44,23 @@ class RecurrentBlock(nn.Module):
 
     @property
     def blocks(self) -> list[TransformerBlock]:
-        """The core's blocks, whether there is one or several."""
+        """Blocks of the core as a list, also when there is only one."""
         return list(self.block) if isinstance(self.block, nn.ModuleList) else [self.block]  # ty: ignore[invalid-explicit-return]
 
     @property
     def layers(self) -> range:
-        """The places of the core's blocks in a store of keys and values."""
+        """Indices of the core's blocks in a store of keys and values."""
         return range(self.cfg.prelude_layers, self.cfg.prelude_layers + self.cfg.recurrent_layers)
 
     @property
     def rule(self) -> HaltingRule:
-        """The model's own halting."""
+        """Halting rule of the model itself."""
         if self.act is None:
             return Fixed(self.cfg.min_loops)
         return ACT(self.act, self.cfg.act_threshold, self.cfg.min_loops)
 
     def loop(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
-        """One loop: h' = after(h, e, y), y = core(u) + lora(core(u)), u = before(h + loop embedding, e).
+        """Compute one loop: h' = after(h, e, y), y = core(u) + lora(core(u)), u = before(h + loop embedding, e).
 
         Args:
             h: (B, T, D), the state.
@@ -72,37 +72,41 @@ class RecurrentBlock(nn.Module):
         last = self.cfg.max_loop_iters - 1
         # A compiler would make a graph for each value of an int.
         index = loop_index.clamp(max=last) if is_traced() or view.lockstep is None else min(view.lockstep, last)
+        # 1. Tell the block which loop this is, and inject the prelude's output.
         u = h
-        if shared.waves is not None:
-            waves = shared.waves[index]
-            u = (h + (waves if isinstance(index, int) else waves[:, None])).to(h.dtype)
+        if shared.loop_embeddings is not None:
+            embedding = shared.loop_embeddings[index]
+            u = (h + (embedding if isinstance(index, int) else embedding[:, None])).to(h.dtype)
         u = self.injection.before(u, e, shared.decay)
         if self.norm is not None:
             u = self.norm(u)
+        # 2. The core, and a low-rank change of it for each loop.
         for i, block in enumerate(self.blocks):
             u = block(u, view, self.cfg.prelude_layers + i)
         if self.lora is not None:
             u = u + self.lora(u, index)
+        # 3. The next state.
         return self.injection.after(h, e, u, shared.decay)
 
     def advance(
         self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit
-    ) -> tuple[Rows, State, Tensor | None]:
+    ) -> tuple[Rows, State, Tensor, Tensor | None]:
         """Run a loop and decide after it, in one piece for a compiler; see `Exit.apply`."""
         h_new = self.loop(rows["h"], e, loop_index, view)
-        return after_loop(exit, rows, state, h_new, loop_index, view.active)
+        return exit.apply(rows, state, h_new, loop_index, view.active)
 
     def constants(self, h: Tensor) -> LoopConstants:
-        """What the loops of a call on states like `h` share."""
-        waves = None
+        """Return the tensors that the loops of a call on states like `h` share."""
+        embeddings = None
         if self.cfg.loop_embedding:
             every = torch.arange(self.cfg.max_loop_iters, device=h.device)
-            waves = loop_waves(every, h, self.cfg.dim // 8)
+            embeddings = loop_embeddings(every, h, self.cfg.dim // 8)
         experts = {}
+        # Autocast would convert the experts' weights again in every loop.
         if autocasts(h):
             ffns = zip(self.layers, (block.ffn for block in self.blocks), strict=True)
             experts = {layer: ffn.experts.weights(h) for layer, ffn in ffns if isinstance(ffn, MoEFFN)}
-        return LoopConstants(waves, self.injection.get_A(), experts)
+        return LoopConstants(embeddings, self.injection.get_A(), experts)
 
     def forward(
         self,
@@ -114,7 +118,7 @@ class RecurrentBlock(nn.Module):
         probe: Probe | None = None,
         trace: bool = False,
     ) -> RecurrentOutput:
-        """Loop until every token has exited.
+        """Run the loop until every token has exited.
 
         Args:
             h: (B, T, D), the state before the first loop.
@@ -126,28 +130,32 @@ class RecurrentBlock(nn.Module):
             trace: keep every state; takes an int `depth`.
         """
         plan = depth if isinstance(depth, LoopPlan) else LoopPlan((depth,) * h.shape[0])
-        n_ticks = plan.n_ticks or max(plan.depths)
         order = None
         if min(plan.depths) < max(plan.depths):
             # Deepest first: the rows in the loop are then always the first ones, and a slice drops those that wait.
             deepest_first = sorted(range(len(plan.depths)), key=lambda i: -plan.depths[i])
             order = torch.tensor(deepest_first, device=h.device)
             h, e, view = h[order], e[order], view.take_rows(order)
-        view = dataclasses.replace(view, constants=self.constants(h))
-        e = self.injection.prepare(e)
         # Processes that share experts run equally many loops, whatever has exited.
         together = plan.n_ticks is not None or any(
             isinstance(block.ffn, MoEFFN) and block.ffn.experts.group is not None for block in self.blocks
         )
-        depths = sorted(plan.depths, reverse=True)
-        run = Run(self, exit or self.rule, probe, e, view, depths, trace, n_ticks if together else None)
-        for tick in range(n_ticks):
-            run.join(h, tick)
-            window = nullcontext() if plan.n_grad is None or tick >= n_ticks - plan.n_grad else torch.no_grad()
-            with window:
-                run.tick(tick)
-            if tick + 1 < n_ticks and run.finished():
-                break
+        driver = LoopDriver(
+            self.loop,
+            self.advance,
+            exit or self.rule,
+            probe,
+            self.injection.prepare(e),
+            dataclasses.replace(view, constants=self.constants(h)),
+            sorted(plan.depths, reverse=True),
+            plan.n_ticks or max(plan.depths),
+            together,
+            self.compaction,
+            self.checkpoint_loops,
+            self.cfg.n_experts_per_tok if self.training and self.cfg.n_experts else 0,
+            trace,
+        )
+        n_done = driver.run(h, plan.n_grad)
         if isinstance(view.store, KVCache):
-            view.store.fill_forward(tick + 1, h.shape[1])
-        return run.output(None if order is None else order.argsort())
+            view.store.fill_forward(n_done, h.shape[1])
+        return driver.output(None if order is None else order.argsort())

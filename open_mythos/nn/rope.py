@@ -10,7 +10,7 @@ from open_mythos.ops.linear import is_traced
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * theta^(-2i/dim) for the positions asked for, each (*positions.shape, dim // 2).
+    """Return cosine and sine of position * theta^(-2i/dim), each (*positions.shape, dim // 2).
 
     The angles are made in float64: in float32 they are off by 0.03 rad at position one million. Nothing is stored in
     the model, so a long context costs nothing until it is used and no cast can damage a table.

@@ -5,16 +5,17 @@ Shapes: B rows, T new tokens, S slots of the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_mythos.nn.cache import KeyValues, KVCache, View, like
-from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.cache import KVCache, like
+from open_mythos.nn.view import KeyValues, View
 
 
 class StaticKVCache(KVCache):
-    """A `KVCache` that counts on the device: tokens are written at a position held in a tensor, and attention reads
+    """A `KVCache` that counts on the device: a tensor has the position at which tokens are written, and attention reads
     every slot under a mask. At fixed depth a call waits for nothing, and can be captured and replayed. With a rule that
     exits, tokens that are done stay in the computation until the last one is.
 
@@ -22,40 +23,35 @@ class StaticKVCache(KVCache):
     ordinary call, and replay no more tokens than `max_len` has room for.
     """
 
-    def __init__(
-        self,
-        layers: list[tuple[int, list[tuple[int, ...]]]],
-        batch_size: int,
-        max_len: int,
-        n_loops: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(layers, batch_size, max_len, n_loops, dtype, device)
-        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        """Slots in use."""
+    is_static = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
+        """Number of slots in use, (1,) int64."""
         self._levels: dict[int, list[KeyValues]] = {}
 
     @classmethod
     def over(cls, cache: KVCache) -> "StaticKVCache":
-        """A static cache in the memory of `cache`, which is not to be used any more."""
+        """Return a static cache in the memory of `cache`, which must not be used any more."""
         static = cls.__new__(cls)
         vars(static).update(vars(cache))
         static.cursor, static._levels = torch.full((1,), cache.length, device=cache.device), {}
         return static
 
     def at(self, level: int, n_exited: int = 0) -> "StaticLevel":
-        """What one loop sees of the cache. `n_exited`: new tokens of each row, if some of them may have exited."""
+        """Return one loop's level of the cache. `n_exited`: new tokens of each row, if some of them may have exited."""
         below: list[KeyValues] = []
         if n_exited:
+            # A token that has exited writes again what the level below has of it: fill-forward.
             slots = self._new_slots(n_exited)
-            below = [tuple(x.index_select(1, slots) for x in kept) for kept in self._kept(max(level - 1, 0))]
-        return StaticLevel(self._kept(level), below, self.cursor)
+            below = [tuple(x.index_select(1, slots) for x in stored) for stored in self._stored(max(level - 1, 0))]
+        return StaticLevel(self._stored(level), below, self.cursor)
 
-    def _kept(self, level: int) -> list[KeyValues]:
-        """The tensors of a level, the same objects in every call."""
+    def _stored(self, level: int) -> list[KeyValues]:
+        """Return the tensors of a level, the same objects in every call."""
         if level not in self._levels:
-            self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in kept) for kept in self.layers]
+            self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in stored) for stored in self.layers]
         return self._levels[level]
 
     def keep_rows(self, rows: Tensor | Sequence[int]) -> None:
@@ -70,12 +66,17 @@ class StaticKVCache(KVCache):
 
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
         slots = self._new_slots(n_tokens)
-        for store in (x for kept in self.layers for x in kept):
+        for store in (x for stored in self.layers for x in stored):
             for level in range(n_done, store.shape[0]):
                 store[level].index_copy_(1, slots, store[n_done - 1].index_select(1, slots))
 
+    def visible(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self._new_slots(new.shape[1])
+        return self.valid.index_copy(1, slots, new), slots
+
     def advance(self, n_tokens: int, valid: Tensor | None) -> None:
         new = torch.ones_like(self.valid[:, :n_tokens]) if valid is None else valid
+        # The device counts for graphs, the host for ordinary calls.
         self.valid.index_copy_(1, self._new_slots(n_tokens), new)
         self.n_valid += new.sum(1)
         self.cursor += n_tokens
@@ -98,10 +99,11 @@ class StaticKVCache(KVCache):
 class StaticLevel:
     """One level of a `StaticKVCache`. No number in it differs from loop to loop, so one graph serves them all."""
 
-    kept: list[KeyValues]
-    """Of each layer, (B, S, ...)."""
+    attends = False
+    stored: list[KeyValues]
+    """For each layer, (B, S, ...)."""
     below: list[KeyValues]
-    """What the level before has of the new tokens, (B, T, ...): it stands for those that have exited."""
+    """The new tokens at the level before, (B, T, ...), which stand for those that have exited."""
     cursor: Tensor
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
@@ -109,23 +111,7 @@ class StaticLevel:
         if view.active is not None:
             active = view.active
             new = tuple(torch.where(like(active, x), x, old) for x, old in zip(new, self.below[layer], strict=True))
-        for store, x in zip(self.kept[layer], new, strict=True):
+        # In place: a captured graph writes to the same memory whenever it is replayed.
+        for store, x in zip(self.stored[layer], new, strict=True):
             store.index_copy_(1, slots, x)
-        return self.kept[layer]
-
-
-def make_static_view(
-    shape: tuple[int, int], rope_dim: int, rope_theta: float, cache: StaticKVCache, attention_mask: Tensor | None = None
-) -> View:
-    """What `make_view` makes, (B, T) = `shape`, with a mask over all slots: (B, 1, T, S)."""
-    device = cache.device
-    valid = None if attention_mask is None else attention_mask.bool()
-    new = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
-    positions = (cache.n_valid[:, None] + new.cumsum(1) - 1).clamp(min=0)
-    slots, query = torch.arange(cache.max_len, device=device), cache._new_slots(shape[1])
-    readable = cache.valid.index_copy(1, query, new)
-    query = query[:, None]
-    # A padding query would see nothing and its softmax would be 0/0, so every query sees itself.
-    mask = (readable[:, None] & (slots <= query)) | (slots == query)
-    rope = rotary_table(positions, rope_dim, rope_theta, cache.dtype)
-    return View(cache, positions, rope, mask[:, None], False, valid)
+        return self.stored[layer]

@@ -21,12 +21,13 @@ def dispatch_and_combine(
     group: dist.ProcessGroup,
     experts: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """sum over a token's chosen experts of gate * expert(x): x (N, D), chosen, gates (N, C) -> (N, D).
+    """Compute the sum over each token's chosen experts of gate * expert(x): x (N, D), chosen, gates (N, C) -> (N, D).
 
     Args:
         n_here: E.
         experts: computes the same for this process's experts, numbered from 0.
     """
+    # 1. Every process learns how many tokens each other process has for each of its experts.
     order = chosen.flatten().argsort(stable=True)
     sent = torch.zeros(n_here * group.size(), dtype=torch.int64, device=x.device)
     sent = sent.scatter_add(0, chosen.flatten(), torch.ones_like(order)).view(-1, n_here)
@@ -34,6 +35,7 @@ def dispatch_and_combine(
     dist.all_to_all_single(got, sent, group=group)
     # The only thing that the host waits for.
     n_sent, n_got = torch.stack((sent.sum(1), got.sum(1))).tolist()
+    # 2. Tokens travel to the processes of their experts.
     tokens = Exchange.apply(x[order // chosen.shape[1]], n_sent, n_got, group)
     expert = torch.arange(n_here, device=x.device).repeat(group.size())
     expert = expert.repeat_interleave(got.flatten(), output_size=sum(n_got))
@@ -41,6 +43,7 @@ def dispatch_and_combine(
     tokens = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))
     expert = torch.cat((expert, expert.new_zeros(1)))[:, None]
     y = experts(tokens, expert, torch.ones_like(expert, dtype=gates.dtype))[:-1]
+    # 3. Results travel back, and each token sums those of its experts.
     y = Exchange.apply(y, n_got, n_sent, group)
     y = torch.zeros_like(y).index_put((order,), y).unflatten(0, chosen.shape)
     return (y * gates[..., None].to(y.dtype)).sum(1)

@@ -30,7 +30,7 @@ PROBED_VALUES = 64
 
 @dataclass
 class Invariance:
-    """What the products inside one `batch_invariant` have shown."""
+    """The findings about the products inside one `batch_invariant`."""
 
     holds: bool = True
     """False once a product gave equal rows different bits at `REFERENCE` rows, so that no size is of use."""
@@ -40,9 +40,9 @@ _ON: ContextVar[Invariance | None] = ContextVar("batch_invariant", default=None)
 _REFERENCES: dict[Hashable, Tensor | None] = {}
 """The result of a row at `REFERENCE` rows, by product; None if it depends on the row's place."""
 _AGREES: dict[Hashable, bool] = {}
-"""Whether a product gives its reference at a size, by (product, size)."""
+"""True if a product gives its reference at a size, by (product, size)."""
 _BLOCKS: dict[Hashable, list[tuple[int, int]]] = {}
-"""What `row_blocks` has found, by (product, n)."""
+"""Results of `row_blocks`, by (product, n)."""
 
 
 def invariant() -> bool:
@@ -81,10 +81,12 @@ def row_blocks(product: Hashable, n: int, probe: Callable[[int], Tensor]) -> lis
         (rows, size) of each block, in order; `size - rows` rows of padding belong behind it.
     """
     product = (product, torch.get_num_threads())
+    # The search runs once for each product and number of rows.
     blocks = _BLOCKS.get((product, n))
     if blocks is None:
         blocks, left = [], n
         while left > 0:
+            # One block that fits all that is left, or else the largest that agrees.
             size = next((size for size in SIZES if size >= left and _agrees(product, size, probe)), 0)
             size = size or next(size for size in reversed(SIZES) if size < left and _agrees(product, size, probe))
             blocks.append((min(left, size), size))
@@ -141,6 +143,7 @@ def cancelling(like: Tensor, sign: int, seed: int = 0) -> Tensor:
     A product of two such tensors, one of each sign, is zero but for rounding, and what is left shows the order of
     addition in every bit. Bits of an ordinary product in bf16 rarely do: it rounds most orders to the same value.
     """
+    # Memory of the same strides and the same alignment: both may choose another kernel.
     span = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
     offset = like.data_ptr() % 64 // like.element_size()
     out = like.new_zeros(span + offset).as_strided(like.shape, like.stride(), offset)

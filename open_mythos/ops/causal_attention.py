@@ -2,8 +2,8 @@
 
 Where rows hold several documents, the keys begin at the document of a block's first query.
 
-Torch's fused kernel for CPUs multiplies with MKL (see ops/linear.py) and takes values only as wide as keys. This needs
-three quarters of its time from 512 tokens on, and keeps no padded copies for the backward pass.
+Torch's fused kernel for CPUs multiplies with MKL (see ops/linear.py) and takes values only as wide as keys. From 512
+tokens on, blocks need three quarters of its time, and save no padded copies for the backward pass.
 
 Shapes: B rows, T tokens, H query heads, G key/value heads, R = H / G, K key width, W value width, N queries of a block.
 """
@@ -26,7 +26,7 @@ MIN_TOKENS = 512
 
 
 def takes_blocks(q: Tensor) -> bool:
-    """Whether causal attention of q (B, T, H, K) among themselves should come here."""
+    """Return whether blocks are the faster way for causal attention of q (B, T, H, K) among themselves."""
     return q.shape[1] >= MIN_TOKENS and torch.is_grad_enabled() and uses_onednn(q)
 
 
@@ -46,6 +46,7 @@ class CausalAttention(torch.autograd.Function):
         for row, blocks in enumerate(_blocks(B, T, q.dtype, starts)):
             for i, (first, end, keys, bias) in product(range(row * G, row * G + G), blocks):
                 queries = slice(first * H // G, end * H // G)
+                # The softmax of each query, and the logarithm of its sum for the backward pass.
                 p = _scores(q[i, queries], k[i, keys], bias)
                 highest = p.amax(-1, keepdim=True)
                 total = p.sub_(highest).exp_().sum(-1, keepdim=True)
@@ -70,6 +71,7 @@ class CausalAttention(torch.autograd.Function):
             for i, (first, end, keys, bias) in product(range(row * G, row * G + G), blocks):
                 queries = slice(first * H // G, end * H // G)
                 p = _scores(q[i, queries], k[i, keys], bias).sub_(log_sum[i, queries, None]).exp_()
+                # With s = q k^T and p = softmax(s): dv = p^T do, ds = p (do v^T - sum p dp), dq = ds k, dk = ds^T q.
                 dv[i, keys] += linear(p.T, grad[i, queries].T)
                 ds = linear(grad[i, queries], v[i, keys]).sub_(taken_off[i, queries]).mul_(p)
                 dq[i, queries] = linear(ds, k[i, keys].T)
@@ -79,15 +81,17 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _by_group(x: Tensor, n_groups: int) -> Tensor:
-    """(B, T, H, K) -> (B * G, T * R, K): the queries of a key head one below the other, token by token."""
+    """Stack the queries of each key head token by token: (B, T, H, K) -> (B * G, T * R, K)."""
     return x.unflatten(2, (n_groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
 
 def _blocks(
     n_rows: int, n_tokens: int, dtype: torch.dtype, starts: Tensor | None
 ) -> Iterator[list[tuple[int, int, slice, Tensor]]]:
-    """For each row its blocks: the first query, the end of the queries, the keys, and (N, 1, S'), what is added to the
-    scores of the last S' keys, which takes a tenth of the time of filling them: -inf for what a query may not see."""
+    """Yield the blocks of each row: first query, end of the queries, keys, and a bias (N, 1, S') of the last S' keys.
+
+    The bias is -inf where a query may not see a key. Adding it takes a tenth of the time of filling the scores.
+    """
     causal = torch.full((BLOCK, BLOCK), -math.inf, dtype=dtype).triu_(1)[:, None]
     if starts is None:
         cuts = [(i, min(i + BLOCK, n_tokens)) for i in range(0, n_tokens, BLOCK)]
@@ -110,7 +114,7 @@ def _blocks(
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """q k^T with the bias of the block."""
+    """Compute q k^T with the bias of the block."""
     scores = linear(q, k)
     scores.view(len(bias), -1, len(k))[..., -bias.shape[-1] :] += bias
     return scores

@@ -51,8 +51,9 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
 
 
 def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-    """Two grouped products of the tokens sorted by expert. Nothing waits for a GPU; see `grouped_linear`."""
+    """Compute two grouped products of the tokens sorted by expert. Nothing waits for a GPU; see `grouped_linear`."""
     gate_up, down = weights
+    # Sort the pairs by expert: the tokens of an expert are then neighbours.
     order = chosen.flatten().argsort(stable=True)
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int64, device=x.device)
     counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(order))
@@ -65,7 +66,7 @@ def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -
 
 
 def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-    """Every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
+    """Compute every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
     gate_up, down = weights
     hidden = linear(x, gate_up.flatten(0, 1)).unflatten(-1, (gate_up.shape[0], -1))
     gate_of = torch.zeros_like(hidden[..., 0]).scatter(1, chosen, gates)
@@ -74,7 +75,7 @@ def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights
 
 
 def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-    """One matrix-vector product after another, for the few tokens of a decode step. No autograd."""
+    """Compute one matrix-vector product after another, for the few tokens of a decode step. No autograd."""
     gate_up, down = weights
     experts = chosen.flatten().tolist()
     tokens = x.repeat_interleave(chosen.shape[1], 0).unbind(0)
@@ -85,7 +86,7 @@ def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) ->
 
 
 def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
-    """Sums over the chosen experts' weights, for a compiler, which gathers nothing: it reads them where they are."""
+    """Compute sums over the chosen experts' weights, for a compiler: it gathers none of them, and sums in place."""
     gate_up, down = weights
     hidden = (gate_up[chosen] * materialize(x)[:, None, None]).sum(-1)
     mixed = materialize(silu_product(hidden) * gates[..., None])
@@ -93,19 +94,19 @@ def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) 
 
 
 def by_expert(
-    x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights, kept: list[Tensor] | None = None
+    x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights, hiddens: list[Tensor] | None = None
 ) -> Tensor:
-    """One expert after another, so what is between its steps stays in the processor's cache. No autograd.
+    """Compute one expert after another, so that values between its steps stay in the processor's cache. No autograd.
 
     Args:
-        kept: receives gate_up(x) of each expert that has tokens.
+        hiddens: receives gate_up(x) of each expert that has tokens.
     """
     gate_up, down = weights
     out = torch.zeros_like(x)
     for expert, n, tokens, pairs in _groups(chosen, gate_up.shape[0]):
         hidden = linear(x[tokens], gate_up[expert])
-        if kept is not None:
-            kept.append(hidden)
+        if hiddens is not None:
+            hiddens.append(hidden)
         y = linear(silu_product(hidden).mul_(gates.view(-1)[pairs, None]), down[expert])
         # A token's sum runs in the order of its experts, whoever else chose them.
         out.index_add_(0, tokens[:n], y[:n])
@@ -113,7 +114,7 @@ def by_expert(
 
 
 def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each expert with tokens: its index, their number n, and as indices the tokens and pairs, padded behind n."""
+    """Yield for each expert with tokens its index, their number n, and indices of tokens and pairs, padded behind n."""
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=n_experts).tolist()
     pairs = F.pad(flat.argsort(stable=True), (0, GROUP_MULTIPLE))
@@ -128,18 +129,18 @@ def _groups(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, int, Tensor, 
 
 
 class _OneByOne(torch.autograd.Function):
-    """`by_expert` with a gradient that keeps gate_up(x) of every pair, and nothing else of that size."""
+    """`by_expert` with a gradient that saves gate_up(x) of every pair, and nothing else of that size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        kept: list[Tensor] = []
-        out = by_expert(x, chosen, gates, (gate_up, down), kept)
-        ctx.save_for_backward(x, chosen, gates, gate_up, down, *kept)
+        hiddens: list[Tensor] = []
+        out = by_expert(x, chosen, gates, (gate_up, down), hiddens)
+        ctx.save_for_backward(x, chosen, gates, gate_up, down, *hiddens)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
-        x, chosen, gates, gate_up, down, *kept = ctx.saved_tensors
+        x, chosen, gates, gate_up, down, *hiddens = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             out = by_group(x, chosen, gates, (gate_up, down))
             dx, *dweights = torch.autograd.grad(out, (x, gates, gate_up, down), grad, create_graph=True)
@@ -147,7 +148,7 @@ class _OneByOne(torch.autograd.Function):
         dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
         dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
         idle = set(range(gate_up.shape[0]))
-        for (expert, n, tokens, pairs), hidden in zip(_groups(chosen, gate_up.shape[0]), kept, strict=True):
+        for (expert, n, tokens, pairs), hidden in zip(_groups(chosen, gate_up.shape[0]), hiddens, strict=True):
             idle.remove(expert)
             dy = grad[tokens]
             dy[n:] = 0

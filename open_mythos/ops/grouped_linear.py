@@ -13,11 +13,12 @@ from open_mythos.ops.linear import is_traced
 
 
 def grouped_linear(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
-    """x_g @ weight_g^T: x (M, K), weight (E, N, K), rows_per_group (E,) -> (M, N).
+    """Compute x_g @ weight_g^T: x (M, K), weight (E, N, K), rows_per_group (E,) -> (M, N).
 
     One grouped product where torch has it: float32, bf16 and fp16 with rows of a multiple of 16 bytes, on CPU and CUDA.
     Anything else (float64, odd widths, MPS) takes a loop over the groups, which waits for the counts on a GPU.
     """
+    # Traced, but not for bf16: see the operators below.
     if (is_traced() and x.dtype != torch.bfloat16) or x.is_meta:
         return _product(x, weight, rows_per_group)
     if _has_kernel(x, weight):
@@ -49,7 +50,7 @@ def _product(x: Tensor, weight: Tensor, rows_per_group: Tensor) -> Tensor:
 
 @torch.library.custom_op("open_mythos::grouped_outer", mutates_args=())
 def _outer(grad: Tensor, x: Tensor, rows_per_group: Tensor) -> Tensor:
-    """grad_g^T @ x_g: (M, N), (M, K) -> (E, N, K)."""
+    """Compute grad_g^T @ x_g: (M, N), (M, K) -> (E, N, K)."""
     sizes = rows_per_group.tolist()
     return torch.stack([g.T @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
 
@@ -64,7 +65,7 @@ def _(grad: Tensor, x: Tensor, rows_per_group: Tensor) -> Tensor:
     return x.new_empty(rows_per_group.shape[0], grad.shape[1], x.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -80,5 +81,5 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return _product(x, grad, rows_per_group), _product(g, grad.transpose(1, 2), rows_per_group), None
 
 
-_product.register_autograd(_product_backward, setup_context=_keep)
-_outer.register_autograd(_outer_backward, setup_context=_keep)
+_product.register_autograd(_product_backward, setup_context=_save)
+_outer.register_autograd(_outer_backward, setup_context=_save)

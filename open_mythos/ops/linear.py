@@ -37,13 +37,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What each of the maps makes of x, as views of one tensor."""
+        """Compute each of the maps of x, as views of one tensor."""
         return linear(x, self.weight).split(self.widths, dim=-1)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
+    """Compute x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
     if prefers_compiled_sum(x):
+        # A few rows under a compiler: it fuses a sum over weight * x.
         rows = materialize(x.reshape(-1, x.shape[-1]))
         return (weight[:, None] * rows).sum(-1).T.reshape(*x.shape[:-1], -1)
     if invariant():
@@ -60,7 +61,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def outer(grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T @ x, the gradient of a weight: (M, N), (M, K) -> (N, K)."""
+    """Compute grad^T @ x, the gradient of a weight: (M, N), (M, K) -> (N, K)."""
     (M, N), K = grad.shape, x.shape[1]
     # oneDNN copies what comes first if it is transposed: grad, or else x, and then the result to turn it round.
     return linear(grad.T, x.T) if M * N <= (M + N) * K else linear(x.T, grad.T).T
@@ -109,16 +110,16 @@ torch.library.register_autograd(_PRODUCT, _Product.backward, setup_context=_save
 
 
 def prefers_compiled_sum(x: Tensor) -> bool:
-    """Whether a compiler makes a product with x better by itself.
+    """Return whether a compiler's own sum is faster than a library's product with x.
 
-    For so few rows it reads the weight 1.5 times as fast as a library does, and fuses what stands before and behind.
+    For few rows it reads the weight 1.5 times as fast, and fuses the operations before and behind.
     """
     few = x.numel() <= FEW_ROWS * x.shape[-1]
     return torch.compiler.is_compiling() and few and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def materialize(x: Tensor) -> Tensor:
-    """x, made once: a compiler would otherwise compute it again inside every sum that reads it."""
+    """Return x, computed once: a compiler would otherwise compute it again inside every sum that uses it."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
@@ -127,6 +128,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     if not _WIDE_CPU or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False
     size = weight.numel()
+    # In batch-invariant calls the number of rows may not decide.
     many = x.numel() * weight.shape[0] >= MANY_PRODUCTS and not invariant()
     return (
         (many or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
@@ -137,14 +139,14 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def uses_onednn(x: Tensor) -> bool:
-    """Whether products of x, if they are large, go to oneDNN one call at a time."""
+    """Return whether large products of x go to oneDNN one call at a time."""
     return _WIDE_CPU and x.dtype is torch.float32 and x.device.type == "cpu" and not is_traced() and not autocasts(x)
 
 
 def is_traced() -> bool:
-    """Whether something looks on that knows torch's own operators only, or there are no numbers to look at.
+    """Return whether a tracer runs (torch.compile, torch.func, forward-mode AD) or tensors are fake.
 
-    The former: a compiler, torch.func, forward-mode AD. The latter: fake tensors.
+    Only torch's own differentiable operators may be used then, and no value may be read.
     """
     return (
         torch.compiler.is_compiling()
@@ -155,7 +157,7 @@ def is_traced() -> bool:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether products with x run in autocast's dtype. Autocast does not exist on meta."""
+    """Return whether products with x run in autocast's dtype. Autocast does not exist on meta."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

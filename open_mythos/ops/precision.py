@@ -10,17 +10,17 @@ from open_mythos.ops.linear import autocasts, linear
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in promote(x.dtype, float32): bf16 and fp16 become float32, float64 stays."""
+    """Return x in promote(x.dtype, float32): bf16 and fp16 become float32, float64 stays."""
     return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Products run in the dtype of what they are given; `x` tells the device."""
+    """Return a context in which products run in their operands' dtype, on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` in at least float32. Autocast would send a linear to bf16, so it is switched off here."""
+    """Compute `linear` in at least float32. Autocast would send it to bf16, so it is switched off here."""
     x, weight = at_least_float32(x), at_least_float32(weight)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     x, weight = x.to(dtype), weight.to(dtype)

@@ -34,7 +34,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On a CPU torch composes the norm of six operators and keeps x and its normalised copy; this keeps x alone."""
+    """On a CPU torch composes the norm of six operators and saves x and its normalised copy; this saves x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

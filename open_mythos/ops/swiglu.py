@@ -20,13 +20,13 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def silu_product(hidden: Tensor) -> Tensor:
-    """silu(gate) * up of hidden = (gate, up) side by side: (..., 2 F) -> (..., F)."""
+    """Compute silu(gate) * up of hidden = (gate, up) side by side: (..., 2 F) -> (..., F)."""
     gate, up = hidden.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`Expert` keeping only gate and up for the backward pass, not what silu and the product made of them."""
+    """SwiGLU that saves only gate and up for the backward pass, not silu(gate) and the product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu_backward(
     hidden: Tensor, dmixed: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradient through silu(gate) * up, without autograd.
+    """Compute the gradient through silu(gate) * up, without autograd.
 
     Args:
         hidden: (N, 2 F), gate and up side by side.
@@ -57,6 +57,7 @@ def swiglu_backward(
     Returns:
         The gradient by `hidden` (N, 2 F), scale * silu(gate) * up (N, F), and the gradient by `scale` (N,).
     """
+    # Recompute the activation, which was not saved.
     gate, up = hidden.chunk(2, dim=-1)
     dhidden = torch.empty_like(hidden)
     dgate, dup = dhidden.chunk(2, dim=-1)
@@ -67,6 +68,7 @@ def swiglu_backward(
         dscale = torch.linalg.vecdot(dmixed, mixed)
         mixed *= scale
         dmixed *= scale
+    # Both halves of the gradient go straight into one tensor, for one product with gate_up.
     torch.mul(dmixed, act, out=dup)
     torch.ops.aten.silu_backward.grad_input(dmixed.mul_(up), gate, grad_input=dgate)
     return dhidden, mixed, dscale

@@ -150,7 +150,7 @@ class AsyncEngine:
         Raises:
             Busy: there are fewer than `n` places.
             TypeError, ValueError: the engine refuses one of the answers, and so all.
-            EngineDead: the engine's thread has ended.
+            EngineDead: the engine's thread has ended, or the server has drained.
         """
         if self.n_taken + n > self.n_places:
             raise Busy
@@ -158,7 +158,7 @@ class AsyncEngine:
         self.submissions.add(submission)
         try:
             submission.prompts = await self.encode(prepare)
-            if self._failed:
+            if self._failed or submission not in self.submissions:  # cancelled meanwhile, as a drain does at its end
                 raise EngineDead
             self._commands.put(partial(self._add, submission))
             await submission.accepted

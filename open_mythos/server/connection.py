@@ -172,7 +172,7 @@ class Server(uvicorn.Server):
             self._drain_until = now + self._service.config.drain_s
             log.info("ending: %d answers are in work", engine.n_taken)
         if now > self._drain_until:
-            for submission in engine.submissions:
+            for submission in list(engine.submissions):
                 engine.cancel(submission)
         # A complete answer may still be on its way to the client. A step that hangs must not hold up the end.
         self.should_exit = not (engine.n_taken or self.server_state.tasks) or now > self._drain_until + 2

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from open_mythos.model import OpenMythos
-from open_mythos.nn.depth import LoopPlan
+from open_mythos.nn.depth import LoopPlan, check_n_loops
 from open_mythos.nn.eval_mode import evaluating
-from open_mythos.nn.inputs import check_n_loops
 from open_mythos.ops.linear import linear
 from open_mythos.ops.precision import at_least_float32, no_autocast
 from open_mythos.tasks.task import IGNORE, Batch

@@ -11,11 +11,12 @@ import torch
 from open_mythos.config import MythosConfig
 from open_mythos.costs.saved_activations import one_loop
 from open_mythos.model import OpenMythos
-from open_mythos.nn.cache import KeyValues, Scratch, View
+from open_mythos.nn.cache import Scratch
 from open_mythos.nn.depth import LoopPlan
 from open_mythos.nn.layer_costs import Execution
 from open_mythos.nn.moe import StackedExperts
 from open_mythos.nn.recurrent import RecurrentBlock
+from open_mythos.nn.view import KeyValues, View
 from open_mythos.ops.experts import by_group
 
 ROWS = 4

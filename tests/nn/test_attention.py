@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import GQAttention, MLAttention, MythosConfig
-from open_mythos.nn.cache import make_view
+from open_mythos.nn.inputs import make_view
 from tests import reference
 from tests.models import tiny, worst, worst_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_mythos import LoopPlan, OpenMythos
-from open_mythos.nn.cache import Selection
+from open_mythos.nn.view import Selection
 from open_mythos.ops import causal_attention as causal
 from open_mythos.ops.causal_attention import CausalAttention
 from tests.models import ATTENTIONS, random_ids, scaled, tiny, worst, worst_of

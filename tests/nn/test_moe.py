@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import Expert, MoEFFN
-from open_mythos.nn.cache import make_view
+from open_mythos.nn.inputs import make_view
 from open_mythos.ops.grouped_linear import grouped_linear
 from tests import reference
 from tests.models import tiny, worst, worst_of

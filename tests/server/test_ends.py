@@ -347,3 +347,22 @@ def test_told_to_end_it_cuts_off_what_takes_too_long(monkeypatch: pytest.MonkeyP
         assert all(b'"finish_reason": "abort"' in a or b'"finish_reason":"abort"' in a for a in answers)
         assert all(b"[DONE]" in answer for answer in answers[::2])
         served.settle()
+
+
+def test_told_to_end_it_does_not_wait_for_a_text_that_is_being_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    encode = BPETokenizer.encode
+    monkeypatch.setattr(BPETokenizer, "encode", lambda *args: (release.wait(20), encode(*args))[1])
+    with serving(drain_s=0.2) as served:
+        connections = [served.connect() for _ in range(3)]
+        for connection in connections:
+            connection.sendall(served.ask(P, LONG))
+        until(lambda: len(served.service.async_engine.submissions) == 3)
+        served.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: not served.service.async_engine.submissions)
+        release.set()
+        for connection in connections:
+            assert b"HTTP/1.1 503" in connection.recv(1000)
+            connection.close()
+        served.settle()
+        assert served.engine.scheduler.counts["admitted"] == 0
