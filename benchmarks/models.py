@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from open_mythos.config import MythosConfig
-from open_mythos.recipes.adaptive import adaptive_text
-from open_mythos.recipes.addition import addition_dgx
+from open_mythos.recipes.synthetic import addition_dgx
+from open_mythos.recipes.text import adaptive_text
 from open_mythos.variants import RECIPE, mythos_1b, mythos_1t, mythos_3m, mythos_30m, mythos_100b
 
 N_PUBLISHED = 23

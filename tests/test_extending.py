@@ -74,11 +74,13 @@ def test_a_folder_is_saved_and_loaded(run: Path, tmp_path: Path) -> None:
 
 
 def test_without_them_the_missing_name_is_told(run: Path) -> None:
-    command = [sys.executable, "-m", "open_mythos", "info", str(run / "final")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'shared_key' must be one of 'mla', 'gqa'" in done.stderr and "ATTENTIONS[...]" in done.stderr
-    assert "--plugin" in done.stderr
+    for words, told, table in (
+        (["info", str(run / "final")], "'shared_key' must be one of 'mla', 'gqa'", "ATTENTIONS[...]"),
+        (["plan", "--config", str(run / "config.yaml")], "data.task='largest' must be one of", "TASKS[...]"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "open_mythos", *words], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert all(text in done.stderr for text in (told, table, "--plugin")), done.stderr
 
 
 @pytest.mark.parametrize("name", PARTS)

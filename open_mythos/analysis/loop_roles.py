@@ -7,9 +7,8 @@ change delta_t = u(h_{t+1}, t+1) - u(h_t, t) is exactly the sum of both, in eith
     delta_t = [u(h_{t+1}, t+1) - u(h_{t+1}, t)] + [u(h_{t+1}, t) - u(h_t, t)]       function after, state before
             = [u(h_t, t+1) - u(h_t, t)] + [u(h_{t+1}, t+1) - u(h_t, t+1)]           function before, state after
 
-The mean of the two orders (the Shapley value of two causes) is reported, and each order beside it. An injection that
-adds to the output of the block leaves the function part unchanged: only the block and its adapter see the index. In a
-model whose loops see no index the function part is zero: the null control.
+The report has the mean of the two orders (the Shapley value of two causes), and each order beside it. An injection
+leaves the function part unchanged: only the block and its adapter see the index. Without them it is zero.
 
 All positions of a sequence run in one pass and read keys of the same loop, so F_t is a map of whole sequences. Tokens
 that ACT has let out have the state and keys that the model leaves them with; that belongs to the state.
@@ -19,7 +18,7 @@ Shapes: N sequences, T tokens, D width, L loops, P shuffles, V vocabulary.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,14 +37,12 @@ from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import Exit
 from open_mythos.nn.view import View
 from open_mythos.ops.precision import at_least_float32
-from open_mythos.reports.document import Figure, Part, Table
+from open_mythos.reports.document import Figure, Table
 from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Interval, bootstrap, over_seeds
 
-SMALL = 0.01
-"""Share of answers below which a change counts as none."""
-SMALL_KL = 1e-3
-"""Nats below which a change of the output counts as none."""
+SMALL, SMALL_KL = 0.01, 1e-3
+"""Share of answers, and nats at the output, below which a change counts as none."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,7 @@ class Pass(NamedTuple):
     logits: Tensor  # (N, T, V)
     e: Tensor  # (N, T, D)
     states: list[Tensor]  # h_0 to h_L, each (N, T, D)
-    views: list[View]
-    """The view of each loop: `active` is None, or the (N, T) tokens in the loop, and the store's `previous` holds the
-    keys and values of those that have left."""
+    views: list[View]  # of each loop: `active` the tokens in it (None: all), `store.previous` the keys of the others
 
 
 def run_loops(model: OpenMythos, input_ids: Tensor, order: Sequence[int]) -> Pass:
@@ -131,9 +126,8 @@ def run_loops(model: OpenMythos, input_ids: Tensor, order: Sequence[int]) -> Pas
 def _loop(model: OpenMythos, h: Tensor, e: Tensor, index: int, view: View) -> tuple[Tensor, dict[int, Any]]:
     """Compute F_index(h), and its keys and values in a new store, so that no other loop's are read."""
     assert isinstance(view.store, Scratch)
-    store = Scratch(view.store.previous)
-    view = dataclasses.replace(view, store=store)
-    return model.recur(h, e, torch.full_like(view.positions[:, 0], index), view), store.current
+    store, loop_index = Scratch(view.store.previous), torch.full_like(view.positions[:, 0], index)
+    return model.recur(h, e, loop_index, dataclasses.replace(view, store=store)), store.current
 
 
 def update(model: OpenMythos, run: Pass, k: int, index: int) -> Tensor:
@@ -171,16 +165,12 @@ def loop_roles(
     shuffles: int = 8,
     seed: int = 0,
 ) -> LoopRoles:
-    """Measure what the loops do on `input_ids` (N, T). About (4 L + shuffles) L loops of work.
+    """Measure what the loops do on `input_ids` (N, T), in about (4 L + shuffles) L loops of work; float64 on the CPU.
 
     Args:
         n_loops: at least 2; None: `max_loop_iters`.
         where: (N, T) bool, the positions that count, such as those of answers, at least one in each row; None: all.
-        shuffles: orders of the loops drawn at random, none of them the usual one.
-        seed: of these draws.
-
-    Returns:
-        Tensors in float64 on the CPU.
+        shuffles: number of orders drawn at random with `seed`, none of them the usual one.
 
     Raises:
         TypeError, ValueError: an argument is unusable; nothing has been computed.
@@ -268,12 +258,17 @@ def _effect(logits: Tensor, changed: Tensor, where: Tensor) -> tuple[Tensor, Ten
 
 Runs = Sequence[LoopRoles]
 """The seeds of one training, or a single model; all with equally many loops."""
-Pick = Callable[[LoopRoles], Tensor]
 
 
-def across(runs: Runs, pick: Pick) -> Interval:
-    """Compute the interval of each of K values (N, K): over seeds if there are several, else over sequences."""
-    values = [pick(run).numpy() for run in runs]
+def across(runs: Runs, name: str) -> Interval:
+    """Compute the interval of each of K values (N, K): over seeds if there are several, else over sequences.
+
+    Args:
+        name: a field, such as "share"; for an intervention "kl.skip" or "changed.skip"; of the shuffles, the mean.
+    """
+    field, _, intervention = name.partition(".")
+    values = [getattr(run, field)[intervention] if intervention else getattr(run, field) for run in runs]
+    values = [(x.mean(1, keepdim=True) if intervention == "shuffle" else x).numpy() for x in values]
     return bootstrap(values[0]) if len(values) == 1 else over_seeds([np.nanmean(x, 0) for x in values])
 
 
@@ -283,47 +278,41 @@ def cells(values: Interval, form: str = ".3f") -> list[str]:
     return [f"{m:{form}}" if np.isnan(low) else f"{m:{form}} [{low:{form}}, {high:{form}}]" for m, low, high in rows]
 
 
-def shuffle(effect: str) -> Pick:
-    """Pick the effect of shuffling the loops, (N, 1), the mean over the orders."""
-    return lambda run: getattr(run, effect)["shuffle"].mean(1, keepdim=True)
-
-
-def last_loop(effect: str) -> Pick:
-    """Pick the effect of leaving the last loop out, (N, 1): where there is none, no order could matter."""
-    return lambda run: getattr(run, effect)["skip"][:, -1:]
-
-
 def split_table(runs: Runs) -> Table:
     """Make a table of what changes from each loop to the next, and why."""
-    columns: dict[str, Pick] = {
-        "change": lambda r: r.delta,
-        "from the function": lambda r: r.function,
-        "at the state before": lambda r: r.function_before,
-        "at the state after": lambda r: r.function_after,
-        "from the state": lambda r: r.state,
-        "cosine of both": lambda r: r.cosine,
-        "function's share": lambda r: r.share,
-        "later update, of the state": lambda r: r.step[:, 1:],
+    columns = {
+        "change": "delta",
+        "from the function": "function",
+        "at the state before": "function_before",
+        "at the state after": "function_after",
+        "from the state": "state",
+        "cosine of both": "cosine",
+        "function's share": "share",
     }
-    filled = zip(*(cells(across(runs, pick)) for pick in columns.values()), strict=True)
-    return Table(["loops", *columns], [[f"{t} to {t + 1}", *row] for t, row in enumerate(filled)])
+    filled = [cells(across(runs, name)) for name in columns.values()] + [cells(across(runs, "step"))[1:]]
+    rows = [[f"{t} to {t + 1}", *row] for t, row in enumerate(zip(*filled, strict=True))]
+    return Table(["loops", *columns, "later update, of the state"], rows)
 
 
 def effect_table(runs: Runs) -> Table:
     """Make a table of what each intervention does to the output, in nats and in answers changed."""
     titles = {
-        "loop {} left out": lambda effect: effect["skip"],
-        "loop {} twice": lambda effect: effect["repeat"],
-        "loops {} and {} swapped": lambda effect: effect["swap"],
-        "one loop more": lambda effect: effect["more"],
-        "all loops shuffled": lambda effect: effect["shuffle"].mean(1, keepdim=True),
+        "skip": "loop {} left out",
+        "repeat": "loop {} twice",
+        "swap": "loops {} and {} swapped",
+        "more": "one loop more",
+        "shuffle": "all loops shuffled",
     }
     rows = []
-    for title, pick in titles.items():
-        nats = cells(across(runs, lambda r, pick=pick: pick(r.kl)), ".3g")
-        changed = cells(across(runs, lambda r, pick=pick: pick(r.changed)))
+    for name, title in titles.items():
+        nats, changed = cells(across(runs, f"kl.{name}"), ".3g"), cells(across(runs, f"changed.{name}"))
         rows += [[title.format(t, t + 1), *row] for t, row in enumerate(zip(nats, changed, strict=True))]
     return Table(["intervention", "KL in nats", "answers changed"], rows)
+
+
+def without_order_or_last(runs: Runs) -> tuple[str, str]:
+    """Write the shares of answers that a shuffle changes, and that need the last loop: else no order could matter."""
+    return cells(across(runs, "changed.shuffle"))[0], cells(across(runs, "changed.skip"))[-1]
 
 
 def interchangeable(runs: Runs) -> bool | None:
@@ -331,18 +320,18 @@ def interchangeable(runs: Runs) -> bool | None:
 
     Where no answer changed, resampling has no spread: 3 / N is then the upper end of a share in N sequences.
     """
-    changed = across(runs, shuffle("changed"))
+    changed = across(runs, "changed.shuffle")
     high = max(changed.high[0], 3 / sum(len(run.step) for run in runs))
     return True if high < SMALL else False if changed.low[0] > SMALL else None
 
 
 def verdict(runs: Runs) -> str:
     """Write a paragraph that follows from the intervals alone."""
-    share, fewer, other = (across(runs, pick) for pick in (lambda r: r.share, last_loop("kl"), shuffle("kl")))
+    share, fewer, other = (across(runs, name) for name in ("share", "kl.skip", "kl.shuffle"))
     if share.mean.max() < 1e-5:
         return (
             "No loop has a function of its own: the part from the function is zero, so two updates differ by the state "
-            f"alone, and only the number of loops can matter (one fewer: KL {cells(fewer, '.3g')[0]} nats)."
+            f"alone, and only the number of loops can matter (one fewer: KL {cells(fewer, '.3g')[-1]} nats)."
         )
     reasons = {
         "mostly because the function differs": share.low > 0.5,
@@ -354,35 +343,30 @@ def verdict(runs: Runs) -> str:
         for why, which in reasons.items()
         if which.any()
     ]
-    order = {
-        True: "The loops are interchangeable as far as answers go",
-        False: "The loops are not interchangeable",
-        None: "Whether the loops are interchangeable is open",
-    }[interchangeable(runs)]
-    shuffled, needed = (cells(across(runs, pick("changed")))[0] for pick in (shuffle, last_loop))
-    swapped = np.flatnonzero(across(runs, lambda r: r.changed["swap"]).low > SMALL)
+    said = {True: "The loops are interchangeable as far as answers go", False: "The loops are not interchangeable"}
+    order = said.get(interchangeable(runs), "Whether the loops are interchangeable is open")
+    shuffled, needed = without_order_or_last(runs)
+    swapped = np.flatnonzero(across(runs, "changed.swap").low > SMALL)
     pairs = " and for ".join(f"{t} and {t + 1}" for t in swapped) or "none"
-    if max(fewer.high[0], other.high[0]) < SMALL_KL:
+    more = "Neither the number of loops nor their order clearly matters more"
+    if max(fewer.high[-1], other.high[0]) < SMALL_KL:
         more = "Neither the number of loops nor their order matters here"
-    elif fewer.low[0] > other.high[0]:
+    elif fewer.low[-1] > other.high[0]:
         more = "The number of loops matters more than their order"
-    elif fewer.high[0] < other.low[0]:
+    elif fewer.high[-1] < other.low[0]:
         more = "The order of the loops matters more than whether there is one fewer"
-    else:
-        more = "Neither the number of loops nor their order clearly matters more"
     return (
         f"The update changes {'; '.join(parts)}. {order}: shuffling them changes {shuffled} of the answers, one loop "
         f"fewer {needed}; swapping two neighbours changes more than {SMALL:.0%} for {pairs}. {more}: one fewer costs "
-        f"{cells(fewer, '.3g')[0]} nats at the output, a shuffle {cells(other, '.3g')[0]}."
+        f"{cells(fewer, '.3g')[-1]} nats at the output, a shuffle {cells(other, '.3g')[0]}."
     )
 
 
-def draw_split(models: Mapping[str, Runs], path: Path, level: str | None = None) -> None:
-    """Draw the function's share of each change, by loop, for every model; `level` names the line at 0."""
-    curves = [_points(name, across(runs, lambda r: r.share)) for name, runs in models.items()]
+def draw_split(models: Mapping[str, Runs], path: Path) -> None:
+    """Draw the function's share of each change, by loop, for every model."""
+    curves = [_points(name, across(runs, "share")) for name, runs in models.items()]
     ticks = {t: f"{t} to {t + 1}" for t in range(max(len(curve.xs) for curve in curves))}
-    if level is not None:
-        curves.append(Curve(list(ticks), [0.0] * len(ticks), level, None))
+    curves.append(Curve(list(ticks), [0.0] * len(ticks), "without index-dependent parts", None))
     labels = ("from loop to loop", "share from the function")
     draw_curves({"What changes between two consecutive loops": curves}, path, labels, ticks=ticks)
 
@@ -391,8 +375,8 @@ def draw_effects(models: Mapping[str, Runs], path: Path) -> None:
     """Draw the KL at the output for each loop that is left out, run twice or swapped, a panel for each model."""
     names = {"skip": "left out", "repeat": "run twice", "swap": "swapped with the next"}
     panels = {
-        model: [_points(title, across(runs, lambda r, name=name: r.kl[name])) for name, title in names.items()]
-        + [_points("all shuffled", across(runs, shuffle("kl")), first=-1)]
+        model: [_points(title, across(runs, f"kl.{name}")) for name, title in names.items()]
+        + [_points("all shuffled", across(runs, "kl.shuffle"), first=-1)]
         for model, runs in models.items()
     }
     ticks = {-1: "all"} | {t: str(t) for t in range(max(len(curves[0].xs) for curves in panels.values()))}
@@ -411,10 +395,7 @@ def section(subject: Subject) -> Section:
         return Section(title, "One loop has no next loop to compare with.", {})
     runs = [loop_roles(subject.model, subject.input_ids, subject.n_loops, subject.where)]
     shown = {"this model": runs}
-    parts: list[Part] = [
-        split_table(runs),
-        Figure("split", "How much of a change is due to the loop index.", lambda path: draw_split(shown, path)),
-        effect_table(runs),
-        Figure("effects", "Effect of disturbed loops on the answer.", lambda path: draw_effects(shown, path)),
-    ]
+    split = Figure("split", "Share of a change that is due to the loop index.", lambda path: draw_split(shown, path))
+    effects = Figure("effects", "Effect of disturbed loops on the answer.", lambda path: draw_effects(shown, path))
+    parts = [split_table(runs), split, effect_table(runs), effects]
     return Section(title, verdict(runs), runs[0].to_dict(), parts)

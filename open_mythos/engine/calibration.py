@@ -28,6 +28,7 @@ def measure_costs(runner: ModelRunner) -> StepCosts:
     Each time is the shortest of a few rounds over all sizes, so that other work of the machine does not fall on one
     size alone.
     """
+    # The smallest rows of a call come first, because they change the times that follow.
     runner.least_rows = 1 if runner.invariance is None else _choose_rows(runner)
     sizes = sorted({min(1 << i, runner.max_rows) for i in range(runner.max_rows.bit_length() + 1)})
     loop, outer = dict.fromkeys(sizes, math.inf), dict.fromkeys(sizes, math.inf)

@@ -145,6 +145,7 @@ class LLM:
             for i, params in enumerate(_for_each(sampling_params, len(given))):
                 ids = encode_prompt(given[i], self.tokenizer, self.model.cfg, f"prompts[{i}]")
                 answers.append([])
+                # Every answer is a request of its own, with its own seed.
                 for number in range(params.n):
                     seq = self.engine.add(ids, params.of_answer(number))
                     running[seq.id] = seq
@@ -172,6 +173,7 @@ class LLM:
         is_one = isinstance(messages, abc.Sequence) and bool(messages) and isinstance(messages[0], abc.Mapping)
         conversations: Any = [messages] if is_one else messages
         prompts = [{"prompt_token_ids": render(each, self.tokenizer, reply=True)[0]} for each in conversations]
+        # Where the end of a turn is no token, its text ends the answer.
         params, end = _for_each(sampling_params, len(prompts)), end_of_turn(self.tokenizer)
         if isinstance(end, str):
             params = [replace(each, stop=(*each.stop_strings, end)) for each in params]

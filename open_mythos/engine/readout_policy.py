@@ -31,6 +31,7 @@ class Curve:
         for tokens, seconds in points.items():
             if tokens < 1 or not 0 <= seconds < float("inf"):
                 raise ValueError(f"points={{{tokens}: {seconds}}} must be of at least 1 token and 0 s; measure again")
+        # The lines between the points are tabulated for every number of tokens: the policy asks for many values.
         known = sorted(points.items())
         self._values = [0.0] + [known[0][1]] * known[0][0]
         self.slope = 0.0

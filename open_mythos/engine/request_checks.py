@@ -49,6 +49,7 @@ def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[H
         return exit, n_loops, (n_loops, exit)
     if exit is None and threshold is not None:
         raise ValueError(f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' too")
+    # Equal options share one rule object, so that their tokens form one batch in the loop.
     own = "fixed" if block.act is None else "act"
     key = (own if exit is None else exit, threshold, cfg.min_loops if min_loops is None else min_loops)
     rule = make_rule(*key, cfg, block.act)

@@ -83,7 +83,7 @@ class Scheduler:
             QueueFull: `max_queue` sequences wait already.
             ValueError: the sequence would not fit into the pages even alone.
         """
-        # The last new token is never computed.
+        # The last new token is never computed, so it needs no page.
         n_tokens = seq.n_prompt + seq.max_tokens - 1
         n_blocks = self.block_manager.n_pages // seq.pages_per_block
         if self._n_blocks(n_tokens) > n_blocks:
@@ -151,6 +151,7 @@ class Scheduler:
         for seq in self._in[Phase.LOOPING]:
             seq.loop += 1
         for seq, n_looping in exited:
+            # A chunk is read out as a whole: its exited tokens wait for the last one.
             if n_looping:
                 self._n_looping -= seq.n_looping - n_looping
                 seq.n_looping = n_looping

@@ -30,6 +30,7 @@ class Matcher:
         """Return the tokens that may come next, (V,) bool; none if the library has given up."""
         bits = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+        # After an error no token is allowed, which ends the request with an error.
         if self._inner.is_error():
             known[:] = False
         return torch.from_numpy(known)
@@ -75,6 +76,7 @@ class Grammars:
         except ValueError as error:
             raise ValueError(f"json_schema is no object of JSON ({error!s:.100}); {_REMEDY}") from None
         inner = library.LLMatcher(self._vocabulary(), grammar, log_level=0)
+        # A schema that nothing can match allows no first token.
         if inner.is_error() or not Matcher(inner.deep_copy(), self._vocab_size).allowed().any():
             reason = inner.get_error().splitlines() or ["nothing can match it"]
             raise ValueError(f"json_schema cannot be used ({reason[0]:.150}); {_REMEDY}")

@@ -16,11 +16,10 @@ from open_mythos.analysis.loop_roles import (
     draw_split,
     effect_table,
     interchangeable,
-    last_loop,
     loop_roles,
-    shuffle,
     split_table,
     verdict,
+    without_order_or_last,
 )
 from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
@@ -160,7 +159,7 @@ def planted(r: Results, arm: str) -> dict[str, Any]:
     rows, found = [], True
     for strength in STRENGTHS:
         runs = roles(r, arm, strength)
-        distinct, swap = across(runs, lambda x: x.distinct), across(runs, lambda x: x.kl["swap"])
+        distinct, swap = across(runs, "distinct"), across(runs, "kl.swap")
         others = np.arange(len(distinct.mean)) != PLANTED_LOOP
         pairs = np.isin(np.arange(len(swap.mean)), (PLANTED_LOOP - 1, PLANTED_LOOP))
         # Elsewhere there may be rounding and no more; the planted loop's own effect may be small, but clear of that.
@@ -175,7 +174,7 @@ def planted(r: Results, arm: str) -> dict[str, Any]:
                 "before": cells(swap, ".3g")[PLANTED_LOOP - 1],
                 "after": cells(swap, ".3g")[PLANTED_LOOP],
                 "elsewhere": max(elsewhere),
-                "shuffled": cells(across(runs, shuffle("changed")))[0],
+                "shuffled": without_order_or_last(runs)[0],
             }
         )
     words = "found at every strength, and nothing is found elsewhere" if found else "NOT found at every strength"
@@ -188,8 +187,8 @@ def fill(r: Results) -> dict[str, Any]:
     models, finding = {}, []
     for arm, title in TITLES.items():
         runs, controls = roles(r, arm), roles(r, f"{arm}-null")
-        share = across(runs, lambda x: x.share).mean
-        shuffled, needed = (cells(across(runs, pick("changed")))[0] for pick in (shuffle, last_loop))
+        share = across(runs, "share").mean
+        shuffled, needed = without_order_or_last(runs)
         finding.append(
             f"the loops of the model '{title}' {words[interchangeable(runs)]} (shuffling them changes {shuffled} of "
             f"the answers, one loop fewer {needed}; the function's share is {share.min():.2f} to {share.max():.2f})"
@@ -217,7 +216,7 @@ def fill(r: Results) -> dict[str, Any]:
 def draw_function(r: Results, path: Path) -> None:
     models = {title: roles(r, arm) for arm, title in TITLES.items()}
     models[f"planted at loop {PLANTED_LOOP}"] = roles(r, "diagonal", 0.1)
-    draw_split(models, path, "without index-dependent parts")
+    draw_split(models, path)
 
 
 def draw_interventions(r: Results, path: Path) -> None:

@@ -1,15 +1,12 @@
-"""Recipes: a run is a function that returns its TrainConfig. A new one is one function and one line in this table."""
+"""Recipes: functions that return the TrainConfig of a run. A new one is a function and a line of RECIPES."""
 
 import difflib
 from collections.abc import Callable
 from functools import partial
 
-from open_mythos.recipes.adaptive import adaptive_text
-from open_mythos.recipes.addition import addition_dgx, tiny_addition
-from open_mythos.recipes.chat import chat
-from open_mythos.recipes.khop import tiny_khop
 from open_mythos.recipes.pretrain import ablation_118m, mythos_3b_fineweb_edu, parcae_style_140m, pretrain
-from open_mythos.recipes.text import SMALL_TEXT_DATA, small_text, tiny_text
+from open_mythos.recipes.synthetic import addition_dgx, tiny_addition, tiny_khop
+from open_mythos.recipes.text import SMALL_TEXT_DATA, adaptive_text, chat, small_text, tiny_text
 from open_mythos.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -23,12 +20,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ablation-118m": ablation_118m,
     "parcae-style-140m": parcae_style_140m,
     "mythos-3b-fineweb-edu": mythos_3b_fineweb_edu,
-    "mythos-1b": partial(pretrain, "1b"),
-    "mythos-10b": partial(pretrain, "10b"),
-    "mythos-50b": partial(pretrain, "50b"),
-    "mythos-100b": partial(pretrain, "100b"),
-    "mythos-500b": partial(pretrain, "500b"),
-    "mythos-1t": partial(pretrain, "1t"),
+    **{f"mythos-{size}": partial(pretrain, size) for size in ("1b", "10b", "50b", "100b", "500b", "1t")},
 }
 CPU_SECONDS = {
     "tiny-khop": 61,  # docs/results/khop/report.json
@@ -40,11 +32,11 @@ CPU_SECONDS = {
 }
 """CPU seconds of a whole run on one core of a server CPU with AVX-512, as measured."""
 DATA = {"small-text": SMALL_TEXT_DATA}
-"""The commands that make the data of recipes whose data has to be prepared."""
+"""Commands that prepare the data of a recipe, for recipes whose data has to be prepared."""
 
 
 def load_recipe(name: str) -> TrainConfig:
-    """The configuration of a recipe by name.
+    """Return the configuration of a recipe by name.
 
     Raises:
         ValueError: no such recipe; the message names the nearest one.

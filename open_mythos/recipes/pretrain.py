@@ -1,4 +1,4 @@
-"""Recipes for pretraining on text prepared as token shards. `mythos plan RECIPE` tells what each costs."""
+"""Recipes for pretraining on text prepared as token shards. `mythos plan RECIPE` shows their costs."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from open_mythos.train.schedule import ScheduleConfig
 from open_mythos.variants import RECIPE, VARIANTS
 
 FINEWEB_EDU = "data/fineweb-edu"
-"""The folder that `mythos prepare-data` makes of FineWeb-Edu; `--data.paths` names another."""
+"""Folder that `mythos prepare-data` makes of FineWeb-Edu; `--data.paths` names another."""
 GPT_OSS_VOCAB = 201_088
 """Tokens of openai/gpt-oss-20b, special ones included."""
 SEQ_LEN = 2048
@@ -23,11 +23,11 @@ _EXPERT_RANKS = {"10b": 8, "50b": 64, "100b": 128, "500b": 256, "1t": 512}
 
 
 def mythos_3b_fineweb_edu() -> TrainConfig:
-    """What training/3b_fine_web_edu.py of open-mythos does: 30 billion tokens, 256 rows of 2,048 a step, AdamW.
+    """The run of training/3b_fine_web_edu.py of open-mythos: 30 billion tokens, 256 rows of 2,048 a step, AdamW.
 
     As there: mythos_3b on the vocabulary of gpt-oss-20b, 16 loops with ACT for every row, AdamW at 3e-4 over every
     parameter with decay 0.1, betas (0.9, 0.95), 2,000 steps of warm-up and a cosine to a tenth, gradients clipped at
-    norm 1, bf16 over float32 weights, fully sharded, four rows at a time. (Its README speaks of Muon and DDP; the
+    norm 1, bf16 over float32 weights, fully sharded, four rows at a time. (Its README mentions Muon and DDP; the
     script has neither.)
 
     Repaired: rotations survive bf16, ACT's weights sum to one at any depth, every part has gradient from the first
@@ -54,8 +54,8 @@ def mythos_3b_fineweb_edu() -> TrainConfig:
 def pretrain(variant: str) -> TrainConfig:
     """A published variant as mythos-3b-fineweb-edu trains 3b: ten tokens per parameter, as 30 billion are for 3b.
 
-    Ours, and nobody has run them: they are what `mythos plan` starts from. From 10b on the experts are spread over
-    ranks, and the rate falls with the square root of the width.
+    These recipes are ours and have not been run: `mythos plan` starts from them. From 10b on the experts are
+    distributed over ranks, and the rate falls with the square root of the width.
     """
     from open_mythos.accounting import count_parameters  # needs torch, which the other recipes do without
 
@@ -82,8 +82,8 @@ def parcae_style_140m() -> TrainConfig:
     injection on a normalised prelude output, a depth per row with the gradient of the last four loops, Muon and AdamW
     at 8e-3, betas (0.8, 0.95), no warm-up, a linear cool-down over the last half, 256 rows of 2,048 tokens, bf16.
 
-    Not so: no value embeddings (75 of its 144 million parameters) and no linear map before the coda; SwiGLU instead of
-    a squared ReLU of four times the width (as many parameters in the loop, half as many in prelude and coda); depths
+    Different here: no value embeddings (75 of its 144 million parameters) and no linear map before the coda; SwiGLU
+    instead of a squared ReLU of four times the width (as many parameters in the loop, half in prelude and coda); depths
     are 1 + Poisson(7) instead of max(1, Poisson(8)); the first state has a variance of 2/5, not 2/5 over the width;
     initial values are ours; Muon's decay of 0.2 falls with the rate and is not cautious, and its update has no variance
     reduction; windows are cut anywhere instead of packed by document.
@@ -131,7 +131,7 @@ def ablation_118m() -> TrainConfig:
     {4, 6, 8, 12, 16}, which no law here does; `--loops.law uniform --loops.mean 8.5 --loops.per batch` draws 1 to 16.
 
     Repaired: rotations (a cast to bf16 had left their real part alone) and weights in float32 under bf16 arithmetic
-    (they were bf16). Not so: the balancing biases move, and initial values are ours. Source: the issue and pull
+    (they were bf16). Different here: the balancing biases move, and initial values are ours. Source: the issue and pull
     requests 27 and 58 of kyegomez/OpenMythos.
     """
     return TrainConfig(

@@ -1,32 +1,17 @@
-"""Recipes for language modelling."""
+"""Recipes for text and conversations that a CPU trains."""
 
 from open_mythos.config import MythosConfig
-from open_mythos.tasks import Shards, Text
+from open_mythos.recipes.small_models import small_model
+from open_mythos.tasks import Chat, Shards, Text
 from open_mythos.train.config import EvalConfig, OptimConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.variants import RECIPE
 
 
 def tiny_text() -> TrainConfig:
     """Bytes of the embedded novel, about 80 s on one CPU thread, at a sampled depth of 4 loops on average."""
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=259,
-            dim=128,
-            n_heads=4,
-            n_kv_heads=4,
-            max_seq_len=512,
-            max_loop_iters=4,
-            prelude_layers=1,
-            coda_layers=1,
-            attn_type="gqa",
-            n_experts=0,
-            expert_dim=256,
-            rope_theta=10000.0,
-            initial_state="zero",
-            **RECIPE,
-        ),
+        model=small_model(259, 128, 4, 256, max_seq_len=512, max_loop_iters=4, rope_theta=10000.0),
         data=Text(seq_len=128),
         steps=300,
         batch_size=16,
@@ -41,7 +26,7 @@ SMALL_TEXT_DATA = """\
 mythos fetch-corpus --out data/corpus.jsonl
 mythos train-tokenizer data/corpus.jsonl --vocab-size 2048 --out data/bpe-2048
 mythos prepare-data data/corpus.jsonl --tokenizer data/bpe-2048 --held-out 0.03 --out data/small-text"""
-"""The commands that make what `small-text` trains on."""
+"""The commands that make the data of `small-text`."""
 
 
 def small_text() -> TrainConfig:
@@ -52,23 +37,7 @@ def small_text() -> TrainConfig:
     large as a plain block, so that three plain blocks have the same number of parameters.
     """
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=2048,
-            dim=192,
-            n_heads=6,
-            n_kv_heads=6,
-            max_seq_len=512,
-            max_loop_iters=4,
-            prelude_layers=1,
-            coda_layers=1,
-            attn_type="gqa",
-            n_experts=0,
-            expert_dim=192,
-            rope_theta=10000.0,
-            qk_norm=True,
-            initial_state="zero",
-            **RECIPE,
-        ),
+        model=small_model(2048, 192, 6, 192, max_seq_len=512, max_loop_iters=4, rope_theta=10000.0, qk_norm=True),
         data=Shards(("data/small-text",), seq_len=256),
         steps=600,
         batch_size=8,
@@ -77,4 +46,60 @@ def small_text() -> TrainConfig:
         loops=LoopsConfig("poisson", 4, max_loops=16),
         eval=EvalConfig(every=200, rows=64, loops=(1, 2, 4, 8, 16)),
         log_every=25,
+    )
+
+
+def adaptive_text() -> TrainConfig:
+    """39 million parameters with 64 experts on bytes of the embedded novel, always at 8 loops.
+
+    Halting is chosen per call (`exit="kl"`). The loss is after the last loop alone: with losses after earlier ones, or
+    sampled depths, a pilot of width 128 was as good at two loops as at eight, and there was nothing to choose. The
+    savings of exits, and the tokens that exit, are measured in docs/results/adaptive/report.md.
+    """
+    return TrainConfig(
+        model=MythosConfig(
+            vocab_size=259,
+            dim=512,
+            n_heads=8,
+            n_kv_heads=4,
+            max_seq_len=1024,
+            max_loop_iters=8,
+            attn_type="mla",
+            kv_lora_rank=128,
+            q_lora_rank=256,
+            qk_rope_head_dim=32,
+            qk_nope_head_dim=64,
+            v_head_dim=64,
+            n_experts=64,
+            n_shared_experts=1,
+            n_experts_per_tok=4,
+            expert_dim=256,
+            rope_theta=10000.0,
+            lora_rank=8,
+            halting="none",
+        ),
+        data=Text(seq_len=512),
+        steps=90,
+        batch_size=4,
+        optim=OptimConfig("muon", lr=4e-3, weight_decay=0.0, muon_lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=8, shape="linear", cooldown=0.5),
+        loops=LoopsConfig("fixed", 8),
+        log_every=5,
+    )
+
+
+def chat() -> TrainConfig:
+    """Fine-tuning on conversations: `mythos train chat --init-from FOLDER --data.paths FILE`.
+
+    Architecture and tokenizer are the folder's; until it is named, those of tiny-text over bytes stand here.
+    """
+    return TrainConfig(
+        model=tiny_text().model,
+        data=Chat(),
+        steps=200,
+        batch_size=8,
+        optim=OptimConfig("adamw", lr=3e-4, weight_decay=0.0),
+        schedule=ScheduleConfig(warmup_steps=10, shape="linear"),
+        loops=LoopsConfig("poisson", 4, max_loops=12),
+        eval=EvalConfig(every=50, rows=64),
     )

@@ -15,7 +15,6 @@ from open_mythos.checks import (
     PositiveFloat,
     PositiveInt,
     Range,
-    check_choice,
     check_field,
     check_int,
     check_number,
@@ -23,7 +22,7 @@ from open_mythos.checks import (
     check_text,
     shown,
 )
-from open_mythos.config import MAX_LOOPS, MythosConfig
+from open_mythos.config import MAX_LOOPS, MythosConfig, check_part
 from open_mythos.device import Dtype
 from open_mythos.files import blamed_on, parse_yaml, read_yaml
 from open_mythos.tasks import TASKS, Task
@@ -289,7 +288,7 @@ class TrainConfig:
             if not isinstance(values.get(name), dict):
                 raise ValueError(f"section {name!r} is missing; a run needs `model` and `data`")
         data = dict(values["data"])
-        check_choice("data.task", data.get("task", ""), tuple(TASKS))
+        check_part("data.task", data.get("task", ""), TASKS, "TASKS")
         values["data"] = _build(TASKS[data.pop("task")], data, "data.")
         try:
             values["model"] = MythosConfig.from_dict(values["model"])

@@ -107,12 +107,11 @@ class RunLock:
         holder = Holder(self._token, socket.gethostname(), os.getpid(), started, place, now)
         try:
             # An exclusive create is atomic on local file systems, and on NFS from version 3 on.
-            with path.open("x"):
-                pass
+            file = path.open("x")
         except FileExistsError:
             return False
-        with writing(path, half=path):
-            path.write_text(json.dumps(asdict(holder)))
+        with writing(path, half=path), file:
+            file.write(json.dumps(asdict(holder)))
         return True
 
     def _is_mine(self) -> bool:

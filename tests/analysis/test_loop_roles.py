@@ -1,6 +1,7 @@
 """The split of a change into function and state, and interventions, against loops run by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,8 +204,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 def test_intervals_of_one_model_are_over_sequences_and_of_several_over_seeds() -> None:
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # The numbers are made up, so they can stand for models.
-    one, several = across([x], lambda x: x), across([x, x + 1], lambda x: x)  # ty: ignore[invalid-argument-type]
+    first, second = SimpleNamespace(step=x), SimpleNamespace(step=x + 1)
+    one, several = across([first], "step"), across([first, second], "step")  # ty: ignore[invalid-argument-type]
     assert one.mean.tolist() == pytest.approx(x.mean(0).tolist())
     assert (one.high - one.low).tolist() == pytest.approx((2 * 1.96 * x.std(0) / 30**0.5).tolist(), rel=0.2)
     assert several.mean.tolist() == pytest.approx((x.mean(0) + 0.5).tolist())
