@@ -157,9 +157,11 @@ def _case(name: str, case: Record, machine: Record) -> list[str]:
         lines.append(f"- Gate: {', '.join(parts)}; draw {gate['seed']} of the inputs.")
     lines += [f"- {side}: {_side(found, machine)}" for side, found in case["sides"].items()]
     lines += [f"- {note}" for note in case["notes"]]
+    against = f" against {made['against']}" if made.get("against") else ""
+    where = f"{made['device']}, {made['threads']} thread(s)"
     lines.append(
-        f"- Commit {case['commit']}, {case['date']}, {case['seconds']:.0f} s, {made['device']}, {made['threads']} "
-        f"thread(s), load {case['load'][0]:.1f} before and {case['load'][1]:.1f} after."
+        f"- Commit {case['commit']}{against}, {case['date']}, {case['seconds']:.0f} s, {where}, load "
+        f"{case['load'][0]:.1f} before and {case['load'][1]:.1f} after."
     )
     return [*lines, ""]
 

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,22 @@ def counted(module: nn.Module) -> Generator[list[int]]:
     hook.remove()
 
 
+def clocked(work: Callable[[], Any], device: str) -> dict[str, float]:
+    """Call `work` -> seconds by clock."""
+    cuda = torch.cuda if device == "cuda" else None
+    if cuda:
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        cuda.synchronize()
+        start.record()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    if cuda:
+        end.record()
+        cuda.synchronize()
+    spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    return spent | ({"device": start.elapsed_time(end) / 1e3} if cuda else {})
+
+
 class Task:
     """One thing to time. `fresh` is made anew, untimed, before every `run`."""
 
@@ -58,6 +74,12 @@ class Task:
 
     def __init__(self, job: Job, module: Any = None) -> None:
         self.job, self.module = job, module
+        self.measured: dict[Any, Any] = {}
+        """What the last run measured itself."""
+        self.setup()
+
+    def setup(self) -> None:
+        """Build what the task needs."""
 
     def info(self) -> dict[str, Any]:
         """Return what the report says of the model."""
@@ -69,29 +91,13 @@ class Task:
     def fresh(self) -> Any:
         """Make what a run uses up."""
 
-    def run(self, fresh: Any) -> dict[str, Tensor]:
-        """Do the timed work -> what the gate compares."""
-        return {}
-
-    def reading(self) -> dict[str, Any]:
-        """Return what the last run measured itself."""
-        return {}
+    def run(self, fresh: Any) -> Any:
+        """Do the timed work -> what the gate compares, tensors by name."""
 
     def time(self) -> dict[str, float]:
         """Run once -> seconds by clock."""
         fresh = self.fresh()
-        cuda = torch.cuda if self.job.device == "cuda" else None
-        if cuda:
-            start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            cuda.synchronize()
-            start.record()
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.run(fresh)
-        if cuda:
-            end.record()
-            cuda.synchronize()
-        spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-        return spent | ({"device": start.elapsed_time(end) / 1e3} if cuda else {})
+        return clocked(lambda: self.run(fresh), self.job.device)
 
 
 class ModelTask(Task):
@@ -100,8 +106,10 @@ class ModelTask(Task):
     counts_loops = True
 
     def __init__(self, job: Job, module: Any, side: Any) -> None:
-        super().__init__(job, module)
         self.side = side
+        super().__init__(job, module)
+
+    def setup(self) -> None:
         self.draw(0)
 
     def info(self) -> dict[str, Any]:
@@ -238,21 +246,21 @@ class Build(Task):
     device = "cpu"
     model: nn.Module | None = None
 
-    def reading(self) -> dict[str, Any]:
-        assert self.model is not None
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.model = None
-        return {"parameters": parameters}
-
     def fresh(self) -> None:
-        # Of several calls that make one sample.
+        # Untimed, also between several calls that make one sample.
         self.model = None
 
-    def run(self, fresh: None) -> dict[str, Tensor]:
+    def run(self, fresh: None) -> None:
         # A device mode slows construction, so there is none for the default device.
         with torch.device(self.device) if self.device != "cpu" else contextlib.nullcontext():
             self.model = self.module.construct(self.job.model)
-        return {}
+
+    def time(self) -> dict[str, float]:
+        seconds = super().time()
+        assert self.model is not None
+        self.measured = {"parameters": sum(p.numel() for p in self.model.parameters())}
+        self.model = None
+        return seconds
 
 
 class BuildMeta(Build):

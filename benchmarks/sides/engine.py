@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.job import Job
 from benchmarks.sides import first_of
 from benchmarks.sides.exits import held_out_text, trained
 from benchmarks.tasks import Task
@@ -133,9 +132,8 @@ class EngineTask(Task):
     `batch_invariant`; `costs` as `info` returns them; `seed` of the first request; `seconds` of a window.
     """
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
-        given = job.arguments
+    def setup(self) -> None:
+        job, given = self.job, self.job.arguments
         self.model = _model(json.dumps(job.model), given.get("folder", ""))
         self.config = engine_config(self.model, job.rows, given.get("batch_invariant", True))
         self.seconds, self.seed = given.get("seconds", 1.0), given.get("seed", 0)
@@ -155,7 +153,6 @@ class EngineTask(Task):
         points = given.get("costs") or self._measure_costs()
         loop, outer = ({n: seconds[i] for n, seconds in points["seconds"].items()} for i in (0, 1))
         self.points, self.costs = points, StepCosts(Curve(loop), Curve(outer), points["least_rows"])
-        self.last: Any = {}
 
     def _measure_costs(self) -> dict[str, Any]:
         """Measure as an engine does at its start -> [loop, outer] seconds by the powers of two up to its rows."""
@@ -189,9 +186,6 @@ class EngineTask(Task):
         tokens, loops = [request.token_ids for request in requests], [request.loops for request in requests]
         return {"tokens": torch.tensor(tokens), "depths": torch.tensor(loops)}
 
-    def reading(self) -> dict[str, Any]:
-        return self.last
-
 
 class Load(EngineTask):
     """An engine with all its rows busy: as many requests wait as there are rows, and one that ends is replaced.
@@ -200,9 +194,9 @@ class Load(EngineTask):
     computes a prompt. The first requests are of all lengths up to the last, so that later ones end evenly.
     """
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
-        self.busy = self.engine()
+    def setup(self) -> None:
+        super().setup()
+        job, self.busy = self.job, self.engine()
         self.number = 0
         self.numbers: dict[int, int] = {}
         """Number of a request in this load, by the engine's id."""
@@ -237,7 +231,7 @@ class Load(EngineTask):
             if events and (n_tokens >= self.seconds * ONE_ROW if rows == 1 else now - started >= self.seconds):
                 break
         # Seconds of the steps that only looped, and of those that also read tokens out and began new ones.
-        self.last = {"tokens": n_tokens, "depths": depths, "looping_s": seconds[False], "reading_s": seconds[True]}
+        self.measured = {"tokens": n_tokens, "depths": depths, "looping_s": seconds[False], "reading_s": seconds[True]}
         return {"cpu": (now - started) / n_tokens, "wall": (time.perf_counter() - wall) / n_tokens}
 
     def step(self) -> list[Any]:
@@ -302,10 +296,9 @@ class OneByOne(EngineTask):
         self.seed += 1
         return {clock: (spent[1][clock] - spent[0][clock]) / (NEW_TOKENS - 1) for clock in spent[0]}
 
-    def run(self, fresh: Any) -> dict[str, Tensor]:
+    def run(self, fresh: Any) -> Any:
         prompt, depth = self.prompts[self.seed % N_PROMPTS], self.job.n_loops
         self.model.generate(prompt, self.new_tokens, depth, 1.0, None, seed=self.seed, **self.rule)
-        return {}
 
 
 @dataclass
@@ -327,9 +320,9 @@ class Crowd(EngineTask):
     A tick is as many loop-tokens as the engine has rows. `arguments` has the clients' depths and `new_tokens`.
     """
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
-        self.busy, depths = self.engine(), job.arguments["depths"]
+    def setup(self) -> None:
+        super().setup()
+        job, self.busy, depths = self.job, self.engine(), self.job.arguments["depths"]
         self.pending: dict[int, Pending] = {}
         self.clock = self.ticks = 0.0
         self.n_added = 0
@@ -345,7 +338,7 @@ class Crowd(EngineTask):
     def time(self) -> dict[str, float]:
         """Serve for so many CPU seconds. The reading is by depth: CPU seconds between tokens of a request (gaps), and
         ticks from the arrival of a request to its first token (waits) and to its end (turnarounds)."""
-        self.last = {depth: {"gaps": [], "waits": [], "turnarounds": []} for depth in self.job.arguments["depths"]}
+        self.measured = {depth: {"gaps": [], "waits": [], "turnarounds": []} for depth in self.job.arguments["depths"]}
         begun, end = time.perf_counter(), self.clock + self.seconds
         while self.clock < end:
             started = time.process_time()
@@ -358,7 +351,7 @@ class Crowd(EngineTask):
 
     def _note(self, event: Any) -> None:
         request = self.pending[event.request.id]
-        seen: dict[str, list[float]] = self.last[request.depth]
+        seen: dict[str, list[float]] = self.measured[request.depth]
         if request.last is None:
             seen["waits"].append(self.ticks - request.arrived)
         else:

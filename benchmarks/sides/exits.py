@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.job import Job
 from benchmarks.sides import first_of
 from benchmarks.tasks import Task
 from open_mythos import KVCache, OpenMythos
@@ -48,11 +47,10 @@ class Exits(Task):
     compaction = "counts"
     """How often the driver leaves exited tokens out of the computation."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
+        job = self.job
         self.model = trained(job.arguments["folder"], job.device)
         self.rule = {name: job.arguments[name] for name in ("exit", "exit_threshold")}
-        self.outputs: dict[str, Tensor] = {}
         self.draw(0)
 
     def info(self) -> dict[str, Any]:
@@ -82,12 +80,9 @@ class Generate(Exits):
     def run(self, fresh: Any) -> dict[str, Tensor]:
         options: dict[str, Any] = {"temperature": 0, "return_loops": True, **self.rule}
         tokens, depths = self.model.generate(self.ids, self.job.new_tokens, self.job.n_loops, **options)
-        self.outputs = {"tokens": tokens, "depths": depths}
-        return self.outputs
-
-    def reading(self) -> dict[str, Any]:
-        """Return the loops of every new token, row by row, and the mean loops of the prompts' tokens."""
-        return {"depths": self.outputs["depths"].tolist(), "prompt_depth": self.prompt_depth}
+        # Loops of every new token, row by row, and mean loops of the prompts' tokens.
+        self.measured = {"depths": depths.tolist(), "prompt_depth": self.prompt_depth}
+        return {"tokens": tokens, "depths": depths}
 
 
 class GenerateReference(Generate):
@@ -107,8 +102,8 @@ class GenerateReference(Generate):
 class Prefill(Exits):
     """A prompt into an empty cache, and the logits of its last position; the timed path."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
+        super().setup()
         assert self.model.recurrent is not None
         self.model.recurrent.register_forward_hook(self._store_loops)
 
@@ -118,12 +113,8 @@ class Prefill(Exits):
     def run(self, fresh: Any) -> dict[str, Tensor]:
         kv = self.model.make_cache(self.job.rows, self.job.tokens + 1, self.job.n_loops)
         logits = self.model(self.ids, self.job.n_loops, cache=kv, last_only=True, **self.rule)
-        self.outputs = {"logits": logits[:, -1], "depths": self.loops}
-        return self.outputs
-
-    def reading(self) -> dict[str, Any]:
-        """Return the mean loops of a token."""
-        return {"mean_depth": self.outputs["depths"].double().mean().item()}
+        self.measured = {"mean_depth": self.loops.double().mean().item()}
+        return {"logits": logits[:, -1], "depths": self.loops}
 
 
 class PrefillReference(Prefill):

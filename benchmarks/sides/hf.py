@@ -1,12 +1,10 @@
 """Models of transformers with random weights, run with its defaults."""
 
-import copy
 import importlib
 import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.job import Job
@@ -43,20 +41,11 @@ class Transformer(Side):
     def logits(self, ids: Tensor, n_loops: int) -> Tensor:
         return self.model(ids, use_cache=False).logits
 
-    def loss(self, ids: Tensor, labels: Tensor, job: Job) -> Tensor:
-        return F.cross_entropy(self.logits(ids, 1).flatten(0, 1), labels.flatten())
-
     def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
         return transformers.DynamicCache(config=self.model.config)
 
     def feed(self, ids: Tensor, cache: Any, start: int, n_loops: int) -> Tensor:
         return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def copy_cache(self, cache: Any) -> Any:
-        return copy.deepcopy(cache)
-
-    def cache_tensors(self, cache: Any) -> list[Tensor]:
-        return [x for layer in cache.layers for x in (layer.keys, layer.values)]
 
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
         mask = torch.ones_like(ids)

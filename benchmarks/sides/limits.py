@@ -5,7 +5,6 @@ reaches through an operator of its own; which of them is ahead depends on the pr
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.job import Job
-from benchmarks.tasks import Task
+from benchmarks.tasks import Task, clocked
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,34 +30,20 @@ def kernels(device: str) -> dict[str, Kernel]:
     return found
 
 
-class Measure(Task):
-    """A task without a model: `run` stores its own measurement."""
-
-    measured: dict[str, Any]
-
-    def reading(self) -> dict[str, Any]:
-        return self.measured
+class Limit(Task):
+    """A measurement of the machine, without a model."""
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Time one call on the clock that ratios are taken on."""
-        if self.job.device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1e3
-        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        start_s = clock()
-        work()
-        return clock() - start_s
+        seconds = clocked(work, self.job.device)
+        return seconds.get("device", seconds["cpu" if torch.get_num_threads() == 1 else "wall"])
 
 
-class MatrixProducts(Measure):
+class MatrixProducts(Limit):
     """FLOP/s of each shape in `arguments`, by the kernel that was fastest when the task was prepared."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
+        job = self.job
         self.dtype = getattr(torch, job.arguments.get("dtype", "float32"))
         self.shapes = [tuple(shape) for shape in job.arguments["shapes"]]
         self.operands = {shape: self.operand(shape) for shape in self.shapes}
@@ -100,29 +84,26 @@ class MatrixProducts(Measure):
             repeat()
             return inner * work / min(self.seconds(repeat) for _ in range(repeats))
 
-    def run(self, fresh: None) -> dict[str, Tensor]:
+    def run(self, fresh: None) -> None:
         self.measured = {"rates": [self.rate(best, s, 2) for best, s in zip(self.best, self.shapes, strict=True)]}
-        return {}
 
 
-class Stream(Measure):
+class Stream(Limit):
     """Bytes per second through main memory: read alone (a matrix times a vector), and read plus written (a copy)."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
         # 512 MiB: far above any cache.
-        self.matrix = torch.ones(2**13, 2**14, device=job.device)
-        self.vector = torch.ones(2**14, device=job.device)
+        self.matrix = torch.ones(2**13, 2**14, device=self.job.device)
+        self.vector = torch.ones(2**14, device=self.job.device)
         self.target = torch.empty_like(self.matrix)
 
-    def run(self, fresh: None) -> dict[str, Tensor]:
+    def run(self, fresh: None) -> None:
         n = self.matrix.nbytes
         # The first one only loads the library.
         read = min(self.seconds(lambda: F.linear(self.vector, self.matrix)) for _ in range(3))
         summed = min(self.seconds(lambda: self.matrix.sum()) for _ in range(2))
         copy = min(self.seconds(lambda: self.target.copy_(self.matrix)) for _ in range(3))
         self.measured = {"read": n / min(read, summed), "copy": 2 * n / copy}
-        return {}
 
 
 TASKS: dict[str, type[Task]] = {"products": MatrixProducts, "stream": Stream}

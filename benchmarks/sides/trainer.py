@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from benchmarks.job import Job
 from benchmarks.tasks import Task
 from open_mythos.tasks import Text
 from open_mythos.train.checkpoint import CheckpointConfig
@@ -24,8 +21,8 @@ from open_mythos.variants import VARIANTS
 class Training(Task):
     """A variant with Muon, on bytes of the embedded novel. `folder` of the job's arguments gets the runs."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
+        job = self.job
         self.cfg = TrainConfig(
             VARIANTS[job.arguments["variant"]](),
             Text(seq_len=job.tokens),
@@ -49,10 +46,10 @@ class Training(Task):
 class Steps(Training):
     """Steps of one run. Its reading is the share of the last step's CPU time that Muon took."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
+    def setup(self) -> None:
+        super().setup()
         self.run_on = self.trainer()
-        self.step, self.muon_s, self.step_s = 0, 0.0, 0.0
+        self.step, self.muon_s = 0, 0.0
         [muon] = [optimizer for optimizer in self.run_on.optimizers if isinstance(optimizer, Muon)]
         self._inner: Callable[[], None] = muon.step
         muon.step = self._timed  # ty: ignore[invalid-assignment]
@@ -62,39 +59,30 @@ class Steps(Training):
         self._inner()
         self.muon_s = time.process_time() - start
 
-    def run(self, fresh: None) -> dict[str, Tensor]:
+    def run(self, fresh: None) -> None:
         start = time.process_time()
         self.run_on.train_step(self.step)
-        self.step_s = time.process_time() - start
+        self.measured = {"muon": self.muon_s / (time.process_time() - start)}
         self.step += 1
-        return {}
-
-    def reading(self) -> dict[str, float]:
-        return {"muon": self.muon_s / self.step_s}
 
 
 class WholeRun(Training):
     """A run with a line of metrics after every step. Its reading is the share of time outside steps, by its timers."""
 
-    def __init__(self, job: Job, module: Any = None) -> None:
-        super().__init__(job)
-        self.checkpoint = CheckpointConfig(job.arguments["checkpoint_every"])
-        self.overhead = 0.0
+    def setup(self) -> None:
+        super().setup()
+        self.checkpoint = CheckpointConfig(self.job.arguments["checkpoint_every"])
 
     def fresh(self) -> Trainer:
         return self.trainer(self.checkpoint)
 
-    def run(self, fresh: Trainer) -> dict[str, Tensor]:
+    def run(self, fresh: Trainer) -> None:
         fresh.run()
         steps_s = whole_s = 0.0
         for line in read_metrics(fresh.out_dir / "metrics.jsonl"):
             step_s = self.job.rows * self.job.tokens / line["perf/tok_s"]
             steps_s, whole_s = steps_s + step_s, whole_s + step_s / (1 - line["perf/overhead"])
-        self.overhead = 1 - steps_s / whole_s
-        return {}
-
-    def reading(self) -> dict[str, float]:
-        return {"overhead": self.overhead}
+        self.measured = {"overhead": 1 - steps_s / whole_s}
 
 
 TASKS: dict[str, type[Task]] = {"steps": Steps, "run": WholeRun}

@@ -1,7 +1,8 @@
-"""The commands that ask what loops are good for."""
+"""The command `mythos exp`, which runs, lists and shows the experiments."""
 
 import shlex
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,13 +22,13 @@ HOME = Path("runs/exp")
 
 @dataclass
 class ExpArgs:
-    """Run an experiment and write its report. `mythos exp list` has a line for each experiment, `mythos exp show NAME`
-    all that is known of one."""
+    """Run an experiment and write its report. `mythos exp list` has a line for each experiment; `mythos exp show NAME`
+    has the protocol, the arms and the finding of one."""
 
     name: Annotated[str, tyro.conf.Positional]
     """An experiment, or list, or show."""
     shown: Annotated[str, tyro.conf.Positional] = ""
-    """Behind show: the experiment."""
+    """The experiment to show."""
     quick: bool = False
     """Minutes instead of the whole protocol: to see it work, not for a claim."""
     seeds: tuple[int, ...] | None = None
@@ -43,7 +44,7 @@ class ExpArgs:
         if self.name == "show":
             check_choice("shown", self.shown, [*experiments.EXPERIMENTS])
         elif self.shown:
-            raise ValueError(f"{self.shown!r} stands behind {self.name}; leave it out, or use show {self.shown}")
+            raise ValueError(f"{self.shown!r} follows {self.name}; leave it out, or use show {self.shown}")
         check_int("threads", self.threads, 1)
         seeds = self.seeds or ()
         if len(set(seeds)) < len(seeds):
@@ -79,28 +80,31 @@ def exp(rest: list[str]) -> None:
 
 
 def _list(console: "Console") -> None:
-    """One line for each experiment, cut to the terminal's width."""
+    """Print one line for each experiment, cut to the terminal's width, with 80 characters of its finding."""
     from open_mythos.experiments.study import load
 
     for name in experiments.EXPERIMENTS:
         experiment = load(name)
-        line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} {_found(name)[0]}"
+        line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} "
+        line += textwrap.shorten(_found(name)[0], 80, placeholder=" ...")
         console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
     console.print("\nname, time of the quick form / the whole, question, finding", soft_wrap=True)
-    console.print("All that is known of one: mythos exp show NAME", soft_wrap=True)
+    console.print("Protocol, arms and finding of one: mythos exp show NAME", soft_wrap=True)
 
 
 def _show(console: "Console", name: str) -> None:
-    """Everything that is known of one experiment."""
+    """Print the question, cost, arms, finding and protocol of one experiment."""
     from open_mythos.experiments.study import load
 
     experiment = load(name)
+    arms = experiment.arms(False)
     finding, place = _found(name)
     for label, text in (
         ("", experiment.title),
         ("Question: ", experiment.question),
         ("Takes: ", f"{experiment.cost[0]} in the quick form, {experiment.cost[1]} in all, on one CPU core"),
         ("Seeds: ", " ".join(map(str, experiment.seeds))),
+        ("Arms: ", "; ".join(f"{arm} ({experiment.titles[arm]})" if arm in experiment.titles else arm for arm in arms)),
         ("Finding: ", finding + (f" ({place})" if place else "")),
         ("", experiment.text("Protocol")),
         ("Run it: ", f"mythos exp {name} --quick"),
@@ -110,7 +114,7 @@ def _show(console: "Console", name: str) -> None:
 
 
 def _found(name: str) -> tuple[str, Path | None]:
-    """What was found last on this machine, the whole before the quick form, and where that is written."""
+    """Return the last finding on this machine, rather of the whole than the quick form, and where its report is."""
     from open_mythos.experiments.study import MAX_RESULT_BYTES
     from open_mythos.files import read_json
 

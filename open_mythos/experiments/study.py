@@ -315,34 +315,13 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
     return "\n".join(repeated[2].format_map({**values, **row}) for row in values[repeated[1]])
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment that is not declared as a Study yet."""
-
-    title: str
-    question: str
-    protocol: str
-    cost: tuple[str, str]
-    run: Callable[[Lab], Result]
-    report: Callable[[Result], Report]
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_parts: Callable[[Lab], int | None] = lambda lab: None
-
-    def text(self, heading: str) -> str:
-        return self.protocol
-
-
-def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
-    return dataclasses.replace(cfg, seed=seed)
-
-
 def plain(cfg: TrainConfig, blocks: int) -> TrainConfig:
     """Return the run for a plain transformer of so many blocks."""
     layers = {"prelude_layers": blocks, "recurrent_layers": 0, "coda_layers": 0, "prelude_norm": False}
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **layers))
 
 
-def load(name: str) -> Any:
+def load(name: str) -> Study:
     """Return the study that `EXPERIMENTS` has under a name, which may be the path "module:NAME" to import it from."""
     from open_mythos.experiments import EXPERIMENTS
 

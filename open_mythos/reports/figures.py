@@ -111,26 +111,6 @@ def stacked(
     draw_curves(panels, path, labels, ticks=loops, log="x" if loops else "", limits=(-0.04, 1.04))
 
 
-def interval_curves(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    labels: tuple[str, str],
-    title: str,
-    path: Path,
-    log_y: bool = False,
-    level: tuple[str, float] | None = None,
-) -> None:
-    """Draw curves of (x, y, low, high) and a level such as chance."""
-    curves = [
-        Curve(xs, ys, name, 0, low, high)
-        for name, points in series.items()
-        for xs, ys, low, high in [tuple(zip(*points, strict=True))]
-    ]
-    if level is not None:
-        places = [x for curve in curves for x in curve.xs]
-        curves.append(Curve((min(places), max(places)), (level[1], level[1]), level[0], None))
-    draw_curves({title: curves}, path, labels, log="y" if log_y else "")
-
-
 def heat_map(
     accuracy: Sequence[Sequence[float]],
     distances: Sequence[int],

@@ -6,7 +6,6 @@ Shapes: S seeds, N windows or sequences.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -149,18 +148,3 @@ def rank_correlation(a: ArrayLike, b: ArrayLike, within: ArrayLike = 0) -> float
 def token_bits(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross-entropy in bits, (B, T), of labels (B, T) under logits (B, T, V)."""
     return F.cross_entropy(at_least_float32(logits).mT, labels, reduction="none") / math.log(2)
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """Return the mean over seeds with the ends of its interval; `Estimate(values).interval`."""
-    return Estimate(values).interval
-
-
-def shown(values: Sequence[float] | np.ndarray, form: str = ".3f") -> str:
-    """Write the mean over seeds with its interval; `str(Estimate(values, form))`."""
-    return format(Estimate(values), form)
-
-
-def against(values: Sequence[float] | np.ndarray, level: float) -> str:
-    """Name the side of a level that the interval over seeds lies on; `Estimate(values).side(level)`."""
-    return Estimate(values).side(level)

@@ -125,7 +125,7 @@ def test_policies_that_agree_give_the_tokens_of_generate() -> None:
 
 def test_a_window_ends_with_a_read_out_and_contains_no_prompt() -> None:
     busy = load(3, policy=DROPPED, seconds=0.05)
-    seconds, window = busy.time(), busy.reading()
+    seconds, window = busy.time(), busy.measured
     assert window["tokens"] == window["depths"].total() == 3 * len(window["reading_s"])
     assert sum(window["looping_s"]) + sum(window["reading_s"]) == pytest.approx(seconds["cpu"] * window["tokens"])
     assert 1 <= engine.mean(window["depths"]) <= DEEPEST
@@ -137,7 +137,7 @@ def test_a_window_ends_with_a_read_out_and_contains_no_prompt() -> None:
 def test_crowd_counts_turnarounds_in_loop_tokens() -> None:
     crowd = Crowd(dataclasses.replace(job("crowd", 32, depths=[1] * 32, seconds=0.3), new_tokens=16))
     crowd.time()
-    seen = crowd.reading()[1]
+    seen = crowd.measured[1]
     # Nobody waits for a row, and only a client that asks again misses a loop: sharing is perfect.
     assert seen["turnarounds"]
     assert all(0.9 * 16 < ticks <= 16 for ticks in seen["turnarounds"])

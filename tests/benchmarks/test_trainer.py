@@ -29,7 +29,7 @@ def test_a_run_saves_and_reads_its_own_timers(job: Job) -> None:
     task.run(run)
     assert sorted(path.name for path in (run.out_dir / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     # Saving a model after every step of a few milliseconds costs more than nothing, and less than all.
-    assert 0 < task.reading()["overhead"] < 1
+    assert 0 < task.measured["overhead"] < 1
 
 
 def test_muon_is_a_part_of_a_step(job: Job) -> None:
@@ -37,7 +37,7 @@ def test_muon_is_a_part_of_a_step(job: Job) -> None:
     before = task.run_on.model.prelude[0].attn.wo.weight.clone()
     for _ in range(2):
         task.run(task.fresh())
-    assert task.step == 2 and 0 < task.reading()["muon"] < 1
+    assert task.step == 2 and 0 < task.measured["muon"] < 1
     assert not before.equal(task.run_on.model.prelude[0].attn.wo.weight)
 
 

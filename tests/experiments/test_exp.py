@@ -115,6 +115,7 @@ def test_show_tells_all_of_one(capsys: pytest.CaptureFixture) -> None:
     assert main(["exp", "show", "khop"]) == 0
     out, experiment = " ".join(capsys.readouterr().out.split()), load("khop")
     assert experiment.question in out and " ".join(experiment.text("Protocol").split()) in out
+    assert "plain-depth (plain, equal depth)" in out and "docs/results/khop" in out
     assert "2 min in the quick form, 65 min in all" in out and "mythos exp khop --quick" in out
 
 

@@ -11,7 +11,7 @@ import torch
 
 from open_mythos.experiments import EXPERIMENTS
 from open_mythos.experiments import study as laboratory
-from open_mythos.experiments.study import Lab, commit, load, seeded
+from open_mythos.experiments.study import Lab, Run, Study, commit, load
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Addition
 from open_mythos.train.config import TrainConfig
@@ -124,7 +124,7 @@ def test_numbers_are_measured_once_for_what_was_asked(lab: Lab, cfg: TrainConfig
     assert str(lab.measured("a", cfg, measure, rows=10)) == str(first)
     assert calls == [False]
     assert lab.measured("a", cfg, measure, rows=20)["cpu_s"] == first["cpu_s"]
-    lab.measured("a", seeded(cfg, 1), measure, rows=20)
+    lab.measured("a", dataclasses.replace(cfg, seed=1), measure, rows=20)
     assert calls == [False] * 3
     assert steps == [*range(STEPS)] * 2
 
@@ -145,9 +145,19 @@ def test_what_needs_no_run_is_computed_once(lab: Lab) -> None:
     assert asked == [0, 0, 1]
 
 
-def test_a_seed_changes_weights_and_nothing_else(lab: Lab, cfg: TrainConfig) -> None:
-    assert weights(lab.trained("0", cfg)) != weights(lab.trained("1", seeded(cfg, 1)))
-    assert dataclasses.replace(seeded(cfg, 1), seed=0) == cfg
+def test_every_arm_runs_its_seeds_with_weights_of_their_own(lab: Lab, cfg: TrainConfig) -> None:
+    def measure(run: Run) -> dict:
+        return {
+            "sum": sum(float(x.detach().double().sum()) for x in run.model.parameters()),
+            "asked_of": run.config.seed,
+        }
+
+    study = Study("", "", "", ("", ""), lambda quick: {"a": cfg, "b": cfg}, measure, lambda r: {}, n_seeds={"b": 1})
+    runs = study.run(lab)["runs"]
+    assert {arm: [run["seed"] for run in found] for arm, found in runs.items()} == {"a": [0, 1], "b": [0]}
+    assert [run["asked_of"] for run in runs["a"]] == [0, 1] and runs["a"][0]["sum"] != runs["a"][1]["sum"]
+    assert runs["a"][0]["sum"] == runs["b"][0]["sum"]
+    assert study.n_parts(lab) == len(lab.begun) == 3
 
 
 def test_the_lab_sets_its_threads(tmp_path: Path, cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
