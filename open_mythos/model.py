@@ -192,7 +192,7 @@ class OpenMythos(GenerationMixin):
         documents: Tensor | None = None,
         **removed: Any,
     ) -> Tensor | LoopTrace | TrainOutput:
-        """Logits of every position.
+        """Return the logits of every position.
 
         Args:
             input_ids: (B, T) int64, T new tokens per row.
@@ -209,10 +209,8 @@ class OpenMythos(GenerationMixin):
             trace: return a `LoopTrace` instead of logits. With `plan`, whose depths then have to be equal and the
                 model's halting "none", the `TrainOutput` holds logits of every loop.
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
-            generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's own
-                generator in training.
-            documents: (B, T) int64, the number of each token's document in its row, never falling: tokens see those of
-                their own document only. Not with a cache.
+            generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's in training.
+            documents: (B, T) int64, each token's document, never falling: attention stays inside. Not with a cache.
 
         Raises:
             TypeError, ValueError: an argument is unusable; nothing has been computed and the cache is untouched.
@@ -224,12 +222,7 @@ class OpenMythos(GenerationMixin):
         check_generator(generator)
         depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, None if cache is None else cache.n_loops)
         if plan is not None:
-            others = {
-                "n_loops": n_loops,
-                "cache": cache,
-                "exit": exit,
-                "last_only": last_only or None,
-            }
+            others = {"n_loops": n_loops, "cache": cache, "exit": exit, "last_only": last_only or None}
             check_plan(plan, input_ids, self.cfg, trace, others)
             depth = plan
         if trace:

@@ -261,10 +261,6 @@ def fill(r: Results) -> dict[str, Any]:
     every = [run for runs in (*r.runs.values(), *map(dict.values, raw["sweep"].values())) for run in runs]
     deeper = bits(r, "sampled", LOOPS[-1]) - bits(r, "sampled", mean)
     depths = np.repeat(np.arange(len(raw["depths"])), raw["depths"])
-    rates = sorted({float(rate) for sweep in raw["sweep"].values() for rate in sweep})
-
-    def score(sweep: Result, rate: float) -> str:
-        return f"{np.mean(sweep[str(rate)]['bits']) / per_window:.4f}" if str(rate) in sweep else ""
 
     by_loops = [
         {"loops": n}
@@ -314,14 +310,22 @@ def fill(r: Results) -> dict[str, Any]:
         "first_seed": r.runs["sampled"][0]["seed"],
         "sweep_steps": cfg["steps"] // 4,
         "sweep_rows": r.raw["sweep"]["sampled"]["1.0"]["asked"]["windows"],
-        "sweeps": Table(
-            ["arm", *(f"x {rate:g}" for rate in rates), "chosen"],
-            [
-                [r.title(arm), *(score(sweep, rate) for rate in rates), f"{best(sweep):g}"]
-                for arm, sweep in raw["sweep"].items()
-            ],
-        ),
+        "sweeps": sweep_table(r),
     }
+
+
+def sweep_table(r: Results) -> Table:
+    """Return a table of the bits per byte at each learning rate of the sweeps, and the rate that was chosen."""
+    sweeps, per_window = r.raw["sweep"], r.raw["bytes_per_window"]
+    rates = sorted({float(rate) for sweep in sweeps.values() for rate in sweep})
+
+    def score(sweep: Result, rate: float) -> str:
+        return f"{np.mean(sweep[str(rate)]['bits']) / per_window:.4f}" if str(rate) in sweep else ""
+
+    rows = [
+        [r.title(arm), *(score(sweep, rate) for rate in rates), f"{best(sweep):g}"] for arm, sweep in sweeps.items()
+    ]
+    return Table(["arm", *(f"x {rate:g}" for rate in rates), "chosen"], rows)
 
 
 def named(r: Results, arm: str) -> str:

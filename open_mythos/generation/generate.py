@@ -40,31 +40,15 @@ class GenerationMixin(nn.Module):
     exit_rule: Callable[..., HaltingRule | None]
 
     def generate(
-        self,
-        input_ids: Any,
-        max_new_tokens: int = 64,
-        n_loops: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = 50,
-        *,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | Biases = (),
-        attention_mask: Tensor | None = None,
-        exit: str | HaltingRule | None = None,
-        exit_threshold: float | None = None,
-        stop: int | str | Sequence[int | str] = (),
-        tokenizer: Tokenizer | None = None,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        on_token: OnToken | None = None,
-        return_loops: bool = False,
-        pad_id: int = 0,
-        compiled: bool = False,
-    ) -> Any:
+        self, input_ids: Any, max_new_tokens: int = 64, n_loops: int | None = None, temperature: float = 1.0,
+        top_k: int | None = 50, *, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0, presence_penalty: float = 0.0, logit_bias: Mapping[int, float] | Biases = (),
+        attention_mask: Tensor | None = None, exit: str | HaltingRule | None = None,
+        exit_threshold: float | None = None, stop: int | str | Sequence[int | str] = (),
+        tokenizer: Tokenizer | None = None, seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None, on_token: OnToken | None = None, return_loops: bool = False,
+        pad_id: int = 0, compiled: bool = False,
+    ) -> Any:  # fmt: skip
         """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
 
         Args:
@@ -77,8 +61,7 @@ class GenerationMixin(nn.Module):
             attention_mask: (B, T), zero for padding on the left; only with a tensor of prompts.
             exit, exit_threshold: a halting rule for this call, as in `OpenMythos.forward`.
             stop: ids or strings that end a row. A stop id is the row's last token; strings need a `tokenizer`.
-            seed: one per row, or one int s that gives row i the seed s + i; any int64. A row's draws do not depend on
-                the other rows.
+            seed: one int64 per row, or one s that gives row i the seed s + i. Rows draw independently of each other.
             generator: one generator for all rows, instead of seeds.
             on_token: called with (row, token_id, loops) for every new token.
             return_loops: also return the loops of each new token, which are those of the position that predicted it.
@@ -135,12 +118,9 @@ class GenerationMixin(nn.Module):
         cache = self.make_cache(n_rows, T + max_new_tokens - 1, depth if self.cfg.recurrent_layers else None)
         ids, mask = prompts.ids.long(), prompts.mask
         # Earlier tokens are collected only for the penalties that need them.
-        seen = None
-        if params.repetition_penalty != 1:
-            seen = ids if mask is None else ids.where(mask, -1)
+        seen = None if params.repetition_penalty == 1 else ids if mask is None else ids.where(mask, -1)
         answered = ids[:, :0] if params.penalizes_answer else None
-        rows = list(range(n_rows))
-        """For each row of the batch its row in the answer."""
+        rows = list(range(n_rows))  # the row in the answer of each row of the batch
         new: list[list[int]] = [[] for _ in rows]
         used: list[list[int]] = [[] for _ in rows]
         stopped: set[int] = set()

@@ -174,7 +174,7 @@ class TrainConfig:
         """Return what fields of different sections must not be together, each with its message."""
         model, data, loops, losses, parallel = self.model, self.data, self.loops, self.losses, self.parallel
         has_loops, layers = model.recurrent_layers > 0, f"model.recurrent_layers={model.recurrent_layers}"
-        has_experts, ramp = has_loops and model.n_experts, loops.ramp_steps or loops.mean_ramp_steps
+        has_experts = has_loops and model.n_experts
         loop_fields = {
             "eval.loops": (self.eval.loops, ()),
             "loops.backprop_depth": (loops.backprop_depth, None),
@@ -211,6 +211,28 @@ class TrainConfig:
                 "block; use parallel.experts=1, or another number of either",
             ),
             (
+                losses.ponder and not (has_loops and model.halting == "act"),
+                f"losses.ponder={losses.ponder:g} needs a block with model.halting='act', not {layers} with "
+                f"{model.halting!r}; use losses.ponder=0",
+            ),
+            *(
+                (
+                    value and not has_experts,
+                    f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use "
+                    f"{name}=0",
+                )
+                for name, value in expert_fields.items()
+            ),
+            *self._compile_rules(),
+        ]
+
+    def _compile_rules(self) -> list[tuple[object, str]]:
+        """Return the rules of `compile`, as `_rules` does."""
+        model, loops, parallel = self.model, self.loops, self.parallel
+        has_loops, layers = model.recurrent_layers > 0, f"model.recurrent_layers={model.recurrent_layers}"
+        ramp = loops.ramp_steps or loops.mean_ramp_steps
+        return [
+            (
                 self.compile == "model" and has_loops and (loops.law != "fixed" or ramp),
                 "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without a ramp, not "
                 f"{loops.law!r} with {ramp}; use compile='block' with loops.per='batch'",
@@ -236,19 +258,6 @@ class TrainConfig:
                 self.compile == "model" and self.checkpoint_loops,
                 "checkpoint_loops=True does not go with compile='model', whose graph decides what it recomputes; use "
                 "compile='block' or checkpoint_loops=False",
-            ),
-            (
-                losses.ponder and not (has_loops and model.halting == "act"),
-                f"losses.ponder={losses.ponder:g} needs a block with model.halting='act', not {layers} with "
-                f"{model.halting!r}; use losses.ponder=0",
-            ),
-            *(
-                (
-                    value and not has_experts,
-                    f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use "
-                    f"{name}=0",
-                )
-                for name, value in expert_fields.items()
             ),
         ]
 

@@ -123,3 +123,15 @@ def test_nothing_is_unpickled() -> None:
 def test_no_absolute_paths() -> None:
     absolute = re.compile(r"(?<![\w.])/(?:work|root|tmp|home)/")
     assert not [relative(path) for path in TEXTS if absolute.search(path.read_text("utf-8"))]
+
+
+def test_functions_and_modules_stay_short() -> None:
+    long = []
+    for path in MODULES:
+        text = path.read_text()
+        long += [relative(path)] if len(text.splitlines()) > 400 else []
+        functions = (
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+        long += [f"{relative(path)}: {f.name}" for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
+    assert not long
