@@ -85,7 +85,10 @@ def writing(path: Path, remedy: str = "", n_bytes: int | None = None, half: Path
 
 
 def to_disk(path: Path) -> None:
-    """Return when a file's contents, or a folder's list of names, would survive a power failure."""
+    """Flush a file, or the entries of a folder, to the disk, so that they survive a power failure.
+
+    The files of a folder are not flushed: flush each of them first.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -97,7 +97,7 @@ def prepare(
     units = cut_into_units(files, settings.reading, progress=progress)
     encoder = open_tokenizer(tokenizer)
     if encoder.eos_id is None:
-        raise ValueError(f"tokenizer={tokenizer!r} has no end token, which documents are told apart by; use another")
+        raise ValueError(f"tokenizer={tokenizer!r} has no end token to separate documents; use another")
     plan = {
         "format": FORMAT,
         "settings": asdict(settings),

@@ -198,9 +198,12 @@ def _parquet_records(unit: Unit, reading: Reading) -> Iterator[Record]:
 
 
 def _lines(unit: Unit, most: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the lines that begin inside the unit, each with its number or the byte where it begins.
+    """Yield each line that begins inside the unit, line break included, with its position.
 
-    The last one may end behind the unit. A line of more than `most` bytes is not stored: None stands for it.
+    The position is the line number, from 1, if the unit starts at byte 0, otherwise the line's byte offset in the file.
+
+    The last line may extend past the end of the unit. A line of more than `most` bytes is None, so that memory stays
+    bounded. A file without `has_byte_lines` is read to its end.
     """
     with open_utf8(unit.path) as file:
         is_part = has_byte_lines(unit.path)

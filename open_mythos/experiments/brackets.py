@@ -176,7 +176,11 @@ def direction(correlation: Estimate) -> str:
 
 
 def null_side(null: Estimate) -> str:
-    """Return whether the null control is 0, as it should be."""
+    """Describe whether the interval of the null control over seeds contains 0.
+
+    The control is the rank correlation of the settling loop with the type of the first bracket, which cannot matter: an
+    interval without 0 casts doubt on the other correlations.
+    """
     if np.isnan(null.by_seed).any():
         return "not defined in each seed"
     doubt = "it should be 0: the rest is in doubt"

@@ -357,7 +357,11 @@ def draw_exits(r: Results, path: Path, task: str) -> None:
 
 
 def draw_depth(r: Results, path: Path, task: str) -> None:
-    """Draw mean loops by difficulty, for every rule."""
+    """Plot the mean number of loops against difficulty (`HARD[task]`), a curve per halting rule and oracle.
+
+    Each rule has the threshold that `choose` picks; `is_drawn` leaves most "end only" rules out. Bands are intervals
+    over seeds. Only difficulties that occur in every seed are plotted.
+    """
     chosen = choose(rows(r, task))
     by = by_difficulty(chosen, "by_difficulty")
     curves = [

@@ -57,7 +57,16 @@ def like(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _values(store: Tensor, level: int | Tensor, rows: slice | Tensor, slots: slice) -> Tensor:
-    """Return a level's values (B, S, ...) in some rows and slots of a store (L, B, S, ...)."""
+    """Return the cached values of one level, or of one level per row, for the selected rows and slots.
+
+    Args:
+        store: (L, B, S, ...): levels (one per layer and loop), rows of the batch, slots (one per token).
+        level: an index, or (R,) indices paired with `rows`, which is then a tensor.
+        rows: a slice, or (R,) indices.
+
+    Returns:
+        (rows, slots, ...): a view if `level` is an int and `rows` a slice, otherwise a copy.
+    """
     if isinstance(level, int) and isinstance(rows, Tensor):
         # Three times as fast on a CPU as indexing with both.
         return store[level, :, slots].index_select(0, rows)

@@ -67,7 +67,10 @@ def loop_summary(console: Console, loops: Sequence[int], most: int) -> str | Tex
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str | None = None) -> Table:
-    """Make a table of cells aligned right; a cell of plain text is shown as it is, without rich's markup."""
+    """Build a rich table with right-aligned columns, whose `str` headings and cells are shown literally.
+
+    Pass a `Text` for a styled cell. `title` may contain rich markup. Long cells wrap.
+    """
     made = Table(*(Column(Text(name), justify="right", overflow="fold") for name in head), title=title)
     for row in rows:
         made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))

@@ -107,7 +107,12 @@ class Connection(H11Protocol):
         self._set_deadline("send")
 
     def _watch(self) -> None:
-        """Set the deadline of the part of a request that is to come."""
+        """Start or cancel the timer when the client moves to the next part of its request.
+
+        The headers, with any idle time before them, may take `HEADERS_S` seconds and the body `BODY_S`. Data that
+        arrive within a part do not extend its time, so a slow trickle is cut off. On expiry the connection is closed,
+        with a 408 if no response has started.
+        """
         state = self.conn.their_state
         if state is not self._state:
             self._state = state

@@ -33,7 +33,7 @@ Conversation = tuple[np.ndarray, np.ndarray]
 HELD_OUT = 0.05
 LAYOUTS = "a conversation has the field messages, or conversations, or instruction and output"
 RECORD_BYTES = 16 * 2**20
-"""Of the JSON of one conversation; a longer one is skipped."""
+"""Most bytes of JSON for one conversation; a longer one is skipped."""
 KINDS = {"no text in the record": "invalid JSON", "not UTF-8": "invalid JSON"}
 """How a record that is no conversation is counted, by the reason for which it is no record."""
 

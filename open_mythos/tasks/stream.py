@@ -34,7 +34,7 @@ NAMED = 10
 """Rows skipped by a lane before it counts further ones without naming them."""
 log = logging.getLogger("open_mythos.data")
 SAMPLE_TOKENS = 100_000
-"""Of the held-out documents, for `bytes_per_token`."""
+"""Tokens of held-out documents from which `bytes_per_token` is measured."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stream(FileTask):
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Of the first held-out documents, whose end tokens count as tokens."""
+        """Bytes per token of the first held-out documents; end tokens count as tokens."""
         n_bytes, ids = zip(*self._held_out(SAMPLE_TOKENS), strict=True)
         return sum(n_bytes) / sum(len(part) for part in ids)
 
@@ -132,9 +132,7 @@ class Stream(FileTask):
     def open_tokenizer(self) -> Tokenizer:
         tokenizer = open_tokenizer(self.vocabulary)
         if tokenizer.eos_id is None:
-            raise ValueError(
-                f"data.vocabulary={self.vocabulary!r} has no end token, which documents are told apart by; use another"
-            )
+            raise ValueError(f"data.vocabulary={self.vocabulary!r} has no end token to separate documents; use another")
         return tokenizer
 
     @property

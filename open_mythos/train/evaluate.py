@@ -78,7 +78,12 @@ def rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def spectral_radius(model: OpenMythos) -> float | None:
-    """Return the spectral radius of the state's linear update; None where the injection has none."""
+    """Return the spectral radius of the linear map of the recurrent state, or None if the model has no such map.
+
+    The map is the diagonal A in h' = A*h + ..., so this is its largest entry; the block's contribution is not included.
+    There is none without a recurrent part, or with an injection without decay (`add`, `concat`). With sharded weights
+    every process has to call this.
+    """
     injection = None if model.recurrent is None else model.recurrent.injection
     decay = None if injection is None else injection.get_A()
     if decay is None:

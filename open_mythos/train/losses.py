@@ -11,10 +11,10 @@ from open_mythos.train.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class Share:
-    """What the rows of one call are of a step's batch, so that the losses of all calls add up to that of the batch."""
+    """Shares of a step's batch that one call has, so that the losses of all calls add up to that of the batch."""
 
     labels: float = 1.0
-    """Of the labelled tokens."""
+    """Share of the batch's labelled tokens."""
     tokens: float = 1.0
     per_loop: float | None = None
     """1 / the loops that the tokens of the batch were to run; None: the call is the batch."""

@@ -99,7 +99,11 @@ class Trainer:
             self._setup(checkpoint or CheckpointConfig(), resume, workers)
 
     def _setup(self, checkpoint: CheckpointConfig, resume: bool, workers: int) -> None:
-        """Open folder, data, model and optimizers, and restore the newest checkpoint of a run that goes on."""
+        """Open the run's folder and data, build model and optimizers, and load the newest checkpoint when resuming.
+
+        Without a checkpoint, the weights of `cfg.init_from` are loaded if it is set. Every process has to call this:
+        they compare configuration, options and data. The folder's lock is taken by `run`. Errors are those of the class.
+        """
         cfg, world = self.cfg, self.world
         # Before the first of the calls in which processes wait for each other.
         options = {"configuration": cfg.to_yaml(), "options": repr((checkpoint, resume))}
@@ -133,15 +137,16 @@ class Trainer:
         self._hooks.append((fn, every))
 
     def run(self) -> Path:
-        """Train up to `cfg.steps` steps and return the folder of the final model.
+        """Train until `cfg.steps` steps are done in total, save the final model, and return its folder.
 
-        SIGTERM and SIGINT (Ctrl-C) end the run after the step in progress and a checkpoint.
+        Steps before a resume count. SIGTERM and SIGINT (Ctrl-C) stop the run after the current step and a checkpoint.
 
         Raises:
-            FloatingPointError: steps had to be left out again and again, or a weight that is to be saved is not finite.
-            ValueError: another trainer has the folder, or has changed it since this one was made.
-            Interrupted: a signal ended the run.
-            RankFailed: the processes differ in a step or in its depths.
+            FloatingPointError: `cfg.guard.max_skips` steps in a row were skipped, or a weight was not finite when a
+                checkpoint was due.
+            ValueError: another trainer holds the lock of the folder, or has changed the folder since this one was made.
+            Interrupted: a signal stopped the run before its last step.
+            RankFailed: the processes disagree on a step or on its numbers of loops.
         """
         final = self.folder.final
         if self.folder.is_done:
