@@ -102,7 +102,7 @@ class Trainer:
         """Open the run's folder and data, build model and optimizers, and load the newest checkpoint when resuming.
 
         Without a checkpoint, the weights of `cfg.init_from` are loaded if it is set. Every process has to call this:
-        they compare configuration, options and data. The folder's lock is taken by `run`. Errors are those of the class.
+        they compare configuration, options and data. `run` takes the folder's lock. Errors are those of the class.
         """
         cfg, world = self.cfg, self.world
         # Before the first of the calls in which processes wait for each other.

@@ -38,7 +38,8 @@ def test_docstrings_stand_alone() -> None:
 
 def test_plain_english() -> None:
     tracked = subprocess.run(
-        ["git", "ls-files", "README.md", "CONTRIBUTING.md", "docs/*.md", ":!docs/results/*/*", "open_mythos/*.py", "open_mythos/*.html"],
+        ["git", "ls-files", "README.md", "CONTRIBUTING.md", "docs/*.md", ":!docs/results/*/*", "open_mythos/*.py",
+         "open_mythos/*.html"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     found = [
