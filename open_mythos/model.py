@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_mythos import model_folder as weights
+from open_mythos import model_folder
 from open_mythos.accounting import count_parameters
 from open_mythos.checks import check_int, check_number
 from open_mythos.config import MythosConfig
@@ -323,7 +323,7 @@ class OpenMythos(GenerationMixin):
 
         Over an older model this is one step: at any instant the folder loads as the one model or as the other.
         """
-        weights.save(folder, self.cfg, self.state_dict())
+        model_folder.save(folder, self.cfg, self.state_dict())
 
     @classmethod
     def without_weights(cls, folder: str | Path) -> "OpenMythos":
@@ -332,12 +332,12 @@ class OpenMythos(GenerationMixin):
         Raises:
             As `from_pretrained`.
         """
-        cfg, shapes = weights.read_config(folder), weights.read_shapes(folder)
+        cfg, shapes = model_folder.read_config(folder), model_folder.read_shapes(folder)
         layers = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
-        weights.check_size(shapes, count_parameters(cfg).total, layers)
+        model_folder.check_size(shapes, count_parameters(cfg).total, layers)
         with torch.device("meta"):
             model = cls(cfg)
-        weights.check(shapes, model.state_dict())
+        model_folder.check(shapes, model.state_dict())
         return model
 
     @classmethod
@@ -351,8 +351,8 @@ class OpenMythos(GenerationMixin):
             ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
                 names them.
         """
-        folder = weights.locate(folder_or_repo)
-        model, state = cls.without_weights(folder), weights.load(folder)
+        folder = model_folder.locate(folder_or_repo)
+        model, state = cls.without_weights(folder), model_folder.load(folder)
         model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
         model.head.weight = model.embed.weight
         return model.to(device=device, dtype=dtype).eval()

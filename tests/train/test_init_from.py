@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from open_mythos import model_folder as weights
+from open_mythos import model_folder
 from open_mythos.cli import main
 from open_mythos.model import OpenMythos
 from open_mythos.tasks import Addition, Text
@@ -92,7 +92,7 @@ def test_what_may_differ_changes_no_output(folder: str) -> None:
 def test_a_damaged_folder_is_refused(folder: str) -> None:
     state = scaled(tiny(vocab_size=259)).state_dict()
     state.pop("norm.weight")
-    weights.save(folder, tiny(vocab_size=259), state)
+    model_folder.save(folder, tiny(vocab_size=259), state)
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
         open_initial(tiny(vocab_size=259), ByteTokenizer(), folder)
 
