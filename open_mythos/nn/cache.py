@@ -18,22 +18,24 @@ class Scratch:
 
     attends = False
     previous: dict[int, KeyValues] = field(default_factory=dict)
-    """Those of the loop before, for the rows of the view."""
+    """Keys and values by layer that the loop before wrote, for the rows of the view."""
     current: dict[int, KeyValues] = field(default_factory=dict)
+    """Keys and values by layer that this loop has written so far."""
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         if view.active is not None and layer in self.previous:
+            # Exited tokens write nothing: what they wrote last is carried on from loop to loop.
             new = tuple(_overwrite(old, n, view) for n, old in zip(new, self.previous[layer], strict=True))
         if view.loop_index is not None:  # outside the loop they are not needed again
             self.current[layer] = new
         return new
 
     def take_rows(self, rows: Tensor) -> "Scratch":
-        """Return the scratch of the next loop when only some rows go on."""
+        """Return the scratch that the next loop starts from when only `rows` remain."""
         return Scratch(current={i: tuple(x.index_select(0, rows) for x in kv) for i, kv in self.current.items()})
 
     def add_rows(self, n: int) -> "Scratch":
-        """Return the scratch of the next loop when rows join at the end, which write before they attend."""
+        """Return the scratch that the next loop starts from when `n` rows join, which write before they attend."""
 
         def longer(x: Tensor) -> Tensor:
             return torch.cat((x, x.new_zeros(n, *x.shape[1:])))
@@ -47,6 +49,7 @@ def _overwrite(old: Tensor, new: Tensor, view: View) -> Tensor:
     assert active is not None
     if slots is None:
         return torch.where(like(active, new), new, old)
+    # After a compaction `new` has only some tokens of each row: they are merged at their slots, and the others stay.
     index = (torch.arange(len(old), device=old.device)[:, None], slots)
     return old.index_put(index, torch.where(like(active, new), new, old[index]))
 
@@ -107,6 +110,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all keys and values."""
         return sum(x.nbytes for stored in self.layers for x in stored)
 
     def slot_nbytes(self, layers: Iterable[int]) -> int:
@@ -114,35 +118,40 @@ class KVCache:
         return sum(x[0, 0, 0].nbytes for layer in layers for x in self.layers[layer])
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
+        # 1. The place: the loop's level, or level 0 in prelude and coda, and the rows that are still computed.
         at, level, below = view.selection, view.lockstep or 0, (view.lockstep or 0) - 1
         rows = slice(None) if at is None else at.rows
         if view.loop_index is not None and view.lockstep is None:
-            # Whole rows that are at loops of their own.
+            # Each row is at a loop of its own, so every level is paired with the row that it belongs to.
             level, below = view.loop_index, (view.loop_index - 1).clamp(min=0)
             rows = torch.arange(self.batch_size, device=self.device)
+        # New tokens go behind the stored ones. `length` moves at the call's end, so every loop writes the same slots.
         fresh = slice(self.length, self.length + (new[0].shape[1] if at is None else at.n_new))
         for store, x in zip(self.layers[layer], new, strict=True):
-            # A token that has exited writes what the level below has of it: fill-forward, level by level.
+            # 2. A token that has exited writes what the level below has of it: fill-forward, level by level. At loop 0
+            # there is no level below, and nothing has exited.
             if view.active is not None and view.lockstep != 0:
                 x = _overwrite(_values(store, below, rows, fresh), x, view)
             store[level, rows, fresh] = x.to(store.dtype)
+        # 3. Attention gets the level's slots so far, earlier tokens and new ones.
         return tuple(_values(store, level, rows, slice(0, fresh.stop)) for store in self.layers[layer])
 
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
-        """Let the new tokens' last written level, `n_done - 1`, stand for every deeper one, in all rows or some."""
+        """Copy the new tokens' last written level, `n_done - 1`, to every deeper one, in all rows or some."""
         new = slice(self.length, self.length + n_tokens)
         for store in (x for stored in self.layers for x in stored):
+            # Prelude and coda have one level and need no filling.
             if store.shape[0] > n_done:
                 store[n_done:, rows, new] = store[n_done - 1, rows, new]
 
     def visible(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the slots that hold tokens once `new` (B, T) are stored, (B, S), and the new tokens' slots (T,)."""
+        """Return which slots hold tokens once `new` (B, T) are stored, (B, S) bool, and the new tokens' slots (T,)."""
         end = self.length + new.shape[1]
         earlier = self.valid[:, : self.length]
         return torch.cat((earlier, new), dim=1), torch.arange(self.length, end, device=self.device)
 
     def keep_rows(self, rows: Tensor | Sequence[int]) -> None:
-        """Drop every row but those given, (n,) int64, in their order; an index on the host spares a wait.
+        """Drop every row but `rows`, (n,) int64 or a list, in that order; a list saves a wait for the device.
 
         Only rows that change their place are copied, so the memory of the others goes with the cache, not before.
         """
@@ -151,6 +160,7 @@ class KVCache:
         if moved:
             to, source = (torch.tensor(x, device=self.device) for x in (moved, [keep[i] for i in moved]))
             for store in (x for stored in self.layers for x in stored):
+                # `index_select` copies before anything is overwritten, so rows may change places.
                 used = store[:, :, : self.length]
                 used.index_copy_(1, to, used.index_select(1, source))
         self.batch_size = len(keep)
@@ -160,7 +170,7 @@ class KVCache:
         self.layers = [tuple(store[:, : len(keep)] for store in stored) for stored in self.layers]
 
     def advance(self, n_tokens: int, valid: Tensor | None) -> None:
-        """Count the new tokens as stored. The last act of a call, so that one that fails leaves the cache as it was."""
+        """Count the new tokens as stored. This ends a call, so a call that fails before leaves the cache as it was."""
         new = slice(self.length, self.length + n_tokens)
         self.valid[:, new] = True if valid is None else valid
         self.n_valid = self.n_valid + (n_tokens if valid is None else valid.sum(1))

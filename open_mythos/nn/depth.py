@@ -128,7 +128,7 @@ class LoRAAdapter(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor, loop_index: Tensor | int) -> Tensor:
-        """Compute x (B, T, D), loop_index (B,) int64 or one int -> (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D); `loop_index` is (B,) int64, or one int for every row."""
         last = self.scale.num_embeddings - 1
         if isinstance(loop_index, int):
             scale = self.scale.weight[min(loop_index, last)]

@@ -22,11 +22,12 @@ from open_mythos.ops.linear import is_traced
 from open_mythos.ops.precision import at_least_float32
 
 Compaction = Literal["counts", "always", "never"]
-"""When tokens that have exited leave the computation; see `RecurrentBlock.compaction`."""
+"""When exited tokens leave the computation: as soon as a quarter of it can go, at once, or never."""
 Loop = Callable[[Tensor, Tensor, Tensor, View], Tensor]
 """loop(h, e, loop_index, view) -> the next h"""
 Advance = Callable[[Rows, State, Tensor, Tensor, View, Exit], tuple[Rows, State, Tensor, Tensor | None]]
-"""advance(rows, state, e, loop_index, view, exit) -> what `Exit.apply` returns; a loop and its end in one piece"""
+"""advance(rows, state, e, loop_index, view, exit) -> the rows, the rule's state, the exit mask and the weights after
+one loop and the decision behind it."""
 
 
 @dataclass
@@ -69,7 +70,7 @@ class LoopDriver:
     """Loops of each row, the deepest first."""
     n_ticks: int
     together: bool
-    """True if all ticks have to run, because other processes take part in each."""
+    """True if all ticks have to run, because other processes exchange tokens with this one in each of them."""
     compaction: Compaction
     recompute: bool
     """Recompute each loop in the backward pass instead of saving its activations."""
@@ -104,12 +105,17 @@ class LoopDriver:
         self.weights: list[Tensor] = []
 
     def run(self, h: Tensor, n_grad: int | None) -> int:
-        """Run the loop from the states `h` (B, T, D); return the ticks that ran. Gradients: see `LoopPlan.n_grad`."""
+        """Run the loop from the states `h` (B, T, D) and return the number of ticks that ran.
+
+        Gradients flow through the last `n_grad` ticks; None: through all of them.
+        """
+        # A graph runs a fixed number of ticks, and ranks that share experts have to run equally many.
         may_end_early = self.adaptive and not self.in_graph and not self.together
         for tick in range(self.n_ticks):
             self.add_rows(h, tick)
             with nullcontext() if n_grad is None or tick >= self.n_ticks - n_grad else torch.no_grad():
                 self.tick(tick)
+            # With rows still to come, the loop goes on even if every row in it has exited.
             everyone_joined = self.n_joined == len(self.depths)
             if tick + 1 < self.n_ticks and may_end_early and everyone_joined and not self._any_active():
                 break
@@ -117,12 +123,14 @@ class LoopDriver:
 
     def add_rows(self, h: Tensor, tick: int) -> None:
         """Add the rows whose first loop is this tick."""
+        # Rows end together at the last tick, so a row of depth d runs its first loop d ticks before the end.
         n_rows = sum(depth >= self.n_ticks - tick for depth in self.depths)
         if n_rows == self.n_joined and self.rows:
             return
         new = slice(self.n_joined, n_rows)
         rows: Rows = {"h": h[new]}
         if self.adaptive:
+            # New rows bring all their tokens, so rows that were cut to fewer tokens get theirs back first.
             self._expand()
             self.scratch = self.scratch.add_rows(n_rows - self.n_joined)
             valid = self.view.valid
@@ -136,6 +144,7 @@ class LoopDriver:
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)
         self.parked = _extend(self.parked, rows) if self.parked else {}
+        # Without padding every token of a new row is in the loop, and the count needs no wait for the device.
         known = self.n_active is not None and self.view.valid is None
         self.n_active = [*(self.n_active or []), *[h.shape[1]] * (n_rows - self.n_joined)] if known else None
         self.row_ids += range(self.n_joined, n_rows)
@@ -144,6 +153,7 @@ class LoopDriver:
 
     def tick(self, tick: int) -> None:
         """Run one loop for the tokens in `rows`."""
+        # 1. Leave out what has exited. At the first tick nothing has.
         if self.adaptive and tick and not self.in_graph:
             if not self._any_active():
                 # Every row that has joined has exited, and others are still to come.
@@ -151,14 +161,14 @@ class LoopDriver:
                     self._run_empty_loop()
                 return
             self._compact(tick)
-        # 1. What this loop computes: rows count their loops down, so that all end at the last tick.
+        # 2. What this loop computes: rows count their loops down, so that all end at the last tick.
         h = self.rows["h"]
         view, e, n_loops = self.current
         loop_index, active = n_loops - (self.n_ticks - tick), self._active()
         last = tick + 1 == self.n_ticks
         # All rows end at the same tick. Only a rule with a probe gains from that; others would need another graph.
         exit = Exit(self.rule, self.probe, last and self.rule.needs_probe)
-        # 2. The loop, then its exits.
+        # 3. The loop, then its exits.
         if self.static is not None and self.adaptive:
             # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
             active = self.rows["active"] if self.rows["active"].numel() > 1 or self.in_graph else None
@@ -166,7 +176,9 @@ class LoopDriver:
             self._store(*self.advance(self.rows, self.state, e, loop_index, view, exit), last)
         else:
             store = None if self.static is None else self.static.at(tick)
+            # Rows at different loops have no common level, so the cache then gathers by `loop_index`.
             view = view.at_loop(loop_index, tick if self.lockstep else None, active, store)
+            # A cache stores the loop before as a level; a call without one takes it from the scratch.
             cached = isinstance(self.view.store, KVCache)
             h_new, store, log = self._run_loop(h, e, loop_index, view, None if cached else self.scratch.current)
             # At fixed depth every token writes in every loop, so no loop needs the keys of the one before it.
@@ -184,6 +196,7 @@ class LoopDriver:
     def _run_loop(
         self, h: Tensor, e: Tensor, loop_index: Tensor, view: View, previous: dict[int, KeyValues] | None
     ) -> tuple[Tensor, KVStore, RouterLog | None]:
+        """Run one loop, recomputed in the backward pass if asked; `previous`: keys and values of the loop before."""
         loop = partial(_loop_and_log, self.loop, view, previous, self.n_chosen > 0)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(loop, h, e, loop_index, use_reentrant=False)
@@ -210,7 +223,7 @@ class LoopDriver:
         return self.rows["active"] if self.adaptive and not everyone else None
 
     def _store(self, rows: Rows, state: State, exit_mask: Tensor, weight: Tensor | None, last: bool) -> None:
-        """Take over the results of a loop."""
+        """Take over the results of a loop, and count the tokens that are still in it unless it was the last one."""
         if self.trace:
             weight = exit_mask.to(rows["h"].dtype) if weight is None else weight
             none = weight.new_zeros(self.view.positions.shape)
@@ -228,6 +241,7 @@ class LoopDriver:
         """Drop rows and tokens that have exited from `rows`, if that pays. `tick` loops are done."""
         assert self.n_active is not None
         active = self.rows["active"]
+        # 1. The smallest rectangle: every row with a token in the loop, as wide as the fullest of these rows.
         (B, T), device = active.shape, active.device
         keep, width = [i for i, n in enumerate(self.n_active) if n], max(self.n_active)
         # A compaction takes 25 to 40 small operations beside about 130 of a block, so at least a quarter has to leave.
@@ -236,39 +250,45 @@ class LoopDriver:
             return
         slots = None
         if width < T:
-            # The tokens in the loop come first; such as have exited fill the shorter rows up.
+            # 2. Tokens in the loop come first in each row, in their order. Exited tokens fill up rows that have
+            # fewer; they stay frozen, so computing them again does no harm.
             slots = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
         rows = _as_index(keep, device)
         within = Selection(rows, None if slots is None else Selection(rows, None, B, T).pick(slots), B, T)
+        # 3. Park the results of all rows as they stand now, then go on with the rectangle alone.
         self.parked = {name: self._all_rows(name) for name in self.rows}
         self.rows = {name: within.pick(x) for name, x in self.rows.items()}
         self.state = {name: within.pick(x) for name, x in self.state.items()}
         if len(keep) < B:
             self.scratch = self.scratch.take_rows(within.row_index(device))
             if isinstance(self.view.store, KVCache):
+                # A row that leaves writes no more: its last keys and values stand for every deeper loop from here on.
                 gone = [row for row, n in zip(self.row_ids, self.n_active, strict=True) if not n]
                 self.view.store.fill_forward(tick, self.e.shape[1], torch.tensor(gone, device=device))
+        # 4. `within` counts inside the old rectangle: its tokens' places in the call come from the old selection.
         before = None if self.selection is None else self.selection.slots
         self.row_ids, self.n_active = [self.row_ids[i] for i in keep], [self.n_active[i] for i in keep]
         self._select(within.slots if before is None else within.pick(before))
 
     def _expand(self) -> None:
-        """Take exited tokens of the rows in the loop back in: rows that join have all of theirs."""
+        """Give the rows in the loop all their tokens back, exited ones too, before rows of full width join them."""
         if self.selection is None or self.selection.slots is None:
             return
         B, T = len(self.row_ids), self.e.shape[1]
+        # Write the rectangle's results back, then take its rows out again at full width.
         self.parked = {name: self._all_rows(name) for name in self.rows}
         whole = Selection(_as_index(self.row_ids, self.e.device), None, len(self.depths), T)
         self.rows = {name: whole.pick(x) for name, x in self.parked.items()}
         within = Selection(slice(None), self.selection.slots, B, T)
-        # A rule's state of a token that has exited is never needed again.
+        # Exited tokens get a state of zeros: nothing asks for theirs again. A state of shape (B,) has no tokens.
         self.state = {
             name: x if x.ndim == 1 else within.put(x.new_zeros(B, T, *x.shape[2:]), x) for name, x in self.state.items()
         }
 
     def _select(self, slots: Tensor | None) -> None:
-        """Let `rows` stand for the rows `row_ids` of the call and these of their tokens."""
+        """Record that `rows` are the rows `row_ids` of the call, cut to the tokens `slots` (None: all of them)."""
         if slots is None and len(self.row_ids) == self.n_joined:
+            # Nothing is left out: slices do, and nothing has to be written back.
             self.selection, self.parked = None, {}
             rows = slice(0, self.n_joined)
             view = self.view if self.n_joined == len(self.depths) else self.view.take_rows(rows)
@@ -287,10 +307,12 @@ class LoopDriver:
         """Return the result, with rows put back in the caller's order by the index `restore`."""
         rows = {name: self._all_rows(name) for name in self.rows}
         if not self.adaptive:
+            # At fixed depth nobody counted: a token ran its row's loops, padding none.
             loops = self.n_loops[:, None].expand(rows["h"].shape[:2])
             rows["loops"] = loops if self.view.valid is None else loops * self.view.valid
         if restore is not None:
             rows = {name: x[restore] for name, x in rows.items()}
+        # The weighted sum was made in at least float32; the coda expects the dtype of the states.
         out = rows.get("out", rows["h"]).to(rows["h"].dtype)
         result = RecurrentOutput(out, rows["loops"], rows.get("ponder_cost"))
         if self.routers:
@@ -332,12 +354,12 @@ def _as_index(rows: list[int], device: torch.device) -> Tensor | slice:
 
 
 def _extend(old: Rows, new: Rows) -> Rows:
-    """Return `old` with the rows that have just joined behind it."""
+    """Return the tensors of `old` with those of the rows that have just joined, `new`, appended."""
     return {name: torch.cat((old[name], x)) for name, x in new.items()} if old else new
 
 
 def _checked(state: State, h: Tensor) -> State:
-    """Return a rule's state. Rows and tokens are taken out of it by their place, so it has to have those."""
+    """Return a rule's state, and refuse one whose tensors do not begin with rows, or rows and tokens."""
     for name, x in state.items():
         if x.shape[: min(x.ndim, 2)] not in (h.shape[:1], h.shape[:2]):
             raise ValueError(
@@ -348,6 +370,7 @@ def _checked(state: State, h: Tensor) -> State:
 
 
 def _last_loop_only(hidden: Tensor) -> Tensor:
+    """Return the weights (L, B, T) of a call at fixed depth: 1 at the last loop, 0 before."""
     weight = hidden.new_zeros(hidden.shape[:3])
     weight[-1] = 1
     return weight

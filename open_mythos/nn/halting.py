@@ -33,8 +33,8 @@ Decision = tuple[State, Tensor]
 class HaltingRule(ABC):
     """One way to decide when a token is done.
 
-    The caller holds every token back until `min_loops` loops and lets it out at the last loop of its row, freezes the
-    tokens that have exited, and ignores what a rule says of them afterwards.
+    The rule decides about single tokens; its caller does the rest. No token leaves before `min_loops` loops, and every
+    token leaves at the last loop of its row. A token that has left is frozen: later decisions about it are ignored.
     """
 
     needs_probe = False
@@ -44,6 +44,7 @@ class HaltingRule(ABC):
     default_threshold: float = 0.0
     """Threshold of a call that names the rule alone; 0 for a rule without one."""
     max_threshold = math.inf
+    """Largest threshold that is accepted."""
 
     def __init__(self, threshold: float, min_loops: int = 1) -> None:
         self.threshold, self.min_loops = threshold, min_loops
@@ -97,6 +98,7 @@ class Exit:
             seen = self.probe(h_new) if rule.needs_probe and self.probe is not None else None
             state, done = rule.update(before, rows["h"], h_new, loop_index, seen)
             n_done = (loop_index + 1)[:, None]
+            # Whatever the rule says, a token stays until `min_loops` loops and leaves at the last loop of its row.
             exit_mask = (done & (n_done >= rule.min_loops)) | (n_done >= rows["n_loops"][:, None])
         # 2. Weigh this loop's state.
         if rule.weighted:
@@ -108,12 +110,15 @@ class Exit:
             h = torch.where(active[..., None], h_new, rows["h"])
             weight = None if weight is None else weight * active
         rows = {**rows, "h": h}
+        # 4. Add to the weighted sum. Tokens that had exited have weight 0, so `h_new` does no harm there.
         if weight is not None:
             rows["out"] = rows["out"] + weight[..., None] * h_new
+        # 5. Count. `active` still says who ran this loop; afterwards, who runs the next one.
         if "active" in rows:
             rows["loops"] = rows["loops"] + rows["active"]
             rows["active"] = ~exit_mask if active is None else rows["active"] & ~exit_mask
             if weight is not None:
+                # At the exit loop the weight is the remainder, so this is loops plus remainder.
                 rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
         return rows, state, exit_mask, weight
 
@@ -188,6 +193,7 @@ class ACT(HaltingRule):
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
+        # Clamped: the sum of a token that stays for `min_loops` may reach 1 early; its weights are 0 from then on.
         total = (state["sum"] + self.act(h)).clamp(max=1)
         return {"sum": total}, total >= self.threshold
 
@@ -224,12 +230,13 @@ class SecondDifference(HaltingRule):
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
         step = h - h_prev
+        # Near twice in a row: one small second difference also happens by chance, when a step turns.
         near = _norm(step - state["step"]) < self.threshold * _norm(h)
         return {"step": step, "near": near}, near & state["near"]
 
 
 class KL(HaltingRule):
-    """Exit when one more loop hardly moves the prediction read off the state: KL(p_t || p_t-1) < threshold, in nats.
+    """Exit when one more loop hardly moves the prediction made from the state: KL(p_t || p_t-1) < threshold, in nats.
 
     Source: Geiping et al. 2025, arXiv 2502.05171, section on zero-shot adaptive compute.
     """
@@ -254,6 +261,7 @@ class KL(HaltingRule):
         if probe is None:
             raise ValueError("probe=None, but the rule 'kl' compares predictions; pass probe=head(norm(h))")
         log_p = at_least_float32(probe).log_softmax(-1)
+        # KL(p_t || p_t-1), this loop's prediction against the previous one.
         divergence = (log_p.exp() * (log_p - state["log_p"])).sum(-1)
         # The first loop has no prediction to compare with.
         done = (divergence < self.threshold) & (loop_index > 0)[:, None]
@@ -261,6 +269,7 @@ class KL(HaltingRule):
 
 
 def _norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each token's vector, (B, T, D) -> (B, T), in at least float32."""
     return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
 

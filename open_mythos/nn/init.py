@@ -31,7 +31,7 @@ STD = 0.02
 
 
 class NoDraws(TorchFunctionMode):
-    """Within it modules are built without the random values that their constructors give a matrix.
+    """Context in which modules are built without the random values that their constructors give a matrix.
 
     `init_weights` gives others, so drawing these would double the time; and on the meta device, where there is nothing
     to draw, the first call of torch's `normal_` imports a computer algebra system (1.3 s, 70 MiB).

@@ -49,6 +49,7 @@ def initial_state(
 
 
 def _draw_seeds(n: int, device: torch.device, generator: torch.Generator | None, training: bool) -> Tensor:
+    """Return a seed for each row, (n,) int64: in evaluation without a generator the same for all, else random."""
     if generator is None and not training:
         return torch.zeros(n, dtype=torch.int64, device=device)
     where = device if generator is None else generator.device

@@ -150,9 +150,11 @@ def make_view(
     valid = None if attention_mask is None else attention_mask.bool()
     starts = None if documents is None else _starts(documents)
     if valid is None and (cache is None or not (cache.padded or cache.is_static)):
-        # Every row stands at the same position, so one row of angles serves all.
+        # 1. Without padding every row stands at the same position, so one row of angles serves all. A static cache has
+        # its length on the device and takes the general way below.
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + T, device=device)[None].expand(B, T)
+        # None: a causal square, or a single query that sees every slot; kernels are fastest without a mask.
         mask = None
         if (past and T > 1) or starts is not None:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
@@ -160,10 +162,14 @@ def make_view(
             mask = mask & (positions[:1] >= starts[..., None])
         rope = rotary_table(positions[:1], rope_dim, rope_theta, dtype)
         return View(cache or Scratch(), positions, rope, None if mask is None else mask[:, None], starts=starts)
+    # 2. With padding each row has positions and visible slots of its own.
     new = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     visible, query = (new, torch.arange(T, device=device)) if cache is None else cache.visible(new)
+    # A position counts the tokens before it and no padding, so a row padded on the left has the positions that it
+    # would have alone. Padding before the first token would be at -1, hence the clamp.
     n_earlier = torch.zeros(B, dtype=torch.int64, device=device) if cache is None else cache.n_valid
     positions = (n_earlier[:, None] + new.cumsum(1) - 1).clamp(min=0)
+    # A query sees the slots up to its own that hold tokens. Slots count padding, unlike positions.
     slots, query = torch.arange(visible.shape[1], device=device), query[:, None]
     # A padding query would see nothing and its softmax would be 0/0, so every query sees itself.
     mask = (visible[:, None] & (slots <= query)) | (slots == query)
@@ -176,5 +182,6 @@ def make_view(
 def _starts(documents: Tensor) -> Tensor:
     """Return the slot at which each token's document begins: (B, T) -> (B, T) int64."""
     slots = torch.arange(documents.shape[1], device=documents.device)
+    # The roll brings the row's last number to slot 0; whether slot 0 begins or not, its start is 0.
     begins = documents != documents.roll(1, dims=1)
     return (slots * begins).cummax(dim=1).values

@@ -23,7 +23,7 @@ class Execution:
 
     device: Literal["cpu", "cuda"]
     autocast: bool
-    """Products run in bfloat16 over float32 weights."""
+    """True if products run in bfloat16 over float32 weights."""
     value_bytes: int
     """Bytes of a product's operand."""
     state_bytes: int
@@ -60,7 +60,7 @@ class LayerCosts:
     heads: tuple[int, int, int] = (0, 0, 0)
     """Number of heads, and width of a key and of a value of each, in products with many queries."""
     decode_heads: tuple[int, int, int] | None = None
-    """The same for one query, where it differs."""
+    """Number of heads, and width of a key and of a value, in products with a single query, where these differ."""
 
     @property
     def matrices(self) -> Counter[tuple[int, int]]:
@@ -112,7 +112,7 @@ def measured(
         build: makes the layer.
         run: applies the layer to x (1, T, D).
         dim: D.
-        heads: of an attention, as `LayerCosts.heads`.
+        heads: number of heads, and width of a key and of a value of each; zeros for a feed-forward.
     """
     with torch.device("meta"):
         layer = build()
@@ -121,6 +121,7 @@ def measured(
         if isinstance(module, nn.Linear):
             maps.append((module.in_features, *getattr(module, "widths", (module.out_features,))))
         else:
+            # A parameter of more than two dimensions is a stack of matrices, such as stacked experts.
             matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
             maps += [(p.shape[-1], p.shape[-2]) for p in matrices for _ in range(math.prod(p.shape[:-2]))]
     n_parameters = sum(p.numel() for p in layer.parameters())

@@ -75,17 +75,21 @@ class MLAttention(Attention):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); `layer` is this layer's place in the view's store."""
+        # 1. Down to the latents of queries and of keys and values, and to the one rotary key that all heads share.
         low, latent, k_rope = self.down.split(x)
         q_nope, q_rope = self.q_up(self.q_norm(low)).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.rope), -1)
+        # 2. Turn the queries' rotary part and the shared key together, the key as one more head.
         turned = apply_rope(torch.cat((q_rope, k_rope[:, :, None]), dim=2), *view.rope)
         q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
+        # 3. All that is cached of a token: its normed latent and its turned key.
         new = torch.cat((self.kv_norm(latent), k_rope), dim=-1)
         if view.tokens is not None:
+            # The rows of an engine are single queries, for which attending in the latent takes fewer products.
             q = torch.cat((self._latent_query(q_nope), q_rope.flatten(0, 1)), dim=-1)[:, None]
             out = view.tokens.attend(layer, q, (new,), self.scale)
             return self.wo(self._values(out.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(-2))
         (kept,) = view.store.write(layer, (new,), view)
-        # Without a past there is nothing to spare, and the causal square needs no mask.
+        # 4. Attend. A causal square expands: it has no past whose expansion could be saved, and needs no mask.
         absorb = not view.is_square and self._absorbing_is_cheaper(x.shape[1])
         attend_here = self._absorbed if absorb else self._expanded
         return self.wo(attend_here(q_nope, q_rope, kept, view).flatten(-2))
@@ -95,21 +99,30 @@ class MLAttention(Attention):
         return n_queries * (2 * self.rank - self.nope - self.v_dim) < self.rank * (self.nope + self.v_dim)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
+        """Attend to keys and values per head, made from the latents of all slots: -> (B, T, H, W)."""
         latent, k_rope = kept.split((self.rank, self.rope), -1)
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split((self.nope, self.v_dim), -1)
+        # The shared rotary key is joined to the key of every head.
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)), dim=-1)
         return self._attend(torch.cat((q_nope, q_rope), dim=-1), k, v, view)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, view: View) -> Tensor:
+        """Attend to the latents themselves: -> (B, T, H, W).
+
+        q . (up_k latent) = (up_k^T q) . latent, so `kv_up` moves from every key to the query, and likewise from every
+        value to the output.
+        """
         B, T, H = q_nope.shape[:3]
         q = torch.cat((self._latent_query(q_nope), q_rope.flatten(0, 1)), dim=-1).view(B, T * H, 1, -1)
-        # All heads read the same keys, so they are so many more queries of one head: nothing is repeated per head. The
-        # keys serve as values too, which spares a copy of the past; what the rotated part adds is cut off.
+        # All heads attend to the same keys, so H heads of T queries are one head of T * H queries: nothing is repeated
+        # per head. The keys serve as values too, which saves a copy of the past; what their rotated part adds is cut
+        # off by `_values`.
         k = kept[:, :, None]
         return self._values(self._attend(q, k, k, _per_head(view, H)).reshape(B * T, H, -1)).unflatten(0, (B, T))
 
     def _latent_query(self, q_nope: Tensor) -> Tensor:
         """Return the queries for the latents, by one product for each head: (B, T, H, N) -> (B T, H, R)."""
+        # The first N of a head's rows in `kv_up` make its key, the others its value.
         up_k = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, : self.nope]
         return _by_head(q_nope.flatten(0, 1), up_k)
 

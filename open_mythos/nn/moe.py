@@ -20,7 +20,7 @@ from open_mythos.ops.precision import float32_linear
 
 
 class MoEFFN(nn.Module):
-    """sum over the chosen experts of gate * expert(x), plus the shared experts.
+    """Mixture of experts: the sum over the chosen experts of gate * expert(x), plus the shared experts.
 
     The router's logits plus `router_bias` choose the experts; the gates are the softmax over the chosen logits without
     the bias, so balancing shifts the choice only and never enters the gradient (Wang et al. 2024, arXiv 2408.15664).
@@ -52,12 +52,15 @@ class MoEFFN(nn.Module):
         Args:
             layer: this layer's place in the view's constants.
         """
+        # 1. Choose. Routing sees one token at a time, so rows and positions are one axis.
         tokens = x.reshape(-1, x.shape[-1])
         logits, chosen = self.route(tokens)
-        # The bias has chosen; the gates do without it.
+        # 2. Gates: the softmax over the chosen logits alone, without the bias that helped to choose.
         gates = logits.gather(-1, chosen).softmax(-1)
+        # 3. The routed experts; under autocast their cast weights come from the call's constants.
         weights = None if view is None or view.constants is None else view.constants.experts.get(layer)
         out = self.experts(tokens, chosen, gates.to(x.dtype), weights).to(x.dtype)
+        # 4. The shared experts, which every token goes through.
         if self.shared is not None:
             out = out + self.shared(tokens)
         if view is not None and view.router_log is not None:
@@ -71,6 +74,7 @@ class MoEFFN(nn.Module):
 
     def _statistics(self, logits: Tensor, chosen: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Return the sum of logsumexp(logits)^2 and the tokens per expert, without padding and exited tokens."""
+        # `active` leaves out padding and exited tokens. If it is None, no token has exited and `valid` has the padding.
         counted = view.active if view.active is not None else view.valid
         z = logits.logsumexp(-1).square()
         each = torch.ones_like(chosen, dtype=logits.dtype)

@@ -91,7 +91,10 @@ class RecurrentBlock(nn.Module):
     def advance(
         self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit
     ) -> tuple[Rows, State, Tensor, Tensor | None]:
-        """Run a loop and decide after it, in one piece for a compiler; see `Exit.apply`."""
+        """Run a loop and the exit decision after it as one function, which a compiler can make one graph of.
+
+        Returns: the new rows, the rule's state, the tokens that exit (B, T), and the weights (B, T) or None.
+        """
         h_new = self.loop(rows["h"], e, loop_index, view)
         return exit.apply(rows, state, h_new, loop_index, view.active)
 
@@ -129,17 +132,19 @@ class RecurrentBlock(nn.Module):
             probe: state -> logits (B, T, V), for rules that need it.
             trace: keep every state; takes an int `depth`.
         """
+        # 1. One depth per row, the deepest row first.
         plan = depth if isinstance(depth, LoopPlan) else LoopPlan((depth,) * h.shape[0])
         order = None
         if min(plan.depths) < max(plan.depths):
-            # Deepest first: the rows in the loop are then always the first ones, and a slice drops those that wait.
+            # Rows join in order of depth, so the rows in the loop are always the first ones: a slice drops the rest.
             deepest_first = sorted(range(len(plan.depths)), key=lambda i: -plan.depths[i])
             order = torch.tensor(deepest_first, device=h.device)
             h, e, view = h[order], e[order], view.take_rows(order)
-        # Processes that share experts run equally many loops, whatever has exited.
+        # 2. Processes that share experts exchange tokens in every loop, so all run equally many, whatever has exited.
         together = plan.n_ticks is not None or any(
             isinstance(block.ffn, MoEFFN) and block.ffn.experts.group is not None for block in self.blocks
         )
+        # 3. The loop. What does not change from loop to loop (the injection's input, constants) is made once, here.
         driver = LoopDriver(
             self.loop,
             self.advance,
@@ -156,6 +161,8 @@ class RecurrentBlock(nn.Module):
             trace,
         )
         n_done = driver.run(h, plan.n_grad)
+        # 4. Levels that no loop reached take the last loop's keys and values, for later tokens that go deeper.
         if isinstance(view.store, KVCache):
             view.store.fill_forward(n_done, h.shape[1])
+        # `order` sorted the rows; its inverse puts the results back in the caller's order.
         return driver.output(None if order is None else order.argsort())

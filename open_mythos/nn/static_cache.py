@@ -16,8 +16,8 @@ from open_mythos.nn.view import KeyValues, View
 
 class StaticKVCache(KVCache):
     """A `KVCache` that counts on the device: a tensor has the position at which tokens are written, and attention reads
-    every slot under a mask. At fixed depth a call waits for nothing, and can be captured and replayed. With a rule that
-    exits, tokens that are done stay in the computation until the last one is.
+    every slot under a mask. At fixed depth the host waits for nothing, so a call can be captured and replayed. With a
+    rule that exits, tokens that are done stay in the computation until the last one is.
 
     A replay runs no Python: it moves `cursor` and not `length`, the host's count. Call `rewind` before the next
     ordinary call, and replay no more tokens than `max_len` has room for.
@@ -34,22 +34,25 @@ class StaticKVCache(KVCache):
     @classmethod
     def over(cls, cache: KVCache) -> "StaticKVCache":
         """Return a static cache in the memory of `cache`, which must not be used any more."""
+        # Without the constructor, which would allocate the memory anew.
         static = cls.__new__(cls)
         vars(static).update(vars(cache))
         static.cursor, static._levels = torch.full((1,), cache.length, device=cache.device), {}
         return static
 
     def at(self, level: int, n_exited: int = 0) -> "StaticLevel":
-        """Return one loop's level of the cache. `n_exited`: new tokens of each row, if some of them may have exited."""
+        """Return one loop's level as a store. `n_exited`: new tokens per row if some may have exited, 0 if none has."""
         below: list[KeyValues] = []
         if n_exited:
-            # A token that has exited writes again what the level below has of it: fill-forward.
+            # Fill-forward: an exited token writes again what the level below has of it. Level 0 has none below, and
+            # reads its own slots, which only padding takes, so that every loop has the same shapes.
             slots = self._new_slots(n_exited)
             below = [tuple(x.index_select(1, slots) for x in stored) for stored in self._stored(max(level - 1, 0))]
         return StaticLevel(self._stored(level), below, self.cursor)
 
     def _stored(self, level: int) -> list[KeyValues]:
         """Return the tensors of a level, the same objects in every call."""
+        # Prelude and coda have one level only, whatever the loop.
         if level not in self._levels:
             self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in stored) for stored in self.layers]
         return self._levels[level]
@@ -67,6 +70,7 @@ class StaticKVCache(KVCache):
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
         slots = self._new_slots(n_tokens)
         for store in (x for stored in self.layers for x in stored):
+            # `cursor` is on the device, so the slots are a tensor and a slice will not do.
             for level in range(n_done, store.shape[0]):
                 store[level].index_copy_(1, slots, store[n_done - 1].index_select(1, slots))
 
@@ -92,6 +96,7 @@ class StaticKVCache(KVCache):
         self.length = length
 
     def _new_slots(self, n: int) -> Tensor:
+        """Return the slots that the next `n` tokens are written to, (n,) int64."""
         return self.cursor + torch.arange(n, device=self.device)
 
 
@@ -101,10 +106,11 @@ class StaticLevel:
 
     attends = False
     stored: list[KeyValues]
-    """For each layer, (B, S, ...)."""
+    """Keys and values of every slot, (B, S, ...), for each layer."""
     below: list[KeyValues]
-    """The new tokens at the level before, (B, T, ...), which stand for those that have exited."""
+    """Keys and values of the new tokens at the level before, (B, T, ...), which exited tokens write again."""
     cursor: Tensor
+    """Slot at which the first new token is written, (1,) int64."""
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         slots = self.cursor + torch.arange(new[0].shape[1], device=self.cursor.device)

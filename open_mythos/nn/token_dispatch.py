@@ -27,7 +27,8 @@ def dispatch_and_combine(
         n_here: E.
         experts: computes the same for this process's experts, numbered from 0.
     """
-    # 1. Every process learns how many tokens each other process has for each of its experts.
+    # 1. Every process learns how many tokens each other process has for each of its experts. Pairs sorted by expert
+    # are sorted by process too, since process p owns the experts p * E to (p + 1) * E - 1.
     order = chosen.flatten().argsort(stable=True)
     sent = torch.zeros(n_here * group.size(), dtype=torch.int64, device=x.device)
     sent = sent.scatter_add(0, chosen.flatten(), torch.ones_like(order)).view(-1, n_here)
@@ -37,14 +38,17 @@ def dispatch_and_combine(
     n_sent, n_got = torch.stack((sent.sum(1), got.sum(1))).tolist()
     # 2. Tokens travel to the processes of their experts.
     tokens = Exchange.apply(x[order // chosen.shape[1]], n_sent, n_got, group)
+    # They arrive by process, and from each by expert: the counts alone say which expert each is for.
     expert = torch.arange(n_here, device=x.device).repeat(group.size())
     expert = expert.repeat_interleave(got.flatten(), output_size=sum(n_got))
     # A row of zeros for the first expert: experts that get no token at all have a gradient too, which is zero.
     tokens = torch.cat((tokens, tokens.new_zeros(1, tokens.shape[1])))
     expert = torch.cat((expert, expert.new_zeros(1)))[:, None]
+    # A gate of 1 here: the sender applies the gates, so they never travel.
     y = experts(tokens, expert, torch.ones_like(expert, dtype=gates.dtype))[:-1]
     # 3. Results travel back, and each token sums those of its experts.
     y = Exchange.apply(y, n_got, n_sent, group)
+    # Undo the sort of step 1, then add up each token's C results under its gates.
     y = torch.zeros_like(y).index_put((order,), y).unflatten(0, chosen.shape)
     return (y * gates[..., None].to(y.dtype)).sum(1)
 

@@ -27,7 +27,7 @@ class KVStore(Protocol):
 
     @property
     def attends(self) -> bool:
-        """True for a `TokenStore`."""
+        """True if the store computes the attention itself, as an engine's `TokenStore` does."""
         ...
 
     def write(self, layer: int, new: KeyValues, view: "View") -> KeyValues:
@@ -103,7 +103,7 @@ class View:
     rope: tuple[Tensor, Tensor]
     """Cosine and sine, each (B or 1, T, K // 2)."""
     mask: Tensor | None = None
-    """(B or 1, 1, T, S) bool, true where a query may see a key. None: see `is_causal`."""
+    """(B or 1, 1, T, S) bool, true where a query may see a key. None: a causal square, or one query that sees all."""
     valid: Tensor | None = None
     """(B, T) bool, false for padding; None without padding."""
     starts: Tensor | None = None
@@ -116,11 +116,11 @@ class View:
     lockstep: int | None = None
     """The loop that every row is at, where the host knows it: the cache then needs no gather."""
     selection: Selection | None = None
-    """Set after some of the call's tokens have left the computation: B and T then count those that are still in it."""
+    """Rows and tokens of the call that are still computed, once some have left; B and T above then count these."""
     constants: LoopConstants | None = None
-    """Set inside the loop."""
+    """Tensors that all loops of the call share; None: not made yet."""
     router_log: RouterLog | None = None
-    """In training each mixture of experts appends its entry, over the tokens in the loop."""
+    """List to which each mixture of experts appends its statistics over the tokens in the loop, in training."""
 
     @property
     def is_causal(self) -> bool:
