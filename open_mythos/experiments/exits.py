@@ -357,11 +357,7 @@ def draw_exits(r: Results, path: Path, task: str) -> None:
 
 
 def draw_depth(r: Results, path: Path, task: str) -> None:
-    """Plot the mean number of loops against difficulty (`HARD[task]`), a curve per halting rule and oracle.
-
-    Each rule has the threshold that `choose` picks; `is_drawn` leaves most "end only" rules out. Bands are intervals
-    over seeds. Only difficulties that occur in every seed are plotted.
-    """
+    """Plot mean loops by difficulty for the rules that `is_drawn` selects, each at the threshold of `choose`."""
     chosen = choose(rows(r, task))
     by = by_difficulty(chosen, "by_difficulty")
     curves = [

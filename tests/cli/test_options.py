@@ -33,7 +33,7 @@ REFUSALS = [
     ("exp khop --seeds a", "--seeds a must be a whole number"),
     ("exp khop --seeds 1 1", "--seeds 1 1 names a seed twice"),
     ("exp show", "must be one of"),
-    ("exp khop khop", "'khop' stands behind khop"),
+    ("exp khop khop", "'khop' follows khop; leave it out"),
     ("demo --threads 0", "--threads 0 must be at least 1"),
     ("demo --device gpu", "--device gpu must be one of auto, cpu, cuda, mps"),
     ("train tiny-txet --out run", "tiny-txet must be one of"),
