@@ -3,7 +3,7 @@
 Shapes: B rows, T new tokens, S key slots (earlier tokens, then the new ones), L levels (one per loop).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,10 +113,6 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(x.nbytes for stored in self.layers for x in stored)
 
-    def slot_nbytes(self, layers: Iterable[int]) -> int:
-        """Return the bytes that one slot of one row takes at one level of `layers`."""
-        return sum(x[0, 0, 0].nbytes for layer in layers for x in self.layers[layer])
-
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         # 1. The place: the loop's level, or level 0 in prelude and coda, and the rows that are still computed.
         at, level, below = view.selection, view.lockstep or 0, (view.lockstep or 0) - 1
@@ -125,7 +121,7 @@ class KVCache:
             # Each row is at a loop of its own, so every level is paired with the row that it belongs to.
             level, below = view.loop_index, (view.loop_index - 1).clamp(min=0)
             rows = torch.arange(self.batch_size, device=self.device)
-        # New tokens go behind the stored ones. `length` moves at the call's end, so every loop writes the same slots.
+        # New tokens go after the stored ones. `length` moves at the call's end, so every loop writes the same slots.
         fresh = slice(self.length, self.length + (new[0].shape[1] if at is None else at.n_new))
         for store, x in zip(self.layers[layer], new, strict=True):
             # 2. A token that has exited writes what the level below has of it: fill-forward, level by level. At loop 0
