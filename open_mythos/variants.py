@@ -74,32 +74,34 @@ PARAMETERS = {
 # fmt: on
 
 
-def _variant(name: str) -> Callable[[], MythosConfig]:
-    vocab, dim, heads, kv_heads, context, loops, outer, experts, shared, per_token, expert_dim = _SIZES[name]
-    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    latents: dict[str, Any] = dict(zip(names, _LATENTS[name], strict=True)) if name in _LATENTS else {}
+def sized(*sizes: int, latents: tuple[int, ...] = (), **others: Any) -> MythosConfig:
+    """Return the configuration of a row of the table of sizes, with its row of latents (none: grouped-query attention).
 
+    Args:
+        others: any fields of MythosConfig, those of the rows included.
+    """
+    names = ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers")
+    names += ("n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim")
+    fields: dict[str, Any] = dict(zip(names, sizes, strict=True)) | {"attn_type": "mla" if latents else "gqa"}
+    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    fields |= dict(zip(names, latents, strict=True)) if latents else {}
+    return MythosConfig(**fields | {"coda_layers": fields["prelude_layers"]} | others)
+
+
+def small_model(vocab_size: int, dim: int, n_heads: int, expert_dim: int, **changes: Any) -> MythosConfig:
+    """Return one dense looped block between one layer before and one behind it, with the injection of RECIPE."""
+    fields: dict[str, Any] = {"attn_type": "gqa", "n_experts": 0, "prelude_layers": 1, "coda_layers": 1}
+    fields |= {"n_heads": n_heads, "n_kv_heads": n_heads, "initial_state": "zero", **RECIPE, **changes}
+    return MythosConfig(vocab_size=vocab_size, dim=dim, expert_dim=expert_dim, **fields)
+
+
+def _variant(name: str) -> Callable[[], MythosConfig]:
     def make() -> MythosConfig:
-        return MythosConfig(
-            vocab_size=vocab,
-            dim=dim,
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            max_seq_len=context,
-            max_loop_iters=loops,
-            prelude_layers=outer,
-            coda_layers=outer,
-            attn_type="mla" if latents else "gqa",
-            n_experts=experts,
-            n_shared_experts=shared,
-            n_experts_per_tok=per_token,
-            expert_dim=expert_dim,
-            **latents,
-            **_OTHERS[name],
-        )
+        return sized(*_SIZES[name], latents=_LATENTS.get(name, ()), **_OTHERS[name])
 
     make.__name__ = make.__qualname__ = f"mythos_{name}"
-    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {loops} loops, {context:,} tokens."
+    loops, context = (f"{_SIZES[name][i]:,}" for i in (5, 4))
+    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {loops} loops, {context} tokens."
     return make
 
 
