@@ -22,8 +22,11 @@ RECIPE: dict[str, Any] = {
 """Fields that our own variants share: Prairie et al. 2026, arXiv 2604.12946."""
 
 # fmt: off
-_SIZES = {
-    #            vocab_size    dim heads kv    context loops outer experts shared per_tok expert_dim
+_SIZE_FIELDS = (
+    "vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers",
+    "n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim",
+)
+_SIZES: dict[str, tuple[int, ...]] = {
     "200k":    (       259,    64,    4,  4,       256,   8,    1,      8,     1,      2,        64),
     "3m":      (       259,   256,    8,  4,       512,   8,    1,      8,     1,      2,       176),
     "30m":     (     8_192,   512,    8,  4,     1_024,   8,    2,     32,     1,      4,       384),
@@ -38,10 +41,10 @@ _SIZES = {
     "500b":    (   100_000, 12288,   96, 16, 1_000_000,  48,    4,    512,     8,      8,     23040),
     "1t":      (   100_000, 16384,  128, 16, 1_000_000,  64,    6,    512,     8,      8,     34560),
 }
-"""The sizes that every variant names; `outer` counts the layers of the prelude, and again of the coda."""
+"""The `_SIZE_FIELDS` of every variant; its coda has as many layers as its prelude."""
 
-_LATENTS = {
-    #         kv_lora q_lora rope nope    v
+_LATENT_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_LATENTS: dict[str, tuple[int, ...]] = {
     "30m":     ( 128,   256,  32,  32,   64),
     "120m":    ( 192,   384,  32,  32,   64),
     "1b":      ( 256,   512,  32,  64,   64),
@@ -75,17 +78,10 @@ PARAMETERS = {
 
 
 def sized(*sizes: int, latents: tuple[int, ...] = (), **others: Any) -> MythosConfig:
-    """Return the configuration of a row of the table of sizes, with its row of latents (none: grouped-query attention).
-
-    Args:
-        others: any fields of MythosConfig, those of the rows included.
-    """
-    names = ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers")
-    names += ("n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim")
-    fields: dict[str, Any] = dict(zip(names, sizes, strict=True)) | {"attn_type": "mla" if latents else "gqa"}
-    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    fields |= dict(zip(names, latents, strict=True)) if latents else {}
-    return MythosConfig(**fields | {"coda_layers": fields["prelude_layers"]} | others)
+    """Return the configuration of a row of sizes and one of latents, as in the tables above; `others`: any fields."""
+    fields: dict[str, Any] = dict(zip(_SIZE_FIELDS, sizes, strict=True)) | {"attn_type": "mla" if latents else "gqa"}
+    fields |= dict(zip(_LATENT_FIELDS, latents, strict=True)) if latents else {}
+    return MythosConfig(**{**fields, "coda_layers": fields["prelude_layers"], **others})
 
 
 def small_model(vocab_size: int, dim: int, n_heads: int, expert_dim: int, **changes: Any) -> MythosConfig:
@@ -100,8 +96,10 @@ def _variant(name: str) -> Callable[[], MythosConfig]:
         return sized(*_SIZES[name], latents=_LATENTS.get(name, ()), **_OTHERS[name])
 
     make.__name__ = make.__qualname__ = f"mythos_{name}"
-    loops, context = (f"{_SIZES[name][i]:,}" for i in (5, 4))
-    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {loops} loops, {context} tokens."
+    shape = "{max_loop_iters} loops, {max_seq_len:,} tokens".format(
+        **dict(zip(_SIZE_FIELDS, _SIZES[name], strict=True))
+    )
+    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {shape}."
     return make
 
 

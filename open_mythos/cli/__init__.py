@@ -26,7 +26,7 @@ from open_mythos.cli.exp import ExpArgs, exp
 from open_mythos.cli.generate import GenerateArgs, generate
 from open_mythos.cli.options import flags
 from open_mythos.cli.serve import ServeArgs, serve
-from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
+from open_mythos.cli.train import DemoArgs, RunOptions, TrainArgs, demo, train
 from open_mythos.extras import DISTRIBUTION
 from open_mythos.files import FileError
 
@@ -79,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _flags(options: type) -> dict[str, str]:
     """Return the flags of a command, with those of a run's configuration where it takes them."""
-    if options not in (TrainArgs, PlanArgs):
+    if not issubclass(options, RunOptions):
         return flags(options)
     from open_mythos.train.config import TrainConfig
 

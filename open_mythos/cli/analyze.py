@@ -4,12 +4,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from open_mythos.cli.options import read
-from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.cli.options import ModelOptions, read
 
 if TYPE_CHECKING:
     from open_mythos.analysis.section import Subject
@@ -18,13 +15,11 @@ if TYPE_CHECKING:
 PROMPTS_OF_TASK = 64
 
 
-@dataclass
-class AnalyzeArgs:
+@dataclass(kw_only=True)
+class AnalyzeArgs(ModelOptions):
     """What a model does in each loop: tables, analysis.json, figures and report.html. docs/analysis.md explains each
     number."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of the model and its tokenizer, such as RUN/final."""
     prompt: tuple[str, ...] = ()
     """Texts; of several, the last tokens of each, as many as the shortest has. Left out: prompts of the task that the
     model was trained on, where FOLDER is RUN/final and the task draws its own."""
@@ -36,16 +31,11 @@ class AnalyzeArgs:
     out: Path | None = None
     """Folder of the report; left out: FOLDER/analysis."""
     seed: int = 0
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    threads: int | None = None
 
 
 def analyze(rest: list[str]) -> None:
     """look at what a model does in each loop"""
     args = read(AnalyzeArgs, "mythos analyze", rest)
-    if not args.folder.is_dir():
-        raise FileNotFoundError(f"folder {args.folder} does not exist; give a model's folder, such as RUN/final")
     import platform
 
     import torch
@@ -103,16 +93,12 @@ def _subject(args: AnalyzeArgs) -> "Subject":
     from open_mythos.analysis.sweep import IGNORE
     from open_mythos.checks import check_int
     from open_mythos.config import MAX_LOOPS
-    from open_mythos.model import OpenMythos
-    from open_mythos.tokenization.tokenizer import load_tokenizer
 
-    device = setup_device(args.device, args.threads)
-    model = OpenMythos.from_pretrained(args.folder, device=device, dtype=getattr(torch, args.dtype))
+    model, tokenizer = args.load()
     if model.recurrent is None:
         raise ValueError(f"{args.folder} holds a plain transformer (recurrent_layers=0), which has no loops to analyse")
     n_beyond = max(FEWEST, 4 * model.cfg.max_loop_iters) if args.loops is None else args.loops
     check_int("loops", n_beyond, FEWEST, MAX_LOOPS - 1)
-    tokenizer = load_tokenizer(args.folder)
 
     def ends(texts: Sequence[str], n_tokens: int | None = None) -> torch.Tensor:
         """Encode texts and return the last `n_tokens` ids of each, or as many as the shortest has: (B, T)."""
@@ -137,7 +123,7 @@ def _subject(args: AnalyzeArgs) -> "Subject":
         others = ids.roll(-1, dims=0)
     if args.swap is not None:
         others = ends([args.swap] * len(ids), ids.shape[1])
-    tensors = [x.to(device) for x in (ids, labels, where, others)]
+    tensors = [x.to(model.device) for x in (ids, labels, where, others)]
     return Subject(model, tokenizer, *tensors, min(model.cfg.max_loop_iters, n_beyond), n_beyond, task == "khop")
 
 

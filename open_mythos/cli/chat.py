@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from open_mythos.checks import PositiveInt
-from open_mythos.cli.options import ModelOptions, SamplingOptions, check_folder, chosen, read
+from open_mythos.cli.options import ModelOptions, SamplingOptions, chosen, read
 from open_mythos.generation.sampling_params import SamplingParams
 
 
@@ -24,13 +24,15 @@ class ChatArgs(SamplingOptions, ModelOptions):
     """Tokens of the conversation that there is memory for, at the loops in use; left out: the model's whole context,
     or what a quarter of the free memory holds."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plain and self.system:
+            raise ValueError(f"--system {self.system!r} and --plain are both given; give one")
+
 
 def chat(rest: list[str]) -> None:
     """talk with a model, its tokens coloured by their loops"""
     args = read(ChatArgs, "mythos chat", rest)
-    if args.plain and args.system:
-        raise ValueError(f"--system {args.system!r} and --plain are both given; give one")
-    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.cli.chat_session import Session

@@ -8,19 +8,18 @@ from typing import Annotated, Literal
 import tyro
 
 from open_mythos.cli.options import check_folder, read
-from open_mythos.cli.train import read_run
+from open_mythos.cli.train import RunOptions, read_run
+from open_mythos.variants import VARIANTS
 
 
 @dataclass
-class PlanArgs:
+class PlanArgs(RunOptions):
     """Compute the costs of a run on given GPUs: parameters, memory, FLOPs, communication, days. Nothing is built.
 
     Any field of the recipe can be given as in `mythos train`: --parallel.rows 2 --parallel.kind fsdp
     --checkpoint-loops --steps 1000.
     """
 
-    config: Path | None = None
-    """A run's config.yaml, instead of a recipe."""
     gpus: int = 8
     gpu: Literal["h100", "h200", "a100-80", "a100-40", "l40s", "rtx-4090"] = "h100"
     mfu: float = 0.4
@@ -48,8 +47,9 @@ def plan(rest: list[str]) -> None:
 class InfoArgs:
     """Compute the costs of a model from its configuration alone: parameters, FLOPs and memory."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
+    model: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help=f"A variant ({', '.join(VARIANTS)}) or the folder of a model.")
+    ]
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
     kv_gb: float | None = None

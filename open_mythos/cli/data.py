@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from open_mythos.cli.options import read
+from open_mythos.cli.plugins import program
 
 if TYPE_CHECKING:
     from open_mythos.data.hub import HubDataset
@@ -127,8 +128,6 @@ def _next_command(args: PrepareDataArgs, info: dict[str, Any], rest: list[str]) 
 
 def _print_next(args: list[str]) -> None:
     """Print the command to call next, as this shell can run it."""
-    from open_mythos.reports.terminal import program
-
     print(f"Next: {program()} {shlex.join(args)}")
 
 

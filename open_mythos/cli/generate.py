@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos.checks import PositiveInt
-from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, check_folder, chosen, read
+from open_mythos.cli.options import MAX_NEW_TOKENS, ModelOptions, SamplingOptions, chosen, read
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,6 @@ class GenerateArgs(SamplingOptions, ModelOptions):
 def generate(rest: list[str]) -> None:
     """continue a prompt, with as many loops as you like"""
     args = read(GenerateArgs, "mythos generate", rest)
-    check_folder(args.folder)
     from rich.console import Console
 
     from open_mythos.reports.terminal import loop_style, loop_summary, write

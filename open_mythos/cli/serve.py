@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from open_mythos.checks import Range
-from open_mythos.cli.options import ModelOptions, check_folder, read
+from open_mythos.cli.options import ModelOptions, read
 from open_mythos.device import setup_device
 from open_mythos.extras import load
 from open_mythos.server.config import ServeConfig
@@ -68,7 +68,6 @@ def _serve(args: ServeArgs) -> None:
     if key is None and not is_local(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere and needs a key; use --api-key-file FILE")
     args.name = check_name(args.folder.resolve().name if args.name is None else args.name)
-    check_folder(args.folder)
     warning = turns_unknown(args.folder, "use --plain to have messages continued as text")
     max_queue = args.max_rows + args.max_queue
     engine_config = EngineConfig(max_rows=args.max_rows, max_queue=max_queue, kv_tokens=args.kv_tokens)
