@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from open_mythos.cli.options import flags
-from open_mythos.cli.serve import ServeArgs
+from open_mythos.cli.serve import Serve
 from open_mythos.server.app import make_app
 from open_mythos.server.fields import EFFORTS, UNSEEN
 from open_mythos.server.protocol import ChatRequest, CompletionRequest
@@ -24,8 +24,8 @@ IGNORED |= {"prompt_cache_retention"}
 
 def test_options() -> None:
     table = {cells[0]: cells[1] for cells in ROWS if cells[0].startswith("`--")}
-    fields = [field for field in dataclasses.fields(ServeArgs) if field.name != "folder"]
-    assert table == {f"`{flags(ServeArgs)[field.name]}`": f"`{field.default}`" for field in fields}
+    fields = [field for field in dataclasses.fields(Serve) if field.name != "folder"]
+    assert table == {f"`{flags(Serve)[field.name]}`": f"`{field.default}`" for field in fields}
 
 
 def test_fields() -> None:
