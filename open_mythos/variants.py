@@ -77,15 +77,28 @@ PARAMETERS = {
 # fmt: on
 
 
-def _variant(name: str) -> Callable[[], MythosConfig]:
-    sizes: dict[str, Any] = dict(zip(_SIZE_FIELDS, _SIZES[name], strict=True))
-    latents: Any = dict(zip(_LATENT_FIELDS, _LATENTS[name], strict=True)) if name in _LATENTS else {"attn_type": "gqa"}
+def sized(*sizes: int, latents: tuple[int, ...] = (), **others: Any) -> MythosConfig:
+    """Return the configuration of a row of sizes and one of latents, as in the tables above; `others`: any fields."""
+    fields: dict[str, Any] = dict(zip(_SIZE_FIELDS, sizes, strict=True)) | {"attn_type": "mla" if latents else "gqa"}
+    fields |= dict(zip(_LATENT_FIELDS, latents, strict=True)) if latents else {}
+    return MythosConfig(**{**fields, "coda_layers": fields["prelude_layers"], **others})
 
+
+def small_model(vocab_size: int, dim: int, n_heads: int, expert_dim: int, **changes: Any) -> MythosConfig:
+    """Return one dense looped block between one layer before and one behind it, with the injection of RECIPE."""
+    fields: dict[str, Any] = {"attn_type": "gqa", "n_experts": 0, "prelude_layers": 1, "coda_layers": 1}
+    fields |= {"n_heads": n_heads, "n_kv_heads": n_heads, "initial_state": "zero", **RECIPE, **changes}
+    return MythosConfig(vocab_size=vocab_size, dim=dim, expert_dim=expert_dim, **fields)
+
+
+def _variant(name: str) -> Callable[[], MythosConfig]:
     def make() -> MythosConfig:
-        return MythosConfig(**sizes, coda_layers=sizes["prelude_layers"], **latents, **_OTHERS[name])
+        return sized(*_SIZES[name], latents=_LATENTS.get(name, ()), **_OTHERS[name])
 
     make.__name__ = make.__qualname__ = f"mythos_{name}"
-    shape = "{max_loop_iters} loops, {max_seq_len:,} tokens".format(**sizes)
+    shape = "{max_loop_iters} loops, {max_seq_len:,} tokens".format(
+        **dict(zip(_SIZE_FIELDS, _SIZES[name], strict=True))
+    )
     make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {shape}."
     return make
 

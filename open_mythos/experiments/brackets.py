@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from open_mythos.analysis.per_loop import right_by_loop, rows_right, settled
-from open_mythos.config import MythosConfig
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
 from open_mythos.model import OpenMythos
-from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import ONE_SEED, Estimate, rank_correlation
 from open_mythos.tasks import Addition, Brackets, Mixed
 from open_mythos.tasks.brackets import KINDS, first_break, nesting
@@ -22,7 +21,7 @@ from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.variants import RECIPE
+from open_mythos.variants import small_model
 
 LENGTH = 12
 MEAN_LOOPS = 4
@@ -42,23 +41,8 @@ LEARNED = 0.5
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Sampled depth, its baselines, and a model of several tasks."""
     steps = 200 if quick else 1000
-    model = MythosConfig(
-        vocab_size=Brackets().vocab_size,
-        dim=64,
-        n_heads=4,
-        n_kv_heads=4,
-        max_seq_len=32,
-        max_loop_iters=MEAN_LOOPS,
-        prelude_layers=1,
-        coda_layers=0,
-        attn_type="gqa",
-        n_experts=0,
-        expert_dim=128,
-        rope_theta=3.0,
-        initial_state="zero",
-        qk_norm=True,
-        **RECIPE,
-    )
+    layout = {"max_seq_len": 32, "max_loop_iters": MEAN_LOOPS, "coda_layers": 0, "rope_theta": 3.0, "qk_norm": True}
+    model = small_model(Brackets().vocab_size, 64, 4, 128, **layout)
     sampled = TrainConfig(
         model=model,
         data=Brackets(2, LENGTH, 1, LENGTH // 2),
@@ -247,13 +231,13 @@ def draw_brackets(r: Results, path: Path) -> None:
         for depth in r[arm, "right.broken"].axes["nesting"]:
             by_loop = r[arm, "right.broken"].where(nesting=depth)
             panels[title].append(curve(SHOWN, [by_loop[n] for n in SHOWN], f"nesting {depth}"))
-    stacked(panels, path, ("loops", "right"), SHOWN)
+    draw_curves(panels, path, ("loops", "right"), ticks=SHOWN, log="x", shares=True)
 
 
 def draw_mixed(r: Results, path: Path) -> None:
     right = {name: r["mixed", f"tasks.{name}.right"] for name in TASKS}
     curves = [curve(SHOWN, [right[name][n] for n in SHOWN], title) for name, title in TASKS.items()]
-    stacked({"mixed": curves}, path, ("loops", "right"), SHOWN)
+    draw_curves({"mixed": curves}, path, ("loops", "right"), ticks=SHOWN, log="x", shares=True)
 
 
 STUDY = Study(

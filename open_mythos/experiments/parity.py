@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from open_mythos.analysis.per_loop import right_by_loop
-from open_mythos.config import MythosConfig
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
-from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Parity
 from open_mythos.tasks.rng import Purpose, stream
@@ -18,7 +17,7 @@ from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.optim import OptimConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.variants import RECIPE
+from open_mythos.variants import small_model
 
 TRAINED = 12
 """Most bits and loops in training."""
@@ -46,23 +45,8 @@ LINES: dict[str, tuple[str, str, Loops]] = {
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """The looped model whose loops bound the bits it is asked about, and its baselines."""
     steps = 250 if quick else 600
-    model = MythosConfig(
-        vocab_size=3,
-        dim=64,
-        n_heads=2,
-        n_kv_heads=2,
-        max_seq_len=FARTHEST + 1,
-        max_loop_iters=TRAINED,
-        prelude_layers=0,
-        coda_layers=0,
-        attn_type="gqa",
-        n_experts=0,
-        expert_dim=128,
-        rope_theta=3.0,
-        initial_state="zero",
-        qk_norm=True,
-        **RECIPE,
-    )
+    layout = {"prelude_layers": 0, "coda_layers": 0, "rope_theta": 3.0, "qk_norm": True}
+    model = small_model(3, 64, 2, 128, max_seq_len=FARTHEST + 1, max_loop_iters=TRAINED, **layout)
     coupled = TrainConfig(
         model=model,
         data=Parity(TRAINED),
@@ -134,7 +118,7 @@ def draw_lines(r: Results, path: Path) -> None:
     drawn = [line for name, line in LINES.items() if name != "base100"]
     curves = [curve(BITS, [*map(Estimate, by_bits(r, arm, loops).T)], title) for arm, title, loops in drawn]
     panels = {"trained with loops = bits": levels + curves[:2], "the baselines": levels + curves[2:]}
-    stacked(panels, path, ("bits", "accuracy"))
+    draw_curves(panels, path, ("bits", "accuracy"), shares=True)
 
 
 def draw_grid(r: Results, path: Path) -> None:
