@@ -173,11 +173,10 @@ def _is_gone(path: Path, holder: Holder | None) -> bool:
 def _start_of(pid: int) -> str | None:
     """Return when a process of this machine started; None if it is gone, "" if that cannot be found out."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # it is another user's
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # it is another user's
-        pass
     try:
         # Behind the name in brackets: the state, and as the 20th field the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -5,7 +5,7 @@ one process would have drawn.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from open_mythos.nn.init import init_weights
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.tensor_shards import ShardReader, TensorShard
+from open_mythos.train.tensor_shards import TensorShard
 
 DRAWN_AT_ONCE = 2**22
 """Values of a parameter that exist beyond this process's shard while it is drawn."""
@@ -130,16 +130,10 @@ class ShardedModel:
         return {p: (name, self.shard(p)) for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take this process's shards of a whole model's tensors, or of objects that give rows like tensors."""
+    def load(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Fill this process's shards; `read(name, start, n)` returns n rows of a whole model's tensor."""
         for name, shard in self.shards().items():
-            shard.local.copy_(state[name][shard.start : shard.start + len(shard.local)])
-
-    @torch.no_grad()
-    def restore(self, reader: ShardReader) -> None:
-        """Take this process's shards of a checkpoint of any number of processes."""
-        for name, shard in self.shards().items():
-            shard.local.copy_(reader.read("model", name, shard.start, len(shard.local)))
+            shard.local.copy_(read(name, shard.start, len(shard.local)))
 
     def full_state(self) -> dict[str, Tensor]:
         """Return the whole model's tensors on the CPU, on the first process; an empty dictionary on the others.
