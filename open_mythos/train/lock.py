@@ -142,13 +142,11 @@ def _refuse_live(path: Path, holder: Holder | None) -> None:
     """Raise ValueError unless the holder of a lock is gone."""
     if _is_gone(path, holder):
         return
-    who, check = (
-        "a process that has just begun",
-        f"its lock is taken over when it has given no sign of life for {STALE_S:g} s",
-    )
+    who, is_here = "a process that has just begun", False
     if holder is not None:
         who = f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
-        check = "end it first" if holder.place == _place(path.parent) else check
+        is_here = holder.place == _place(path.parent)
+    check = "end it first" if is_here else f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
     raise ValueError(
         f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
         f"--out. If it should not run, {check}: {path}"

@@ -70,25 +70,22 @@ class ShardedModel:
         self.mesh = init_device_mesh(
             device.type, (self.n_replicas, n_expert_ranks), mesh_dim_names=("replica", "expert")
         )
-        if n_expert_ranks > 1:
-            for ffn in self._mixtures():
-                ffn.experts.spread_over(self.mesh["expert"].get_group())
+        blocks = [] if model.recurrent is None or n_expert_ranks == 1 else model.recurrent.blocks
+        distributed = [block.ffn.experts for block in blocks if isinstance(block.ffn, MoEFFN)]
+        for experts in distributed:
+            experts.spread_over(self.mesh["expert"].get_group())
         mesh = init_device_mesh(device.type, (self.world.size,))
-        experts = {p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()}
+        ignored = {p for experts in distributed for p in experts.parameters()}
         # One unit for the whole loop: it is gathered once per pass, and ranks may differ in their loops.
         units = [*model.prelude, *([] if model.recurrent is None else [model.recurrent]), *model.coda, model]
         for unit in units:
-            fully_shard(unit, mesh=mesh, ignored_params=experts)
+            fully_shard(unit, mesh=mesh, ignored_params=ignored)
         model.to_empty(device=device)
         model.head.weight = model.embed.weight
         # Memory makes other parameters of those that had none.
-        self.experts = [p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()]
+        self.experts = [p for experts in distributed for p in experts.parameters()]
         with ShardedInit(self):
             init_weights(model, cfg.model)
-
-    def _mixtures(self) -> list[MoEFFN]:
-        blocks = [] if self.model.recurrent is None else self.model.recurrent.blocks
-        return [block.ffn for block in blocks if isinstance(block.ffn, MoEFFN)]
 
     def shard(self, p: Tensor) -> TensorShard:
         """Return this process's shard of parameter `p`."""
