@@ -24,14 +24,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.data.documents import (
-    cut_into_units,
-    encode,
-    find_files,
-    fingerprint,
-    place_of,
-    read_documents,
-)
+from open_mythos.data.documents import cut_into_units, encode, find_files, fingerprint, place_of, read_documents
 from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.records import Reading, Unit, name_lines
 from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
