@@ -123,7 +123,7 @@ class SymbolTokenizer(Tokenizer):
         self.vocab_size = len(self.symbols)
         self.bos_id, self.eos_id, self.pad_id = (self._ids.get(name) for name in (bos, eos, pad))
         longest_first = sorted(self.symbols, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+|.", re.DOTALL)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the symbols in `text`.
@@ -131,16 +131,13 @@ class SymbolTokenizer(Tokenizer):
         Raises:
             ValueError: part of the text is no symbol.
         """
-        ids, at = [], 0
-        while at < len(text):
-            match = self._pattern.match(text, at)
-            if match is None:
-                raise ValueError(
-                    f"{text[at]!r} at position {at} of {text!r:.60} starts no symbol; use {' '.join(self.symbols):.200}"
-                )
+        ids = []
+        for match in self._pattern.finditer(text):
             if match[0] in self._ids:
                 ids.append(self._ids[match[0]])
-            at = match.end()
+            elif not match[0].isspace():
+                where = f"{match[0]!r} at position {match.start()} of {text!r:.60}"
+                raise ValueError(f"{where} starts no symbol; use {' '.join(self.symbols):.200}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
