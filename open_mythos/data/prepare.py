@@ -27,14 +27,13 @@ from open_mythos.checks import check_int, check_number
 from open_mythos.data.documents import cut_into_units, encode, find_files, fingerprint, place_of, read_documents
 from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.records import Reading, Unit, name_lines
-from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
+from open_mythos.data.shards import FORMAT, GO_ON, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.files import inside, read_json, sha256, write_text, writing
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
-GO_ON = "make room and repeat the command, which goes on from here"
 LISTED = 10_000
 """Skipped records of one unit and reason that are listed with their places; the others are counted."""
 
