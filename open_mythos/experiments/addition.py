@@ -14,7 +14,7 @@ from open_mythos.experiments.study import Measure, Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Addition
 from open_mythos.tasks.rng import Purpose, stream
@@ -205,7 +205,7 @@ def draw_loops(r: Results, path: Path) -> None:
         for arm in r.runs:
             if d in r[arm, "accuracy"].axes["digits"]:
                 panels[f"{d} digits"].append(r[arm, "accuracy"].where(digits=d).curve(r.title(arm)))
-    stacked(panels, path, ("loops", "exact match"), LOOPS)
+    draw_curves(panels, path, ("loops", "exact match"), ticks=LOOPS, log="x", shares=True)
 
 
 def draw_training(r: Results, path: Path) -> None:
@@ -217,7 +217,7 @@ def draw_training(r: Results, path: Path) -> None:
             for i, run in enumerate(runs)
         ]
         panels[r.title(arm)] = [Curve((0, last), (GOAL, GOAL), str(GOAL), color=None), *curves]
-    stacked(panels, path, ("steps", "exact match at 4 loops"))
+    draw_curves(panels, path, ("steps", "exact match at 4 loops"), shares=True)
 
 
 STUDY = Study(

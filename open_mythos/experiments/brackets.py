@@ -13,14 +13,14 @@ from open_mythos.analysis.per_loop import right_by_loop, rows_right, settled
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.recipes.small_models import small_model
-from open_mythos.reports.figures import Curve, stacked
+from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import ONE_SEED, Estimate, rank_correlation
 from open_mythos.tasks import Addition, Brackets, Mixed
 from open_mythos.tasks.brackets import KINDS, NONE, first_break, nesting
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
+from open_mythos.variants import small_model
 
 LENGTH = 12
 TASK = Brackets(2, LENGTH, 1, LENGTH // 2)
@@ -183,13 +183,13 @@ def draw_brackets(r: Results, path: Path) -> None:
         for depth in r[arm, "right.broken"].axes["nesting"]:
             by_loop = r[arm, "right.broken"].where(nesting=depth)
             panels[title].append(curve(SHOWN, [by_loop[n] for n in SHOWN], f"nesting {depth}"))
-    stacked(panels, path, ("loops", "right"), SHOWN)
+    draw_curves(panels, path, ("loops", "right"), ticks=SHOWN, log="x", shares=True)
 
 
 def draw_mixed(r: Results, path: Path) -> None:
     right = {title: r["mixed", f"tasks.{name}.right"] for name, title in TASKS.items()}
     curves = [curve(SHOWN, [found[n] for n in SHOWN], title) for title, found in right.items()]
-    stacked({"mixed": curves}, path, ("loops", "right"), SHOWN)
+    draw_curves({"mixed": curves}, path, ("loops", "right"), ticks=SHOWN, log="x", shares=True)
 
 
 STUDY = Study(

@@ -16,7 +16,7 @@ from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
 from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import KHop
 from open_mythos.tasks.rng import Purpose, stream
@@ -236,7 +236,7 @@ def draw_hops(r: Results, path: Path) -> None:
     )
     panels = {cycle: levels(1 / task["n_symbols"], STEPS[-1]) + on_cycle,
               forest: levels(r.raw["guessing"], DISTANCES[-1]) + in_forests}  # fmt: skip
-    stacked(panels, path, ("hops", "accuracy"))
+    draw_curves(panels, path, ("hops", "accuracy"), shares=True)
 
 
 def draw_heat_map(r: Results, path: Path) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 from open_mythos.analysis.per_loop import right_by_loop
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
 from open_mythos.recipes import load_recipe
-from open_mythos.recipes.small_models import small_model
-from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Parity
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.losses import LossConfig
+from open_mythos.variants import small_model
 
 TRAINED = 12
 """Most bits and loops in training."""
@@ -111,7 +111,7 @@ def draw_lines(r: Results, path: Path) -> None:
     drawn = [line for name, line in LINES.items() if name != "base100"]
     curves = [curve(BITS, [*map(Estimate, by_bits(r, arm, loops).T)], title) for arm, title, loops in drawn]
     panels = {"trained with loops = bits": levels + curves[:2], "the baselines": levels + curves[2:]}
-    stacked(panels, path, ("bits", "accuracy"))
+    draw_curves(panels, path, ("bits", "accuracy"), shares=True)
 
 
 def draw_grid(r: Results, path: Path) -> None:

@@ -21,7 +21,7 @@ from open_mythos.nn.init import STD
 from open_mythos.nn.injection import LTIInjection
 from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Estimate
-from open_mythos.variants import mythos_1b
+from open_mythos.variants import mythos_1b, sized
 
 DECAYS = {"bounded": None, "free from .368": math.exp(-1), "free from .95": 0.95}
 FORMS = ("published", "normalised", "ours")
@@ -40,10 +40,7 @@ GROWTH = {
     "2.0": (92, 274, 638, 1367, 2825, 5740, 11570, 23232),
 }
 """The published norm of the state after loops 1 to 8, by A."""
-SMALL = MythosConfig(
-    vocab_size=512, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=64, max_loop_iters=8, prelude_layers=1, coda_layers=1,
-    attn_type="gqa", n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=4,
-)  # fmt: skip
+SMALL = sized(512, 128, 4, 2, 64, 8, 1, 4, 1, 2, 64, lora_rank=4)
 
 
 class FreeLTI(LTIInjection):
