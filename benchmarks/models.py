@@ -7,7 +7,7 @@ from typing import Any
 from open_mythos.config import MythosConfig
 from open_mythos.recipes.synthetic import addition_dgx
 from open_mythos.recipes.text import adaptive_text
-from open_mythos.variants import RECIPE, mythos_1b, mythos_1t, mythos_3m, mythos_30m, mythos_100b
+from open_mythos.variants import RECIPE, mythos_1b, mythos_1t, mythos_3m, mythos_30m, mythos_100b, sized
 
 N_PUBLISHED = 23
 """Fields of MythosConfig that 0.5.0 has, the first ones."""
@@ -24,22 +24,7 @@ def published(cfg: MythosConfig) -> dict[str, Any]:
 
 ADDITION = published(addition_dgx().model)
 
-_USAGE = MythosConfig(
-    vocab_size=1000,
-    dim=256,
-    n_heads=8,
-    max_seq_len=128,
-    max_loop_iters=4,
-    prelude_layers=1,
-    coda_layers=1,
-    n_experts=8,
-    n_shared_experts=1,
-    n_experts_per_tok=2,
-    expert_dim=64,
-    lora_rank=8,
-    attn_type="gqa",
-    n_kv_heads=2,
-)
+_USAGE = sized(1000, 256, 8, 2, 128, 4, 1, 8, 1, 2, 64, lora_rank=8)
 """The usage example of 0.5.0's README."""
 _LATENTS = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 SMALL_GQA = published(_USAGE)

@@ -69,6 +69,8 @@ class Task:
     """One thing to time. `fresh` is made anew, untimed, before every `run`."""
 
     training = False
+    whole = False
+    """Whether one call is a sample, however short: for tasks that repeat inside the call."""
     counts_loops = False
     """Whether the core's calls are the loops run, so that the gate can compare them."""
 

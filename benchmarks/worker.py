@@ -69,7 +69,8 @@ class Worker:
         for i in range(warm_up + n):
             for clock, seconds in task.time().items():
                 spent[clock] = spent.get(clock, 0.0) + seconds * (i >= warm_up)
-        return {"seconds": {clock: seconds / n for clock, seconds in spent.items()}, "reading": task.measured}
+        mean = {clock: seconds / n for clock, seconds in spent.items()}
+        return {"seconds": mean, "reading": task.measured, "whole": task.whole}
 
     def method(self, id: str, name: str, **arguments: Any) -> Any:
         """Call a method of a task that only its side has."""

@@ -132,6 +132,8 @@ class EngineTask(Task):
     `batch_invariant`; `costs` as `info` returns them; `seed` of the first request; `seconds` of a window.
     """
 
+    whole = True
+
     def setup(self) -> None:
         job, given = self.job, self.job.arguments
         self.model = _model(json.dumps(job.model), given.get("folder", ""))

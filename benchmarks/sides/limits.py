@@ -33,6 +33,8 @@ def kernels(device: str) -> dict[str, Kernel]:
 class Limit(Task):
     """A measurement of the machine, without a model."""
 
+    whole = True
+
     def seconds(self, work: Callable[[], Any]) -> float:
         """Time one call on the clock that ratios are taken on."""
         seconds = clocked(work, self.job.device)

@@ -21,6 +21,8 @@ from open_mythos.variants import VARIANTS
 class Training(Task):
     """A variant with Muon, on bytes of the embedded novel. `folder` of the job's arguments gets the runs."""
 
+    whole = True
+
     def setup(self) -> None:
         job = self.job
         self.cfg = TrainConfig(

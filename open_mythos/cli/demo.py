@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from open_mythos.cli.plugins import program
 from open_mythos.device import Device, Dtype, setup_device
 from open_mythos.experiments.khop import accuracy_grid, enough, guessing, khop_task
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
-from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, program, shaded
+from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, shaded
 from open_mythos.tokenization.detokenizer import TextStream
 from open_mythos.tokenization.tokenizer import Tokenizer
 from open_mythos.train.config import TrainConfig

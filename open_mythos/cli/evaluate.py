@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.checks import PositiveInt, check_int
-from open_mythos.cli.options import Exit, ModelOptions, check_folder, read
+from open_mythos.cli.options import Exit, ModelOptions
 from open_mythos.config import MAX_LOOPS
 
 
 @dataclass(kw_only=True)
-class EvalArgs(ModelOptions):
+class Eval(ModelOptions):
     """Bits per byte of a text by loops: a table, eval.json and a figure."""
 
     text: tuple[str, ...]
@@ -29,23 +29,26 @@ class EvalArgs(ModelOptions):
     column: str = "text"
     """Field of a JSON line, or column of a parquet file, with the text."""
 
+    def loops(self) -> list[int]:
+        """Return the numbers of `n_loops`."""
+        try:
+            loops = [int(n) for n in self.n_loops.split(",")] if self.n_loops else []
+        except ValueError:
+            raise ValueError(f"--n-loops {self.n_loops} must be numbers with commas between; use 1,2,4,8") from None
+        for n in loops:
+            check_int("n_loops", n, 1, MAX_LOOPS, "use n_loops=1,2,4,8")
+        return loops
 
-def evaluate(rest: list[str]) -> None:
-    """bits per byte of a text, by loops"""
-    args = read(EvalArgs, "mythos eval", rest)
-    try:
-        n_loops = [int(n) for n in args.n_loops.split(",")] if args.n_loops else []
-    except ValueError:
-        raise ValueError(f"--n-loops {args.n_loops} must be numbers with commas between; use 1,2,4,8") from None
-    for n in n_loops:
-        check_int("n_loops", n, 1, MAX_LOOPS, "use n_loops=1,2,4,8")
-    check_folder(args.folder)
-    from rich.console import Console
+    __post_init__ = loops
 
-    from open_mythos.evals.by_loops import evaluate_files, print_results
+    def run(self, rest: list[str]) -> None:
+        """bits per byte of a text, by loops"""
+        from rich.console import Console
 
-    out = args.folder / "eval" if args.out is None else args.out
-    given: dict[str, Any] = {**vars(args), "n_loops": n_loops, "out": out}
-    results = evaluate_files(**given)
-    print_results(Console(), results)
-    print(f"In {out}: eval.json, bits_per_byte.png, bits_per_byte.svg")
+        from open_mythos.evals.by_loops import evaluate_files, print_results
+
+        out = self.folder / "eval" if self.out is None else self.out
+        given: dict[str, Any] = {**vars(self), "n_loops": self.loops(), "out": out}
+        results = evaluate_files(**given)
+        print_results(Console(), results)
+        print(f"In {out}: eval.json, bits_per_byte.png, bits_per_byte.svg")

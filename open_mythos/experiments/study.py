@@ -178,9 +178,10 @@ class Measure:
 
 
 def curve(xs: Sequence[float], estimates: Sequence[Estimate], label: str) -> Curve:
-    """Return a line of a figure through estimates, with their intervals."""
-    mean, low, high = zip(*(estimate.interval for estimate in estimates), strict=True)
-    return Curve(xs, mean, label, 0, low, high)
+    """Return a line of a figure through estimates, in the order of `xs`, with their intervals."""
+    points = sorted(zip(xs, estimates, strict=True), key=lambda point: point[0])
+    mean, low, high = zip(*(estimate.interval for _, estimate in points), strict=True)
+    return Curve([x for x, _ in points], mean, label, 0, low, high)
 
 
 class Results:
@@ -242,7 +243,7 @@ class Study:
     measure: Callable[[Run], Result]
     """Returns the numbers of one run as plain values."""
     fill: Callable[[Results], Mapping[str, Any]]
-    """Returns what fills the holes of the page."""
+    """Returns what fills the holes of the page, besides `raw`, which is all raw numbers."""
     figures: Mapping[str, Callable[[Results, Path], None]] = field(default_factory=dict)
     """Functions that draw the page's images."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -295,7 +296,7 @@ class Study:
     def report(self, raw: Result) -> Report:
         """Fill the page with the numbers, which are those of `run` or of a recorded report.json."""
         results = Results(self, raw)
-        values = self.fill(results)
+        values = {"raw": raw, **self.fill(results)}
         parts: list[Part] = []
         for paragraph in self.text("Report").split("\n\n"):
             image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)

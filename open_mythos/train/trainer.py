@@ -161,7 +161,7 @@ class Trainer:
                 run = Run(self.cfg.to_dict(), self.out_dir, self.steps_done, last_step(metrics))
                 tracking = Tracking(self.trackers, run)
                 self.folder.begin(self.steps_done)
-            stack.enter_context(self.checkpoints)
+            stack.callback(self.checkpoints.join)
             shown = self.progress and self.world.is_first
             with (
                 MetricsWriter(metrics, self.steps_done, tracking) as writer,

@@ -10,8 +10,10 @@ import torch
 
 from open_mythos import OpenMythos
 from open_mythos.experiments import EXPERIMENTS, adaptive
+from open_mythos.experiments.given_depths import shuffled, with_exits
 from open_mythos.experiments.study import Lab, Run, perform
 from open_mythos.recipes import load_recipe
+from open_mythos.reports.stats import token_bits
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import Batch
 
@@ -35,25 +37,22 @@ def batch() -> Batch:
 
 
 def test_given_depths_are_the_ones_that_run(model: OpenMythos, batch: Batch) -> None:
-    def at_depths(depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return adaptive.with_rule(model, batch, lambda rows: adaptive.GivenDepths(depths[rows]))
-
-    bits, loops = adaptive.with_rule(model, batch, lambda rows: model.exit_rule("kl", 0.01))
+    bits, loops = with_exits(model, batch, model.exit_rule("kl", 0.01), token_bits, rows=4)
     assert bits.shape == loops.shape == (5, 24) and len(loops.unique()) > 2
     # Given to the tokens that chose them, the depths give back the rule's own result.
-    same_bits, same_loops = at_depths(loops)
+    same_bits, same_loops = with_exits(model, batch, loops, token_bits, rows=4)
     assert torch.equal(same_loops, loops)
     torch.testing.assert_close(same_bits, bits)
-    other = adaptive.shuffled(loops, 0)
-    assert torch.equal(at_depths(other)[1], other)
+    other = shuffled(loops, 0)
+    assert torch.equal(with_exits(model, batch, other, token_bits, rows=4)[1], other)
 
 
 def test_shuffling_moves_the_tokens_and_leaves_the_numbers() -> None:
     depths = torch.arange(60).view(4, 15) % 8 + 1
-    other = adaptive.shuffled(depths, 0)
+    other = shuffled(depths, 0)
     assert torch.equal(other.flatten().bincount(), depths.flatten().bincount())
     assert not torch.equal(other, depths)
-    assert not torch.equal(other, adaptive.shuffled(depths, 1))
+    assert not torch.equal(other, shuffled(depths, 1))
 
 
 def test_kinds_of_bytes() -> None:

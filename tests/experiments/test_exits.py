@@ -11,7 +11,8 @@ import torch
 
 from open_mythos import OpenMythos
 from open_mythos.experiments import exits
-from open_mythos.experiments.adaptive import GivenDepths
+from open_mythos.experiments.difficulty import Task, carries, questions
+from open_mythos.experiments.given_depths import GivenDepths
 from open_mythos.experiments.study import Lab, Results, Run
 from open_mythos.nn.halting import ACT
 from open_mythos.reports.stats import Estimate, rank_correlation
@@ -34,12 +35,12 @@ def built(cfg: TrainConfig) -> OpenMythos:
 @pytest.mark.parametrize("arm", ["khop, rules", "addition, rules", "brackets, rules", "khop, ACT, ponder 0.01"])
 def test_measured_once_through(arm: str) -> None:
     cfg = exits.arms(True)[arm]
-    assert isinstance(cfg.data, exits.Task)
+    assert isinstance(cfg.data, Task)
     model = built(cfg)
     run = Run(arm, cfg, 1 - 1_000_000, {"rows": 40, "loops": 5}, Lab(Path(), True, (1,)))
     vars(run)["model"] = model  # instead of one that is trained
     found = exits.measure(run)
-    batch, difficulty, _ = exits.questions(cfg.data, 40, 1)
+    batch, difficulty, _ = questions(cfg.data, 40, 1)
     asked = batch.labels != IGNORE
     with torch.no_grad():
         right = model(batch.input_ids, 2).argmax(-1) == batch.labels
@@ -66,7 +67,7 @@ def test_act_with_given_depths_at_its_own_depths_is_act() -> None:
     assert model.recurrent is not None and model.recurrent.act is not None
     with torch.no_grad():
         model.recurrent.act.halt.weight.normal_()
-        ids = exits.questions(Addition(2, 3), 20, 0)[0].input_ids
+        ids = questions(Addition(2, 3), 20, 0)[0].input_ids
         own = model(ids, 5, exit=ACT(model.recurrent.act, 0.7), trace=True)
         given = model(ids, 5, exit=GivenDepths(own.exit_loop + 1, ACT(model.recurrent.act, 1.0)), trace=True)
     assert len(own.exit_loop.unique()) > 2
@@ -78,7 +79,7 @@ def test_carries() -> None:
     task = Addition(2, 3)
 
     batch = task.encode(np.array([95, 999, 12]), np.array([17, 1 + 100, 34]), np.array([2, 3, 2]))
-    chains = exits.carries(batch.input_ids)
+    chains = carries(batch.input_ids)
     starts = (5, 7, 5)
     # 95 + 17: 5 + 7 carries into 9 + 1, which carries on. 999 + 101: three in a row. 12 + 34: none.
     want = ([0, 1, 2, -1], [0, 1, 2, 3, -1], [0, 0, -1])
@@ -102,7 +103,7 @@ def read(ids: list[int]) -> tuple[int, int]:
 
 def test_brackets_are_graded_where_they_break() -> None:
     task = Brackets(12, 12, 1, 6)
-    batch, difficulty, where = exits.questions(task, 200, 0)
+    batch, difficulty, where = questions(task, 200, 0)
     for ids, labels, hard, at in zip(
         *(x.tolist() for x in (batch.input_ids, batch.labels, difficulty, where)), strict=True
     ):
@@ -114,7 +115,7 @@ def test_brackets_are_graded_where_they_break() -> None:
 
 
 def test_a_rule_that_knows_the_place_alone_follows_nothing() -> None:
-    batch, difficulty, place = exits.questions(Addition(2, 3), 400, 0)
+    batch, difficulty, place = questions(Addition(2, 3), 400, 0)
     graded = difficulty >= 0
     hard, where = difficulty[graded].tolist(), place[graded].tolist()
     loops = torch.arange(batch.labels.shape[1]).expand_as(place)[graded].tolist()
@@ -157,8 +158,8 @@ def made_up(sign: float, seeds: int = 5) -> Results:
 
 def thresholds(r: Results, name: str = "kl") -> list[float]:
     """The thresholds that seeds choose for a rule of khop."""
-    (row,) = (row for row in exits.choose(exits.rows(r, "khop")) if row["name"] == name)
-    return [result["threshold"] for result in row["results"]]
+    _, chosen = exits.rows(r, "khop")[name]
+    return [result["threshold"] for result in chosen["results"]]
 
 
 def test_report_says_what_the_numbers_say() -> None:
