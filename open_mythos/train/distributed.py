@@ -87,9 +87,8 @@ class World:
         if self.size == 1:
             return total
         mine = torch.tensor([*values.values(), total])
-        each = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(each, mine)
-        every = torch.stack(each)
+        every = mine.new_empty(self.size, len(mine))
+        dist.all_gather([*every], mine)
         for i, name in enumerate(values):
             if (odd := (every[:, i] != every[0, i]).nonzero()).numel():
                 rank = int(odd[0])
