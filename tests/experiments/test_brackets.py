@@ -1,12 +1,11 @@
 """The bracket experiment: its numbers against slow ones."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from open_mythos.experiments.brackets import LENGTH, LOOPS, arms, by_row, by_task, correlations, direction, settling
+from open_mythos.experiments.brackets import LENGTH, LOOPS, arms, by_row, by_task, correlations, settling, side
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Brackets, Mixed
 from open_mythos.tasks.rng import Purpose, stream
@@ -16,20 +15,21 @@ from tests.models import scaled
 
 def test_rows_that_never_settle_and_balanced_ones_are_left_out() -> None:
     rng = np.random.default_rng(0)
-    rows = {name: rng.integers(0, 7, 600).tolist() for name in ("nesting", "place", "settled", "kind")}
-    before = correlations([{"rows": rows}])["raw"].mean
-    more = json.loads(json.dumps(rows))
-    for name, values in {"nesting": [6, 6], "place": [-1, 3], "settled": [1, 0], "kind": [0, 0]}.items():
-        more[name] += values
-    assert correlations([{"rows": more}])["raw"].mean == before
+    rows = {name: rng.integers(0, 7, 600) for name in ("nesting", "place", "settled", "kind")}
+    added = {"nesting": [6, 6], "place": [-1, 3], "settled": [1, 0], "kind": [0, 0]}
+    more = {name: np.append(values, added[name]) for name, values in rows.items()}
+    before = correlations([rows])["raw"].mean
+    assert correlations([more])["raw"].mean == before
     more["settled"][-1] = 1
-    assert correlations([{"rows": more}])["raw"].mean != before
+    assert correlations([more])["raw"].mean != before
 
 
 def test_without_variation_there_is_no_correlation() -> None:
-    assert "all rows settle at one loop, as in 1 of 3 seeds" in direction(Estimate([0.2, float("nan"), 0.3]))
-    assert settling([5, 1, 0, 3]) == (2.5, 5 / 9)
-    assert np.isnan(settling([5, 0, 0])[0])
+    said = side(Estimate([0.2, float("nan"), 0.3]), "later", "earlier", "no order")
+    assert "all rows settle at one loop, as in 1 of 3 seeds" in said
+    found = settling([[5, 1, 0, 3], [5, 0, 0, 0]])
+    assert found["settles"].by_seed.tolist() == pytest.approx([2.5, np.nan], nan_ok=True)
+    assert found["never"].by_seed.tolist() == [5 / 9, 1]
 
 
 def test_rows_are_of_one_length_and_shares_those_of_separate_calls() -> None:
