@@ -316,10 +316,18 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
     return "\n".join(repeated[2].format_map({**values, **row}) for row in values[repeated[1]])
 
 
+def vary(cfg: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the run with other fields; a dict changes fields of the section, as in `model={"dim": 64}`."""
+    sections = {
+        name: dataclasses.replace(getattr(cfg, name), **x) for name, x in changes.items() if isinstance(x, dict)
+    }
+    return dataclasses.replace(cfg, **changes | sections)
+
+
 def plain(cfg: TrainConfig, blocks: int) -> TrainConfig:
     """Return the run for a plain transformer of so many blocks."""
     layers = {"prelude_layers": blocks, "recurrent_layers": 0, "coda_layers": 0, "prelude_norm": False}
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **layers))
+    return vary(cfg, model=layers)
 
 
 def load(name: str) -> Study:
