@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.experiments import EXPERIMENTS, adaptive
+from open_mythos.experiments import adaptive
 from open_mythos.experiments.given_depths import shuffled, with_exits
-from open_mythos.experiments.study import Lab, Run, perform
+from open_mythos.experiments.study import Lab, Run
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.stats import token_bits
 from open_mythos.tasks.rng import Purpose, stream
@@ -125,18 +125,3 @@ def test_the_words_follow_from_the_numbers(gain: float, verdict: str, said: tupl
     assert verdict in row and row[-1] == "40, 40"
     bits, same, control = map(float, row[3:6])
     assert (control - bits, control - same) == pytest.approx((gain, 0.1), abs=2e-3)
-
-
-def test_the_whole_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(adaptive, "RULES", {"kl": (0.003, 0.01)})
-    (small,) = adaptive.arms(quick=True).values()
-    small = dataclasses.replace(small, data=dataclasses.replace(small.data, seq_len=24), steps=2)
-    study = dataclasses.replace(adaptive.STUDY, arms=lambda quick: {adaptive.ARM: small})
-    monkeypatch.setitem(EXPERIMENTS, "adaptive", study)
-    report = perform("adaptive", Lab(tmp_path / "runs", True, (0,)), tmp_path / "out", "command")
-    assert "at 0.01)" in report.finding or "at 0.003)" in report.finding
-    written = json.loads((tmp_path / "out" / "report.json").read_text())["results"]["runs"][adaptive.ARM]
-    assert written[0]["tokens"] == 8 * 24 and 4 < written[0]["train_ce"] < 7
-    for name in ("exits", "gain"):
-        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")

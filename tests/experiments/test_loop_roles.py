@@ -1,8 +1,6 @@
 """The loop_roles experiment: its arms, the planted loop's size, and what its report says of made-up numbers."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +9,7 @@ import torch
 from open_mythos import OpenMythos
 from open_mythos.analysis.loop_roles import LoopRoles, loop_roles
 from open_mythos.analysis.loop_roles_section import verdict
-from open_mythos.experiments import EXPERIMENTS
 from open_mythos.experiments import loop_roles as experiment
-from open_mythos.experiments.study import Lab, perform
 from open_mythos.tasks.task import IGNORE
 
 
@@ -56,19 +52,6 @@ def test_what_is_planted_has_the_size_asked_for(strength: float) -> None:
     assert roles.other[:, 1, 2].mean().item() == pytest.approx(strength, rel=1e-4)
     assert roles.other[:, [0, 1, 3]][:, :, [0, 1, 3]].max() == 0
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
-
-
-def test_a_run_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXPERIMENTS, "loop_roles", dataclasses.replace(experiment.STUDY, arms=small))
-    lab = Lab(tmp_path / "runs", True, (3,))
-    perform("loop_roles", lab, tmp_path / "out", "command")
-    results = json.loads((tmp_path / "out" / "report.json").read_text())["results"]["runs"]
-    assert [run["seed"] for run in results["khop"]] == [3]
-    assert [name for name, runs in results.items() if "planted" in runs[0]] == ["diagonal-null", "khop-null"]
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "float error at most" in text and "found at every strength, and nothing is found elsewhere" in text
-    for figure in ("function", "interventions"):
-        assert (tmp_path / "out" / f"{figure}.svg").stat().st_size > 5000
 
 
 def made_up(function: float, state: float, changed: float, n: int = 120, fewer: float = 0.1) -> LoopRoles:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from open_mythos.experiments import EXPERIMENTS, khop, verify
-from open_mythos.experiments.study import Lab, Run, Study, load, write
+from open_mythos.experiments import EXPERIMENTS, adaptive, khop, verify
+from open_mythos.experiments.study import Lab, Run, Study, load, perform, write
 from open_mythos.train.config import TrainConfig
-from open_mythos.variants import mythos_1b
+from tests.experiments.test_measures import TINY
 
 RECORDS = Path(__file__).parents[2] / "docs" / "results"
 STUDIES = [name for name in EXPERIMENTS if isinstance(load(name), Study)]
@@ -51,18 +51,10 @@ def test_one_seed_claims_nothing(name: str) -> None:
         assert any(word in report.finding for word in ("one seed", "one run", "not told apart"))
 
 
-NARROW = {
-    "vocab_size": 101,
-    "dim": 32,
-    "n_heads": 2,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "n_experts": 4,
-    "expert_dim": 8,
-}
+SMALL = {"dim": 16, "n_heads": 2, "n_kv_heads": 2, "expert_dim": 8}
 
 
-def shrunk(cfg: Any) -> Any:
+def shrunk(name: str, cfg: Any) -> Any:
     """The arm with a training of two steps."""
     if not isinstance(cfg, TrainConfig):
         return cfg | {"steps": 2} if isinstance(cfg, dict) and "steps" in cfg else cfg
@@ -70,23 +62,25 @@ def shrunk(cfg: Any) -> Any:
         cfg,
         steps=2,
         batch_size=4,
+        model=dataclasses.replace(cfg.model, **SMALL) if name == "loop_roles" else cfg.model,
+        data=dataclasses.replace(cfg.data, seq_len=24) if name == "adaptive" else cfg.data,
         schedule=dataclasses.replace(cfg.schedule, warmup_steps=0),
         loops=dataclasses.replace(cfg.loops, ramp_steps=0),
         eval=dataclasses.replace(cfg.eval, every=cfg.eval.every and 1, rows=8),
     )
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("small_text", "adaptive", "exits")])
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("small_text", "exits")])
 def test_every_arm_runs_once_and_fills_the_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of every arm and a few questions; the studies of text have small tests of their own."""
+    """Two steps of every arm and a few questions; the other two studies have small tests of their own."""
     study, grid = load(name), khop.accuracy_grid
     # One distance of the 16 stands for all.
     monkeypatch.setattr(khop, "accuracy_grid", lambda *args: grid(*args[:4], (3,), args[5]) * len(args[4]))
-    # A narrower mythos_1b.
-    monkeypatch.setattr(verify, "large", lambda quick: dataclasses.replace(mythos_1b(), **NARROW))
+    monkeypatch.setattr(verify, "large", lambda quick: TINY)
+    monkeypatch.setattr(adaptive, "RULES", {"kl": (0.003, 0.01)})
 
     def arms(quick: bool) -> dict[str, Any]:
-        return {arm: shrunk(cfg) for arm, cfg in study.arms(quick).items()}
+        return {arm: shrunk(name, cfg) for arm, cfg in study.arms(quick).items()}
 
     def settings(config: Any, quick: bool) -> dict[str, Any]:
         found = study.settings(config, quick)
@@ -95,12 +89,22 @@ def test_every_arm_runs_once_and_fills_the_page(name: str, tmp_path: Path, monke
     def again(run: Run) -> dict[str, Any]:
         raise AssertionError("what was measured is measured again")
 
-    small, lab = dataclasses.replace(study, arms=arms, settings=settings), Lab(tmp_path, True, study.seeds[:1])
-    raw = small.run(lab)
+    small, lab = dataclasses.replace(study, arms=arms, settings=settings), Lab(tmp_path / "runs", True, study.seeds[:1])
+    monkeypatch.setitem(EXPERIMENTS, name, small)
+    report, out = perform(name, lab, tmp_path / "out", "command"), tmp_path / "out"
+    raw = json.loads((out / "report.json").read_text())["results"]
     assert len(lab.begun) == len(set(lab.begun)) >= small.n_parts(lab)
-    assert dataclasses.replace(small, measure=again).run(lab) == raw
-    report = small.report(json.loads(json.dumps(raw)))
+    assert json.loads(json.dumps(dataclasses.replace(small, measure=again).run(lab))) == raw
     assert "{" not in report.finding
+    assert all((out / f"{figure}.svg").stat().st_size > 5000 for figure in small.figures)
+    if name == "loop_roles":
+        assert [arm for arm, runs in raw["runs"].items() if "planted" in runs[0]] == ["diagonal-null", "khop-null"]
+        text = (out / "report.md").read_text()
+        assert "float error at most" in text and "found at every strength, and nothing is found elsewhere" in text
+    if name == "adaptive":
+        assert "at 0.01)" in report.finding or "at 0.003)" in report.finding
+        found = raw["runs"][adaptive.ARM][0]
+        assert found["tokens"] == 40 * 24 and 4 < found["train_ce"] < 7
 
 
 Change = Callable[[dict[str, Any]], None]
