@@ -46,10 +46,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
 
     # The line of code that a warning comes from is of no use to a user.
-    def plain(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-        return f"mythos {command}: {message}\n"
-
-    warnings.formatwarning = plain  # ty: ignore[invalid-assignment]
+    warnings.formatwarning = lambda message, *_: f"mythos {command}: {message}\n"  # ty: ignore[invalid-assignment]
     try:
         plugins.load(files)
         if issubclass(COMMANDS[command], RunOptions):
