@@ -157,15 +157,10 @@ def section(subject: Subject) -> Section:
     head = (
         "read through, answers, moved, climb, jump, wander, never rises, by chance, largest drop, by chance, even steps"
     )
-    by_loop = [
-        [
-            str(n),
-            str(int(found.rank[n, -1])),
-            f"{found.entropy[n, -1]:.2f}",
-            *(f"{subject.text(int(found.top[n, -1, k]))} {found.top_p[n, -1, k]:.2f}" for k in range(3)),
-        ]
-        for n in range(subject.n_loops + 1)
-    ]
+    by_loop = []
+    for n in range(subject.n_loops + 1):
+        best = [f"{subject.text(int(found.top[n, -1, k]))} {found.top_p[n, -1, k]:.2f}" for k in range(3)]
+        by_loop.append([str(n), str(int(found.rank[n, -1])), f"{found.entropy[n, -1]:.2f}", *best])
     quantiles = {"median": 0.5, "75 %": 0.75, "95 %": 0.95}
     curves = {name: found.rank.double().quantile(q, dim=1) for name, q in quantiles.items()}
     caption = "Rank of the last answer by loops, over tokens; 1 is the first choice."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_mythos.cli.options import ModelOptions, read
+from open_mythos.cli.options import ModelOptions
 
 if TYPE_CHECKING:
     from open_mythos.analysis.section import Subject
@@ -16,7 +16,7 @@ PROMPTS_OF_TASK = 64
 
 
 @dataclass(kw_only=True)
-class AnalyzeArgs(ModelOptions):
+class Analyze(ModelOptions):
     """What a model does in each loop: tables, analysis.json, figures and report.html. docs/analysis.md explains each
     number."""
 
@@ -32,59 +32,57 @@ class AnalyzeArgs(ModelOptions):
     """Folder of the report; left out: FOLDER/analysis."""
     seed: int = 0
 
+    def run(self, rest: list[str]) -> None:
+        """look at what a model does in each loop"""
+        import platform
 
-def analyze(rest: list[str]) -> None:
-    """look at what a model does in each loop"""
-    args = read(AnalyzeArgs, "mythos analyze", rest)
-    import platform
+        import torch
+        from rich.console import Console
+        from rich.text import Text
 
-    import torch
-    from rich.console import Console
-    from rich.text import Text
+        from open_mythos.analysis import SECTIONS
+        from open_mythos.experiments.study import commit
+        from open_mythos.reports.document import Report, Table, write_record
+        from open_mythos.reports.figures import require_matplotlib
+        from open_mythos.reports.terminal import ProgressLine, table
 
-    from open_mythos.analysis import SECTIONS
-    from open_mythos.experiments.study import commit
-    from open_mythos.reports.document import Report, Table, write_record
-    from open_mythos.reports.figures import require_matplotlib
-    from open_mythos.reports.terminal import ProgressLine, table
-
-    require_matplotlib()
-    subject = _subject(args)
-    sections, parts = {}, []
-    with ProgressLine(len(SECTIONS), "analyze", unit="part", stderr=True) as line:
-        for name, section in SECTIONS.items():
-            found = sections[name] = section(subject)
-            parts += [f"## {found.title}\n\n{found.finding}", *found.parts]
-            line.advance(label=name)
-    rows, tokens = subject.input_ids.shape
-    results = {
-        "name": "analyze",
-        "title": f"What {args.folder} does in each loop",
-        "question": "What does each loop do, and where does the state go?",
-        "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {args.dtype}. Trained depth: "
-        f"{subject.model.cfg.max_loop_iters} loops; run to {subject.n_beyond}. docs/analysis.md explains what each "
-        "number means and what it cannot show.",
-        "command": f"mythos analyze {shlex.join(rest)}",
-        "commits": [commit()],
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "seeds": [args.seed],
-        "quick": False,
-        "prompts": subject.input_ids.tolist(),
-        "results": {name: found.numbers for name, found in sections.items()},
-    }
-    out = args.folder / "analysis" if args.out is None else args.out
-    report = Report(" ".join(found.finding for found in sections.values()), parts)
-    write_record(results, report, out, "analysis.json")
-    console = Console()
-    for found in sections.values():
-        console.print(Text(f"\n{found.title}", style="bold"), Text(found.finding), sep="\n")
-        for part in found.parts:
-            if isinstance(part, Table):
-                console.print(table(part.head, part.rows))
-    print(f"The report is {out / 'report.html'} (also .md, analysis.json and the figures).")
+        require_matplotlib()
+        subject = _subject(self)
+        sections, parts = {}, []
+        with ProgressLine(len(SECTIONS), "analyze", unit="part", stderr=True) as line:
+            for name, section in SECTIONS.items():
+                found = sections[name] = section(subject)
+                parts += [f"## {found.title}\n\n{found.finding}", *found.parts]
+                line.advance(label=name)
+        rows, tokens = subject.input_ids.shape
+        results = {
+            "name": "analyze",
+            "title": f"What {self.folder} does in each loop",
+            "question": "What does each loop do, and where does the state go?",
+            "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {self.dtype}. "
+            f"Trained depth: {subject.model.cfg.max_loop_iters} loops; run to {subject.n_beyond}. "
+            "docs/analysis.md explains what each number means and what it cannot show.",
+            "command": f"mythos analyze {shlex.join(rest)}",
+            "commits": [commit()],
+            "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+            "seeds": [self.seed],
+            "quick": False,
+            "prompts": subject.input_ids.tolist(),
+            "results": {name: found.numbers for name, found in sections.items()},
+        }
+        out = self.folder / "analysis" if self.out is None else self.out
+        report = Report(" ".join(found.finding for found in sections.values()), parts)
+        write_record(results, report, out, "analysis.json")
+        console = Console()
+        for found in sections.values():
+            console.print(Text(f"\n{found.title}", style="bold"), Text(found.finding), sep="\n")
+            for part in found.parts:
+                if isinstance(part, Table):
+                    console.print(table(part.head, part.rows))
+        print(f"The report is {out / 'report.html'} (also .md, analysis.json and the figures).")
 
 
-def _subject(args: AnalyzeArgs) -> "Subject":
+def _subject(args: Analyze) -> "Subject":
     """Load the model and its prompts; refuse before any work what cannot be analysed."""
     import torch
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from open_mythos.checks import PositiveInt
-from open_mythos.cli.options import ModelOptions, SamplingOptions, chosen, read
+from open_mythos.cli.options import ModelOptions, SamplingOptions, chosen
 from open_mythos.generation.sampling_params import SamplingParams
 
 
 @dataclass(kw_only=True)
-class ChatArgs(SamplingOptions, ModelOptions):
+class Chat(SamplingOptions, ModelOptions):
     """Talk with the model of a folder. Every token has the colour of the loops it took; /help lists what can be
     changed on the way. Reads lines from a pipe too."""
 
@@ -29,29 +29,27 @@ class ChatArgs(SamplingOptions, ModelOptions):
         if self.plain and self.system:
             raise ValueError(f"--system {self.system!r} and --plain are both given; give one")
 
+    def run(self, rest: list[str]) -> None:
+        """talk with a model, its tokens coloured by their loops"""
+        from rich.console import Console
 
-def chat(rest: list[str]) -> None:
-    """talk with a model, its tokens coloured by their loops"""
-    args = read(ChatArgs, "mythos chat", rest)
-    from rich.console import Console
+        from open_mythos.cli.chat_session import Session
+        from open_mythos.tokenization.chat_template import end_of_turn, turns_unknown
 
-    from open_mythos.cli.chat_session import Session
-    from open_mythos.tokenization.chat_template import end_of_turn, turns_unknown
-
-    model, tokenizer = args.load()
-    end = end_of_turn(tokenizer)
-    params = SamplingParams(
-        **chosen(args),
-        max_tokens=args.max_tokens,
-        stop=end if isinstance(end, str) and not args.plain else (),
-    )
-    if not args.plain and (warning := turns_unknown(args.folder, "use --plain to have your text continued")):
-        print(f"mythos chat: {warning}", file=sys.stderr)
-    console = Console(highlight=False, soft_wrap=True)
-    session = Session(model, tokenizer, console, params, args.plain, args.system, args.kv_tokens)
-    if sys.stdin.isatty():
-        session.greet()
-    session.run(_lines())
+        model, tokenizer = self.load()
+        end = end_of_turn(tokenizer)
+        params = SamplingParams(
+            **chosen(self),
+            max_tokens=self.max_tokens,
+            stop=end if isinstance(end, str) and not self.plain else (),
+        )
+        if not self.plain and (warning := turns_unknown(self.folder, "use --plain to have your text continued")):
+            print(f"mythos chat: {warning}", file=sys.stderr)
+        console = Console(highlight=False, soft_wrap=True)
+        session = Session(model, tokenizer, console, params, self.plain, self.system, self.kv_tokens)
+        if sys.stdin.isatty():
+            session.greet()
+        session.run(_lines())
 
 
 def _lines() -> Iterator[str]:

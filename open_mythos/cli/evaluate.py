@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from open_mythos.checks import PositiveInt, check_int
-from open_mythos.cli.options import Exit, ModelOptions, read
+from open_mythos.cli.options import Exit, ModelOptions
 from open_mythos.config import MAX_LOOPS
 
 
 @dataclass(kw_only=True)
-class EvalArgs(ModelOptions):
+class Eval(ModelOptions):
     """Bits per byte of a text by loops: a table, eval.json and a figure."""
 
     text: tuple[str, ...]
@@ -41,16 +41,14 @@ class EvalArgs(ModelOptions):
 
     __post_init__ = loops
 
+    def run(self, rest: list[str]) -> None:
+        """bits per byte of a text, by loops"""
+        from rich.console import Console
 
-def evaluate(rest: list[str]) -> None:
-    """bits per byte of a text, by loops"""
-    args = read(EvalArgs, "mythos eval", rest)
-    from rich.console import Console
+        from open_mythos.evals.by_loops import evaluate_files, print_results
 
-    from open_mythos.evals.by_loops import evaluate_files, print_results
-
-    out = args.folder / "eval" if args.out is None else args.out
-    given: dict[str, Any] = {**vars(args), "n_loops": args.loops(), "out": out}
-    results = evaluate_files(**given)
-    print_results(Console(), results)
-    print(f"In {out}: eval.json, bits_per_byte.png, bits_per_byte.svg")
+        out = self.folder / "eval" if self.out is None else self.out
+        given: dict[str, Any] = {**vars(self), "n_loops": self.loops(), "out": out}
+        results = evaluate_files(**given)
+        print_results(Console(), results)
+        print(f"In {out}: eval.json, bits_per_byte.png, bits_per_byte.svg")

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 75
 
 
 @dataclass
-class DemoArgs:
+class Demo:
     """Train a model that answers longer questions by looping more, then a small text model, and draw both."""
 
     out: Path = Path("demo")
@@ -37,13 +37,11 @@ class DemoArgs:
     """CPU threads. On a busy machine one is fastest."""
     seed: NonNegativeInt = 0
 
+    def run(self, rest: list[str]) -> None:
+        """train from nothing in minutes, and see more loops answer longer questions"""
+        from open_mythos.cli.demo import run_demo
 
-def demo(rest: list[str]) -> None:
-    """train from nothing in minutes, and see more loops answer longer questions"""
-    args = read(DemoArgs, "mythos demo", rest)
-    from open_mythos.cli.demo import run_demo
-
-    run_demo(**vars(args))
+        run_demo(**vars(self))
 
 
 class TrackerName(TableKey):
@@ -59,7 +57,7 @@ class RunOptions:
 
 
 @dataclass
-class TrainArgs(RunOptions):
+class Train(RunOptions):
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
     Recipes: {recipes}. small-text and the pretraining recipes after chat take text that is prepared first. Any field of
@@ -90,51 +88,43 @@ class TrainArgs(RunOptions):
     workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
 
+    def run(self, rest: list[str], recipe: str, cfg: "TrainConfig") -> None:
+        """train a recipe, or reproduce a run from its config.yaml"""
+        if recipe == "chat" and self.init_from is None:
+            raise ValueError(
+                "--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final"
+            )
+        if self.out is None:
+            raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
-def train(rest: list[str]) -> None:
-    """train a recipe, or reproduce a run from its config.yaml"""
-    args, recipe, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR")
-    if recipe == "chat" and args.init_from is None:
-        raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
-    if args.out is None:
-        raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
+        from open_mythos.recipes import DATA
+        from open_mythos.train.checkpoint import CheckpointConfig
+        from open_mythos.train.trackers import make_trackers
+        from open_mythos.train.trainer import Interrupted, Trainer
 
-    from open_mythos.recipes import DATA
-    from open_mythos.train.checkpoint import CheckpointConfig
-    from open_mythos.train.trackers import make_trackers
-    from open_mythos.train.trainer import Interrupted, Trainer
-
-    checkpoint = CheckpointConfig(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
-    trackers = make_trackers(args.track)
-    try:
-        cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
-        trainer = Trainer(
-            cfg,
-            args.out,
-            device=args.device,
-            threads=args.threads,
-            checkpoint=checkpoint,
-            resume=args.resume,
-            workers=args.workers,
-            trackers=trackers,
-        )
-    except FileNotFoundError as error:
-        if recipe not in DATA:
-            raise
-        raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
-    if trainer.world.is_first:
-        print("\n".join(_size_and_time(args, recipe, trainer)), flush=True)
-    try:
-        final = trainer.run()
-    except Interrupted as interrupted:
-        print(f"mythos train: {interrupted}", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    if trainer.world.is_first:
-        print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.\nNext:")
-        print("\n".join(_next(trainer, shlex.quote(str(final)))))
+        checkpoint = CheckpointConfig(self.checkpoint_every, self.keep_last, self.keep_every, self.checkpoint_minutes)
+        options = {name: getattr(self, name) for name in ("device", "threads", "resume", "workers")}
+        trackers = make_trackers(self.track)
+        try:
+            cfg = _fit_vocabulary(cfg, self.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
+            trainer = Trainer(cfg, self.out, checkpoint=checkpoint, trackers=trackers, **options)
+        except FileNotFoundError as error:
+            if recipe not in DATA:
+                raise
+            raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
+        if trainer.world.is_first:
+            print("\n".join(_size_and_time(self, recipe, trainer)), flush=True)
+        try:
+            final = trainer.run()
+        except Interrupted as interrupted:
+            print(f"mythos train: {interrupted}", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        if trainer.world.is_first:
+            print(f"The model is in {final}, the run's numbers in {self.out / 'metrics.jsonl'}.\nNext:")
+            print("\n".join(_next(trainer, shlex.quote(str(final)))))
 
 
-def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str]:
+def _size_and_time(args: Train, recipe: str, trainer: "Trainer") -> list[str]:
     """Describe the size and time of a run, as far as they are known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
@@ -201,14 +191,8 @@ def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
     return replace(cfg, model=replace(cfg.model, vocab_size=theirs))
 
 
-Args = TypeVar("Args", bound=RunOptions)
-
-
-def read_run(rest: list[str], options: type[Args], command: str, ending: str = "") -> tuple[Args, str, "TrainConfig"]:
-    """Return the command's options, the recipe's name ("" for a file) and the run's configuration.
-
-    `rest` are the arguments after the command; `ending` ends the usage line, after the recipe.
-    """
+def read_run(options: type[RunOptions], command: str, rest: list[str]) -> tuple[Any, str, "TrainConfig"]:
+    """Return the command's options, the recipe's name ("" for a file) and the run's configuration."""
     words = [arg for arg in rest if arg not in ("-h", "--help")]
     args, overrides = read(options, f"{command} RECIPE", words, return_unknown_args=True)  # ty: ignore[not-iterable]
     from open_mythos.recipes import RECIPES, load_recipe
@@ -224,9 +208,10 @@ def read_run(rest: list[str], options: type[Args], command: str, ending: str = "
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in {command} tiny-text")
     cfg = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
-    if isinstance(args, TrainArgs) and args.init_from is not None:
+    if isinstance(args, Train) and args.init_from is not None:
         from open_mythos.train.init_from import adopt
 
         cfg = adopt(cfg, args.init_from)
-    usage, only_flags = f"{command} {recipe or '--config FILE'}{ending}", (tyro.conf.AvoidSubcommands,)
+    usage = f"{command} {recipe or '--config FILE'}{' --out DIR' if options is Train else ''}"
+    only_flags = (tyro.conf.AvoidSubcommands,)
     return args, recipe, read(TrainConfig, usage, [*overrides, *asked], default=cfg, config=only_flags)

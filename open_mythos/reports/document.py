@@ -16,9 +16,9 @@ from open_mythos.files import write_text
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its cells are written with `str`, so an `Estimate` shows its interval."""
+    """A table; head and cells are written with `str`, so an `Estimate` shows its interval."""
 
-    head: Sequence[str]
+    head: Sequence[Any]
     rows: Sequence[Sequence[Any]]
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ Shapes: S seeds, N windows or sequences.
 
 import functools
 import math
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ ONE_SEED = f"one seed, so {UNCLEAR}"
 class Interval(NamedTuple):
     """Means and the ends of the 95 % intervals around them, three arrays of one shape; NaN ends where there is none."""
 
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    mean: Any
+    low: Any
+    high: Any
 
 
 def over_seeds(values: ArrayLike) -> Interval:
@@ -67,10 +67,9 @@ class Estimate:
         self.form = form
 
     @property
-    def interval(self) -> tuple[float, float, float]:
+    def interval(self) -> Interval:
         """The mean and the two ends of its interval, NaN for one seed."""
-        mean, low, high = over_seeds(self.by_seed)
-        return float(mean), float(low), float(high)
+        return over_seeds(self.by_seed)
 
     @property
     def mean(self) -> float:
@@ -104,16 +103,11 @@ class TextEstimate(Estimate):
     """
 
     @property
-    def interval(self) -> tuple[float, float, float]:
+    def interval(self) -> Interval:
         """The mean and the ends of the bootstrap interval over windows, with the mean over seeds in each window."""
-        _, low, high = bootstrap(self.by_seed.mean(0))
-        return float(self.by_seed.mean()), float(low), float(high)
+        return bootstrap(self.by_seed.mean(0))
 
-    def between(self, form: str) -> str:
-        """Write the interval alone, as in '0.470 to 0.554'."""
-        _, low, high = self.interval
-        return f"{low:{form}} to {high:{form}}"
-
+    @property
     def verdict(self) -> str:
         """Name the sign where the interval and every seed agree on it: higher, lower, or undecided."""
         seen = np.array([*self.interval, *self.by_seed.mean(1)])
