@@ -174,6 +174,7 @@ def test_names_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capture
         assert "must be 1 to 256 printable characters" in told and len(told.splitlines()) == 1, name
     odd = tmp_path / "a\nb"
     odd.mkdir()
+    (odd / "config.json").touch()
     assert main(["serve", str(odd)]) == 2
     assert "use --name" in capsys.readouterr().err
 
@@ -230,7 +231,7 @@ def test_the_model_is_not_looked_through_for_garbage(
 
     def run(_: object, service: Service, listener: socket.socket) -> bool:
         listener.close()
-        return made.append(service.async_engine._make()) is None
+        return made.append(service.async_engine.make()) is None
 
     monkeypatch.setattr("open_mythos.server.connection.run", run)
     handlers, level = logging.root.handlers[:], logging.getLogger("open_mythos.serve").level
