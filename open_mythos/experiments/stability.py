@@ -202,12 +202,10 @@ def fill(r: Results) -> dict[str, Any]:
             "beyond": f"{(A.max(1) >= 1).sum()} of {n}",
         })  # fmt: skip
     norms = {rho: norms_by_loop(r, rho).mean(0) for rho in GROWTH}
-    last, spectral = norms_by_loop(r, "2.0"), r.runs["spectral"][0]
+    last = norms_by_loop(r, "2.0")
     return {
         "verdict": verdict(count, n),
         "off": max(np.abs(norms[rho] / theirs - 1).max() for rho, theirs in GROWTH.items()),
-        "start": spectral["start"],
-        "most": [{"dtype": dtype, "a": a} for dtype, a in spectral["most"].items()],
         "fall": f" Dead runs here: {np.mean(falls):.3%} a step." if falls else "",
         "lines": lines,
         "ratio": Estimate((last[:, 5:] / last[:, 4:-1]).mean(1)),
