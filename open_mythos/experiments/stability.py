@@ -186,7 +186,7 @@ def norms_by_loop(r: Results, rho: str) -> np.ndarray:
 def fill(r: Results) -> dict[str, Any]:
     """Return the counts of dead runs, the largest A by step, and the norms beside the published ones."""
     lines, falls, count = [], [], {}
-    for arm in list(r.runs)[: len(FORMS) * len(DECAYS)]:
+    for arm in (arm for arm in r.runs if arm not in ("growth", "spectral")):
         A, loss, gradient = (r[arm, name].values for name in ("A", "loss", "gradient"))
         died, n = dead(gradient), len(A)
         frozen = died & (abs(loss[:, -1] - math.log(SMALL.vocab_size)) < 1e-4)
