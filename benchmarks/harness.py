@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,8 @@ class Settings:
         return "device" if self.device == "cuda" else "cpu" if self.threads == 1 else "wall"
 
 
-@dataclass(frozen=True)
-class Player:
-    """Who is called in a round."""
-
-    name: str
-    client: Client
-    id: str = "main"
-    once: bool = False
-    """Whether one call is a sample, however short: for tasks that repeat inside the call."""
+Players = Mapping[str, tuple[Client, str]]
+"""The jobs that take turns, by any name: a worker, and the job's id there."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,6 @@ class Budget:
     seconds: float = 25.0
     least: int = 5
     most: int = 15
-
-    def rounds(self, seconds_per_round: float) -> int:
-        """Return how many rounds fit."""
-        return max(self.least, min(self.most, int(self.seconds / max(seconds_per_round, 1e-9))))
 
 
 FULL, QUICK = Budget(), Budget(4.0, 2, 4)
@@ -86,21 +75,21 @@ class Samples:
 
     def ratio(self, numerator: str, denominator: str, clock: str = "") -> Spread:
         """Describe the ratios of two players' times, pair by pair."""
-        clock = clock or self.clock
-        return ratios(self.seconds[numerator][clock], self.seconds[denominator][clock])
+        return ratios(*(self.seconds[player][clock or self.clock] for player in (numerator, denominator)))
 
-    def spreads(self, player: str) -> dict[str, Any]:
-        """Describe the seconds by clock."""
-        return {clock: Spread.of(values) for clock, values in self.seconds[player].items()}
+    def sides(self, *players: str, **known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Describe the seconds by player (none named: all) and clock, beside what is known of a player."""
+        spreads = {p: {clock: Spread.of(s) for clock, s in self.seconds[p].items()} for p in players or self.seconds}
+        return {player: known.get(player, {}) | spread for player, spread in spreads.items()}
 
 
+@dataclass
 class Bench:
     """One run of the harness."""
 
-    def __init__(self, settings: Settings, tell: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        self.settings = settings
-        self.tell = tell
-        """Shows progress: (activity, rounds done, rounds in all)."""
+    settings: Settings
+    tell: Callable[[str, int, int], None] = lambda *_: None
+    """Shows progress: (activity, rounds done, rounds in all)."""
 
     @contextlib.contextmanager
     def workers(self, *sides: str) -> Generator[list[Client]]:
@@ -124,55 +113,53 @@ class Bench:
         Raises:
             Different: on every draw of the inputs.
         """
-        answer: dict[str, Any] = {}
+        different: list[str] = []
         for seed in range(GATE_SEEDS):
             self.tell("gate", seed, GATE_SEEDS)
             expected = peer.ask("outputs", id=reference or id, seed=seed)
             answers = [client.ask("gate", id=id, seed=seed, reference=expected, layout=peer.side) for client in ours]
-            answer = next((a for a in answers if "different" in a), answers[0]) | {"seed": seed}
-            if "different" not in answer:
-                return answer
-        raise Different(answer["different"])
+            different = [answer["different"] for answer in answers if "different" in answer]
+            if not different:
+                return answers[0] | {"seed": seed}
+        raise Different(different[0])
 
-    def interleave(self, players: Sequence[Player], budget: Budget = FULL, rotate: bool = False) -> Samples:
+    def interleave(self, players: Players, budget: Budget = FULL, rotate: bool = False) -> Samples:
         """Call the players in turn, round after round; with `rotate` every round begins with another one.
 
         The first calls warm up and are dropped; they also show how many calls make one sample long enough to time.
         """
-        if self.settings.quick:
-            budget = replace(QUICK, least=min(QUICK.least, budget.least))
-        calls: dict[str, dict[str, int]] = {}
-        per_round = 0.0
-        shortest = 0.02 if self.settings.quick else 0.1
-        for player in players:
-            once = self._warm_up(player)
-            n = 1 if player.once else max(1, math.ceil(shortest / max(once, 1e-6)))
+        quick, names = self.settings.quick, list(players)
+        budget = replace(QUICK, least=min(QUICK.least, budget.least)) if quick else budget
+        calls, per_round = {}, 1e-9
+        for name, (client, id) in players.items():
+            once, whole = self._warm_up(client, id)
+            n = 1 if whole else max(1, math.ceil((0.02 if quick else 0.1) / max(once, 1e-6)))
             # Another process has filled the caches since a player's last call, which a long call does not notice.
-            warm_up = int(once < 0.25 and not player.once)
-            calls[player.name] = {"n": n, "warm_up": warm_up}
+            warm_up = int(once < 0.25 and not whole)
+            calls[name] = {"id": id, "n": n, "warm_up": warm_up}
             per_round += (n + warm_up) * once
-        rounds = budget.rounds(per_round)
-        samples = Samples(self.settings.clock, {p.name: {} for p in players}, {p.name: [] for p in players})
+        rounds = max(budget.least, min(budget.most, int(budget.seconds / per_round)))
+        samples = Samples(self.settings.clock, {name: {} for name in names}, {name: [] for name in names})
         for i in range(rounds):
             self.tell("timing", i, rounds)
-            first = i % len(players) if rotate else 0
-            for player in (*players[first:], *players[:first]):
-                answer = player.client.ask("call", id=player.id, **calls[player.name])
-                samples.readings[player.name].append(answer["reading"])
+            first = i % len(names) if rotate else 0
+            for name in names[first:] + names[:first]:
+                answer = players[name][0].ask("call", **calls[name])
+                samples.readings[name].append(answer["reading"])
                 for clock, seconds in answer["seconds"].items():
-                    samples.seconds[player.name].setdefault(clock, []).append(seconds)
+                    samples.seconds[name].setdefault(clock, []).append(seconds)
         return samples
 
-    def _warm_up(self, player: Player) -> float:
-        """Call for a second and three times, or ten seconds -> wall seconds of the last call."""
+    def _warm_up(self, client: Client, id: str) -> tuple[float, bool]:
+        """Call for a second and three times, or ten seconds -> wall seconds of the last call, and `Task.whole`."""
         least = 0.1 if self.settings.quick else 1.0
-        spent, done, once = 0.0, 0, 0.0
-        while spent < least or (done < WARM_UP and spent < 10 * least and not player.once):
+        spent, done, once, whole = 0.0, 0, 0.0, False
+        while spent < least or (done < WARM_UP and spent < 10 * least and not whole):
             self.tell("warm-up", done, done + 1)
-            seconds = player.client.ask("call", id=player.id)["seconds"]
-            once = seconds.get("wall", seconds["cpu"])
+            answer = client.ask("call", id=id)
+            once, whole = answer["seconds"].get("wall", answer["seconds"]["cpu"]), answer["whole"]
             spent, done = spent + once, done + 1
-        return once
+        return once, whole
 
     def peak_bytes(self, side: str, job: Job, calls: int = 2) -> int:
         """Return the peak memory of a process of its own that builds the job's model and runs it."""

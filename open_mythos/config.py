@@ -6,39 +6,20 @@ The first 23 fields keep the names, defaults and meanings of open-mythos 0.5.0; 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from open_mythos.checks import check_bool, check_choice, check_field, check_int, check_number
+from open_mythos.checks import Range, Share, check_choice, check_field, check_int, check_section
 
 MAX_LOOPS = 4096
 """Loops that one call may ask for at most: its time and its cache grow in proportion."""
 
-LARGEST = {
-    "vocab_size": 2**30,
-    "dim": 2**20,
-    "n_heads": 2**12,
-    "n_kv_heads": 2**12,
-    "max_seq_len": 2**30,
-    "max_output_tokens": 2**30,
-    "prelude_layers": 2**12,
-    "recurrent_layers": 2**12,
-    "coda_layers": 2**12,
-    "kv_lora_rank": 2**20,
-    "q_lora_rank": 2**20,
-    "qk_rope_head_dim": 2**16,
-    "qk_nope_head_dim": 2**16,
-    "v_head_dim": 2**16,
-    "n_experts": 2**16,
-    "n_experts_per_tok": 2**16,
-    "n_shared_experts": 2**16,
-    "expert_dim": 2**22,
-    "lora_rank": 2**20,
-}
-"""Upper bounds of the sizes, far above every existing model."""
-MAY_BE_ZERO = ("prelude_layers", "coda_layers", "recurrent_layers", "n_experts", "n_shared_experts", "lora_rank")
-INITIAL_STATES = ("e", "zero", "normal")
-HALTINGS = ("act", "none")
-BLOCK_NORMS = ("pre", "sandwich")
+# Upper bounds of the sizes are far above every existing model.
+Length = Annotated[int, Range(1, 2**30)]
+Width = Annotated[int, Range(1, 2**20)]
+HeadWidth = Annotated[int, Range(1, 2**16)]
+Heads = Annotated[int, Range(1, 2**12)]
+Layers = Annotated[int, Range(0, 2**12)]
+Experts = Annotated[int, Range(0, 2**16)]
 
 
 @dataclass(frozen=True)
@@ -111,50 +92,50 @@ class MythosConfig:
         ValueError: a field is out of range, or two fields do not fit; the message names both and a value that works.
     """
 
-    vocab_size: int = 32000
-    dim: int = 2048
-    n_heads: int = 16
-    n_kv_heads: int = 4
+    vocab_size: Length = 32000
+    dim: Width = 2048
+    n_heads: Heads = 16
+    n_kv_heads: Heads = 4
     """Number of key and value heads of `gqa`, a divisor of `n_heads`. `mla` has none and ignores it."""
-    max_seq_len: int = 4096
-    max_loop_iters: int = 16
+    max_seq_len: Length = 4096
+    max_loop_iters: Annotated[int, Range(1, MAX_LOOPS)] = 16
     """Loops of a call that names none, and rows of the depth LoRA. A call may ask for more, up to 4096."""
-    prelude_layers: int = 2
-    coda_layers: int = 2
+    prelude_layers: Layers = 2
+    coda_layers: Layers = 2
     attn_type: str = "mla"
-    kv_lora_rank: int = 512
-    q_lora_rank: int = 1536
-    qk_rope_head_dim: int = 64
-    qk_nope_head_dim: int = 128
-    v_head_dim: int = 128
-    n_experts: int = 64
+    kv_lora_rank: Width = 512
+    q_lora_rank: Width = 1536
+    qk_rope_head_dim: HeadWidth = 64
+    qk_nope_head_dim: HeadWidth = 128
+    v_head_dim: HeadWidth = 128
+    n_experts: Experts = 64
     """Number of routed experts of the recurrent block; with 0 its feed-forward is a dense one of width `expert_dim`."""
-    n_shared_experts: int = 2
+    n_shared_experts: Experts = 2
     """Number of shared experts, each `expert_dim * n_experts_per_tok` wide as in 0.5.0; stored as one wide SwiGLU."""
-    n_experts_per_tok: int = 4
-    expert_dim: int = 512
-    act_threshold: float = 0.99
-    rope_theta: float = 500000.0
-    lora_rank: int = 16
+    n_experts_per_tok: Annotated[int, Range(1, 2**16)] = 4
+    expert_dim: Annotated[int, Range(1, 2**22)] = 512
+    act_threshold: Annotated[float, Range(0, 1, above=True)] = 0.99
+    rope_theta: Annotated[float, Range(1, above=True)] = 500000.0
+    lora_rank: Annotated[int, Range(0, 2**20)] = 16
     """Rank of the depth LoRA; with 0 there is none."""
-    max_output_tokens: int = 4096
+    max_output_tokens: Length = 4096
     """Limit of new tokens of one `generate` call."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
     injection: str = "lti"
     """Way of the prelude's output e into every loop: lti, diagonal, concat or add (see nn/injection.py)."""
-    initial_state: str = "e"
+    initial_state: Literal["e", "zero", "normal"] = "e"
     """State before the first loop: e, zero, or normal (noise that depends on the row's seed and the position)."""
     loop_embedding: bool = True
-    halting: str = "act"
+    halting: Literal["act", "none"] = "act"
     """Halting of the model itself. act: learned, the output is the weighted sum of states. none: the last state."""
     min_loops: int = 1
     """Number of loops before which no token exits, whatever the rule."""
-    recurrent_layers: int = 1
+    recurrent_layers: Layers = 1
     """Number of blocks inside the loop; with 0 the model is a plain transformer, which takes no `n_loops`."""
     prelude_norm: bool = False
     """RMSNorm on the prelude's output before it is injected."""
-    block_norm: str = "pre"
+    block_norm: Literal["pre", "sandwich"] = "pre"
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
     feed_forward: str = "swiglu"
@@ -181,36 +162,20 @@ class MythosConfig:
 
     def validate(self) -> None:
         """Check every field, and the fields that have to fit each other."""
-        for name, largest in LARGEST.items():
-            check_int(name, getattr(self, name), 0 if name in MAY_BE_ZERO else 1, largest)
-        check_int("max_loop_iters", self.max_loop_iters, 1, MAX_LOOPS)
+        check_section(self)
         check_int("min_loops", self.min_loops, 1, self.max_loop_iters)
+        for name in ("act_threshold", "rope_theta", "dropout"):
+            setattr(self, name, float(getattr(self, name)))
         for name, table_name, table in (
             ("attn_type", "ATTENTIONS", ATTENTIONS),
             ("feed_forward", "FEED_FORWARDS", FEED_FORWARDS),
             ("injection", "INJECTIONS", INJECTIONS),
         ):
-            check_part(name, getattr(self, name), table, table_name)
-        for name, allowed in (
-            ("halting", HALTINGS),
-            ("initial_state", INITIAL_STATES),
-            ("block_norm", BLOCK_NORMS),
-        ):
-            check_choice(name, getattr(self, name), allowed)
-        for name in ("loop_embedding", "prelude_norm", "qk_norm"):
-            check_bool(name, getattr(self, name))
-        check_number("act_threshold", self.act_threshold, 0, 1, above=True, remedy="use act_threshold=0.99")
-        check_number("rope_theta", self.rope_theta, 1, above=True, remedy="use rope_theta=500000.0")
-        check_number("dropout", self.dropout, 0, 1, below=True, remedy="use dropout=0.0")
-        for name in ("act_threshold", "rope_theta", "dropout"):
-            setattr(self, name, float(getattr(self, name)))
-        # A part may have a check of the fields that it uses.
-        for part in (ATTENTIONS[self.attn_type], FEED_FORWARDS[self.feed_forward], INJECTIONS[self.injection]):
-            if (check := getattr(part, "check", None)) is not None:
+            part = getattr(self, name)
+            check_part(name, part, table, table_name)
+            # A part may have a check of the fields that it uses.
+            if (check := getattr(table[part], "check", None)) is not None:
                 check(self)
-        self._check_layers()
-
-    def _check_layers(self) -> None:
         if self.n_experts and self.n_experts_per_tok > self.n_experts:
             raise ValueError(
                 f"n_experts_per_tok={self.n_experts_per_tok} must be at most n_experts={self.n_experts}; "

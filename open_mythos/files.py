@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,11 +102,7 @@ class FileError(ValueError):
 
 def is_text(value: str) -> bool:
     """Return whether a string can be written as UTF-8: escapes in JSON and YAML also make halves of surrogate pairs."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search(r"[\ud800-\udfff]", value) is None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -211,16 +207,12 @@ def parse_yaml(text: str, source: str) -> Any:
         raise FileError(f"{source} has more than {MAX_YAML_BYTES} characters; shorten it")
     try:
         value = yaml.load(text, _Loader)
-    except _Refused as error:
+    except FileError as error:
         raise FileError(f"{source}: {error}") from error
     except Exception as error:  # the library's constructors raise whatever a bad value causes
         raise FileError(f"{source}: the text is no YAML; correct this: {error!s:.400}") from error
     _check_values(value, source, finite=True)
     return value
-
-
-class _Refused(ValueError):
-    """Raised for valid YAML that goes beyond a limit."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -232,9 +224,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise _Refused(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
+            raise FileError(f"line {line} has the alias *{event.anchor:.40}; write the value out instead")
         if self.depth == MAX_DEPTH:
-            raise _Refused(f"line {line} is nested deeper than {MAX_DEPTH} levels; flatten it")
+            raise FileError(f"line {line} is nested deeper than {MAX_DEPTH} levels; flatten it")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -243,7 +235,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise _Refused(f"a section has the field {_most_frequent(names)!r:.60} twice; leave one out")
+            raise FileError(f"a section has the field {Counter(names).most_common(1)[0][0]!r:.60} twice; leave one out")
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int | float:
@@ -262,54 +254,34 @@ def _int(digits: str) -> int | float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"an object has the key {_most_frequent(name for name, _ in pairs)!r:.60} twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {name!r:.60} twice")
     return values
-
-
-def _most_frequent(names: Iterable[str]) -> str:
-    return Counter(names).most_common(1)[0][0]
 
 
 def _check_values(value: Any, source: str, finite: bool) -> None:
     """Refuse what would fail far from its file: deep nesting, numbers that are not finite, strings that are no text."""
-    if _is_sound(value, finite):
-        return
-    level = [("", value)]
-    for _ in range(MAX_DEPTH):
-        below: list[tuple[str, Any]] = []
-        for place, item in level:
-            if isinstance(item, dict):
-                below += [(f"{place}.{key!s:.60}" if place else f"{key!s:.60}", each) for key, each in item.items()]
-                below += [(f"a key of {place or 'the object'}", key) for key in item]
-            elif isinstance(item, list | tuple | set):
-                below += [(f"{place}[{i}]", each) for i, each in enumerate(item)]
-            elif isinstance(item, float) and finite and not math.isfinite(item):
-                raise FileError(f"{source}: {place or 'it'} must be a finite number below 1e308; correct it")
-            elif isinstance(item, str) and not is_text(item):
-                raise FileError(f"{source}: {ascii(place)[1:-1] or 'it'} has half of a surrogate pair; correct it")
-        level = below
-    if level:
-        raise FileError(f"{source}: {level[0][0]:.100} is nested deeper than {MAX_DEPTH} levels; correct it")
+    if (fault := _fault(value, finite, MAX_DEPTH)) is not None:
+        place = fault[0].removeprefix(".").encode("utf-8", "backslashreplace").decode()
+        raise FileError(f"{source}: {place or 'it':.100} {fault[1]}; correct it")
 
 
-def _is_sound(value: Any, finite: bool) -> bool:
-    """Return whether `_check_values` has nothing to refuse, in a fraction of its time."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below.extend(item)
-                below.extend(item.values())
-            elif isinstance(item, list | tuple | set):
-                below.extend(item)
-            elif isinstance(item, str):
-                if not (item.isascii() or is_text(item)):
-                    return False
-            elif isinstance(item, float) and finite and not math.isfinite(item):
-                return False
-        level = below
-    return not level
+def _fault(value: Any, finite: bool, depth: int) -> tuple[str, str] | None:
+    """Return the place and the kind of a value's first fault; `depth` counts the levels that it may still have."""
+    if isinstance(value, str):
+        return None if value.isascii() or is_text(value) else ("", "has half of a surrogate pair")
+    if isinstance(value, float):
+        return ("", "must be a finite number below 1e308") if finite and not math.isfinite(value) else None
+    if not isinstance(value, dict | list | tuple | set):
+        return None
+    if depth == 0:
+        return "", f"is nested deeper than {MAX_DEPTH} levels"
+    has_names = isinstance(value, dict)
+    for name, each in value.items() if has_names else enumerate(value):
+        fault = _fault(each, finite, depth - 1) or (_fault(name, finite, depth - 1) if has_names else None)
+        if fault is not None:
+            return (f".{name!s:.60}" if has_names else f"[{name}]") + fault[0], fault[1]
+    return None
 
 
 @contextlib.contextmanager

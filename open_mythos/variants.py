@@ -22,8 +22,11 @@ RECIPE: dict[str, Any] = {
 """Fields that our own variants share: Prairie et al. 2026, arXiv 2604.12946."""
 
 # fmt: off
-_SIZES = {
-    #            vocab_size    dim heads kv    context loops outer experts shared per_tok expert_dim
+_SIZE_FIELDS = (
+    "vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers",
+    "n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim",
+)
+_SIZES: dict[str, tuple[int, ...]] = {
     "200k":    (       259,    64,    4,  4,       256,   8,    1,      8,     1,      2,        64),
     "3m":      (       259,   256,    8,  4,       512,   8,    1,      8,     1,      2,       176),
     "30m":     (     8_192,   512,    8,  4,     1_024,   8,    2,     32,     1,      4,       384),
@@ -38,10 +41,10 @@ _SIZES = {
     "500b":    (   100_000, 12288,   96, 16, 1_000_000,  48,    4,    512,     8,      8,     23040),
     "1t":      (   100_000, 16384,  128, 16, 1_000_000,  64,    6,    512,     8,      8,     34560),
 }
-"""The sizes that every variant names; `outer` counts the layers of the prelude, and again of the coda."""
+"""The `_SIZE_FIELDS` of every variant; its coda has as many layers as its prelude."""
 
-_LATENTS = {
-    #         kv_lora q_lora rope nope    v
+_LATENT_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_LATENTS: dict[str, tuple[int, ...]] = {
     "30m":     ( 128,   256,  32,  32,   64),
     "120m":    ( 192,   384,  32,  32,   64),
     "1b":      ( 256,   512,  32,  64,   64),
@@ -74,32 +77,29 @@ PARAMETERS = {
 # fmt: on
 
 
-def _variant(name: str) -> Callable[[], MythosConfig]:
-    vocab, dim, heads, kv_heads, context, loops, outer, experts, shared, per_token, expert_dim = _SIZES[name]
-    names = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    latents: dict[str, Any] = dict(zip(names, _LATENTS[name], strict=True)) if name in _LATENTS else {}
+def sized(*sizes: int, latents: tuple[int, ...] = (), **others: Any) -> MythosConfig:
+    """Return the configuration of a row of sizes and one of latents, as in the tables above; `others`: any fields."""
+    fields: dict[str, Any] = dict(zip(_SIZE_FIELDS, sizes, strict=True)) | {"attn_type": "mla" if latents else "gqa"}
+    fields |= dict(zip(_LATENT_FIELDS, latents, strict=True)) if latents else {}
+    return MythosConfig(**{**fields, "coda_layers": fields["prelude_layers"], **others})
 
+
+def small_model(vocab_size: int, dim: int, n_heads: int, expert_dim: int, **changes: Any) -> MythosConfig:
+    """Return one dense looped block between one layer before and one behind it, with the injection of RECIPE."""
+    fields: dict[str, Any] = {"attn_type": "gqa", "n_experts": 0, "prelude_layers": 1, "coda_layers": 1}
+    fields |= {"n_heads": n_heads, "n_kv_heads": n_heads, "initial_state": "zero", **RECIPE, **changes}
+    return MythosConfig(vocab_size=vocab_size, dim=dim, expert_dim=expert_dim, **fields)
+
+
+def _variant(name: str) -> Callable[[], MythosConfig]:
     def make() -> MythosConfig:
-        return MythosConfig(
-            vocab_size=vocab,
-            dim=dim,
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            max_seq_len=context,
-            max_loop_iters=loops,
-            prelude_layers=outer,
-            coda_layers=outer,
-            attn_type="mla" if latents else "gqa",
-            n_experts=experts,
-            n_shared_experts=shared,
-            n_experts_per_tok=per_token,
-            expert_dim=expert_dim,
-            **latents,
-            **_OTHERS[name],
-        )
+        return sized(*_SIZES[name], latents=_LATENTS.get(name, ()), **_OTHERS[name])
 
     make.__name__ = make.__qualname__ = f"mythos_{name}"
-    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {loops} loops, {context:,} tokens."
+    shape = "{max_loop_iters} loops, {max_seq_len:,} tokens".format(
+        **dict(zip(_SIZE_FIELDS, _SIZES[name], strict=True))
+    )
+    make.__doc__ = f"Return the configuration of {PARAMETERS[name]:,} parameters, {shape}."
     return make
 
 

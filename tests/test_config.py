@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import math
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from open_mythos import MythosConfig, OpenMythos
-from open_mythos.config import LARGEST
+from open_mythos.checks import Range
 from tests.models import tiny
 
 REMEDY = re.compile(r"\b(use|leave|make|give|pass|shorten|set|check|did you mean|the fields are|the default is)\b")
@@ -27,6 +28,12 @@ CHOICES = {
     "initial_state": ["noise", "zeros"],
     "halting": ["ACT", "never"],
     "block_norm": ["post", "sandwitch"],
+}
+LARGEST = {
+    name: limits.high
+    for name, hint in get_type_hints(MythosConfig, include_extras=True).items()
+    for limits in getattr(hint, "__metadata__", ())
+    if isinstance(limits, Range) and name not in FLOATS
 }
 BEYOND = (2**31, 10**12 + 1, 10**4000)
 SWITCHES = "loop_embedding prelude_norm qk_norm".split()

@@ -11,6 +11,7 @@ import torch
 import open_mythos
 import open_mythos.main
 from open_mythos import VARIANTS, MythosConfig, OpenMythos
+from open_mythos.variants import sized
 from tests.models import ATTENTIONS, tiny
 
 USAGE = """
@@ -181,22 +182,7 @@ def test_variants_have_the_published_counts(name: str) -> None:
 
 def test_other_published_counts() -> None:
     assert count(MythosConfig()) == 436_035_842
-    addition = MythosConfig(
-        vocab_size=16,
-        dim=256,
-        n_heads=8,
-        n_kv_heads=2,
-        max_seq_len=32,
-        max_loop_iters=4,
-        prelude_layers=1,
-        coda_layers=1,
-        attn_type="gqa",
-        n_experts=4,
-        n_shared_experts=1,
-        n_experts_per_tok=2,
-        expert_dim=512,
-        lora_rank=8,
-    )
+    addition = sized(16, 256, 8, 2, 32, 4, 1, 4, 1, 2, 512, lora_rank=8)
     assert count(addition) == 3_386_658
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.case import Case, Outcome, Row
 from benchmarks.cases.pairs import seconds_text
-from benchmarks.harness import SCRATCH, Bench, Budget, Player
+from benchmarks.harness import SCRATCH, Bench, Budget
 from benchmarks.job import Job
 from benchmarks.stats import Spread, fit_line
 from open_mythos.accounting import flops_per_token
@@ -36,7 +36,7 @@ def scaling(case: Case, bench: Bench) -> Outcome:
         for sweep, jobs in sweeps(case.job).items():
             for size, job in jobs.items():
                 ours.prepare(f"{sweep}{size}", replace(job, device=bench.settings.device))
-            players = [Player(str(size), ours, f"{sweep}{size}") for size in jobs]
+            players = {str(size): (ours, f"{sweep}{size}") for size in jobs}
             samples = bench.interleave(players, Budget(30.0, 3, 7))
             times = [Spread.of(samples.times(str(size))) for size in jobs]
             work = [flops(job) for job in jobs.values()]
@@ -63,13 +63,11 @@ def muon_share(case: Case, bench: Bench) -> Outcome:
     with tempfile.TemporaryDirectory(prefix=".runs-", dir=SCRATCH) as folder, bench.workers("trainer") as [client]:
         job = _in_folder(case.job, bench, folder)
         info = {rows: client.prepare(str(rows), replace(job, rows=rows)) for rows in batches}
-        players = [Player(str(rows), client, str(rows), once=True) for rows in batches]
-        samples = bench.interleave(players, Budget(60.0, 3, 5))
-    for rows in batches:
+        samples = bench.interleave({str(rows): (client, str(rows)) for rows in batches}, Budget(60.0, 3, 5))
+    for rows, side in zip(batches, samples.sides().values(), strict=True):
         step_s = samples.median(str(rows))
         spread = Spread.of([reading["muon"] for reading in samples.readings[str(rows)]])
-        rate = {"tokens_per_s": info[rows]["tokens"] / step_s}
-        outcome.sides[f"{rows} rows"] = samples.spreads(str(rows)) | rate
+        outcome.sides[f"{rows} rows"] = side | {"tokens_per_s": info[rows]["tokens"] / step_s}
         ours = f"{seconds_text(spread.median * step_s)} of {seconds_text(step_s)}"
         title = f"{case.title}, batch {rows} x {job.tokens}"
         outcome.rows.append(Row(f"{case.name}.{rows}", title, spread.median, "share", ours=ours, spread=spread))
@@ -85,25 +83,17 @@ def overhead(case: Case, bench: Bench) -> Outcome:
         job = _in_folder(case.job, bench, folder)
         client.prepare("with", job)
         client.prepare("without", replace(job, arguments={**job.arguments, "checkpoint_every": 0}))
-        players = [Player(id, client, id.split()[0], once=True) for id in ("with", "without", "without again")]
+        players = {"with": (client, "with"), **dict.fromkeys(("without", "without again"), (client, "without"))}
         samples = bench.interleave(players, Budget(60.0, 3, 7))
-    own, without = (
-        Spread.of([reading["overhead"] for reading in samples.readings[name]]) for name in ("with", "without")
-    )
+    readings = ([reading["overhead"] for reading in samples.readings[name]] for name in ("with", "without"))
+    own, without = map(Spread.of, readings)
     row = Row(case.name, case.title, own.median, "share", spread=own, ours=f"{without.median:.1%} without checkpoints")
-    ratio = samples.ratio("with", "without")
-    against = Row(
-        f"{case.name}.time",
-        f"{case.title}: time over the same run without checkpoints",
-        ratio.median,
-        "of the time without",
-        peer=f"without: {seconds_text(samples.median('without'))}",
-        ours=seconds_text(samples.median("with")),
-        spread=ratio,
-        noise=samples.ratio("without", "without again"),
-        wall=samples.ratio("with", "without", "wall").median,
-    )
-    return Outcome([row, against], {name: samples.spreads(name) for name in samples.seconds})
+    ratio, noise = samples.ratio("with", "without"), samples.ratio("without", "without again")
+    title, unit = f"{case.title}: time over the same run without checkpoints", "of the time without"
+    theirs, ours = (seconds_text(samples.median(name)) for name in ("without", "with"))
+    wall = samples.ratio("with", "without", "wall").median
+    times = Row(f"{case.name}.time", title, ratio.median, unit, f"without: {theirs}", ours, ratio, noise, wall)
+    return Outcome([row, times], samples.sides())
 
 
 def _in_folder(job: Job, bench: Bench, folder: str | Path) -> Job:

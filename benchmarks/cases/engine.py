@@ -11,7 +11,7 @@ from benchmarks.case import Case, Outcome, Reach, Row
 from benchmarks.cases.exits import FOLDER, RULE
 from benchmarks.client import Client
 from benchmarks.gate import Different
-from benchmarks.harness import Bench, Budget, Player, Samples
+from benchmarks.harness import Bench, Budget, Samples
 from benchmarks.job import Job
 from benchmarks.stats import Spread, ratios
 from open_mythos.accounting import flops_per_token
@@ -27,16 +27,11 @@ SIMPLE = (FIXED, TOGETHER, DROPPED)
 SAME = (OURS, DROPPED, AT_ONCE)
 """Policies that compute the same tokens."""
 OWN = "its own rule"
+HEAVY = Job("load", models.LOOP_HEAVY, n_loops=DEEPEST)
 SUBJECTS = {
-    "heavy": (
-        "loop-heavy: 1 prelude and 1 coda layer, 16 experts x 512",
-        Job("load", models.LOOP_HEAVY, n_loops=DEEPEST),
-    ),
+    "heavy": ("loop-heavy: 1 prelude and 1 coda layer, 16 experts x 512", HEAVY),
     "30m": ("mythos_30m at 16 loops", Job("load", mythos_30m().to_dict(), n_loops=DEEPEST)),
-    "trained": (
-        "trained `adaptive-text`",
-        Job("load", n_loops=8, arguments={"folder": str(FOLDER), "rule": RULE}),
-    ),
+    "trained": ("trained `adaptive-text`", Job("load", n_loops=8, arguments={"folder": str(FOLDER), "rule": RULE})),
 }
 """The models that the engine is measured on, each with its title."""
 LAWS = ("uniform", "geometric")
@@ -44,9 +39,11 @@ WINDOWS = Budget(0.0, 5, 5)
 DECODED = 16
 """New tokens of a peer's timed call; the first is the prompt's and left out. Shorter contexts than the engine's."""
 PEERS = {
-    "open-mythos 0.5.0 `generate`": ("open_mythos_0_5", Job("generate", models.LOOP_HEAVY, n_loops=DEEPEST)),
+    "open-mythos 0.5.0 `generate`": ("open_mythos_0_5", replace(HEAVY, task="generate")),
     "transformers `generate`, plain Llama": ("hf", Job("generate", models.PLAIN)),
 }
+TASKS = {"engine": "load", "`generate`": "one_by_one"}
+"""How the same requests are answered, and the task that does it."""
 CROWD_ROWS, CROWD_TOKENS = 32, 16
 CROWD_SECONDS = {"mixed": 8.0, "shallow": 2.0, "again": 2.0}
 """Seconds of a slice, for each second of a window elsewhere: deep answers take seconds."""
@@ -63,7 +60,7 @@ def policies(case: Case, bench: Bench) -> Outcome:
             # Other draws, so that the noise covers the luck of the depths as well.
             job = _load(case.job, bench, costs, policy=policy, seed=10**6 if policy == AGAIN else 0)
             costs = worker.prepare(policy, job)
-        samples = bench.interleave([Player(p, worker, p, once=True) for p in POLICIES], WINDOWS, rotate=True)
+        samples = bench.interleave({policy: (worker, policy) for policy in POLICIES}, WINDOWS, rotate=True)
         check_answers(worker)
     subject, law = case.job.arguments["subject"], case.job.arguments.get("law", OWN)
     data: dict[str, Any] = {"subject": subject, "law": law, "n_rows": case.job.rows}
@@ -75,8 +72,7 @@ def policies(case: Case, bench: Bench) -> Outcome:
     ):
         theirs, ours = (f"{data['rates'][policy].median:,.0f} tok/s" for policy in (peer, OURS))
         ratio = data[figure]
-        row = Row(case.name + suffix, what, ratio.median, "x", theirs, ours, spread=ratio, noise=data["noise"])
-        rows.append(row)
+        rows.append(Row(case.name + suffix, what, ratio.median, "x", theirs, ours, ratio, data["noise"]))
     return Outcome(rows, curves=data)
 
 
@@ -89,8 +85,7 @@ def check_answers(worker: Client) -> None:
     answers = {policy: worker.ask("method", id=policy, name="answers") for policy in SAME}
     for policy in SAME:
         ours, theirs = answers[OURS], answers[policy]
-        wrong = [n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]]
-        if wrong:
+        if wrong := [n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]]:
             raise Different(f"request {wrong[0]} has other tokens or loops when {policy!r} than {OURS!r}")
     if difference := worker.ask("method", id=OURS, name="check_alone"):
         raise Different(str(difference))
@@ -135,18 +130,16 @@ def others(case: Case, bench: Bench) -> Outcome:
     another, with 0.5.0 and with a plain model of transformers on as many rows; of every one decoding alone is timed."""
     rows, costs = case.job.rows, {}
     with bench.workers("engine", *(side for side, _ in PEERS.values())) as [worker, *peers]:
-        players = []
-        for law in LAWS:
-            for name, task in ((f"engine, {law}", "load"), (f"`generate`, {law}", "one_by_one")):
-                costs = worker.prepare(name, replace(_load(case.job, bench, costs, law=law), task=task))
-                players.append(Player(name, worker, name, once=True))
-        mine = [player.name for player in players]
+        mine = {f"{what}, {law}": (law, task) for law in LAWS for what, task in TASKS.items()}
+        for name, (law, task) in mine.items():
+            costs = worker.prepare(name, replace(_load(case.job, bench, costs, law=law), task=task))
+        players = {name: (worker, name) for name in mine}
         info = {"heavy": {"flops_per_token": flops_per_token(MythosConfig(**case.job.model), DEEPEST)}}
         for client, (name, (_, job)) in zip(peers, PEERS.items(), strict=True):
             for tokens in (1, 1 + DECODED):
                 id = f"{name} {tokens}"
                 info[name] = client.prepare(id, replace(job, rows=rows, tokens=N_PROMPT, new_tokens=tokens))
-                players.append(Player(id, client, id, once=True))
+                players[id] = client, id
         samples = bench.interleave(players, WINDOWS)
     rates = {name: [1 / s for s in samples.times(name)] for name in mine}
     for name in PEERS:
@@ -159,10 +152,9 @@ def others(case: Case, bench: Bench) -> Outcome:
             theirs, ours = (f"{statistics.median(rates[name]):,.1f} tok/s" for name in (key, f"engine, {law}"))
             id, what = f"{case.name}.{law}.{peer}", f"R = {rows}, {law}, over {peer}"
             found.append(Row(id, what, ratio.median, "x", theirs, ours, spread=ratio))
-    flops = " and ".join(
-        f"{n} {side['flops_per_token'] / 1e6:.1f}" for n, side in info.items() if "flops_per_token" in side
-    )
-    return Outcome(found, info, notes=[f"MFLOP per token: {flops}."])
+    flops = {name: side["flops_per_token"] / 1e6 for name, side in info.items() if "flops_per_token" in side}
+    note = " and ".join(f"{name} {each:.1f}" for name, each in flops.items())
+    return Outcome(found, info, notes=[f"MFLOP per token: {note}."])
 
 
 def modes(case: Case, bench: Bench) -> Outcome:
@@ -171,7 +163,7 @@ def modes(case: Case, bench: Bench) -> Outcome:
         on = worker.prepare("on", _load(case.job, bench, {}))
         worker.prepare("off", _load(case.job, bench, {}, batch_invariant=False))
         worker.prepare("on again", _load(case.job, bench, on))
-        players = [Player(name, worker, name, once=True) for name in ("on", "off", "on again")]
+        players = {name: (worker, name) for name in ("on", "off", "on again")}
         samples = bench.interleave(players, WINDOWS, rotate=True)
     ratio, noise = samples.ratio("off", "on"), samples.ratio("on", "on again")
     off, on = (f"{1 / samples.median(name):,.0f} tok/s" for name in ("off", "on"))
@@ -193,7 +185,7 @@ def fairness(case: Case, bench: Bench) -> Outcome:
             job = _load(case.job, bench, costs, depths=each)
             job.arguments["seconds"] *= CROWD_SECONDS[name]
             costs = worker.prepare(name, replace(job, task="crowd", new_tokens=CROWD_TOKENS))
-        samples = bench.interleave([Player(name, worker, name, once=True) for name in depths], WINDOWS)
+        samples = bench.interleave({name: (worker, name) for name in depths}, WINDOWS)
         waiting = worker.ask("method", id="mixed", name="waiting")
     p95 = {name: [_p95(window[1]["gaps"]) for window in found] for name, found in samples.readings.items()}
     over, noise = ratios(p95["mixed"], p95["shallow"]), ratios(p95["again"], p95["shallow"])
@@ -270,17 +262,16 @@ def cases() -> list[Case]:
         for law in (OWN,) if subject == "trained" else LAWS:
             chosen = {} if law == OWN else {"law": law}
             reach = {".share": Reach(0.9), ".best": Reach(0.97)}
-            if subject == "heavy":
-                reach[""] = Reach({"uniform": 1.5, "geometric": 3.0}[law])
+            reach |= {"": Reach({"uniform": 1.5, "geometric": 3.0}[law])} if subject == "heavy" else {}
             for rows in (1, 8, 16, 32, 64):
                 name = "_".join(["engine", *([] if subject == "heavy" else [subject]), *chosen.values(), str(rows)])
                 given = replace(job, rows=rows, arguments={**job.arguments, **chosen, "subject": subject})
                 about = name, f"{subject}, {law}, R = {rows}", policies
                 found.append(Case(*about, given, reach, side="engine", page="engine"))
-    heavy = replace(SUBJECTS["heavy"][1], arguments={"subject": "heavy", "law": "geometric"})
+    heavy = replace(HEAVY, arguments={"subject": "heavy", "law": "geometric"})
     for rows in (1, 8, 32):
-        job = replace(heavy, rows=rows)
-        found.append(Case(f"engine_others_{rows}", f"beside others, R = {rows}", others, job, page="engine"))
+        about = f"engine_others_{rows}", f"beside others, R = {rows}", others
+        found.append(Case(*about, replace(heavy, rows=rows), page="engine"))
     for subject, (_, job) in list(SUBJECTS.items())[:2]:
         for rows in (1, 8, 32):
             name = f"engine_modes_{rows}" if subject == "heavy" else f"engine_modes_{subject}_{rows}"

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.case import Case, Outcome, Reach, Row
 from benchmarks.cases.pairs import ratio_row
 from benchmarks.client import ROOT
-from benchmarks.harness import Bench, Budget, Player
+from benchmarks.harness import Bench, Budget
 from benchmarks.job import Job
 
 FOLDER = Path(os.environ.get("OPEN_MYTHOS_ADAPTIVE", ROOT / "runs" / "adaptive-text" / "final"))
@@ -34,39 +34,29 @@ def exits(case: Case, bench: Bench) -> Outcome:
     full = replace(job, arguments={**job.arguments, "exit": "fixed", "exit_threshold": None})
     costs = _cost_jobs(full)
     with bench.workers("exits", "exits") as [ours, again]:
-        info = ours.prepare("exits", job)
-        again.prepare("exits", job)
+        info, _ = (client.prepare("exits", job) for client in (ours, again))
         ours.prepare("reference", replace(job, task=f"{job.task}_reference"))
         agreement = bench.gate(ours, [ours, again], "exits", reference="reference")
         for name, each in costs.items():
             ours.prepare(name, each)
-        players = [Player("ours", ours, "exits"), Player("again", again, "exits")]
-        players += [Player(name, ours, name) for name in costs]
+        players = {"ours": (ours, "exits"), "again": (again, "exits"), **{name: (ours, name) for name in costs}}
         samples = bench.interleave(players, Budget(30.0, 5, 9))
     reading, seconds = samples.readings["ours"][-1], {name: samples.median(name) for name in samples.seconds}
     possible, depth = allowed(job, seconds, reading), mean_depth(reading)
     row = ratio_row(case.name, case.title, samples, peer="full")
     share = f"{case.title}: share of the {possible:.2f} that the loop counts allow"
     plain = f"{case.title}: share of the plain ratio of loops, {job.n_loops} / {depth:.2f}"
-    rows = [
-        row,
-        Row(f"{case.name}.allowed", share, row.value / possible, "share"),
-        Row(f"{case.name}.loops", plain, row.value * depth / job.n_loops, "share"),
-    ]
-    sides = {name: samples.spreads(name) for name in samples.seconds}
-    outcome = Outcome(rows, {**sides, "ours": info | sides["ours"]}, agreement, curves={"reading": reading})
+    rows = [row, Row(f"{case.name}.allowed", share, row.value / possible, "share")]
+    rows.append(Row(f"{case.name}.loops", plain, row.value * depth / job.n_loops, "share"))
+    outcome = Outcome(rows, samples.sides(ours=info), agreement, curves={"reading": reading})
     if job.rows > 1 and job.task == "exits_generate":
         ideal = allowed(job, seconds, reading, proportional=True)
-        outcome.notes.append(
-            f"If a loop's cost fell with its rows in proportion, the loop counts would allow {ideal:.2f}, of which "
-            f"{row.value / ideal:.0%} are reached."
-        )
+        note = f"If a loop's cost fell with its rows in proportion, the loop counts would allow {ideal:.2f}, of which "
+        outcome.notes.append(f"{note}{row.value / ideal:.0%} are reached.")
     if job.task == "exits_prefill":
         line = (seconds["full"] + 2 * seconds["shallow"]) / 3 / seconds["half"]
-        outcome.notes.append(
-            f"At {job.n_loops // 2} loops a straight line through {FEW} and {job.n_loops} gives {line:.2f} of the "
-            "time measured."
-        )
+        note = f"At {job.n_loops // 2} loops a straight line through {FEW} and {job.n_loops} gives {line:.2f}"
+        outcome.notes.append(f"{note} of the time measured.")
     return outcome
 
 
@@ -131,14 +121,11 @@ def _powers(rows: int) -> list[int]:
 def cases() -> list[Case]:
     """List the cases of the trained model."""
     generate = Job("exits_generate", tokens=64, new_tokens=64, n_loops=8, arguments={"folder": str(FOLDER), **RULE})
-    reach = {".allowed": Reach(0.9)}
-    title = "exits against its own full depth, batch"
+    prefill = replace(generate, task="exits_prefill", tokens=512)
     found = []
-    for rows in (1, 4, 16):
-        about = f"exits_generate_b{rows}", f"adaptive decode, trained (c), {title} {rows}"
-        found.append(Case(*about, exits, replace(generate, rows=rows), reach, side="exits"))
-    for rows in (1, 4):
-        about = f"exits_prefill_b{rows}", f"prefill of 512 tokens, trained (c), {title} {rows}"
-        job = replace(generate, task="exits_prefill", rows=rows, tokens=512)
-        found.append(Case(*about, exits, job, reach, side="exits"))
+    for job, what, batches in ((generate, "adaptive decode", (1, 4, 16)), (prefill, "prefill of 512 tokens", (1, 4))):
+        for rows in batches:
+            title = f"{what}, trained (c), exits against its own full depth, batch {rows}"
+            given, reach = replace(job, rows=rows), {".allowed": Reach(0.9)}
+            found.append(Case(f"{job.task}_b{rows}", title, exits, given, reach, side="exits"))
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.case import Case, Outcome, Row
 from benchmarks.client import Client
-from benchmarks.harness import Bench, Budget, Player, Samples
+from benchmarks.harness import Bench, Budget, Samples
 from benchmarks.job import Job
 from benchmarks.products import Workload, workload_of
 from open_mythos.accounting import flops_per_token
@@ -23,22 +23,20 @@ def pair(case: Case, bench: Bench) -> Outcome:
     with bench.workers(*sides) as [peer, *ours, limits]:
         info = bench.same_weights(peer, ours, job, **case.ours)
         agreement = bench.gate(peer, ours)
-        players = [Player("peer", peer), Player("ours", ours[0]), Player("again", ours[-1])]
         machine, found = limit_players(limits, work, job.device)
-        samples = bench.interleave([*players, *machine], case.budget)
-    outcome = Outcome(gate=agreement, limits=found)
-    shares = {name: share(samples, name, work) for name in ("peer", "ours")}
+        samples = bench.interleave(trio(peer, ours[0], ours[-1]) | machine, case.budget)
+    row, described = ratio_row(case.name, case.title, samples), samples.sides("peer", "ours", **info)
+    shares = {name: share(samples, name, work) for name in described}
+    row.peer_share, row.ours_share = (f"{x:.0%}" for x in shares.values())
     for name, side, changes in (("peer", PEER, {}), ("ours", "ours", case.ours)):
-        record = {"seconds": samples.median(name), "share": shares[name], "flops": work.flops, "bytes": work.bytes}
-        if job.task == "train":
-            record["tokens_per_s"] = job.rows * job.tokens / samples.median(name)
-        if case.memory:
-            record["peak_bytes"] = bench.peak_bytes(side, replace(job, **changes))
-        outcome.sides[name] = {**info[name], **samples.spreads(name), **record}
-    outcome.rows.append(ratio_row(case.name, case.title, samples, shares))
+        seconds, record = samples.median(name), described[name]
+        record |= {"seconds": seconds, "share": shares[name], "flops": work.flops, "bytes": work.bytes}
+        record |= {"tokens_per_s": job.rows * job.tokens / seconds} if job.task == "train" else {}
+        record |= {"peak_bytes": bench.peak_bytes(side, replace(job, **changes))} if case.memory else {}
+    outcome = Outcome([row], described, agreement, found)
     if ".share" in case.reach:
         title = f"{case.title}: share of the limit"
-        outcome.rows.append(Row(f"{case.name}.share", title, shares["ours"], "share", outcome.rows[0].peer_share))
+        outcome.rows.append(Row(f"{case.name}.share", title, shares["ours"], "share", row.peer_share))
     return outcome
 
 
@@ -53,11 +51,9 @@ def checkout(case: Case, bench: Bench) -> Outcome:
         ours[1].prepare("main", job)
         info["peer"] = peer.prepare("main", job)
         agreement = bench.gate(peer, ours)
-        once = case.side == "engine"
-        players = [Player(n, c, once=once) for n, c in (("peer", peer), ("ours", ours[0]), ("again", ours[1]))]
-        samples = bench.interleave(players, Budget(15.0, 4, 12), rotate=True)
-    sides = {name: {**info[name], **samples.spreads(name)} for name in ("peer", "ours")}
-    sides["ours"].pop("costs", None), sides["peer"].pop("costs", None)
+        samples = bench.interleave(trio(peer, ours[0], ours[1]), Budget(15.0, 4, 12), rotate=True)
+    info["peer"].pop("costs", None)
+    sides = samples.sides("peer", "ours", **info)
     return Outcome([ratio_row(f"{case.name}.checkout", case.title, samples)], sides, agreement)
 
 
@@ -70,15 +66,14 @@ def depths(case: Case, bench: Bench) -> Outcome:
     deepest = max(job.depths)
     level = replace(job, depths=(deepest,) * job.rows)
     with bench.workers("ours", "ours") as [ours, again]:
-        info = ours.prepare("depths", job)
-        again.prepare("depths", job)
+        info, _ = (client.prepare("depths", job) for client in (ours, again))
         ours.prepare("rows", replace(job, task="train_rows"))
         ours.prepare("deepest", level)
         # The same model, whose tokens halt in the deepest loop or in the last that their row may run.
         ours.prepare("one", replace(level, depths=(1,) * job.rows, halt_at=deepest))
         agreement = bench.gate(ours, [ours], "depths", reference="rows")
-        players = [Player("deepest", ours, "deepest"), Player("ours", ours, "depths"), Player("again", again, "depths")]
-        samples = bench.interleave([*players, Player("one", ours, "one")], Budget(80.0, 4, 9))
+        players = {"deepest": (ours, "deepest"), "ours": (ours, "depths"), "again": (again, "depths")}
+        samples = bench.interleave(players | {"one": (ours, "one")}, Budget(80.0, 4, 9))
     allowed = []
     for whole, one in zip(samples.times("deepest"), samples.times("one"), strict=True):
         loop = (whole - one) / (deepest - 1)
@@ -86,8 +81,8 @@ def depths(case: Case, bench: Bench) -> Outcome:
     row, possible = ratio_row(case.name, case.title, samples, peer="deepest"), statistics.median(allowed)
     title = f"{case.title}: share of the {possible:.2f} that the loop counts allow"
     share_row = Row(f"{case.name}.allowed", title, row.value / possible, "share")
-    sides = {name: samples.spreads(name) for name in ("deepest", "ours", "one")}
-    return Outcome([row, share_row], {**sides, "ours": info | sides["ours"]}, agreement, curves={"allowed": allowed})
+    sides = samples.sides("deepest", "ours", "one", ours=info)
+    return Outcome([row, share_row], sides, agreement, curves={"allowed": allowed})
 
 
 def transformer(case: Case, bench: Bench) -> Outcome:
@@ -100,15 +95,11 @@ def transformer(case: Case, bench: Bench) -> Outcome:
     outcome = Outcome()
     with bench.workers("hf", "ours", "ours") as clients:
         for id, task in tasks.items():
-            players = []
-            task = replace(task, n_loops=case.job.n_loops, device=bench.settings.device)
-            for name, client in zip(("peer", "ours", "again"), clients, strict=True):
-                job = replace(task, model=case.job.model)
-                if client.side == "hf":
-                    job = replace(task, model=case.job.arguments["transformer"], compiled=False)
-                outcome.sides.setdefault(client.side, client.prepare(id, job))
-                players.append(Player(name, client, id))
-            samples = bench.interleave(players)
+            job = replace(task, n_loops=case.job.n_loops, device=bench.settings.device, model=case.job.model)
+            for client in clients:
+                theirs = {"model": case.job.arguments["transformer"], "compiled": False} if client.side == "hf" else {}
+                outcome.sides.setdefault(client.side, client.prepare(id, replace(job, **theirs)))
+            samples = bench.interleave(trio(clients[0], clients[1], clients[2], id))
             what = "prefill 4 x 512" if id == "prefill" else f"tokens/s, batch {task.rows}"
             title = f"{case.title}: {what}{', ours compiled' if task.compiled else ''}"
             row = ratio_row(f"{case.name}_{id}", title, samples)
@@ -135,8 +126,7 @@ def training_memory(case: Case, bench: Bench) -> Outcome:
         bench.same_weights(peer, [ours], job, checkpoint=True)
         agreement = bench.gate(peer, [ours])
         ours.prepare("plain", job)
-        players = [Player("peer", peer), Player("ours", ours), Player("again", ours), Player("plain", ours, "plain")]
-        samples = bench.interleave(players, Budget(60.0, 3, 7))
+        samples = bench.interleave(trio(peer, ours, ours) | {"plain": (ours, "plain")}, Budget(60.0, 3, 7))
     time = ratio_row(f"{case.name}.time", f"{case.title}: checkpointed, time over without", samples)
     slower = samples.ratio("ours", "plain")
     time = replace(time, value=slower.median, spread=slower, peer=f"without: {seconds_text(samples.median('plain'))}")
@@ -158,8 +148,7 @@ def building(case: Case, bench: Bench) -> Outcome:
     with bench.workers(PEER, "ours") as [peer, ours]:
         for client in (peer, ours):
             client.prepare("main", case.job)
-        players = [Player("peer", peer), Player("ours", ours), Player("again", ours)]
-        samples = bench.interleave(players, Budget(25.0, 3, 9))
+        samples = bench.interleave(trio(peer, ours, ours), Budget(25.0, 3, 9))
     notes = [f"{samples.readings['ours'][-1]['parameters']:,} parameters."]
     outcome = Outcome([ratio_row(case.name, case.title, samples)], notes=notes)
     if ".ms" in case.reach:
@@ -199,17 +188,22 @@ def _info(case: Case, bench: Bench) -> dict[str, dict[str, Any]]:
         return {client.side: client.prepare("main", case.job) for client in clients}
 
 
-def limit_players(limits: Client, work: Workload, device: str) -> tuple[list[Player], dict[str, Any]]:
+def trio(peer: Client, ours: Client, again: Client, id: str = "main") -> dict[str, tuple[Client, str]]:
+    """Return the players of a ratio: both sides, and ours once more for the noise."""
+    return {"peer": (peer, id), "ours": (ours, id), "again": (again, id)}
+
+
+def limit_players(limits: Client, work: Workload, device: str) -> tuple[dict[str, tuple[Client, str]], dict[str, Any]]:
     """Prepare the machine's limits, to be measured in every round -> the players, and the kernels' rates by shape."""
     players, found = [], {}
     if work.products:
         job = Job("products", device=device, arguments={"shapes": work.shapes})
         found = {"shapes": work.shapes, "rates": limits.prepare("products", job)["rates"]}
-        players.append(Player("products", limits, "products", once=True))
+        players.append("products")
     if work.bytes:
         limits.prepare("stream", Job("stream", device=device))
-        players.append(Player("stream", limits, "stream", once=True))
-    return players, found
+        players.append("stream")
+    return {name: (limits, name) for name in players}, found
 
 
 def share(samples: Samples, player: str, work: Workload) -> float:
@@ -220,22 +214,11 @@ def share(samples: Samples, player: str, work: Workload) -> float:
     return statistics.median(work.seconds(r, s) / t for r, s, t in zip(rates, streams, times, strict=True))
 
 
-def ratio_row(id: str, title: str, samples: Samples, shares: dict[str, float] | None = None, peer: str = "peer") -> Row:
+def ratio_row(id: str, title: str, samples: Samples, peer: str = "peer") -> Row:
     """Make the row of the peer's time over ours."""
-    spread, shares = samples.ratio(peer, "ours"), shares or {}
-    wall = "wall" in samples.seconds["ours"]
-    return Row(
-        id,
-        title,
-        spread.median,
-        peer=seconds_text(samples.median(peer)),
-        ours=seconds_text(samples.median("ours")),
-        spread=spread,
-        noise=samples.ratio("ours", "again"),
-        wall=samples.ratio(peer, "ours", "wall").median if wall else None,
-        peer_share=f"{shares[peer]:.0%}" if peer in shares else "",
-        ours_share=f"{shares['ours']:.0%}" if "ours" in shares else "",
-    )
+    spread, noise = samples.ratio(peer, "ours"), samples.ratio("ours", "again")
+    theirs, ours = (seconds_text(samples.median(player)) for player in (peer, "ours"))
+    return Row(id, title, spread.median, "x", theirs, ours, spread, noise, samples.ratio(peer, "ours", "wall").median)
 
 
 def seconds_text(seconds: float) -> str:

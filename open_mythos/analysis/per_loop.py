@@ -50,9 +50,14 @@ def named_by_loop(model: OpenMythos, ids: Tensor, n_loops: int) -> Tensor:
     return by_loop(model, Batch(ids, ids), range(1, n_loops + 1), lambda logits, _: logits.argmax(-1))
 
 
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return whether the most likely token of logits (B, T, V) is the label, (B, T) bool."""
+    return logits.argmax(-1) == labels
+
+
 def right_by_loop(model: OpenMythos, batch: Batch, n_loops: int) -> Tensor:
     """Return whether the most likely token is the label after every loop, (L, B, T) bool."""
-    return by_loop(model, batch, range(1, n_loops + 1), lambda logits, labels: logits.argmax(-1) == labels)
+    return by_loop(model, batch, range(1, n_loops + 1), is_right)
 
 
 def rows_right(right: Tensor, batch: Batch) -> np.ndarray:

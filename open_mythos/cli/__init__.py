@@ -4,29 +4,19 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any
 
 from open_mythos.checks import as_typed, did_you_mean
 from open_mythos.cli import plugins
-from open_mythos.cli.analyze import AnalyzeArgs, analyze
-from open_mythos.cli.chat import ChatArgs, chat
-from open_mythos.cli.costs import InfoArgs, PlanArgs, info, plan
-from open_mythos.cli.data import (
-    FetchCorpusArgs,
-    PrepareDataArgs,
-    TrainTokenizerArgs,
-    fetch_corpus,
-    prepare_data,
-    train_tokenizer,
-)
-from open_mythos.cli.evaluate import EvalArgs, evaluate
-from open_mythos.cli.exp import ExpArgs, exp
-from open_mythos.cli.generate import GenerateArgs, generate
-from open_mythos.cli.options import flags
-from open_mythos.cli.serve import ServeArgs, serve
-from open_mythos.cli.train import DemoArgs, TrainArgs, demo, train
+from open_mythos.cli.analyze import Analyze, Eval
+from open_mythos.cli.costs import Info, Plan
+from open_mythos.cli.data import FetchCorpus, PrepareData, TrainTokenizer
+from open_mythos.cli.exp import Exp
+from open_mythos.cli.generate import Chat, Generate
+from open_mythos.cli.options import flags, read
+from open_mythos.cli.serve import Serve
+from open_mythos.cli.train import Demo, RunOptions, Train, read_run
 from open_mythos.extras import DISTRIBUTION
 from open_mythos.files import FileError
 
@@ -54,13 +44,14 @@ def main(args: list[str] | None = None) -> int:
         return 2
 
     # The line of code that a warning comes from is of no use to a user.
-    def plain(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-        return f"mythos {command}: {message}\n"
-
-    warnings.formatwarning = plain  # ty: ignore[invalid-assignment]
+    warnings.formatwarning = lambda message, *_: f"mythos {command}: {message}\n"  # ty: ignore[invalid-assignment]
     try:
         plugins.load(files)
-        COMMANDS[command].run(rest)
+        if issubclass(COMMANDS[command], RunOptions):
+            args, *run = read_run(COMMANDS[command], f"mythos {command}", rest)
+            args.run(rest, *run)
+        else:
+            read(COMMANDS[command], f"mythos {command}", rest).run(rest)
         sys.stdout.flush()
     except BrokenPipeError:
         # For example `| head`. The text still buffered would fail again when Python ends.
@@ -69,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
     except (TypeError, ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
         if not isinstance(error, FileError):
-            message = as_typed(message, _flags(COMMANDS[command].options))
+            message = as_typed(message, _flags(COMMANDS[command]))
         print(f"mythos {command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -79,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _flags(options: type) -> dict[str, str]:
     """Return the flags of a command, with those of a run's configuration where it takes them."""
-    if options not in (TrainArgs, PlanArgs):
+    if not issubclass(options, RunOptions):
         return flags(options)
     from open_mythos.train.config import TrainConfig
 
@@ -96,26 +87,19 @@ def _usage() -> str:
     return "\n".join(["usage: mythos [--plugin FILE] COMMAND [options]", "", *lines])
 
 
-class Command(NamedTuple):
-    """A command and its options."""
-
-    run: Callable[[list[str]], None]
-    """Runs the command; its docstring is the line of `mythos --help`."""
-    options: type
-
-
-COMMANDS = {
-    "demo": Command(demo, DemoArgs),
-    "fetch-corpus": Command(fetch_corpus, FetchCorpusArgs),
-    "prepare-data": Command(prepare_data, PrepareDataArgs),
-    "train-tokenizer": Command(train_tokenizer, TrainTokenizerArgs),
-    "plan": Command(plan, PlanArgs),
-    "train": Command(train, TrainArgs),
-    "generate": Command(generate, GenerateArgs),
-    "chat": Command(chat, ChatArgs),
-    "serve": Command(serve, ServeArgs),
-    "eval": Command(evaluate, EvalArgs),
-    "analyze": Command(analyze, AnalyzeArgs),
-    "exp": Command(exp, ExpArgs),
-    "info": Command(info, InfoArgs),
+COMMANDS: dict[str, Any] = {
+    "demo": Demo,
+    "fetch-corpus": FetchCorpus,
+    "prepare-data": PrepareData,
+    "train-tokenizer": TrainTokenizer,
+    "plan": Plan,
+    "train": Train,
+    "generate": Generate,
+    "chat": Chat,
+    "serve": Serve,
+    "eval": Eval,
+    "analyze": Analyze,
+    "exp": Exp,
+    "info": Info,
 }
+"""Commands: a class with the options, whose `run` runs the command; its docstring is the line of `mythos --help`."""

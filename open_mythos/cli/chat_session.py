@@ -5,13 +5,15 @@ import threading
 import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from rich.console import Console
 from rich.text import Text
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
 from open_mythos.checks import as_typed, check_int
+from open_mythos.config import HALTING_RULES
 from open_mythos.engine.engine import MEMORY_SHARE, Engine, EngineConfig, cache_bytes
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
@@ -22,54 +24,50 @@ from open_mythos.tokenization.tokenizer import Tokenizer
 
 FEWEST_TOKENS = 64
 """Tokens of the shortest conversation that is worth having."""
-SETTINGS: dict[str, tuple[dict[str, type], int, str]] = {
+COMMANDS: dict[str, tuple[dict[str, type], int, str]] = {
     "/loops": ({"n_loops": int}, 0, "/loops N: the most loops of a token; without N the model's own"),
     "/rule": (
         {"exit": str, "exit_threshold": float},
         0,
-        "/rule NAME [THRESHOLD]: when a token leaves the loop: fixed, act, latent_diff, second_difference, kl",
+        f"/rule NAME [THRESHOLD]: when a token leaves the loop: {', '.join(HALTING_RULES)}",
     ),
     "/temperature": (
         {"temperature": float},
         1,
-        "/temperature T: 0 takes the best token, 1 draws from the model's own distribution",
+        "/temperature T: 0 takes the best token, 1 draws as the model says",
     ),
     "/max": ({"max_tokens": int}, 1, "/max N: the most tokens of an answer"),
+    "/reset": ({}, 0, "/reset: forget the conversation"),
+    "/help": ({}, 0, "/help: this list"),
 }
-"""Commands that change sampling parameters: their fields with types, the fewest values, and the line of /help."""
-COMMANDS = (*SETTINGS, "/reset", "/help")
-TYPED = {next(iter(fields)): name for name, (fields, _, _) in SETTINGS.items()} | {"exit_threshold": "THRESHOLD"}
+"""Commands: the sampling parameters that they change, with types, the fewest values, and the line of /help."""
+TYPED = {next(iter(fields)): name for name, (fields, _, _) in COMMANDS.items() if fields}
+TYPED["exit_threshold"] = "THRESHOLD"
 """What a user types for a field that a message names."""
 
 
+@dataclass
 class Session:
-    """A conversation with a model, stored as the ids of all turns: the engine finds them computed at the next turn.
+    """A conversation with a model, stored as the ids of all turns: the engine finds them computed at the next turn."""
 
-    Args:
-        params: parameters of every answer, until a command changes them. The seed is that of the first answer; each
-            further answer has the next seed.
-        plain: for a model that knows no turns: each line is appended to the text so far, which the model continues.
-        system: a system message before the conversation, unless `plain`.
-        kv_tokens: tokens of a conversation that there is memory for; None: a whole context, or what fits into a share
-            of the free memory.
-    """
+    model: OpenMythos
+    tokenizer: Tokenizer
+    console: Console
+    params: SamplingParams
+    """Parameters of every answer, until a command changes them. The seed is that of the first answer; each further
+    answer has the next seed."""
+    plain: bool = False
+    """True for a model that knows no turns: each line is appended to the text so far, which the model continues."""
+    system: str = ""
+    """System message before the conversation, unless `plain`."""
+    kv_tokens: int | None = None
+    """Tokens of a conversation that there is memory for; None: a whole context, or what fits into a share of the free
+    memory."""
 
-    def __init__(
-        self,
-        model: OpenMythos,
-        tokenizer: Tokenizer,
-        console: Console,
-        params: SamplingParams,
-        plain: bool = False,
-        system: str = "",
-        kv_tokens: int | None = None,
-    ) -> None:
-        check_int("max_tokens", params.max_tokens, 1, 2**31)
-        self._model, self._tokenizer, self._console = model, tokenizer, console
-        self._n_tokens = min(kv_tokens or model.cfg.max_seq_len, model.cfg.max_seq_len)
-        self._is_given = kv_tokens is not None
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.params.max_tokens, 1, 2**31)
+        self._n_tokens = min(self.kv_tokens or self.model.cfg.max_seq_len, self.model.cfg.max_seq_len)
         self._engine: Engine | None = None
-        self._params, self._plain, self._system = params, plain, system
         self._ids: list[int] = []
         self._n_answers = 0
 
@@ -85,7 +83,7 @@ class Session:
             try:
                 if line.startswith("/"):
                     self._obey(*line.split())
-                elif line.strip() or (self._plain and self._ids):
+                elif line.strip() or (self.plain and self._ids):
                     self._answer(line)
             # The line has to be typed differently; the conversation has not changed.
             except (TypeError, ValueError) as error:
@@ -93,44 +91,44 @@ class Session:
 
     def greet(self) -> None:
         """Print the meaning of the colours and the command for help."""
-        self._console.print(loop_legend(self._most), Text("   /help lists the commands", "dim"))
+        self.console.print(loop_legend(self._most), Text("   /help lists the commands", "dim"))
 
     @property
     def _most(self) -> int:
-        return self._params.n_loops or self._model.cfg.max_loop_iters
+        return self.params.n_loops or self.model.cfg.max_loop_iters
 
     def _note(self, text: str) -> None:
-        self._console.print(Text(text, "dim"))
+        self.console.print(Text(text, "dim"))
 
     def _answer(self, line: str) -> None:
-        cfg, ids = self._model.cfg, self._ids + self._turn(line)
+        cfg, ids = self.model.cfg, self._ids + self._turn(line)
         engine, n_tokens = self._with_room()
         if len(ids) >= n_tokens:
             raise ValueError(
                 f"the {len(ids)} tokens so far fill the conversation, which has room for {n_tokens} at {self._most} "
                 "loops; /reset begins again"
             )
-        most = min(self._params.max_tokens, n_tokens - len(ids), cfg.max_output_tokens)
-        seed = None if self._params.seed is None else self._params.seed + self._n_answers
+        most = min(self.params.max_tokens, n_tokens - len(ids), cfg.max_output_tokens)
+        seed = None if self.params.seed is None else self.params.seed + self._n_answers
         began = time.perf_counter()
-        request = engine.add(ids, replace(self._params, max_tokens=most, seed=seed))
+        request = engine.add(ids, replace(self.params, max_tokens=most, seed=seed))
         with _interrupts() as pressed:
             while engine.busy:
                 for event in engine.step():
-                    write(self._console, event.text, loop_style(event.loops, self._most))
+                    write(self.console, event.text, loop_style(event.loops, self._most))
                 if pressed.is_set():
                     engine.cancel(request)
         seconds = time.perf_counter() - began
-        write(self._console, "\n")
+        write(self.console, "\n")
         if request.finish_reason == "error":
             raise FloatingPointError(
                 "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
             )
         self._ids, self._n_answers = ids + request.token_ids, self._n_answers + 1
         # A turn that was cut off ends here all the same.
-        if not self._plain and request.finish_reason != "stop":
-            end = end_of_turn(self._tokenizer)
-            self._ids += self._tokenizer.encode(end) if isinstance(end, str) else [end]
+        if not self.plain and request.finish_reason != "stop":
+            end = end_of_turn(self.tokenizer)
+            self._ids += self.tokenizer.encode(end) if isinstance(end, str) else [end]
         n = len(request.token_ids)
         self._note(
             f"{n} tokens, {sum(request.loops) / max(1, n):.2f} loops each, {n / seconds:.1f} tokens/s, "
@@ -148,16 +146,16 @@ class Session:
             self._engine = None
             # One row without padding is 1.4 times as fast (docs/results/engine.md), and there are no other requests.
             config = EngineConfig(max_rows=1, kv_tokens=self._room(), batch_invariant=False)
-            self._engine = Engine(self._model, self._tokenizer, config)
+            self._engine = Engine(self.model, self.tokenizer, config)
         return self._engine, min(self._n_tokens, self._engine.n_tokens_at(self._most))
 
     def _room(self) -> int:
         """Return the `kv_tokens` of an engine for a conversation at the current number of loops."""
-        cfg, n_tokens = self._model.cfg, self._n_tokens
-        each = kv_bytes_per_token(cfg, self._most, self._model.dtype.itemsize)
-        share = cache_bytes(self._model.device)
-        fits = int(share / MEMORY_SHARE if self._is_given else share) // each
-        if fits < (n_tokens if self._is_given else min(n_tokens, FEWEST_TOKENS)):
+        cfg, n_tokens = self.model.cfg, self._n_tokens
+        each = kv_bytes_per_token(cfg, self._most, self.model.dtype.itemsize)
+        share = cache_bytes(self.model.device)
+        fits = int(share / MEMORY_SHARE if self.kv_tokens is not None else share) // each
+        if fits < (n_tokens if self.kv_tokens is not None else min(n_tokens, FEWEST_TOKENS)):
             raise ValueError(
                 f"n_loops={self._most} takes {each:,} bytes of keys and values for each token, and there is memory for "
                 f"{fits:,} tokens of a conversation; use fewer loops"
@@ -168,34 +166,31 @@ class Session:
         return -(-n_pages // n_layers(cfg, cfg.max_loop_iters)) * page
 
     def _turn(self, line: str) -> list[int]:
-        if self._plain:
-            return self._tokenizer.encode(line)
-        first = [{"role": "system", "content": self._system}] if self._system and not self._ids else []
-        return render([*first, {"role": "user", "content": line}], self._tokenizer, reply=True)[0]
+        if self.plain:
+            return self.tokenizer.encode(line)
+        first = [{"role": "system", "content": self.system}] if self.system and not self._ids else []
+        return render([*first, {"role": "user", "content": line}], self.tokenizer, reply=True)[0]
 
     def _obey(self, name: str, *values: str) -> None:
         if name not in COMMANDS:
             raise ValueError(f"{name} is no command; use one of {', '.join(COMMANDS)}, /quit")
-        fields, fewest, text = SETTINGS.get(name, ({}, 0, name))
+        fields, fewest, text = COMMANDS[name]
         if not fewest <= len(values) <= len(fields):
             raise ValueError(f"{' '.join([name, *values])} does not fit; {text}")
         if name == "/reset":
             self._ids = []
         elif name == "/help":
-            for *_, text in SETTINGS.values():
+            for *_, text in COMMANDS.values():
                 self._note(text)
-            self._note("/reset: forget the conversation")
-            self._note("/help: this list")
             self._note("/quit, or Ctrl-D: leave. Ctrl-C cancels an answer; twice, it leaves.")
         else:
-            given = dict.fromkeys(fields) | {
-                field: _parse(kind, value) for (field, kind), value in zip(fields.items(), values, strict=False)
-            }
-            params = replace(self._params, **given)
-            check_n_loops(params.n_loops, self._model.cfg)
-            self._model.exit_rule(params.exit, params.exit_threshold)
+            pairs = zip_longest(fields.items(), values)
+            given = {field: None if value is None else _parse(kind, value) for (field, kind), value in pairs}
+            params = replace(self.params, **given)
+            check_n_loops(params.n_loops, self.model.cfg)
+            self.model.exit_rule(params.exit, params.exit_threshold)
             check_int("max_tokens", params.max_tokens, 1, 2**31)
-            self._params = params
+            self.params = params
 
 
 def _parse(kind: type, text: str) -> object:

@@ -3,24 +3,26 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from open_mythos.cli.options import check_folder, read
-from open_mythos.cli.train import read_run
+from open_mythos.cli.options import check_folder
+from open_mythos.cli.train import RunOptions
+from open_mythos.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from open_mythos.train.config import TrainConfig
 
 
 @dataclass
-class PlanArgs:
+class Plan(RunOptions):
     """Compute the costs of a run on given GPUs: parameters, memory, FLOPs, communication, days. Nothing is built.
 
     Any field of the recipe can be given as in `mythos train`: --parallel.rows 2 --parallel.kind fsdp
     --checkpoint-loops --steps 1000.
     """
 
-    config: Path | None = None
-    """A run's config.yaml, instead of a recipe."""
     gpus: int = 8
     gpu: Literal["h100", "h200", "a100-80", "a100-40", "l40s", "rtx-4090"] = "h100"
     mfu: float = 0.4
@@ -30,26 +32,25 @@ class PlanArgs:
     json: bool = False
     """Print one JSON object instead of tables."""
 
+    def run(self, rest: list[str], recipe: str, cfg: "TrainConfig") -> None:
+        """compute what a run would cost on given GPUs"""
+        from open_mythos.costs import make_plan
+        from open_mythos.costs.tables import print_plan
 
-def plan(rest: list[str]) -> None:
-    """compute what a run would cost on given GPUs"""
-    args, recipe, cfg = read_run(rest, PlanArgs, "mythos plan")
-    from open_mythos.costs import make_plan
-    from open_mythos.costs.tables import print_plan
-
-    made = make_plan(cfg, args.gpus, args.gpu, args.mfu, args.price_per_hour)
-    if args.json:
-        print(json.dumps(made.to_dict(), indent=2))
-    else:
-        print_plan(recipe or str(args.config), made)
+        made = make_plan(cfg, self.gpus, self.gpu, self.mfu, self.price_per_hour)
+        if self.json:
+            print(json.dumps(made.to_dict(), indent=2))
+        else:
+            print_plan(recipe or str(self.config), made)
 
 
 @dataclass
-class InfoArgs:
+class Info:
     """Compute the costs of a model from its configuration alone: parameters, FLOPs and memory."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A variant (200k, 3m, 30m, 120m, 1b, 3b, 7b, 8b_fine, 10b, 50b, 100b, 500b, 1t) or the folder of a model."""
+    model: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help=f"A variant ({', '.join(VARIANTS)}) or the folder of a model.")
+    ]
     gpu_gb: float = 80.0
     """Memory of one GPU in GB, for the count of GPUs."""
     kv_gb: float | None = None
@@ -61,18 +62,16 @@ class InfoArgs:
     vocab_size: int | None = None
     """Size of the vocabulary to count with."""
 
+    def run(self, rest: list[str]) -> None:
+        """count a model's parameters, FLOPs per token, cache and memory"""
+        if Path(self.model).is_dir():
+            check_folder(Path(self.model))
+        from open_mythos.costs.tables import print_info
 
-def info(rest: list[str]) -> None:
-    """count a model's parameters, FLOPs per token, cache and memory"""
-    args = read(InfoArgs, "mythos info", rest)
-    if Path(args.model).is_dir():
-        check_folder(Path(args.model))
-    from open_mythos.costs.tables import print_info
+        if self.tokenizer is not None:
+            if self.vocab_size is not None:
+                raise ValueError(f"--vocab-size {self.vocab_size} and --tokenizer are both given; give one")
+            from open_mythos.tokenization.tokenizer import open_tokenizer
 
-    if args.tokenizer is not None:
-        if args.vocab_size is not None:
-            raise ValueError(f"--vocab-size {args.vocab_size} and --tokenizer are both given; give one")
-        from open_mythos.tokenization.tokenizer import open_tokenizer
-
-        args.vocab_size = open_tokenizer(args.tokenizer).vocab_size
-    print_info(args.model, args.gpu_gb, args.vocab_size, args.kv_gb)
+            self.vocab_size = open_tokenizer(self.tokenizer).vocab_size
+        print_info(self.model, self.gpu_gb, self.vocab_size, self.kv_gb)

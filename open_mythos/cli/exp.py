@@ -5,23 +5,19 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from open_mythos import experiments
 from open_mythos.checks import check_choice, check_int
-from open_mythos.cli.options import read
 from open_mythos.cli.train import EXIT_INTERRUPTED
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HOME = Path("runs/exp")
 
 
 @dataclass
-class ExpArgs:
+class Exp:
     """Run an experiment and write its report. `mythos exp list` has a line for each experiment; `mythos exp show NAME`
     has the protocol, the arms and the finding of one."""
 
@@ -50,67 +46,64 @@ class ExpArgs:
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")
 
+    def run(self, rest: list[str]) -> None:
+        """run a published experiment, or list them"""
+        if self.name == "list":
+            return _list()
+        if self.name == "show":
+            return _show(self.shown)
+        from open_mythos.experiments.study import Lab, load, perform
+        from open_mythos.train.trainer import Interrupted
 
-def exp(rest: list[str]) -> None:
-    """run a published experiment, or list them"""
-    args = read(ExpArgs, "mythos exp", rest)
+        folder = self.runs or HOME / (self.name + "-quick" * self.quick)
+        experiment, out = load(self.name), self.out or folder / "report"
+        time = experiment.cost[0 if self.quick else 1]
+        print(f"{experiment.title}: about {time} on one CPU core as measured.", flush=True)
+        seeds = self.seeds or experiment.seeds[: 1 if self.quick else None]
+        lab = Lab(folder, self.quick, seeds, self.threads)
+        try:
+            report = perform(self.name, lab, out, f"mythos exp {shlex.join(rest)}")
+        except Interrupted:
+            print("mythos exp: stopped; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        print(f"{report.finding}\nThe report is {out / 'report.html'} (also .md and .json, and the figures).")
+
+
+def _list() -> None:
+    """Print one line for each experiment, cut to the terminal's width, with 80 characters of its finding."""
     from rich.console import Console
 
-    if args.name in ("list", "show"):
-        console = Console(highlight=False)
-        _list(console) if args.name == "list" else _show(console, args.shown)
-        return
-    from open_mythos.experiments.study import Lab, load, perform
-    from open_mythos.train.trainer import Interrupted
-
-    folder = args.runs or HOME / (args.name + "-quick" * args.quick)
-    experiment = load(args.name)
-    seeds = args.seeds or experiment.seeds[: 1 if args.quick else None]
-    out = args.out or folder / "report"
-    print(
-        f"{experiment.title}: about {experiment.cost[0 if args.quick else 1]} on one CPU core as measured.", flush=True
-    )
-    lab = Lab(folder, args.quick, seeds, args.threads)
-    try:
-        report = perform(args.name, lab, out, f"mythos exp {shlex.join(rest)}")
-    except Interrupted:
-        print("mythos exp: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    print(f"{report.finding}\nThe report is {out / 'report.html'} (also .md and .json, and the figures).")
-
-
-def _list(console: "Console") -> None:
-    """Print one line for each experiment, cut to the terminal's width, with 80 characters of its finding."""
     from open_mythos.experiments.study import load
 
+    console = Console(highlight=False)
     for name in experiments.EXPERIMENTS:
         experiment = load(name)
-        line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} "
-        line += textwrap.shorten(_found(name)[0], 80, placeholder=" ...")
+        finding = textwrap.shorten(_found(name)[0], 80, placeholder=" ...")
+        line = f"{name:12s}{' / '.join(experiment.cost):16s} {experiment.question} {finding}"
         console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
     console.print("\nname, time of the quick form / the whole, question, finding", soft_wrap=True)
     console.print("Protocol, arms and finding of one: mythos exp show NAME", soft_wrap=True)
 
 
-def _show(console: "Console", name: str) -> None:
+def _show(name: str) -> None:
     """Print the question, cost, arms, finding and protocol of one experiment."""
+    from rich.console import Console
+
     from open_mythos.experiments.study import load
 
-    experiment = load(name)
-    arms = experiment.arms(False)
-    finding, place = _found(name)
-    for label, text in (
-        ("", experiment.title),
-        ("Question: ", experiment.question),
-        ("Takes: ", f"{experiment.cost[0]} in the quick form, {experiment.cost[1]} in all, on one CPU core"),
-        ("Seeds: ", " ".join(map(str, experiment.seeds))),
-        ("Arms: ", "; ".join(f"{arm} ({experiment.titles[arm]})" if arm in experiment.titles else arm for arm in arms)),
-        ("Finding: ", finding + (f" ({place})" if place else "")),
-        ("", experiment.text("Protocol")),
-        ("Run it: ", f"mythos exp {name} --quick"),
+    experiment, (finding, place) = load(name), _found(name)
+    titles, console = experiment.titles, Console(highlight=False)
+    for text in (
+        experiment.title,
+        f"Question: {experiment.question}",
+        f"Takes: {experiment.cost[0]} in the quick form, {experiment.cost[1]} in all, on one CPU core",
+        f"Seeds: {' '.join(map(str, experiment.seeds))}",
+        "Arms: " + "; ".join(f"{arm} ({titles[arm]})" if arm in titles else arm for arm in experiment.arms(False)),
+        f"Finding: {finding}" + (f" ({place})" if place else ""),
+        experiment.text("Protocol"),
     ):
-        console.print(label + text, markup=False, soft_wrap=label == "Run it: ")
-        console.print()
+        console.print(f"{text}\n", markup=False)
+    console.print(f"Run it: mythos exp {name} --quick\n", markup=False, soft_wrap=True)
 
 
 def _found(name: str) -> tuple[str, Path | None]:

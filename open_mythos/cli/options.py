@@ -41,18 +41,23 @@ class Exit(TableKey):
     table = HALTING_RULES
 
 
-def _options_of(names: Sequence[str], **changes: tuple[Any, Any]) -> Any:
-    """Make a dataclass of some options of a request; `changes` gives type and default where a flag has its own."""
-    made = []
-    for name in names:
-        kind, default = changes.get(name, (OPTIONS[name].type, OPTIONS[name].default))
-        flag = Annotated[kind, tyro.conf.arg(help=OPTIONS[name].metadata["help"])]  # ty: ignore[invalid-type-form]
-        made.append((name, flag, dataclasses.field(default=default)))
-    return dataclasses.make_dataclass("SamplingOptions", made, kw_only=True, namespace={"__post_init__": check_bounds})
-
-
 _NAMES = ["n_loops", "exit", "exit_threshold", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
-SamplingOptions: Any = _options_of(_NAMES, exit=(Exit | None, None), top_k=(int, 50))
+_CHANGES = {"exit": (Exit | None, None), "top_k": (int, 50)}
+"""Types and defaults of flags that differ from the option of a request."""
+SamplingOptions: Any = dataclasses.make_dataclass(
+    "SamplingOptions",
+    [
+        (
+            name,
+            Annotated[kind, tyro.conf.arg(help=OPTIONS[name].metadata["help"])],  # ty: ignore[invalid-type-form]
+            dataclasses.field(default=default),
+        )
+        for name in _NAMES
+        for kind, default in [_CHANGES.get(name, (OPTIONS[name].type, OPTIONS[name].default))]
+    ],
+    kw_only=True,
+    namespace={"__post_init__": check_bounds},
+)
 """How many loops a token takes and how the next one is chosen: options of `mythos generate` and `mythos chat`."""
 
 
@@ -61,27 +66,13 @@ def chosen(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _NAMES}
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model, before torch is imported."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist; give a model's folder, such as RUN/final")
-    if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is for the reader of models to explain
-        raise FileNotFoundError(f"folder {folder} has no config.json; give a model's folder, such as RUN/final")
-
-
 @dataclasses.dataclass(kw_only=True)
-class MachineOptions:
-    """Options of commands that compute."""
+class ModelOptions:
+    """Options of commands that load a model."""
 
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: PositiveInt | None = None
-
-
-@dataclasses.dataclass(kw_only=True)
-class ModelOptions(MachineOptions):
-    """Options of commands that load a model."""
-
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
 
@@ -97,29 +88,42 @@ class ModelOptions(MachineOptions):
         return OpenMythos.from_pretrained(self.folder, device=device, dtype=getattr(torch, self.dtype)), tokenizer
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model, before torch is imported."""
+    if not os.path.lexists(folder / "config.json"):  # a link that leads nowhere is for the reader of models to explain
+        fault = "has no config.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"folder {folder} {fault}; give a model's folder, such as RUN/final")
+
+
 def read(options: type[T], command: str, rest: Sequence[str], **how: Any) -> T:
     """Read a command's options; `how` goes to tyro.
 
     Raises:
         ValueError: a value cannot be used; the message names the flag as it is typed.
+        FileNotFoundError: the folder holds no model.
         SystemExit: --help was asked for, or tyro has printed what is wrong with the flags themselves.
     """
-    said = io.StringIO()
+    printed, registry = io.StringIO(), ConstructorRegistry()
+    for rule in (partial(_optional, none="default" in how), _several, _word):
+        registry.primitive_rule(rule)
     try:
-        with contextlib.redirect_stderr(said), _registry(none="default" in how):
+        with contextlib.redirect_stderr(printed), registry:
             found = tyro.cli(options, prog=command, args=list(rest), **how)
-        check_section(found[0] if isinstance(found, tuple) else found)
-        return found
     except SystemExit as end:
         # tyro draws a frame around every message. Messages about a value are printed as those of other errors.
         error = end.__context__
         while error is not None and not (isinstance(error, ValueError) and _is_ours(error)):
             error = error.__context__
         if error is None:
-            sys.stderr.write(said.getvalue())
+            sys.stderr.write(printed.getvalue())
             raise
-        flag = re.search(r"Error parsing (--[\w.-]+):", said.getvalue())
+        flag = re.search(r"Error parsing (--[\w.-]+):", printed.getvalue())
         raise ValueError(f"{flag[1]} {error}" if flag else str(error)) from None
+    args = found[0] if isinstance(found, tuple) else found
+    check_section(args)
+    if isinstance(args, ModelOptions):
+        check_folder(args.folder)
+    return found
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -128,31 +132,22 @@ def _is_ours(error: BaseException) -> bool:
     return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("open_mythos.")
 
 
-def _registry(none: bool) -> ConstructorRegistry:
-    """Return the rules that read values; where `none`, a field that may be None also takes the word None."""
-    registry = ConstructorRegistry()
-    for rule in (partial(_optional, none=none), _several, _number, _choice):
-        registry.primitive_rule(rule)
-    return registry
+def _inner(kind: Any, info: PrimitiveTypeInfo) -> Any:
+    """Return the rule that reads one value of a compound type, or None."""
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    return spec if isinstance(spec, PrimitiveConstructorSpec) else None
 
 
 def _optional(info: PrimitiveTypeInfo, none: bool) -> PrimitiveConstructorSpec | None:
-    """Read a value that may be None."""
+    """Read a value that may be None; where `none`, also from the word None."""
     kinds = get_args(info.type) if get_origin(info.type) in (typing.Union, types.UnionType) else ()
-    if len(kinds) != 2 or types.NoneType not in kinds:
+    others = [kind for kind in kinds if kind is not types.NoneType]
+    if len(kinds) != 2 or len(others) != 1 or (spec := _inner(others[0], info)) is None:
         return None
-    kind = kinds[kinds[0] is types.NoneType]
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec):
-        return None
-
-    def convert(words: list[str]) -> Any:
-        return None if none and words == ["None"] else spec.instance_from_str(words)
-
     return dataclasses.replace(
         spec,
         metavar=spec.metavar + "|None" * none,
-        instance_from_str=convert,
+        instance_from_str=lambda words: None if none and words == ["None"] else spec.instance_from_str(words),
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
     )
@@ -163,53 +158,42 @@ def _several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     kinds = get_args(info.type)
     if get_origin(info.type) is not tuple or kinds[1:] != (...,) or tyro.conf.UseAppendAction in info.markers:
         return None
-    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+    if (spec := _inner(kinds[0], info)) is None or spec.nargs != 1:
         return None
-    convert, written = spec.instance_from_str, spec.str_from_instance
     return PrimitiveConstructorSpec(
         "*",
         f"[{spec.metavar} ...]",
-        lambda words: tuple(convert([word]) for word in words),
+        lambda words: tuple(spec.instance_from_str([word]) for word in words),
         lambda value: isinstance(value, tuple) and all(map(spec.is_instance, value)),
-        lambda value: [word for item in value for word in written(item)],
+        lambda value: [word for item in value for word in spec.str_from_instance(item)],
     )
 
 
-def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Read a number, and refuse other words in plain English."""
-    if info.type not in (int, float):
+def _word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read a number or one of some words, and refuse others in plain English; the remedy is the nearest word."""
+    kind, allowed = info.type, ()
+    if isinstance(kind, type) and issubclass(kind, TableKey):
+        allowed = tuple(kind.table)
+    elif get_origin(kind) is Literal and all(isinstance(name, str) for name in get_args(kind)):
+        allowed = get_args(kind)
+    elif kind not in (int, float):
         return None
-    kind, name, example = (int, "INT", "a whole number") if info.type is int else (float, "FLOAT", "a number")
+    expected = f"one of {', '.join(allowed)}" if allowed else "a whole number" if kind is int else "a number"
 
     def convert(words: list[str]) -> Any:
+        [word] = words
         try:
-            return kind(words[0])
+            return allowed[allowed.index(word)] if allowed else kind(word)
         except ValueError:
-            raise ValueError(f"{_short(words[0])} must be {example}") from None
+            short = word[:40] + "..." * (len(word) > 40)
+            raise ValueError(f"{short} must be {expected}{did_you_mean(word, allowed)}") from None
 
     return PrimitiveConstructorSpec(
-        1, name, convert, lambda value: isinstance(value, int | kind), lambda value: [str(value)]
-    )
-
-
-def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Read one of some words; a refusal names the nearest."""
-    if isinstance(info.type, type) and issubclass(info.type, TableKey):
-        allowed = tuple(info.type.table)
-    elif get_origin(info.type) is Literal and all(isinstance(name, str) for name in get_args(info.type)):
-        allowed = get_args(info.type)
-    else:
-        return None
-
-    def convert(words: list[str]) -> Any:
-        if words[0] not in allowed:
-            remedy = did_you_mean(words[0], allowed)
-            raise ValueError(f"{_short(words[0])} must be one of {', '.join(allowed)}{remedy}")
-        return words[0]
-
-    return PrimitiveConstructorSpec(
-        1, f"{{{','.join(allowed)}}}", convert, lambda value: value in allowed, lambda value: [value]
+        1,
+        f"{{{','.join(allowed)}}}" if allowed else kind.__name__.upper(),
+        convert,
+        lambda value: value in allowed if allowed else isinstance(value, (int, kind)),
+        lambda value: [str(value)],
     )
 
 
@@ -219,21 +203,15 @@ def flags(options: type) -> dict[str, str]:
     for name, hint in typing.get_type_hints(options, include_extras=True).items():
         if get_origin(hint) is typing.ClassVar:
             continue
-        markers = getattr(hint, "__metadata__", ())
-        alone, named = tyro.conf.Positional in markers, next((m.name for m in markers if getattr(m, "name", "")), "")
+        flag = name.replace("_", "-")
         sections = [
-            kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            each for each in (hint, *get_args(hint)) if isinstance(each, type) and dataclasses.is_dataclass(each)
         ]
         for section in sections:  # a field of type Task holds one of its subclasses
             sections += [each for each in section.__subclasses__() if each not in sections]
-        for section in sections:
-            found |= {
-                f"{name}.{field}": f"--{name.replace('_', '-')}.{flag[2:]}" for field, flag in flags(section).items()
-            }
+            found |= {f"{name}.{field}": f"--{flag}.{inner[2:]}" for field, inner in flags(section).items()}
         if not sections:
-            found[name] = "" if alone else "--" + (named or name.replace("_", "-"))
+            markers = getattr(hint, "__metadata__", ())
+            named = next((marker.name for marker in markers if getattr(marker, "name", "")), flag)
+            found[name] = "" if tyro.conf.Positional in markers else f"--{named}"
     return found
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= 40 else word[:40] + "..."

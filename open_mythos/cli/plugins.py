@@ -4,6 +4,7 @@ They are code, and run with the user's rights: only what the command line or an 
 what a model folder asks for.
 """
 
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,15 @@ from pathlib import Path
 from open_mythos.files import FileError
 
 FLAG, GROUP = "--plugin", "open_mythos.plugins"
+_given: list[str] = []
+"""Files of the command line."""
+
+
+def program() -> str:
+    """Name the command as this shell calls it, with the files that it was started with."""
+    from open_mythos.reports import terminal
+
+    return " ".join([terminal.program(), *(f"{FLAG} {shlex.quote(file)}" for file in _given)])
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -41,6 +51,7 @@ def load(files: Sequence[str]) -> None:
         FileNotFoundError: there is no such file.
         FileError: a plugin raises; the message names its file and line.
     """
+    _given[:] = files
     for point in entry_points(group=GROUP):
         try:
             point.load()

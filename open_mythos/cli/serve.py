@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from open_mythos.checks import Range
-from open_mythos.cli.options import ModelOptions, check_folder, read
+from open_mythos.cli.options import ModelOptions
 from open_mythos.device import setup_device
 from open_mythos.extras import load
 from open_mythos.server.config import ServeConfig
@@ -28,7 +28,7 @@ log = logging.getLogger("open_mythos.serve")
 
 
 @dataclass(kw_only=True)
-class ServeArgs(ServeConfig, ModelOptions):
+class Serve(ServeConfig, ModelOptions):
     """Answer requests over HTTP, as OpenAI's clients ask them, with the model of a folder. The page at / talks to
     it."""
 
@@ -41,20 +41,18 @@ class ServeArgs(ServeConfig, ModelOptions):
     kv_tokens: int | None = None
     """Tokens that keys and values have room for; left out: a quarter of the free memory, at most what the rows need."""
 
-
-def serve(rest: list[str]) -> None:
-    """answer over HTTP, as OpenAI's clients ask"""
-    args = read(ServeArgs, "mythos serve", rest)
-    # Until the server listens to signals itself, SIGTERM ends the process.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        _serve(args)
-    finally:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # the server has ended, and so does the process
-            signal.signal(signal.SIGTERM, before)
+    def run(self, rest: list[str]) -> None:
+        """answer over HTTP, as OpenAI's clients ask"""
+        # Until the server listens to signals itself, SIGTERM ends the process.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            _serve(self)
+        finally:
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # the server has ended, and so does the process
+                signal.signal(signal.SIGTERM, before)
 
 
-def _serve(args: ServeArgs) -> None:
+def _serve(args: Serve) -> None:
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         load(module, "serve", "the server")
     from open_mythos.engine.engine import EngineConfig
@@ -68,7 +66,6 @@ def _serve(args: ServeArgs) -> None:
     if key is None and not is_local(args.host):
         raise ValueError(f"--host {args.host} can be reached from elsewhere and needs a key; use --api-key-file FILE")
     args.name = check_name(args.folder.resolve().name if args.name is None else args.name)
-    check_folder(args.folder)
     warning = turns_unknown(args.folder, "use --plain to have messages continued as text")
     max_queue = args.max_rows + args.max_queue
     engine_config = EngineConfig(max_rows=args.max_rows, max_queue=max_queue, kv_tokens=args.kv_tokens)
@@ -95,7 +92,7 @@ def _serve(args: ServeArgs) -> None:
         os._exit(1 if service.fatal else 0)
 
 
-def _make_engine(args: ServeArgs, config: "EngineConfig") -> "Engine":
+def _make_engine(args: Serve, config: "EngineConfig") -> "Engine":
     """Build the engine, in its thread: a number of threads counts for the thread that sets it."""
     from open_mythos.engine.llm import LLM
 

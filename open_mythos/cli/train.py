@@ -1,18 +1,18 @@
 """Commands that train."""
 
-import dataclasses
+import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from open_mythos.checks import NonNegativeInt, PositiveInt
 from open_mythos.cli.options import MAX_NEW_TOKENS, TableKey, read
+from open_mythos.cli.plugins import program
 from open_mythos.device import Device, Dtype
 from open_mythos.train.trackers import TRACKERS
 
@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 75
 
 
 @dataclass
-class DemoArgs:
+class Demo:
     """Train a model that answers longer questions by looping more, then a small text model, and draw both."""
 
     out: Path = Path("demo")
@@ -37,13 +37,11 @@ class DemoArgs:
     """CPU threads. On a busy machine one is fastest."""
     seed: NonNegativeInt = 0
 
+    def run(self, rest: list[str]) -> None:
+        """train from nothing in minutes, and see more loops answer longer questions"""
+        from open_mythos.cli.demo import run_demo
 
-def demo(rest: list[str]) -> None:
-    """train from nothing in minutes, and see more loops answer longer questions"""
-    args = read(DemoArgs, "mythos demo", rest)
-    from open_mythos.cli.demo import run_demo
-
-    run_demo(args.out, args.device, args.dtype, args.threads, args.seed)
+        run_demo(**vars(self))
 
 
 class TrackerName(TableKey):
@@ -51,19 +49,24 @@ class TrackerName(TableKey):
 
 
 @dataclass
-class TrainArgs:
+class RunOptions:
+    """Options of commands that take a recipe or a run's configuration."""
+
+    config: Path | None = None
+    """A run's config.yaml, instead of a recipe; `mythos train` reproduces that run."""
+
+
+@dataclass
+class Train(RunOptions):
     """Train into a folder: config.yaml, metrics.jsonl, checkpoints/, and model and tokenizer in final/.
 
-    Recipes: tiny-khop, tiny-addition, addition-dgx, tiny-text, adaptive-text, chat; and for text that is prepared first
-    small-text, ablation-118m, parcae-style-140m, mythos-3b-fineweb-edu, mythos-1b, mythos-10b, mythos-50b, mythos-100b,
-    mythos-500b, mythos-1t. Any field of one can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128;
-    `mythos train RECIPE --help` lists them all.
+    Recipes: {recipes}. small-text and the pretraining recipes after chat take text that is prepared first. Any field of
+    a recipe can be given, as in --steps 100 --seed 1 --optim.lr 3e-4 --model.dim 128; `mythos train RECIPE --help`
+    lists them all.
     """
 
     out: Path | None = None
     """Folder of the run; it must not hold one yet."""
-    config: Path | None = None
-    """A run's config.yaml, which reproduces that run."""
     init_from: str | None = None
     """Folder of a model, such as RUN/final, to begin with its weights: its architecture takes the place of the
     recipe's."""
@@ -85,98 +88,89 @@ class TrainArgs:
     workers: NonNegativeInt = 0
     """Processes that make batches ahead of time."""
 
+    def run(self, rest: list[str], recipe: str, cfg: "TrainConfig") -> None:
+        """train a recipe, or reproduce a run from its config.yaml"""
+        if recipe == "chat" and self.init_from is None:
+            raise ValueError(
+                "--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final"
+            )
+        if self.out is None:
+            raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
 
-def train(rest: list[str]) -> None:
-    """train a recipe, or reproduce a run from its config.yaml"""
-    args, recipe, cfg = read_run(rest, TrainArgs, "mythos train", " --out DIR", _adopted)
-    if recipe == "chat" and args.init_from is None:
-        raise ValueError("--init-from is missing; name the folder of a model to fine-tune, as in --init-from RUN/final")
-    if args.out is None:
-        raise ValueError("--out is missing; name a folder for the run, as in --out runs/first")
+        from open_mythos.recipes import DATA
+        from open_mythos.train.checkpoint import CheckpointConfig
+        from open_mythos.train.trackers import make_trackers
+        from open_mythos.train.trainer import Interrupted, Trainer
 
-    from open_mythos.recipes import DATA
-    from open_mythos.train.checkpoint import CheckpointConfig
-    from open_mythos.train.trackers import make_trackers
-    from open_mythos.train.trainer import Interrupted, Trainer
-
-    checkpoint = CheckpointConfig(args.checkpoint_every, args.keep_last, args.keep_every, args.checkpoint_minutes)
-    trackers = make_trackers(args.track)
-    try:
-        cfg = _fit_vocabulary(cfg, args.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
-        trainer = Trainer(
-            cfg,
-            args.out,
-            device=args.device,
-            threads=args.threads,
-            checkpoint=checkpoint,
-            resume=args.resume,
-            workers=args.workers,
-            trackers=trackers,
-        )
-    except FileNotFoundError as error:
-        if recipe not in DATA:
-            raise
-        raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
-    if trainer.world.is_first:
-        print("\n".join(_size_and_time(args, recipe, trainer)), flush=True)
-    try:
-        final = trainer.run()
-    except Interrupted as interrupted:
-        print(f"mythos train: {interrupted}", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    if trainer.world.is_first:
-        print(f"The model is in {final}, the run's numbers in {args.out / 'metrics.jsonl'}.")
-        print("\n".join(_next(trainer, final)))
+        checkpoint = CheckpointConfig(self.checkpoint_every, self.keep_last, self.keep_every, self.checkpoint_minutes)
+        options = {name: getattr(self, name) for name in ("device", "threads", "resume", "workers")}
+        trackers = make_trackers(self.track)
+        try:
+            cfg = _fit_vocabulary(cfg, self.config is not None or any(arg.startswith(VOCAB_FLAGS) for arg in rest))
+            trainer = Trainer(cfg, self.out, checkpoint=checkpoint, trackers=trackers, **options)
+        except FileNotFoundError as error:
+            if recipe not in DATA:
+                raise
+            raise FileNotFoundError(f"{error}. For {recipe}:\n{DATA[recipe]}") from None
+        if trainer.world.is_first:
+            print("\n".join(_size_and_time(self, recipe, trainer)), flush=True)
+        try:
+            final = trainer.run()
+        except Interrupted as interrupted:
+            print(f"mythos train: {interrupted}", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        if trainer.world.is_first:
+            print(f"The model is in {final}, the run's numbers in {self.out / 'metrics.jsonl'}.\nNext:")
+            print("\n".join(_next(trainer, shlex.quote(str(final)))))
 
 
-def _size_and_time(args: TrainArgs, recipe: str, trainer: "Trainer") -> list[str]:
+def _size_and_time(args: Train, recipe: str, trainer: "Trainer") -> list[str]:
     """Describe the size and time of a run, as far as they are known before its first step."""
     from open_mythos.accounting import count_parameters
     from open_mythos.recipes import CPU_SECONDS, load_recipe
-    from open_mythos.reports.terminal import duration, program
+    from open_mythos.reports.terminal import duration
 
-    cfg = trainer.cfg
-    tokens = cfg.steps * cfg.batch_size * cfg.data.seq_len
+    cfg, rows = trainer.cfg, f"{trainer.cfg.batch_size:,} rows of {trainer.cfg.data.seq_len:,} tokens"
     lines = [
-        f"{recipe or args.config}: {count_parameters(cfg.model).total:,} parameters; {cfg.steps:,} steps of "
-        f"{cfg.batch_size:,} rows of {cfg.data.seq_len:,} tokens, {tokens:,} tokens in all."
+        f"{recipe or args.config}: {count_parameters(cfg.model).total:,} parameters; {cfg.steps:,} steps of {rows}, "
+        f"{cfg.steps * cfg.batch_size * cfg.data.seq_len:,} tokens in all."
     ]
     if trainer.steps_done:
         lines.append(f"It continues after step {trainer.steps_done:,}.")
     whole = load_recipe(recipe) if recipe in CPU_SECONDS else None
-    if whole is not None and dataclasses.replace(cfg, steps=whole.steps, seed=whole.seed) == whole:
+    if whole is not None and replace(cfg, steps=whole.steps, seed=whole.seed) == whole:
         seconds = CPU_SECONDS[recipe] * (cfg.steps - trainer.steps_done) / whole.steps
         lines.append(
             f"About {duration(seconds)} on one core of a server CPU with AVX-512; the time left on this machine is "
             "measured from the first steps."
         )
-    else:
-        lines.append("The time left is measured from the first steps.")
-        if recipe and recipe not in CPU_SECONDS and trainer.device.type == "cpu" and recipe != "chat":
-            lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} shows its time on them.")
+        return lines
+    lines.append("The time left is measured from the first steps.")
+    if recipe not in ("", "chat", *CPU_SECONDS) and trainer.device.type == "cpu":
+        lines.append(f"This recipe is made for GPUs: {program()} plan {recipe} shows its time on them.")
     return lines
 
 
-def _next(trainer: "Trainer", final: Path) -> list[str]:
+def _next(trainer: "Trainer", folder: str) -> list[str]:
     """Return commands for the model that has just been trained, each on a line of its own."""
-    from open_mythos.reports.terminal import program
     from open_mythos.tasks.task import example
 
-    folder, cfg, tokenizer = shlex.quote(str(final)), trainer.cfg, trainer.tokenizer
-    mythos, lines = f"  {program()}", ["Next:"]
+    cfg, tokenizer, mythos = trainer.cfg, trainer.tokenizer, f"  {program()}"
     if cfg.data.name == "chat":
-        lines += [f"{mythos} generate {folder} 'What is a loop?' --chat", f"{mythos} chat {folder}"]
+        lines = [f"{mythos} generate {folder} 'What is a loop?' --chat", f"{mythos} chat {folder}"]
     elif cfg.data.bytes_per_token is None:
         prompt, answer, n_tokens = example(trainer.validation, tokenizer)
-        lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0")
-        lines.append(f"  (The right answer is {answer}; docs/tasks.md says how each task is asked.)")
+        lines = [
+            f"{mythos} generate {folder} {shlex.quote(prompt)} --max-new-tokens {n_tokens} --temperature 0",
+            f"  (The right answer is {answer}; docs/tasks.md says how each task is asked.)",
+        ]
     else:
         # Whole words of held-out text: its first and last word may be cut.
         text = tokenizer.decode(trainer.validation.input_ids[0].tolist())
         prompt = " ".join(text.split()[1:-1][:3]) or text[:8]
         room = min(cfg.model.max_seq_len - len(tokenizer.encode(prompt)), cfg.model.max_output_tokens)
         limit = f" --max-new-tokens {room}" if room < MAX_NEW_TOKENS else ""
-        lines.append(f"{mythos} generate {folder} {shlex.quote(prompt)}{limit} --show-loops")
+        lines = [f"{mythos} generate {folder} {shlex.quote(prompt)}{limit} --show-loops"]
     return [*lines, f"{mythos} info {folder}"]
 
 
@@ -197,39 +191,9 @@ def _fit_vocabulary(cfg: "TrainConfig", is_given: bool) -> "TrainConfig":
     return replace(cfg, model=replace(cfg.model, vocab_size=theirs))
 
 
-def _adopted(args: TrainArgs, cfg: "TrainConfig") -> "TrainConfig":
-    if args.init_from is None:
-        return cfg
-    from open_mythos.train.init_from import adopt
-
-    return adopt(cfg, args.init_from)
-
-
-class RunArgs(Protocol):
-    """Options of a command that reads a run's configuration."""
-
-    config: Path | None
-
-
-Args = TypeVar("Args", bound=RunArgs)
-
-
-def read_run(
-    rest: list[str],
-    options: type[Args],
-    command: str,
-    ending: str = "",
-    begin: "Callable[[Args, TrainConfig], TrainConfig] | None" = None,
-) -> tuple[Args, str, "TrainConfig"]:
-    """Read the command's options, the recipe's name ("" for a file) and the run's configuration.
-
-    Args:
-        rest: the arguments after the command.
-        ending: end of the usage line, after the recipe.
-        begin: changes the configuration before the flags do.
-    """
+def read_run(options: type[RunOptions], command: str, rest: list[str]) -> tuple[Any, str, "TrainConfig"]:
+    """Return the command's options, the recipe's name ("" for a file) and the run's configuration."""
     words = [arg for arg in rest if arg not in ("-h", "--help")]
-    wants_help = len(words) < len(rest)
     args, overrides = read(options, f"{command} RECIPE", words, return_unknown_args=True)  # ty: ignore[not-iterable]
     from open_mythos.recipes import RECIPES, load_recipe
     from open_mythos.train.config import TrainConfig
@@ -237,16 +201,17 @@ def read_run(
     # A recipe may stand anywhere; a misspelt one is recognised where no flag precedes it.
     place = next((i for i, arg in enumerate(overrides) if arg in RECIPES), 0)
     recipe = overrides.pop(place) if overrides and not overrides[place].startswith("-") else ""
-    if wants_help and not recipe:
-        read(options, f"{command} RECIPE", ["--help"])
+    asked = ["--help"] * (len(words) < len(rest))
+    if asked and not recipe:
+        text = (inspect.getdoc(options) or "").format(recipes=", ".join(RECIPES))
+        read(options, f"{command} RECIPE", asked, description=text)
     if bool(recipe) == (args.config is not None):
         raise ValueError(f"give either a recipe ({', '.join(RECIPES)}) or --config FILE, as in {command} tiny-text")
-    default = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
-    cfg = read(
-        TrainConfig,
-        f"{command} {recipe or '--config FILE'}{ending}",
-        [*overrides, "--help"] if wants_help else overrides,
-        default=default if begin is None else begin(args, default),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return args, recipe, cfg
+    cfg = load_recipe(recipe) if args.config is None else TrainConfig.load(args.config)
+    if isinstance(args, Train) and args.init_from is not None:
+        from open_mythos.train.init_from import adopt
+
+        cfg = adopt(cfg, args.init_from)
+    usage = f"{command} {recipe or '--config FILE'}{' --out DIR' if options is Train else ''}"
+    only_flags = (tyro.conf.AvoidSubcommands,)
+    return args, recipe, read(TrainConfig, usage, [*overrides, *asked], default=cfg, config=only_flags)

@@ -20,13 +20,13 @@ def probabilities(loops: LoopsConfig) -> np.ndarray:
         p = np.full(int(2 * loops.mean), 1 / (2 * loops.mean - 1))
         p[0] = 0
     elif loops.law == "poisson":
-        p = _one_more(_poisson(np.array([loops.mean - 1]))[0])
+        [p] = _one_more_than_poisson(np.array([loops.mean - 1]))
     else:
         # The mean of the Poisson is itself drawn; 129 points of the normal, each with its weight.
         z = np.linspace(-6, 6, 129)
         weight = np.exp(-(z**2) / 2)
         rates = np.exp(math.log(loops.mean) - loops.sigma**2 / 2 + loops.sigma * z)
-        p = _one_more(weight @ _poisson(rates) / weight.sum())
+        p = weight @ _one_more_than_poisson(rates) / weight.sum()
     limit = min(loops.max_loops or MAX_LOOPS, MAX_LOOPS)
     if len(p) > limit + 1:
         p = np.append(p[:limit], p[limit:].sum())
@@ -47,13 +47,10 @@ def deepest(loops: LoopsConfig, rows: int, draws: int) -> int:
     """
     p = probabilities(loops)
     kept = with_gradient(loops, np.arange(len(p)))
-    one = np.bincount(kept, weights=p)
-    total, times = one, 1
-    if loops.per == "batch":
-        total, times = one, rows
-    else:
-        for _ in range(rows - 1):
-            total = np.convolve(total, one)
+    one = total = np.bincount(kept, weights=p)
+    times = rows if loops.per == "batch" else 1  # all rows of a batch have one depth
+    for _ in range(rows - times):
+        total = np.convolve(total, one)
     beyond = np.cumsum(total[::-1])[::-1]  # P(sum >= s)
     # Rounding leaves sums that never occur with a probability of about 1e-17.
     return times * int(np.flatnonzero(beyond * draws >= 1 - 1e-9)[-1])
@@ -64,15 +61,11 @@ def with_gradient(loops: LoopsConfig, depth: np.ndarray) -> np.ndarray:
     return np.minimum(depth, loops.backprop_depth) if loops.backprop_depth else depth
 
 
-def _one_more(p: np.ndarray) -> np.ndarray:
-    return np.concatenate(([0.0], p))
-
-
-def _poisson(rates: np.ndarray) -> np.ndarray:
-    """Return Poisson probabilities by rate, (N,) -> (N, K), as far as 1e-12 of the weight is reached."""
+def _one_more_than_poisson(rates: np.ndarray) -> np.ndarray:
+    """Return p[n, d] of d = 1 + Poisson(rates[n]), (N,) -> (N, K), as far as 1e-12 of the weight is reached."""
     most = rates.max()
     k = np.arange(int(most + 10 * math.sqrt(most) + 30))
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(k[1:]))))
     # A rate of zero has all its weight at zero.
     log_rates = np.log(np.maximum(rates, 1e-300))[:, None]
-    return np.exp(k * log_rates - rates[:, None] - log_factorial)
+    return np.pad(np.exp(k * log_rates - rates[:, None] - log_factorial), ((0, 0), (1, 0)))

@@ -77,18 +77,18 @@ def step_flops(cfg: TrainConfig, execution: Execution, loops: float, grad_loops:
     """Return the FLOPs of a step whose rows run `loops` loops in all, `grad_loops` of them with gradient."""
     model, T = cfg.model, cfg.data.seq_len
     met, rows = matrix_sizes(model), cfg.batch_size
-    attention = _Attention(model, execution, T)
+    attend, attend_idle, attend_both = _attention_flops(model, execution, T)
     layers = model.prelude_layers + model.coda_layers
     # With a loss after every loop, coda and head run for each of them.
     readouts = loops / rows if cfg.losses.per_loop else 1
-    coda_again = (readouts - 1) * (3 * 2 * met.coda + model.coda_layers * attention.both)
-    once = 3 * 2 * (met.outer + met.prepared) + layers * attention.both + coda_again
-    per_loop = 2 * met.loop + model.recurrent_layers * attention.forward
-    idle = 2 * met.loop + model.recurrent_layers * attention.without_grad
-    per_grad_loop = 3 * 2 * met.loop + model.recurrent_layers * attention.both
+    coda_again = (readouts - 1) * (3 * 2 * met.coda + model.coda_layers * attend_both)
+    once = 3 * 2 * (met.outer + met.prepared) + layers * attend_both + coda_again
+    per_loop = 2 * met.loop + model.recurrent_layers * attend
+    idle = 2 * met.loop + model.recurrent_layers * attend_idle
+    per_grad_loop = 3 * 2 * met.loop + model.recurrent_layers * attend_both
     recomputed = 0.0
     if cfg.checkpoint_loops:
-        recomputed = T * (grad_loops * per_loop + rows * (2 * met.outer + layers * attention.forward))
+        recomputed = T * (grad_loops * per_loop + rows * (2 * met.outer + layers * attend))
     return StepFlops(
         once=T * rows * once,
         loop=T * (grad_loops * per_grad_loop + (loops - grad_loops) * idle),
@@ -98,27 +98,20 @@ def step_flops(cfg: TrainConfig, execution: Execution, loops: float, grad_loops:
     )
 
 
-class _Attention:
-    """Products of queries, keys and values of one layer, per token."""
+def _attention_flops(cfg: MythosConfig, execution: Execution, T: int) -> tuple[float, float, float]:
+    """Count the products of one layer's queries, keys and values, per token: forward, without gradient, and both ways.
 
-    def __init__(self, cfg: MythosConfig, execution: Execution, T: int) -> None:
-        H, K, W = attention_costs(cfg).heads
-        padded = max(K, W)  # torch's kernels take values as wide as keys
-        blocks = execution.attends_in_blocks(T)
-        keys, width = (_keys_in_blocks(T), W) if blocks else (execution.keys_of_kernel(T), padded)
-        each = 2 * H * keys
-        self.forward = each * (K + width)
-        """q k^T and p v."""
-        # Without gradient torch's kernel runs, whatever runs with it.
-        self.without_grad = 2 * H * execution.keys_of_kernel(T) * (K + padded)
-        self.both = self.forward + each * (3 * K + 2 * width)
-        """Backward the scores are made again; then the gradients of p, v, q and k."""
-
-
-def _keys_in_blocks(T: int) -> float:
-    """Return the average number of keys of a query where whole blocks above the diagonal are left out."""
-    ends = [min(start + BLOCK, T) for start in range(0, T, BLOCK)]
-    return sum((end - start) * end for start, end in zip(range(0, T, BLOCK), ends, strict=True)) / T
+    Backward the scores are made again; then the gradients of p, v, q and k.
+    """
+    H, K, W = attention_costs(cfg).heads
+    padded, keys = max(K, W), execution.keys_of_kernel(T)  # torch's kernels take values as wide as keys
+    # Without gradient torch's kernel runs, whatever runs with it.
+    without_grad, width = 2 * H * keys * (K + padded), padded
+    if execution.attends_in_blocks(T):
+        # Whole blocks above the diagonal are left out.
+        keys, width = sum(min(BLOCK, T - start) * min(start + BLOCK, T) for start in range(0, T, BLOCK)) / T, W
+    forward = 2 * H * keys * (K + width)
+    return forward, without_grad, forward + 2 * H * keys * (3 * K + 2 * width)
 
 
 def _newton_schulz(cfg: MythosConfig) -> int:
@@ -126,11 +119,8 @@ def _newton_schulz(cfg: MythosConfig) -> int:
 
     Each makes three products for a matrix: two of (r, c) with (r, r), r the shorter side, and one of (r, r).
     """
-    total = 0
-    for shape, n in hidden_matrices(cfg).items():
-        r, c = sorted(shape)
-        total += n * ITERATIONS * (4 * r * r * c + 2 * r**3)
-    return total
+    sides = ((n, *sorted(shape)) for shape, n in hidden_matrices(cfg).items())
+    return sum(n * ITERATIONS * (4 * r * r * c + 2 * r**3) for n, r, c in sides)
 
 
 def hidden_matrices(cfg: MythosConfig) -> Counter[tuple[int, int]]:
@@ -140,7 +130,6 @@ def hidden_matrices(cfg: MythosConfig) -> Counter[tuple[int, int]]:
         shapes = attention + feed_forward_costs(cfg, recurrent).matrices
         if recurrent and cfg.n_experts:
             # Gate and up of a routed expert are one matrix.
-            shapes += Counter({(2 * cfg.expert_dim, cfg.dim): cfg.n_experts})
-            shapes += Counter({(cfg.dim, cfg.expert_dim): cfg.n_experts})
+            shapes += Counter(dict.fromkeys([(2 * cfg.expert_dim, cfg.dim), (cfg.dim, cfg.expert_dim)], cfg.n_experts))
         counts.update({shape: n_layers * n for shape, n in shapes.items()})
     return +counts

@@ -10,16 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from open_mythos.accounting import count_parameters
+from open_mythos.costs import saved_activations as saved
 from open_mythos.costs.depth_distribution import deepest
 from open_mythos.costs.flops import hidden_matrices, matrix_sizes
-from open_mythos.costs.saved_activations import (
-    SavedBytes,
-    around_loop,
-    before_head,
-    keys_and_values,
-    one_loop,
-    outer_block,
-)
+from open_mythos.costs.saved_activations import SavedBytes
 from open_mythos.nn.block import dense_width
 from open_mythos.nn.layer_costs import Execution
 from open_mythos.train.config import TrainConfig
@@ -111,6 +105,7 @@ class _Step:
         # With ddp gradients are views of the buckets in which they are sent.
         self.has_buckets = cfg.parallel.kind == "ddp" and n_gpus > 1
         self.gradient_bytes = 0 if self.has_buckets else self.s
+        self.gradients = {"gradients": self.gradient_bytes * self.on_rank.stored}
         self.standing = self._standing()
         self.loss, self.loss_working = self._loss()
 
@@ -145,17 +140,17 @@ class _Step:
     def moments(self) -> Iterator[Memory]:
         """Find the moments that can be the highest."""
         cfg, model, s, w, tokens = self.cfg, self.model, self.s, self.w, self.tokens
-        loop = one_loop(model, self.execution, cfg.data.seq_len, cfg.parallel.experts) * tokens
-        outer = outer_block(model, self.execution, cfg.data.seq_len).total * tokens
+        loop = saved.one_loop(model, self.execution, cfg.data.seq_len, cfg.parallel.experts) * tokens
+        outer = saved.outer_block(model, self.execution, cfg.data.seq_len).total * tokens
         saved_loop, saved_outer, again, again_outer = loop, outer, SavedBytes(), 0.0
         if cfg.checkpoint_loops:
             again, again_outer = loop, outer
-            saved_loop = SavedBytes(keys_and_values(model, self.execution), stream=s * model.dim) * tokens
+            saved_loop = SavedBytes(saved.keys_and_values(model, self.execution), stream=s * model.dim) * tokens
             saved_outer = tokens * s * model.dim
-        coda = self.readouts * (model.coda_layers * saved_outer + tokens * before_head(model, self.execution))
+        coda = self.readouts * (model.coda_layers * saved_outer + tokens * saved.before_head(model, self.execution))
         # The states of all loops, and what the coda makes of them.
         coda += (self.readouts - 1) * tokens * 2 * s * model.dim
-        prelude = model.prelude_layers * saved_outer + tokens * (8 + around_loop(model, self.execution))
+        prelude = model.prelude_layers * saved_outer + tokens * (8 + saved.around_loop(model, self.execution))
 
         # Working memory: gradients of gate, up and their product, that product and silu again; states of the stream.
         dense, stream = 5 * w * tokens, 3 * s * model.dim * tokens
@@ -184,11 +179,9 @@ class _Step:
             yield self._moment(name, inside, prelude, stream, arrived + 2 * block + added)
         if self.on_rank.shards > 1:
             # The gradients to reduce are copied into one buffer.
-            copied = s * (self.on_rank.block + self.on_rank.gathered)
-            yield self._moment(
-                "the reduce-scatter of the recurrent block", SavedBytes(), prelude, stream, arrived + copied
-            )
-        yield Memory("the update", self.standing | self._gradients() | {"working memory": self._update_working()})
+            arrived += s * (self.on_rank.block + self.on_rank.gathered)
+            yield self._moment("the reduce-scatter of the recurrent block", SavedBytes(), prelude, stream, arrived)
+        yield Memory("the update", self.standing | self.gradients | {"working memory": self._update_working()})
 
     def _moment(self, name: str, inside: SavedBytes, ends: float, working: float, new: float = 0) -> Memory:
         parts = self.standing | {
@@ -202,10 +195,7 @@ class _Step:
             "new gradients": new,
         }
         # A step begins by freeing the gradients; between micro-batches their sum stays.
-        return Memory(name, parts | self._gradients() if self.n_micro_batches > 1 else parts)
-
-    def _gradients(self) -> dict[str, float]:
-        return {"gradients": self.gradient_bytes * self.on_rank.stored}
+        return Memory(name, parts | self.gradients if self.n_micro_batches > 1 else parts)
 
     def _update_working(self) -> float:
         """Return the optimizer's working memory. AdamW is fused and has none."""

@@ -47,41 +47,21 @@ class Plan:
     """Loops of the rank with the most, over the mean, averaged over steps: the others wait for it."""
     step_s: float
     """Time of a step at `mfu`, without sending and waiting."""
+    flops_per_token: float
+    tokens_per_s: float
+    days: float
+    gpu_hours: float
     price_per_hour: float | None
+    price: float | None
+    fits: bool
     remedy: str | None
     """Changes that make the run fit; None if it does."""
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= self.room_bytes
-
-    @property
-    def flops_per_token(self) -> float:
-        return self.flops_per_step.total / self.tokens_per_step
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens_per_step / self.step_s
-
-    @property
-    def days(self) -> float:
-        return self.steps * self.step_s / 86400
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.steps * self.step_s / 3600 * self.gpus
-
-    @property
-    def price(self) -> float | None:
-        return None if self.price_per_hour is None else self.gpu_hours * self.price_per_hour
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         values = asdict(self)
         values["parameters"]["total"] = self.parameters.total
         values["memory"]["total"] = self.memory.total
-        for name in ("fits", "flops_per_token", "tokens_per_s", "days", "gpu_hours", "price"):
-            values[name] = getattr(self, name)
         return values
 
 
@@ -97,7 +77,6 @@ def make_plan(
     Raises:
         ValueError: the rows or experts cannot be spread over so many GPUs, or an argument is out of range.
     """
-    check_int("gpus", gpus, 1, MOST_GPUS)
     check_choice("gpu", gpu, tuple(CARDS))
     check_number("mfu", mfu, 0, 1, above=True)
     if price_per_hour is not None:
@@ -110,16 +89,18 @@ def make_plan(
     flops = step_flops(cfg, execution, loops, grad_loops)
     # With ddp each rank makes every update itself.
     alone = flops.optimizer if cfg.parallel.kind == "ddp" else flops.optimizer / gpus
-    per_gpu = (flops.total - flops.optimizer) / gpus + alone
+    step_s = ((flops.total - flops.optimizer) / gpus + alone) / (mfu * _peak_flops(cfg, card))
+    tokens, gpu_hours = cfg.batch_size * cfg.data.seq_len, cfg.steps * step_s / 3600 * gpus
     sent = sent_bytes(cfg, execution, gpus, loops, grad_loops)
     room = card.memory_gb * 1e9 * (1 - RESERVED_SHARE)
     memory = peak(cfg, execution, gpus)
+    fits = memory.total <= room
     return Plan(
         gpus=gpus,
         gpu=gpu,
         mfu=mfu,
         steps=cfg.steps,
-        tokens_per_step=cfg.batch_size * cfg.data.seq_len,
+        tokens_per_step=tokens,
         rows_at_once=rows_at_once(cfg, gpus),
         micro_batches=micro_batches(cfg, gpus),
         parameters=count_parameters(cfg.model),
@@ -131,9 +112,15 @@ def make_plan(
         sent_bytes=sent,
         send_s=sum(sent.values()) / (link_gb_s(card, gpus) * 1e9),
         slowest=_slowest(cfg, gpus),
-        step_s=per_gpu / (mfu * _peak_flops(cfg, card)),
+        step_s=step_s,
+        flops_per_token=flops.total / tokens,
+        tokens_per_s=tokens / step_s,
+        days=cfg.steps * step_s / 86400,
+        gpu_hours=gpu_hours,
         price_per_hour=price_per_hour,
-        remedy=None if memory.total <= room else _remedy(cfg, gpus, room),
+        price=None if price_per_hour is None else gpu_hours * price_per_hour,
+        fits=fits,
+        remedy=None if fits else _remedy(cfg, gpus, room),
     )
 
 
@@ -142,10 +129,8 @@ def sent_bytes(
 ) -> dict[str, float]:
     """Return the bytes that one rank sends in a step, by kind of exchange.
 
-    In a ring each of n ranks sends (n - 1) / n of the data.
-
-    Args:
-        loops: of all rows of the step together; `grad_loops` of them have gradient.
+    In a ring each of n ranks sends (n - 1) / n of the data. All rows of the step run `loops` loops together,
+    `grad_loops` of them with gradient.
     """
     counts, ranks = count_parameters(cfg.model), cfg.parallel.experts
     spread = counts.routed_experts if ranks > 1 else 0
@@ -180,6 +165,7 @@ def _peak_flops(cfg: TrainConfig, card: Card) -> float:
 
 
 def _check_spread(cfg: TrainConfig, gpus: int) -> None:
+    check_int("gpus", gpus, 1, MOST_GPUS)
     ranks = cfg.parallel.experts
     if cfg.batch_size % gpus:
         raise ValueError(
@@ -218,28 +204,22 @@ def _changes(cfg: TrainConfig, gpus: int) -> list[tuple[list[str], TrainConfig]]
     The first one is `cfg` itself.
     """
     now, model, rows = cfg.parallel, cfg.model, rows_at_once(cfg, gpus)
+    recompute = not cfg.checkpoint_loops and cfg.compile != "model" and model.recurrent_layers
+    ranks = (2**i for i in range(1, 10) if 2**i > now.experts and model.n_experts)
     # Flags of the same line exclude each other.
     options: list[dict[str, dict[str, Any]]] = [
         {f"--parallel.rows {rows >> i}": {"rows": rows >> i} for i in range(1, rows.bit_length())},
-        {"--checkpoint-loops": {"checkpoint_loops": True}},
-        {"--parallel.kind fsdp": {"kind": "fsdp"}},
-        {
-            f"--parallel.experts {n}": {"experts": n}
-            for n in (2**i for i in range(1, 10))
-            if n > now.experts and gpus % n == 0 and model.n_experts and model.n_experts % n == 0
-        },
+        {"--checkpoint-loops": {"checkpoint_loops": True}} if recompute else {},
+        {"--parallel.kind fsdp": {"kind": "fsdp"}} if now.kind != "fsdp" and gpus > 1 else {},
+        {f"--parallel.experts {n}": {"experts": n} for n in ranks if gpus % n == model.n_experts % n == 0},
     ]
-    if cfg.checkpoint_loops or cfg.compile == "model" or not model.recurrent_layers:
-        options[1] = {}
-    if now.kind == "fsdp" or gpus == 1:
-        options[2] = {}
     found = []
     for chosen in itertools.product(*([("", {}), *option.items()] for option in options)):
         fields = {name: value for _, changes in chosen for name, value in changes.items()}
         # Experts are spread with fsdp only.
         if "experts" in fields and fields.get("kind", now.kind) != "fsdp":
             continue
-        recompute = fields.pop("checkpoint_loops", cfg.checkpoint_loops)
-        changed = replace(cfg, parallel=replace(now, **fields), checkpoint_loops=recompute)
+        again = fields.pop("checkpoint_loops", cfg.checkpoint_loops)
+        changed = replace(cfg, parallel=replace(now, **fields), checkpoint_loops=again)
         found.append(([flag for flag, _ in chosen if flag], changed))
     return sorted(found, key=lambda pair: len(pair[0]))

@@ -51,9 +51,9 @@ def print_info(model: str, gpu_gb: float, vocab_size: int | None = None, kv_gb: 
 def print_plan(name: str, plan: Plan) -> None:
     """Print the costs of a run, with a warning if it does not fit."""
     console = Console(highlight=False)
-    parameters = [(label.strip(), f"{count:,}") for label, count in _counts(plan.parameters)]
-    console.print(_rows(f"{name}: parameters", [*parameters[1:], parameters[0]]))
-    for table in (_memory(plan), _flops(plan), *([_sent(plan)] if plan.sent_bytes else []), _time(plan)):
+    total, *parts = [(label.strip(), f"{count:,}") for label, count in _counts(plan.parameters)]
+    parameters, sent = _rows(f"{name}: parameters", [*parts, total]), [_sent(plan)] if plan.sent_bytes else []
+    for table in (parameters, _memory(plan), _flops(plan), *sent, _time(plan)):
         console.print(table)
     if plan.slowest > 1.05:
         console.print(
@@ -69,9 +69,9 @@ def print_plan(name: str, plan: Plan) -> None:
 
 def scaled(value: float, base: int, unit: str) -> str:
     """Write `value` with a unit prefix: powers of 1000 for FLOPs, of 1024 (KiB) for bytes."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
-    power = min(len(prefixes) - 1, int(math.log(value, base))) if value >= 1 else 0
-    return f"{value / base**power:.4g} {prefixes[power]}{unit}"
+    power = min(6, int(math.log(value, base))) if value >= 1 else 0
+    prefix = ("", *("kMGTPE" if base == 1000 else "KMGTPE"))[power] + "i" * (base == 1024 and power > 0)
+    return f"{value / base**power:.4g} {prefix}{unit}"
 
 
 def _rows(title: str, rows: Iterable[Sequence[str]], *head: str) -> Table:
@@ -111,10 +111,9 @@ def _find(model: str) -> tuple[str, MythosConfig]:
 
 
 def _vocabularies(name: str, *configs: MythosConfig) -> Table:
-    rows = []
-    for label, cfg in zip(("its own", "this one, as below"), configs, strict=True):
-        counts = count_parameters(cfg)
-        rows.append((label, f"{cfg.vocab_size:,}", f"{counts.embedding:,}", f"{counts.total:,}"))
+    sizes = [(cfg.vocab_size, counts.embedding, counts.total) for cfg in configs for counts in [count_parameters(cfg)]]
+    labels = "its own", "this one, as below"
+    rows = [(label, *(f"{n:,}" for n in each)) for label, each in zip(labels, sizes, strict=True)]
     return _rows(f"{name}: vocabularies", rows, "", "tokens", "embedding", "parameters")
 
 
@@ -124,8 +123,8 @@ def _parameters_of(name: str, cfg: MythosConfig) -> Table:
     if cfg.recurrent_layers:
         n_loops = cfg.max_loop_iters
         rows.append((f"unrolled: applied to one token at {n_loops} loops", counts.unrolled(n_loops)))
-    shares = (f"{100 * count / counts.total:.1f} %" if i else "100 %" for i, (_, count) in enumerate(rows))
-    listed = [(label, f"{count:,}", share) for (label, count), share in zip(rows, shares, strict=True)]
+    share = {"total": "100 %"}
+    listed = [(label, f"{n:,}", share.get(label, f"{100 * n / counts.total:.1f} %")) for label, n in rows]
     return _rows(f"{name}: parameters", listed)
 
 
@@ -133,14 +132,8 @@ def _per_token(cfg: MythosConfig) -> Table:
     rows = []
     for n_loops in LOOPS if cfg.recurrent_layers else (1,):
         kv = kv_bytes_per_token(cfg, n_loops)
-        flops = (flops_per_token(cfg, n_loops, context) for context in (0, cfg.max_seq_len))
-        rows.append(
-            (
-                str(n_loops),
-                *(scaled(n, 1000, "FLOP") for n in flops),
-                *(scaled(n, 1024, "B") for n in (kv, kv * cfg.max_seq_len)),
-            )
-        )
+        flops = [scaled(flops_per_token(cfg, n_loops, n), 1000, "FLOP") for n in (0, cfg.max_seq_len)]
+        rows.append((str(n_loops), *flops, *(scaled(n, 1024, "B") for n in (kv, kv * cfg.max_seq_len))))
     with_context = f"FLOPs with {cfg.max_seq_len:,} tokens of context"
     head = "loops", "FLOPs, forward", with_context, "cache in bf16", "cache of a full context"
     return _rows("per token", rows, *head)
@@ -157,10 +150,8 @@ def _memory_of(cfg: MythosConfig, gpu_gb: float) -> Table:
         f"training with Adam, {TRAINING_BYTES} bytes a parameter, without activations": TRAINING_BYTES * total,
     }
     rows = [(label, scaled(n, 1024, "B"), f"{math.ceil(n / (gpu_gb * 1e9)):,}") for label, n in sizes.items()]
-    # A column of ones would say nothing.
-    if all(n_gpus == "1" for *_, n_gpus in rows):
-        title = f"memory; one GPU of {gpu_gb:g} GB holds each"
-        return _rows(title, [row[:2] for row in rows], "for", "bytes")
+    if all(n_gpus == "1" for *_, n_gpus in rows):  # a column of ones would say nothing
+        return _rows(f"memory; one GPU of {gpu_gb:g} GB holds each", [row[:2] for row in rows], "for", "bytes")
     return _rows("memory", rows, "for", "bytes", f"GPUs of {gpu_gb:g} GB")
 
 

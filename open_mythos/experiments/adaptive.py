@@ -3,9 +3,8 @@
 Shapes: B rows, T tokens, S seeds, W windows.
 """
 
-import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import torch
 from torch import Tensor
 
 from open_mythos.analysis.per_loop import by_loop
-from open_mythos.experiments.study import Result, Results, Run, Study
-from open_mythos.model import OpenMythos
-from open_mythos.nn.eval_mode import evaluating
-from open_mythos.nn.halting import ACT, Decision, HaltingRule, State
+from open_mythos.experiments.given_depths import shuffled, with_exits
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, vary
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
@@ -40,45 +37,6 @@ SMALL = {"dim": 64, "n_heads": 2, "n_kv_heads": 2, "kv_lora_rank": 32, "q_lora_r
 """Changes to the recipe's model for the quick form."""
 
 
-class GivenDepths(HaltingRule):
-    """Exits after depths given from outside, (B, T) int64, for null controls; `act` gives the states its weights."""
-
-    def __init__(self, depths: Tensor, act: ACT | None = None) -> None:
-        super().__init__(0.0)
-        self.depths, self.act, self.weighted = depths, act, act is not None
-
-    def init(self, h: Tensor, n_loops: Tensor) -> State:
-        return {"depth": self.depths.to(h.device)} | (self.act.init(h, n_loops) if self.act else {})
-
-    def update(
-        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
-    ) -> Decision:
-        after = self.act.update(state, h_prev, h, loop_index)[0] if self.act else {}
-        return {**state, **after}, (loop_index + 1)[:, None] >= state["depth"]
-
-    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
-        assert self.act is not None
-        return self.act.weigh(before, after, exit_mask)
-
-
-def shuffled(depths: Tensor, seed: int) -> Tensor:
-    """Give the same depths, in the same numbers, to other tokens."""
-    order = torch.randperm(depths.numel(), generator=torch.Generator().manual_seed(seed))
-    return depths.flatten()[order].view_as(depths)
-
-
-def with_rule(model: OpenMythos, batch: Batch, rule: Callable[[slice], HaltingRule | None]) -> tuple[Tensor, Tensor]:
-    """Return the bits of every token and the loops that it ran, (B, T) each, when it exits by the rule for its rows."""
-    found = []
-    with evaluating(model):
-        for start in range(0, len(batch.labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            out = model(batch.input_ids[rows], exit=rule(rows), trace=True)
-            found.append((token_bits(out.logits, batch.labels[rows]), out.exit_loop + 1))
-    bits, loops = map(torch.cat, zip(*found, strict=True))
-    return bits, loops
-
-
 def kinds(batch: Batch) -> Tensor:
     """Return the index in KINDS, (B, T), of the byte that each token predicts; bytes beyond ASCII count as letters."""
 
@@ -96,7 +54,12 @@ def kinds(batch: Batch) -> Tensor:
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return the recipe; for the quick form a small model with few steps."""
     cfg = load_recipe(ARM)
-    return {ARM: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **SMALL), steps=30) if quick else cfg}
+    return {ARM: vary(cfg, model=SMALL, steps=30) if quick else cfg}
+
+
+def double_bits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the bits of every token in float64, for means over many."""
+    return token_bits(logits, labels).double()
 
 
 def measure(run: Run) -> Result:
@@ -105,90 +68,74 @@ def measure(run: Run) -> Result:
     # The windows come from a stream of their own, and from held-out text, which starts after that of training.
     batch = run.config.data.validation_batch(stream(run.seed, 1, Purpose.VALIDATION), run.settings["rows"])
     loops = range(1, model.cfg.max_loop_iters + 1)
-    by_depth = by_loop(model, batch, loops, token_bits, CHUNK)
+    by_depth = by_loop(model, batch, loops, double_bits, CHUNK)
+    scored = functools.partial(with_exits, model, batch, score=double_bits, rows=CHUNK)
     exits, groups = [], {}
-    for rule, thresholds in run.settings["rules"].items():
-        for threshold in thresholds:
-            bits, used = with_rule(model, batch, lambda _, name=rule, at=threshold: model.exit_rule(name, at))
-            controls = [shuffled(used, seed) for seed in range(run.settings["shuffles"])]
-            others = [with_rule(model, batch, lambda rows, d=depths: GivenDepths(d[rows]))[0] for depths in controls]
-            exits.append(
-                {
-                    "rule": rule,
-                    "threshold": threshold,
-                    "loops": used.double().mean().item(),
-                    "bits": _windows(bits),
-                    "shuffled": [_windows(x) for x in others],
-                    "tokens_by_loops": torch.bincount(used.flatten(), minlength=len(loops) + 1)[1:].tolist(),
-                }
-            )
-            if (rule, threshold) == SHOWN:
-                groups["by_exit"] = _groups(by_depth, bits, used, used, loops)
-                groups["by_kind"] = _groups(by_depth, bits, used, kinds(batch), range(len(KINDS)))
-    train_ce = read_metrics(run.lab.runs / run.label / "metrics.jsonl")[-1]["train/ce"]
-    fixed = [_windows(x) for x in by_depth]
+    for rule, threshold in ((name, at) for name, thresholds in run.settings["rules"].items() for at in thresholds):
+        bits, used = scored(model.exit_rule(rule, threshold))
+        controls = [scored(shuffled(used, seed))[0] for seed in range(run.settings["shuffles"])]
+        exits.append(
+            {
+                "rule": rule,
+                "threshold": threshold,
+                "loops": used.double().mean().item(),
+                "bits": bits.mean(1).tolist(),
+                "shuffled": [x.mean(1).tolist() for x in controls],
+                "tokens_by_loops": torch.bincount(used.flatten(), minlength=len(loops) + 1)[1:].tolist(),
+            }
+        )
+        if (rule, threshold) == SHOWN:
+            groups["by_exit"] = _groups(by_depth, bits, used, used)
+            groups["by_kind"] = _groups(by_depth, bits, used, kinds(batch))
+    train_ce = read_metrics(run.folder / "metrics.jsonl")[-1]["train/ce"]
+    fixed = by_depth.mean(2).tolist()
     return {"train_ce": train_ce, "tokens": batch.labels.numel(), "fixed": fixed, "exits": exits, **groups}
 
 
-def _windows(bits: Tensor) -> list[float]:
-    return bits.double().mean(1).tolist()
-
-
-def _groups(by_depth: Tensor, bits: Tensor, loops: Tensor, key: Tensor, values: Iterable[int]) -> list[Result]:
+def _groups(by_depth: Tensor, bits: Tensor, loops: Tensor, key: Tensor) -> list[Result]:
     """Summarise tokens by `key`: their number, their loops and bits with exits, and their bits at every depth."""
     return [
         {
             "key": value,
             "tokens": int(here.sum()),
             "loops": loops[here].double().mean().item(),
-            "bits": bits[here].double().mean().item(),
-            "bits_by_depth": by_depth[:, here].double().mean(1).tolist(),
+            "bits": bits[here].mean().item(),
+            "bits_by_depth": by_depth[:, here].mean(1).tolist(),
         }
-        for value in values
+        for value in key.unique().tolist()
         for here in [key == value]
-        if here.any()
     ]
 
 
-def points(r: Results) -> list[dict[str, Any]]:
-    """Return a row for every rule and threshold, its numbers of bits over seeds and windows, (S, W)."""
-    runs, rows = r.runs[ARM], []
-    for exits in zip(*(run["exits"] for run in runs), strict=True):
-        bits, control = np.array([e["bits"] for e in exits]), np.array([e["shuffled"] for e in exits]).mean(1)
+def points(r: Results) -> dict[str, list[dict[str, Any]]]:
+    """Return by rule a row for every threshold, its numbers of bits over seeds and windows, (S, W)."""
+    fixed = np.array([run["fixed"] for run in r.runs[ARM]])
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for exits in zip(*(run["exits"] for run in r.runs[ARM]), strict=True):
+        loops, bits, control, tokens = (
+            np.array([found[name] for found in exits]) for name in ("loops", "bits", "shuffled", "tokens_by_loops")
+        )
         # One depth for all at the same mean loops, window by window; between whole numbers a mix of two depths.
-        depths = range(1, len(runs[0]["fixed"]) + 1)
-        same = [
-            [np.interp(e["loops"], depths, window) for window in zip(*run["fixed"], strict=True)]
-            for e, run in zip(exits, runs, strict=True)
-        ]
-        gain = TextEstimate(control - bits)
-        rows.append(
-            {
-                "rule": exits[0]["rule"],
-                "threshold": exits[0]["threshold"],
-                "loops": np.mean([e["loops"] for e in exits]),
-                "bits": TextEstimate(bits),
-                "same": TextEstimate(same),
-                "shuffled": TextEstimate(control),
-                "against": TextEstimate(same - bits),
-                "gain": gain,
-                "between": gain.between("+.4f"),
-                "verdict": gain.verdict(),
-                "tokens": ", ".join(map(str, np.sum([e["tokens_by_loops"] for e in exits], axis=0))),
-            }
+        mix = np.maximum(0, 1 - np.abs(loops[:, None] - np.arange(1, fixed.shape[1] + 1)))
+        same, chance = np.einsum("sl,slw->sw", mix, fixed), control.mean(1)
+        each = {"bits": bits, "same": same, "shuffled": chance, "against": same - bits, "gain": chance - bits}
+        rows.setdefault(exits[0]["rule"], []).append(
+            {name: TextEstimate(x) for name, x in each.items()}
+            | {"rule": exits[0]["rule"], "threshold": exits[0]["threshold"], "loops": loops.mean()}
+            | {"tokens": ", ".join(map(str, tokens.sum(0)))}
         )
     return rows
 
 
 def fill(r: Results) -> dict[str, Any]:
     """Return the rows by rule and threshold, what each rule's exits are worth, and the groups of tokens."""
-    runs, found = r.runs[ARM], points(r)
-    first, fixed = runs[0], np.array([run["fixed"] for run in runs])
+    runs, rules = r.runs[ARM], points(r)
+    found = [row for own in rules.values() for row in own]
+    fixed = np.array([run["fixed"] for run in runs])
     spread = [row["shuffled"].mean - row["same"].mean for row in found]
     said = []
-    for rule in dict.fromkeys(row["rule"] for row in found):
-        own = [row for row in found if row["rule"] == rule]
-        gain, same = (Counter(row[key].verdict() for row in own) for key in ("gain", "against"))
+    for rule, own in rules.items():
+        gain, same = (Counter(row[key].verdict for row in own) for key in ("gain", "against"))
         against = [row["against"].mean for row in own]
         said.append(
             f"Exits by {rule}, {len(own)} thresholds: {gain['higher']} predict text better than the same depths at "
@@ -197,59 +144,47 @@ def fill(r: Results) -> dict[str, Any]:
         )
     groups = {
         name: [
-            group
-            | {"name": KINDS[group["key"]] if name == "by_kind" else group["key"]}
-            | {"two": group["bits_by_depth"][1], "deepest": group["bits_by_depth"][-1]}
-            | {"worth": group["bits_by_depth"][1] - group["bits_by_depth"][-1]}
-            for group in first[name]
+            group | {"name": names[group["key"]], "last": last, "worth": group["bits_by_depth"][1] - last}
+            for group in runs[0][name]
+            for last in group["bits_by_depth"][-1:]
         ]
-        for name in ("by_exit", "by_kind")
+        for name, names in (("by_exit", range(fixed.shape[1] + 1)), ("by_kind", KINDS))
     }
     return groups | {
         "arm": r.arm(ARM),
         "exits": found,
         "deepest": fixed.shape[1],
         "n_windows": fixed.shape[2],
-        "n_tokens": first["tokens"],
         "train_ce": ", ".join(f"{run['train_ce']:.2f}" for run in runs),
         "fixed": Table(
-            ["loops", *map(str, range(1, fixed.shape[1] + 1))],
-            [["bits per byte", *(f"{x:.3f}" for x in fixed.mean((0, 2)))]],
+            ["loops", *range(1, fixed.shape[1] + 1)], [["bits per byte", *(f"{x:.3f}" for x in fixed.mean((0, 2)))]]
         ),
         "spread": f"{min(spread):+.4f} to {max(spread):+.4f}",
         "shown": next(row for row in found if (row["rule"], row["threshold"]) == SHOWN),
-        "clearest": max(found, key=lambda row: row["gain"].interval[1]),
+        "clearest": max(found, key=lambda row: row["gain"].interval.low),
         "said": " ".join([*said, *["One model only."] * (len(runs) == 1)]),
     }
 
 
-def _curve(label: str, points: Iterable[tuple[float, TextEstimate]]) -> Curve:
-    xs, ys, low, high = zip(*sorted((x, *estimate.interval) for x, estimate in points), strict=True)
-    return Curve(xs, ys, label, 0, low, high)
-
-
 def draw_cost(r: Results, path: Path) -> None:
-    fixed = np.array([run["fixed"] for run in r.runs[ARM]])
-    deepest = fixed[:, -1]
-    costs = {"every token at the same depth": [(n, fixed[:, n - 1]) for n in range(1, fixed.shape[1])]}
-    for row in points(r):
-        for key, label in (("bits", f"exits by {row['rule']}"), ("shuffled", f"depths of {row['rule']}, shuffled")):
-            costs.setdefault(label, []).append((row["loops"], row[key].by_seed))
-    # A logarithmic axis has no place for what is not above zero.
-    curves = [
-        _curve(label, [(n, TextEstimate(bits - deepest)) for n, bits in found if bits.mean() > deepest.mean()])
-        for label, found in costs.items()
-    ]
-    labels = ("mean loops per token", f"bits per byte above {fixed.shape[1]} loops, held out")
+    *earlier, deepest = np.array([run["fixed"] for run in r.runs[ARM]]).swapaxes(0, 1)
+    costs = {"every token at the same depth": {n: TextEstimate(bits) for n, bits in enumerate(earlier, 1)}}
+    for rule, rows in points(r).items():
+        costs[f"exits by {rule}"] = {row["loops"]: row["bits"] for row in rows}
+        costs[f"depths of {rule}, shuffled"] = {row["loops"]: row["shuffled"] for row in rows}
+    curves = []
+    for label, bits in costs.items():
+        # A logarithmic axis has no place for what is not above zero.
+        above = {n: more for n, x in bits.items() if (more := x - TextEstimate(deepest)).mean > 0}
+        curves.append(curve([*above], [*above.values()], label))
+    labels = ("mean loops per token", f"bits per byte above {len(earlier) + 1} loops, held out")
     draw_curves({"What fewer loops cost": curves}, path, labels, log="y")
 
 
 def draw_gain(r: Results, path: Path) -> None:
-    gains: dict[str, list[tuple[float, TextEstimate]]] = {}
-    for row in points(r):
-        gains.setdefault(row["rule"], []).append((row["loops"], row["gain"]))
-    curves = [_curve(rule, found) for rule, found in gains.items()]
-    loops = [n for found in gains.values() for n, _ in found]
+    found = points(r)
+    curves = [curve([x["loops"] for x in rows], [x["gain"] for x in rows], rule) for rule, rows in found.items()]
+    loops = [x["loops"] for rows in found.values() for x in rows]
     curves.append(Curve((min(loops), max(loops)), (0, 0), "at random tokens", None))
     labels = ("mean loops per token", "gain in bits per byte")
     draw_curves({"What the choice of tokens is worth": curves}, path, labels)

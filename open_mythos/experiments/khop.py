@@ -13,10 +13,10 @@ import torch
 
 from open_mythos.accounting import count_parameters
 from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
-from open_mythos.experiments.study import Lab, Result, Results, Run, Study
+from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
-from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import KHop
 from open_mythos.tasks.rng import Purpose, stream
@@ -57,11 +57,9 @@ def accuracy_grid(
     model: OpenMythos, task: KHop, rows: int, seed: int, distances: Sequence[int], loops: Sequence[int]
 ) -> list[list[float]]:
     """Return the accuracy for every distance and number of loops, on `rows` fresh forests for each distance."""
-    grid = []
-    for distance in distances:
-        asked = dataclasses.replace(task, min_distance=distance, max_distance=distance)
-        grid.append(accuracy_by_loops(model, asked.batch(stream(seed, distance, Purpose.VALIDATION), rows), loops))
-    return grid
+    asked = {d: dataclasses.replace(task, min_distance=d, max_distance=d) for d in distances}
+    batches = (asked[d].batch(stream(seed, d, Purpose.VALIDATION), rows) for d in distances)
+    return [accuracy_by_loops(model, batch, loops) for batch in batches]
 
 
 def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: Sequence[int]) -> list[float]:
@@ -136,14 +134,12 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     if quick:
         loops = dataclasses.replace(base.loops, ramp_steps=QUICK_STEPS // 2)
         base = dataclasses.replace(base, steps=QUICK_STEPS, loops=loops)
-    deep = plain_baseline(base)
-    task = dataclasses.replace(khop_task(base), target="root")
-    return {
-        name: dataclasses.replace(base, model=dataclasses.replace(base.model, injection=name)) for name in INJECTIONS
-    } | {
+    deep, root = plain_baseline(base), dataclasses.replace(khop_task(base), target="root")
+    injections = {name: dataclasses.replace(base.model, injection=name) for name in INJECTIONS}
+    return {name: dataclasses.replace(base, model=model) for name, model in injections.items()} | {
         "plain-depth": deep,
         "plain-parameters": narrowed(deep, count_parameters(base.model).total),
-        "root": dataclasses.replace(base, data=task, losses=LossConfig()),
+        "root": dataclasses.replace(base, data=root, losses=LossConfig()),
         "prelude": dataclasses.replace(base, model=dataclasses.replace(base.model, prelude_layers=1)),
     }
 
@@ -151,11 +147,6 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
 def settings(cfg: TrainConfig, quick: bool) -> dict[str, Any]:
     loops = LOOPS if cfg.model.recurrent_layers else LOOPS[:1]
     return {"rows": ROWS // 10 if quick else ROWS, "distances": DISTANCES, "loops": loops}
-
-
-def prepare(lab: Lab, arms: dict[str, TrainConfig]) -> Result:
-    """Return the accuracy of guessing among the roots."""
-    return {"guessing": guessing(khop_task(arms[OWN]))}
 
 
 def enough(distances: Sequence[int] = DISTANCES, loops: Sequence[int] = LOOPS) -> np.ndarray:
@@ -177,9 +168,8 @@ def reach(right: np.ndarray) -> int:
 
 def numbers(r: Results, arm: str) -> dict[str, Any]:
     """Return what the page states of an arm."""
-    forest, found = r[arm, "forest"], r.arm(arm)
-    model = found["config"]["model"]
-    ahead = r[OWN, "forest"].at(hops=FAR, loops=LOOPS[-1]) - forest.at(hops=FAR, loops=LOOPS[-1])
+    found, forest, far = r.arm(arm), r[arm, "forest"], {"hops": FAR, "loops": LOOPS[-1]}
+    model, ahead = found["config"]["model"], r[OWN, "forest"].at(**far) - forest.at(**far)
     change = Estimate(-ahead.by_seed)
     found |= {
         "forest": forest.where(loops=LOOPS[-1]),
@@ -190,7 +180,8 @@ def numbers(r: Results, arm: str) -> dict[str, Any]:
     }
     if arm in PLAIN:
         return found
-    right, n_symbols = r[arm, "cycle.right"], found["config"]["data"]["n_symbols"]
+    right, few, many = (r[arm, f"cycle.{name}"] for name in ("right", "one_after", "one_before"))
+    n_symbols = found["config"]["data"]["n_symbols"]
     later = np.array(STEPS[n_symbols:])
     prime = np.array([all(n % k for k in range(2, n)) for n in later])
     kinds = {"primes": prime, "rounds": later % n_symbols == 0, "others": ~prime & (later % n_symbols > 0)}
@@ -199,16 +190,14 @@ def numbers(r: Results, arm: str) -> dict[str, Any]:
         "cycle": right,
         "side": right[HOPS[-1]].side(1 / n_symbols),
         "reach": reach(right.values),
-        "few": r[arm, "cycle.one_after"].at(),
-        "most_few": Estimate(r[arm, "cycle.one_after"].values.max(1)),
-        "many": r[arm, "cycle.one_before"].at(),
-        "most_many": Estimate(r[arm, "cycle.one_before"].values.max(1)),
+        "few": {"mean": few.at(), "most": Estimate(few.values.max(1))},
+        "many": {"mean": many.at(), "most": Estimate(many.values.max(1))},
         "falls": falls,
         "harm": falls.side(HARM, "they hurt", "they do not hurt", "not told apart"),
         "unreachable": Estimate(forest.values[:, ~enough()].max(1)),
         "reachable": Estimate(forest.values[:, enough()].min(1)),
+        "n": {kind: chosen.sum() for kind, chosen in kinds.items()},
         **{kind: Estimate(right.values[:, n_symbols:][:, chosen].mean(1)) for kind, chosen in kinds.items()},
-        **{f"n_{kind}": chosen.sum() for kind, chosen in kinds.items()},
     }
 
 
@@ -217,6 +206,7 @@ def fill(r: Results) -> dict[str, Any]:
     arms = {arm: numbers(r, arm) for arm in r.runs}
     # Loops against blocks with the same labels, over all distances.
     loops, blocks = (r[arm, "forest"].where(loops=LOOPS[-1]).at() for arm in ("root", "plain-depth"))
+    more, less = (f"the loops are worth {word}" for word in ("more", "less"))
     return arms | {
         "arms": arms.values(),
         "looped": [arms[arm] for arm in arms if arm not in PLAIN],
@@ -227,9 +217,7 @@ def fill(r: Results) -> dict[str, Any]:
         "others": ", ".join(f"{arm} {arms[arm]['cycle'][HOPS[-1]]}" for arm in INJECTIONS[1:]),
         "baselines": "; ".join(f"{r.title(arm)} {arms[arm]['forest'][FAR]}, {arms[arm]['ahead']}" for arm in PLAIN),
         "worth": loops - blocks,
-        "worth_side": (loops - blocks).side(
-            0, "the loops are worth more", "the loops are worth less", "not told apart"
-        ),
+        "worth_side": (loops - blocks).side(0, more, less, "not told apart"),
     }
 
 
@@ -242,14 +230,13 @@ def draw_hops(r: Results, path: Path) -> None:
 
     on_cycle = [r[arm, "cycle.right"].curve(r.title(arm)) for arm in INJECTIONS]
     in_forests = [r[arm, "forest"].where(loops=LOOPS[-1]).curve(r.title(arm)) for arm in (*INJECTIONS, *PLAIN)]
-    panels = {
-        f"Cycle of {task['n_symbols']} symbols, as many loops as hops": [
-            *levels(1 / task["n_symbols"], STEPS[-1]),
-            *on_cycle,
-        ],
-        f"Forest, {LOOPS[-1]} loops (plain: none)": [*levels(r.raw["guessing"], DISTANCES[-1]), *in_forests],
-    }
-    stacked(panels, path, ("hops", "accuracy"))
+    cycle, forest = (
+        f"Cycle of {task['n_symbols']} symbols, as many loops as hops",
+        f"Forest, {LOOPS[-1]} loops (plain: none)",
+    )
+    panels = {cycle: levels(1 / task["n_symbols"], STEPS[-1]) + on_cycle,
+              forest: levels(r.raw["guessing"], DISTANCES[-1]) + in_forests}  # fmt: skip
+    draw_curves(panels, path, ("hops", "accuracy"), shares=True)
 
 
 def draw_heat_map(r: Results, path: Path) -> None:
@@ -267,7 +254,7 @@ STUDY = Study(
     arms=arms,
     titles=PLAIN | {"root": "diagonal, root label only", "prelude": "diagonal, one prelude layer"},
     settings=settings,
-    prepare=prepare,
+    prepare=lambda lab, arms: {"guessing": guessing(khop_task(arms[OWN]))},
     measure=measure,
     axes={"forest": {"hops": DISTANCES, "loops": LOOPS}}
     | {f"cycle.{name}": {"hops": STEPS} for name in ("right", "one_before", "one_after")},

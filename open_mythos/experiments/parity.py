@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 
 from open_mythos.analysis.per_loop import right_by_loop
-from open_mythos.config import MythosConfig
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
-from open_mythos.reports.figures import Curve, heat_map, stacked
+from open_mythos.recipes import load_recipe
+from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Parity
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
-from open_mythos.train.optim import OptimConfig
-from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.variants import RECIPE
+from open_mythos.train.losses import LossConfig
+from open_mythos.variants import small_model
 
 TRAINED = 12
 """Most bits and loops in training."""
@@ -44,34 +43,12 @@ LINES: dict[str, tuple[str, str, Loops]] = {
 
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
-    """The looped model whose loops bound the bits it is asked about, and its baselines."""
-    steps = 250 if quick else 600
-    model = MythosConfig(
-        vocab_size=3,
-        dim=64,
-        n_heads=2,
-        n_kv_heads=2,
-        max_seq_len=FARTHEST + 1,
-        max_loop_iters=TRAINED,
-        prelude_layers=0,
-        coda_layers=0,
-        attn_type="gqa",
-        n_experts=0,
-        expert_dim=128,
-        rope_theta=3.0,
-        initial_state="zero",
-        qk_norm=True,
-        **RECIPE,
-    )
-    coupled = TrainConfig(
-        model=model,
-        data=Parity(TRAINED),
-        steps=steps,
-        batch_size=128,
-        optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=2e-2),
-        schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
-        loops=LoopsConfig("uniform", (TRAINED + 1) / 2, per="batch", max_loops=TRAINED, ramp_steps=steps // 3),
-    )
+    """The looped model whose loops bound the bits it is asked about, and its baselines; optimizer of tiny-khop."""
+    steps, shape = 250 if quick else 600, {"max_seq_len": FARTHEST + 1, "max_loop_iters": TRAINED}
+    model = small_model(3, 64, 2, 128, rope_theta=3.0, qk_norm=True, prelude_layers=0, coda_layers=0, **shape)
+    loops = LoopsConfig("uniform", (TRAINED + 1) / 2, per="batch", max_loops=TRAINED, ramp_steps=steps // 3)
+    task = {"data": Parity(TRAINED), "losses": LossConfig(), "steps": steps, "batch_size": 128}
+    coupled = dataclasses.replace(load_recipe("tiny-khop"), model=model, loops=loops, **task)
     fixed = dataclasses.replace(coupled, loops=LoopsConfig("fixed", TRAINED))
     base100 = dataclasses.replace(coupled, model=dataclasses.replace(model, rope_theta=100.0))
     return {
@@ -134,7 +111,7 @@ def draw_lines(r: Results, path: Path) -> None:
     drawn = [line for name, line in LINES.items() if name != "base100"]
     curves = [curve(BITS, [*map(Estimate, by_bits(r, arm, loops).T)], title) for arm, title, loops in drawn]
     panels = {"trained with loops = bits": levels + curves[:2], "the baselines": levels + curves[2:]}
-    stacked(panels, path, ("bits", "accuracy"))
+    draw_curves(panels, path, ("bits", "accuracy"), shares=True)
 
 
 def draw_grid(r: Results, path: Path) -> None:

@@ -78,12 +78,12 @@ class Lab:
 
     def measured(self, label: str, cfg: TrainConfig, measure: Callable[[OpenMythos], Result], **asked: Any) -> Result:
         """Train and measure; see `computed`. The result also has `cpu_s`."""
-
-        def both() -> Result:
-            numbers = measure(self.trained(label, cfg))
-            return {"cpu_s": self.cpu_s(label)} | numbers
-
-        return self.computed(label, both, config=cfg.to_dict(), **asked)
+        return self.computed(
+            label,
+            lambda: measure(self.trained(label, cfg)) | {"cpu_s": self.cpu_s(label)},
+            config=cfg.to_dict(),
+            **asked,
+        )
 
     def computed(self, label: str, compute: Callable[[], Result], **asked: Any) -> Result:
         """Return the result of `compute`, from its file where it was computed for the same `asked` before.
@@ -178,9 +178,10 @@ class Measure:
 
 
 def curve(xs: Sequence[float], estimates: Sequence[Estimate], label: str) -> Curve:
-    """Return a line of a figure through estimates, with their intervals."""
-    mean, low, high = zip(*(estimate.interval for estimate in estimates), strict=True)
-    return Curve(xs, mean, label, 0, low, high)
+    """Return a line of a figure through estimates, in the order of `xs`, with their intervals."""
+    points = sorted(zip(xs, estimates, strict=True), key=lambda point: point[0])
+    mean, low, high = zip(*(estimate.interval for _, estimate in points), strict=True)
+    return Curve([x for x, _ in points], mean, label, 0, low, high)
 
 
 class Results:
@@ -242,7 +243,7 @@ class Study:
     measure: Callable[[Run], Result]
     """Returns the numbers of one run as plain values."""
     fill: Callable[[Results], Mapping[str, Any]]
-    """Returns what fills the holes of the page."""
+    """Returns what fills the holes of the page, besides `raw`, which is all raw numbers."""
     figures: Mapping[str, Callable[[Results, Path], None]] = field(default_factory=dict)
     """Functions that draw the page's images."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -295,7 +296,7 @@ class Study:
     def report(self, raw: Result) -> Report:
         """Fill the page with the numbers, which are those of `run` or of a recorded report.json."""
         results = Results(self, raw)
-        values = self.fill(results)
+        values = {"raw": raw, **self.fill(results)}
         parts: list[Part] = []
         for paragraph in self.text("Report").split("\n\n"):
             image = re.fullmatch(r"!\[(.*)\]\(([\w-]+)\.png\)", paragraph)
@@ -315,10 +316,18 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
     return "\n".join(repeated[2].format_map({**values, **row}) for row in values[repeated[1]])
 
 
+def vary(cfg: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the run with other fields; a dict changes fields of the section, as in `model={"dim": 64}`."""
+    sections = {
+        name: dataclasses.replace(getattr(cfg, name), **x) for name, x in changes.items() if isinstance(x, dict)
+    }
+    return dataclasses.replace(cfg, **changes | sections)
+
+
 def plain(cfg: TrainConfig, blocks: int) -> TrainConfig:
     """Return the run for a plain transformer of so many blocks."""
     layers = {"prelude_layers": blocks, "recurrent_layers": 0, "coda_layers": 0, "prelude_norm": False}
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **layers))
+    return vary(cfg, model=layers)
 
 
 def load(name: str) -> Study:
@@ -371,7 +380,4 @@ def commit() -> str:
 
 def _commits(value: Any) -> set[str]:
     """Return all commits that numbers come from."""
-    if isinstance(value, dict):
-        own = {value["commit"]} if "commit" in value else set()
-        return own.union(*(_commits(item) for item in value.values()))
-    return set().union(*(_commits(item) for item in value)) if isinstance(value, list) else set()
+    return set(re.findall(r'"commit": "([^"]*)"', json.dumps(value)))

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-from open_mythos.config import MythosConfig
 from open_mythos.tasks import Shards
 from open_mythos.train.config import OptimConfig, ParallelConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
-from open_mythos.variants import RECIPE, VARIANTS
+from open_mythos.variants import VARIANTS, sized, small_model
 
 FINEWEB_EDU = "data/fineweb-edu"
 """Folder that `mythos prepare-data` makes of FineWeb-Edu; `--data.paths` names another."""
@@ -90,25 +89,9 @@ def parcae_style_140m() -> TrainConfig:
 
     Source: Prairie et al. 2026, arXiv 2604.12946, and its code.
     """
+    layout = {"prelude_layers": 2, "coda_layers": 2, "recurrent_layers": 2, "qk_norm": True, "initial_state": "normal"}
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=32_768,
-            dim=768,
-            n_heads=6,
-            n_kv_heads=6,
-            max_seq_len=SEQ_LEN,
-            max_loop_iters=8,
-            prelude_layers=2,
-            coda_layers=2,
-            recurrent_layers=2,
-            attn_type="gqa",
-            qk_norm=True,
-            n_experts=0,
-            expert_dim=2048,
-            rope_theta=50_000.0,
-            initial_state="normal",
-            **RECIPE,
-        ),
+        model=small_model(32_768, 768, 6, 2048, max_seq_len=SEQ_LEN, max_loop_iters=8, rope_theta=50_000.0, **layout),
         data=Shards((FINEWEB_EDU,), seq_len=SEQ_LEN),
         steps=11_200_000_000 // (256 * SEQ_LEN),
         batch_size=256,
@@ -135,24 +118,7 @@ def ablation_118m() -> TrainConfig:
     requests 27 and 58 of kyegomez/OpenMythos.
     """
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=50_257,
-            dim=768,
-            n_heads=12,
-            n_kv_heads=4,
-            max_seq_len=1024,
-            max_loop_iters=8,
-            kv_lora_rank=192,
-            q_lora_rank=384,
-            qk_rope_head_dim=32,
-            qk_nope_head_dim=32,
-            v_head_dim=32,
-            n_experts=16,
-            n_shared_experts=1,
-            n_experts_per_tok=2,
-            expert_dim=1536,
-            lora_rank=16,
-        ),
+        model=sized(50_257, 768, 12, 4, 1024, 8, 2, 16, 1, 2, 1536, latents=(192, 384, 32, 32, 32), lora_rank=16),
         data=Shards((FINEWEB_EDU,), seq_len=1024),
         steps=15_000,
         batch_size=32,

@@ -1,11 +1,10 @@
 """Recipes for synthetic tasks: pointer chasing and multi-digit addition."""
 
-from open_mythos.config import MythosConfig
-from open_mythos.recipes.small_models import small_model
 from open_mythos.tasks import Addition, KHop
 from open_mythos.train.config import EvalConfig, LossConfig, OptimConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.variants import sized, small_model
 
 
 def tiny_khop() -> TrainConfig:
@@ -50,22 +49,7 @@ def addition_dgx() -> TrainConfig:
     has no code that moves them).
     """
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=16,
-            dim=256,
-            n_heads=8,
-            n_kv_heads=2,
-            max_seq_len=32,
-            max_loop_iters=4,
-            prelude_layers=1,
-            coda_layers=1,
-            attn_type="gqa",
-            n_experts=4,
-            n_shared_experts=1,
-            n_experts_per_tok=2,
-            expert_dim=512,
-            lora_rank=8,
-        ),
+        model=sized(16, 256, 8, 2, 32, 4, 1, 4, 1, 2, 512, lora_rank=8),
         data=Addition(2, 5),
         steps=30_000,
         batch_size=128,

@@ -1,11 +1,10 @@
 """Recipes for text and conversations that a CPU trains."""
 
-from open_mythos.config import MythosConfig
-from open_mythos.recipes.small_models import small_model
 from open_mythos.tasks import Chat, Shards, Text
 from open_mythos.train.config import EvalConfig, OptimConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
 from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.variants import sized, small_model
 
 
 def tiny_text() -> TrainConfig:
@@ -56,28 +55,9 @@ def adaptive_text() -> TrainConfig:
     sampled depths, a pilot of width 128 was as good at two loops as at eight, and there was nothing to choose. The
     savings of exits, and the tokens that exit, are measured in docs/results/adaptive/report.md.
     """
+    others = {"rope_theta": 10000.0, "lora_rank": 8, "halting": "none"}
     return TrainConfig(
-        model=MythosConfig(
-            vocab_size=259,
-            dim=512,
-            n_heads=8,
-            n_kv_heads=4,
-            max_seq_len=1024,
-            max_loop_iters=8,
-            attn_type="mla",
-            kv_lora_rank=128,
-            q_lora_rank=256,
-            qk_rope_head_dim=32,
-            qk_nope_head_dim=64,
-            v_head_dim=64,
-            n_experts=64,
-            n_shared_experts=1,
-            n_experts_per_tok=4,
-            expert_dim=256,
-            rope_theta=10000.0,
-            lora_rank=8,
-            halting="none",
-        ),
+        model=sized(259, 512, 8, 4, 1024, 8, 2, 64, 1, 4, 256, latents=(128, 256, 32, 64, 64), **others),
         data=Text(seq_len=512),
         steps=90,
         batch_size=4,

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,10 @@ from open_mythos.files import write_text
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its cells are written with `str`, so an `Estimate` shows its interval."""
+    """A table; head and cells are written with `str`, so an `Estimate` shows its interval."""
 
-    head: Sequence[str]
+    head: Sequence[Any]
     rows: Sequence[Sequence[Any]]
-
-    @classmethod
-    def of(cls, corner: str, rows: Mapping[str, Any], columns: Mapping[str, Callable[[Any], Any]]) -> "Table":
-        """Make a line of each row's title and what every column's function returns for the row's value."""
-        lines = [[title, *(cell(value) for cell in columns.values())] for title, value in rows.items()]
-        return cls((corner, *columns), lines)
 
     def __str__(self) -> str:
         """Write the table as Markdown; a cell's own bar would begin another cell, so it is escaped."""

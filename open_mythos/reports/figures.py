@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from open_mythos.extras import load
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -38,7 +40,7 @@ def draw_curves(
     columns: int = 1,
     ticks: Sequence[float] | Mapping[int, str] | None = None,
     log: str = "",
-    limits: tuple[float, float] | None = None,
+    shares: bool = False,
 ) -> None:
     """Draw a panel for each title, with one legend for all: a label has the same colour in every panel.
 
@@ -48,7 +50,7 @@ def draw_curves(
         columns: panels side by side.
         ticks: places on the x axis, with their texts or written as they are; None: matplotlib's choice.
         log: the logarithmic axes, "x", "y" or "xy"; x in powers of two.
-        limits: ends of the y axis.
+        shares: the y axis is that of shares, from 0 to 1.
     """
     plt = _pyplot()
     n_rows = -(-len(panels) // columns)
@@ -67,14 +69,10 @@ def draw_curves(
         if "y" in log:
             axes.set_yscale("log")
         if ticks is not None:
-            axes.set_xticks(
-                list(ticks), [f"{x:g}" for x in ticks] if not isinstance(ticks, Mapping) else ticks.values()
-            )
+            axes.set_xticks(list(ticks), ticks.values() if isinstance(ticks, Mapping) else [f"{x:g}" for x in ticks])
         elif "x" not in log and all(float(x).is_integer() for curve in curves for x in curve.xs):
             axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(limits)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
+        axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(-0.04, 1.04) if shares else None)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     if len(handles) > 1:
@@ -104,13 +102,6 @@ def _draw(axes: Any, curve: Curve, beside: Sequence[Curve], names: Sequence[str]
     return axes.errorbar(xs, curve.ys, (below, above), capsize=3, **style)
 
 
-def stacked(
-    panels: Mapping[str, Sequence[Curve]], path: Path, labels: tuple[str, str], loops: Sequence[int] | None = None
-) -> None:
-    """Draw shares, a panel below the other; `loops`: a logarithmic axis of these."""
-    draw_curves(panels, path, labels, ticks=loops, log="x" if loops else "", limits=(-0.04, 1.04))
-
-
 def heat_map(
     accuracy: Sequence[Sequence[float]],
     distances: Sequence[int],
@@ -123,24 +114,16 @@ def heat_map(
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     image = axes.imshow(accuracy, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-    for i, row in enumerate(accuracy):
-        for j, value in enumerate(row):
-            color = "black" if value > 0.5 else "white"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(loops)), [str(n) for n in loops])
-    axes.set_yticks(range(len(distances)), [str(d) for d in distances])
-    axes.set_xlabel("loops")
-    axes.set_ylabel(label)
+    for (i, j), value in np.ndenumerate(accuracy):
+        color = "black" if value > 0.5 else "white"
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(loops)), map(str, loops))
+    axes.set_yticks(range(len(distances)), map(str, distances))
+    axes.set(xlabel="loops", ylabel=label)
     # The staircase between too few loops and enough.
     first_enough = [sum(n < d for n in loops) - 0.5 for d in distances]
-    axes.stairs(
-        first_enough,
-        [i - 0.5 for i in range(len(distances) + 1)],
-        orientation="horizontal",
-        baseline=None,
-        color="black",
-        linewidth=2,
-    )
+    edges, style = [i - 0.5 for i in range(len(distances) + 1)], {"color": "black", "linewidth": 2, "baseline": None}
+    axes.stairs(first_enough, edges, orientation="horizontal", **style)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="accuracy")
     _save(plt, figure, path)

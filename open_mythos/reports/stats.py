@@ -6,7 +6,7 @@ Shapes: S seeds, N windows or sequences.
 
 import functools
 import math
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch.nn.functional as F
@@ -17,24 +17,23 @@ from open_mythos.ops.precision import at_least_float32
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 2 to 10 values; more values get the last, which makes their interval too wide."""
-ONE_SEED = "one seed, so not told apart from"
+UNCLEAR = "not told apart from"
+ONE_SEED = f"one seed, so {UNCLEAR}"
 
 
 class Interval(NamedTuple):
     """Means and the ends of the 95 % intervals around them, three arrays of one shape; NaN ends where there is none."""
 
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    mean: Any
+    low: Any
+    high: Any
 
 
 def over_seeds(values: ArrayLike) -> Interval:
     """Compute Student's t interval of the mean over the first axis of (S, ...); one seed has no interval."""
     x = np.asarray(values, dtype=np.float64)
     mean, n = x.mean(0), len(x)
-    if n < 2:
-        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
-    half = T95[min(n, 10) - 2] * x.std(0, ddof=1) / math.sqrt(n)
+    half = T95[min(n, 10) - 2] * x.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -43,7 +42,7 @@ def bootstrap(values: ArrayLike) -> Interval:
     x = np.asarray(values, dtype=np.float64)
     mean, n = np.nanmean(x, 0), len(x)
     if n < 2:
-        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
+        return Interval(mean, *np.full((2, *mean.shape), np.nan))
     flat, counts = x.reshape(n, -1), _resamplings(n)
     means = (counts @ np.nan_to_num(flat)) / (counts @ ~np.isnan(flat))
     low, high = np.nanquantile(means, (0.025, 0.975), axis=0)
@@ -68,10 +67,9 @@ class Estimate:
         self.form = form
 
     @property
-    def interval(self) -> tuple[float, float, float]:
+    def interval(self) -> Interval:
         """The mean and the two ends of its interval, NaN for one seed."""
-        mean, low, high = over_seeds(self.by_seed)
-        return float(mean), float(low), float(high)
+        return over_seeds(self.by_seed)
 
     @property
     def mean(self) -> float:
@@ -90,12 +88,10 @@ class Estimate:
     def __str__(self) -> str:
         return format(self)
 
-    def side(
-        self, level: float, above: str = "above", below: str = "below", unclear: str = "not told apart from"
-    ) -> str:
+    def side(self, level: float, above: str = "above", below: str = "below", unclear: str = UNCLEAR) -> str:
         """Return the word for the side of a level that the whole interval lies on."""
         _, low, high = self.interval
-        if math.isnan(low) and unclear == "not told apart from":
+        if math.isnan(low) and unclear == UNCLEAR:
             return ONE_SEED
         return above if low > level else below if high < level else unclear
 
@@ -107,23 +103,15 @@ class TextEstimate(Estimate):
     """
 
     @property
-    def interval(self) -> tuple[float, float, float]:
+    def interval(self) -> Interval:
         """The mean and the ends of the bootstrap interval over windows, with the mean over seeds in each window."""
-        _, low, high = bootstrap(self.by_seed.mean(0))
-        return float(self.by_seed.mean()), float(low), float(high)
+        return bootstrap(self.by_seed.mean(0))
 
-    def between(self, form: str) -> str:
-        """Write the interval alone, as in '0.470 to 0.554'."""
-        _, low, high = self.interval
-        return f"{low:{form}} to {high:{form}}"
-
+    @property
     def verdict(self) -> str:
         """Name the sign where the interval and every seed agree on it: higher, lower, or undecided."""
-        _, low, high = self.interval
-        means = self.by_seed.mean(1)
-        if low > 0 and (means > 0).all():
-            return "higher"
-        return "lower" if high < 0 and (means < 0).all() else "undecided"
+        seen = np.array([*self.interval, *self.by_seed.mean(1)])
+        return "higher" if (seen > 0).all() else "lower" if (seen < 0).all() else "undecided"
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike, within: ArrayLike = 0) -> float:

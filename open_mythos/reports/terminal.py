@@ -9,14 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -44,10 +37,7 @@ def loop_style(loops: int, most: int) -> str:
 
 def shaded(pieces: Sequence[tuple[str, int]], most: int) -> Text:
     """Join pieces of text, each coloured by the loops it took."""
-    text = Text()
-    for piece, loops in pieces:
-        text.append(piece, style=loop_style(loops, most))
-    return text
+    return Text.assemble(*((piece, loop_style(loops, most)) for piece, loops in pieces))
 
 
 def loop_legend(most: int) -> Text:
@@ -81,16 +71,14 @@ def accuracy_table(
     title: str, distances: Sequence[int], loops: Sequence[int], accuracy: Sequence[Sequence[float]]
 ) -> Table:
     """Make a table of accuracy by distance (rows) and loops (columns), coloured from red (0) to green (1)."""
-    rows = [
-        [Text(str(distance), style="bold"), *(Text(f"{value:.2f}", style=_accuracy_style(value)) for value in row)]
-        for distance, row in zip(distances, accuracy, strict=True)
-    ]
+
+    def cell(value: float) -> Text:
+        red, green = int(220 * (1 - value)) + 20, int(160 * value) + 40
+        return Text(f"{value:.2f}", style=f"bold white on rgb({red},{green},50)")
+
+    each = zip(distances, accuracy, strict=True)
+    rows = [[Text(str(distance), style="bold"), *map(cell, row)] for distance, row in each]
     return table(["hops \\ loops", *map(str, loops)], rows, title)
-
-
-def _accuracy_style(value: float) -> str:
-    red, green = int(220 * (1 - value)) + 20, int(160 * value) + 40
-    return f"bold white on rgb({red},{green},50)"
 
 
 class ProgressLine:
@@ -123,15 +111,9 @@ class ProgressLine:
         self._plain = enabled and not self._console.is_terminal
         self._unit, self._clock, self._first = unit, clock, done
         self._began, self._printed_s, self._printed = clock(), -math.inf, float(done)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn() if unit else TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not enabled or self._plain,
-        )
+        count = MofNCompleteColumn() if unit else TaskProgressColumn()
+        columns = ("{task.description}", BarColumn(), count, "{task.fields[numbers]}", TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, disable=not enabled or self._plain)
         self._total = total
         self._bar.add_task(label, total=total, completed=done, numbers="")
         (self._task,) = self._bar.tasks

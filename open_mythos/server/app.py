@@ -6,7 +6,7 @@ response from the engine's events, at once or as a stream. The middleware cancel
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
-from open_mythos.server.async_engine import EngineDead, Submission
+from open_mythos.server.async_engine import Submission
 from open_mythos.server.middleware import AccessControl
 from open_mythos.server.playground import playground
 from open_mythos.server.protocol import (
@@ -30,59 +29,34 @@ from open_mythos.server.protocol import (
 )
 from open_mythos.server.responses import Echo, ResponseBuilder
 from open_mythos.server.responses_api import ResponseRequest, ResponsesBuilder
-from open_mythos.server.service import DEAD, Service
+from open_mythos.server.service import Service
 
-NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier weights, or float32"
 WARNING, MAX_WARNED = "x-mythos-warning", 8
 """Header of an answer that may be unexpected, and how many paths it names of what the model does not see."""
 NO_TURNS = "this model was not trained on conversations, so its answers may make no sense; ask /v1/completions"
+Builder = ResponseBuilder | ResponsesBuilder
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of a submission, which is cancelled if the stream ends before it."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, submission: Submission, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, headers={"cache-control": "no-store"})
-        self._submission, self._events = submission, events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._submission:
-            async with aclosing(self._events):
-                await super().__call__(scope, receive, send)
-
-
-async def respond(service: Service, asked: BaseRequest) -> Response:
+async def respond(service: Service, asked: BaseRequest, request: Request) -> Response:
     """Answer a request, at once or as a stream.
 
     Raises:
         Refusal: the request cannot be answered, or not now.
     """
-    submission, engine = await service.submit(asked), service.async_engine
-    with ExitStack() as stack:
-        stack.enter_context(submission)
-        builder = await _builder(service, asked, submission)
-        if asked.stream:
-            response: Response = EventStream(submission, _stream(service, asked, submission, builder))
-            stack.pop_all()
-        else:
-            try:
-                async for index, event in submission:
-                    if event.finish_reason == "error":
-                        raise Refusal(500, NAN)
-                    builder.answers[index].add(event)
-            except EngineDead:
-                raise Refusal(503, DEAD) from None
-            # Log-probabilities can be long, and the event loop has other requests.
-            whole = builder.whole() if asked.n_best is None else await engine.encode(builder.whole)
-            response = JSONResponse(whole)
+    submission = request.scope["stack"].enter_context(await service.submit(asked))
+    builder = await _builder(service, asked, submission)
+    if asked.stream:
+        events = _stream(service, asked, submission, builder)
+        response: Response = StreamingResponse(events, 200, {"cache-control": "no-store"}, "text/event-stream")
+    else:
+        async for index, event in submission:
+            builder.answers[index].add(event)
+        # Log-probabilities can be long, and the event loop has other requests.
+        is_short = asked.n_best is None
+        response = JSONResponse(builder.whole() if is_short else await service.async_engine.encode(builder.whole))
     for warning in _warnings(service, asked):
         response.headers.append(WARNING, warning)
     return response
-
-
-Builder = ResponseBuilder | ResponsesBuilder
 
 
 async def _builder(service: Service, asked: BaseRequest, submission: Submission) -> Builder:
@@ -108,17 +82,15 @@ async def _stream(
         yield chunk
     try:
         async for index, event in submission:
-            if event.finish_reason == "error":
-                yield builder.failed(NAN)
-                return
             piece = partial(builder.piece, index, event)
-            has_echo = builder.answers[index].request is None and isinstance(asked, CompletionRequest) and asked.echo
-            for chunk in await service.async_engine.encode(piece) if has_echo else piece():
+            is_long = asked.at("echo") and builder.answers[index].request is None
+            for chunk in await service.async_engine.encode(piece) if is_long else piece():
                 yield chunk
+    except Refusal as failure:
+        yield builder.failed(str(failure))
+    else:
         for chunk in builder.closing():
             yield chunk
-    except EngineDead:
-        yield builder.failed(DEAD)
 
 
 def _warnings(service: Service, asked: BaseRequest) -> list[str]:
@@ -168,7 +140,8 @@ def _add_views(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = service.metrics.text(len(asyncio.all_tasks()), service.async_engine.counts)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/engine")
     async def engine() -> dict[str, Any]:
@@ -186,16 +159,16 @@ def _add_views(app: FastAPI, service: Service) -> None:
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
-        return await respond(service, body)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await respond(service, body, request)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
-        return await respond(service, body)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await respond(service, body, request)
 
     @app.post("/v1/responses")
-    async def responses(body: ResponseRequest) -> Response:
-        return await respond(service, body)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        return await respond(service, body, request)
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
@@ -214,4 +187,4 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if fault.status_code in (404, 405):
             route = f"{request.method} {request.scope['path']:.80}"
             message = f"{route} is no route here; a base_url ends in /v1, and docs/server.md lists the routes"
-        return await refuse(request, Refusal(fault.status_code, message, reason="invalid", **(fault.headers or {})))
+        return await refuse(request, Refusal(fault.status_code, message, **(fault.headers or {})))

@@ -10,32 +10,30 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
 
 from open_mythos.engine.engine import Engine, TokenEvent
-from open_mythos.engine.sequence import Sequence as Request
+from open_mythos.engine.sequence import Sequence
 from open_mythos.generation.sampling_params import SamplingParams
+from open_mythos.server.protocol import BUSY, Refusal
 
 T = TypeVar("T")
 EncodedPrompt = tuple[list[int], SamplingParams]
 """A prompt's ids and the parameters of one answer to it."""
-
 SNAPSHOT_S = 0.05
 """Seconds between two snapshots of the engine, at least."""
-COUNTS = ("waiting", "admitted", "pages_used", "pages_free", "pages_reusable")
-"""Counts of the scheduler that a snapshot holds."""
+NAN = "the logits are NaN: the weights have diverged or overflow; serve earlier weights, or float32"
 
 
-class Busy(RuntimeError):
-    """The answers would be more than there are places for."""
-
-
-class EngineDead(RuntimeError):
+class EngineDead(Refusal):
     """The engine's thread has ended or cannot go on."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the engine has failed; the server ends")
 
 
 @dataclass(eq=False)
@@ -45,29 +43,27 @@ class Submission:
     At the end of a `with` block, answers that have not ended are cancelled.
 
     Raises:
-        EngineDead: the engine's thread has ended; raised by the iteration.
+        Refusal: the engine's thread has ended, or the logits of an answer are NaN; raised by the iteration.
     """
 
     engine: "AsyncEngine"
     n: int
     """Number of answers; each takes a place until the last of them has ended."""
-    accepted: asyncio.Future[None]
-    """Done when the engine has checked and queued all answers."""
-    prompts: Sequence[EncodedPrompt] = ()
-    """One per answer, once the prompts are encoded."""
-    requests: list[Request] = field(default_factory=list)
-    """The engine's requests, one per answer."""
-    inbox: asyncio.Queue[tuple[int, TokenEvent] | EngineDead] = field(default_factory=asyncio.Queue)
-    n_open: int = 0
+    n_open: int
     """Number of answers whose end has not been delivered to the inbox."""
+    prompts: list[EncodedPrompt] = field(default_factory=list)
+    """One per answer, once the prompts are encoded."""
+    requests: list[Sequence] = field(default_factory=list)
+    """The engine's requests, one per answer."""
+    inbox: asyncio.Queue[tuple[int, TokenEvent] | Exception | None] = field(default_factory=asyncio.Queue)
+    """None once the engine has accepted all answers, then the events, and None after the last; or else an error."""
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        n_open = self.n
-        while n_open:
-            item = await self.inbox.get()
-            if isinstance(item, EngineDead):
+        while (item := await self.inbox.get()) is not None:
+            if isinstance(item, Exception):
                 raise item
-            n_open -= item[1].finish_reason is not None
+            if item[1].finish_reason == "error":
+                raise Refusal(500, NAN)
             yield item
 
     def __enter__(self) -> Self:
@@ -95,14 +91,14 @@ class AsyncEngine:
         on_fatal: Callable[[], None],
     ) -> None:
         self._make, self.n_places, self._on_event, self._on_fatal = make, n_places, on_event, on_fatal
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(1, "encode")
-        self._of: dict[Request, tuple[Submission, int]] = {}  # used by the thread only
+        self._of: dict[Sequence, tuple[Submission, int]] = {}  # used by the thread only
         self._failed = False
         self._stepping_since: float | None = None
         self._encoding_since: float | None = None
         self._snapshot_s = 0.0  # time of the last snapshot
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.engine: Engine | None = None
         """The engine; None until it is built."""
@@ -110,7 +106,7 @@ class AsyncEngine:
         """The error that ended the thread."""
         self.submissions: set[Submission] = set()
         """All that have not ended."""
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: Mapping[str, int] = Counter()
         """The scheduler's counts at the last snapshot."""
         self.rows_by_loop: list[tuple[int, int]] = []
         """Pairs (loops done, rows) at the last snapshot, of the rows in the loop."""
@@ -138,7 +134,7 @@ class AsyncEngine:
         """Places that are taken."""
         return sum(submission.n for submission in self.submissions)
 
-    async def submit(self, n: int, prepare: Callable[[], Sequence[EncodedPrompt]]) -> Submission:
+    async def submit(self, n: int, prepare: Callable[[], list[EncodedPrompt]]) -> Submission:
         """Queue `n` answers, and return once the engine has accepted all of them.
 
         Their places are taken at once, so of many requests that arrive together those without a place are refused
@@ -148,20 +144,20 @@ class AsyncEngine:
             prepare: encodes the prompts, outside of the event loop.
 
         Raises:
-            Busy: there are fewer than `n` places.
+            Refusal: there are fewer than `n` places, the engine's thread has ended, or the server has drained.
             TypeError, ValueError: the engine refuses one of the answers, and so all.
-            EngineDead: the engine's thread has ended, or the server has drained.
         """
         if self.n_taken + n > self.n_places:
-            raise Busy
-        submission = Submission(self, n, asyncio.get_running_loop().create_future(), n_open=n)
+            raise Refusal(429, BUSY)
+        submission = Submission(self, n, n)
         self.submissions.add(submission)
         try:
             submission.prompts = await self.encode(prepare)
             if self._failed or submission not in self.submissions:  # cancelled meanwhile, as a drain does at its end
                 raise EngineDead
             self._commands.put(partial(self._add, submission))
-            await submission.accepted
+            if isinstance(refusal := await submission.inbox.get(), Exception):
+                raise refusal
         except BaseException:
             self.cancel(submission)
             raise
@@ -177,7 +173,6 @@ class AsyncEngine:
             finally:
                 self._encoding_since = None
 
-        assert self._loop is not None
         return await self._loop.run_in_executor(self._encoders, timed)
 
     def cancel(self, submission: Submission) -> None:
@@ -196,7 +191,6 @@ class AsyncEngine:
     # On the event loop, called by the thread.
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
-        assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the event loop has ended: the process is about to
@@ -213,70 +207,51 @@ class AsyncEngine:
 
     def _end(self, submission: Submission, error: Exception | None = None) -> None:
         self.submissions.discard(submission)
-        if error is not None and not submission.accepted.done():
-            submission.accepted.set_exception(error)
-        elif isinstance(error, EngineDead):
-            submission.inbox.put_nowait(error)
-
-    @staticmethod
-    def _accept(submission: Submission) -> None:
-        if not submission.accepted.done():  # its caller may have gone
-            submission.accepted.set_result(None)
+        submission.inbox.put_nowait(error)
 
     # In the thread.
 
     def _run(self) -> None:
         try:
-            self.engine = self._make()
-            while self._obey():
-                if self.engine.busy:
-                    self._step(self.engine)
+            self.engine = engine = self._make()
+            self.counts = engine.scheduler.counts
+            while True:
+                # Commands come before a step, and an engine with nothing to do waits for one.
+                while not engine.busy or not self._commands.empty():
+                    if (command := self._commands.get()) is None:
+                        return
+                    command(engine)
+                self._step(engine)
         except BaseException as error:  # whatever it is, the callers have to hear of it
             self.error = error
             self._call(self._on_fatal)
-
-    def _obey(self) -> bool:
-        """Carry out the commands in the queue, and wait for one if the engine has nothing to do; False: stop."""
-        wait = not (self.engine and self.engine.busy)
-        while wait or not self._commands.empty():
-            command = self._commands.get()
-            if command is None:
-                return False
-            command()
-            wait = False
-        return True
 
     def _step(self, engine: Engine) -> None:
         self._stepping_since = began = time.monotonic()
         events = engine.step()
         self._stepping_since = None
         if not engine.busy or began - self._snapshot_s > SNAPSHOT_S:
-            self._take_snapshot(engine)
+            self._snapshot_s = time.monotonic()
+            self.rows_by_loop = sorted(Counter(sequence.loop for sequence in engine.scheduler.looping).items())
+            self.counts = engine.scheduler.counts
+        delivered = [(*self._of[event.request], event) for event in events if event.request in self._of]
+        for event in events:
+            if event.finish_reason is not None:
+                self._of.pop(event.request, None)
         if events:
-            delivered = [(*self._of[event.request], event) for event in events if event.request in self._of]
-            for event in events:
-                if event.finish_reason is not None:
-                    self._of.pop(event.request, None)
             self._call(self._deliver, delivered)
 
-    def _take_snapshot(self, engine: Engine) -> None:
-        self._snapshot_s = time.monotonic()
-        self.rows_by_loop = sorted(Counter(sequence.loop for sequence in engine.scheduler.looping).items())
-        self.counts = engine.scheduler.counts
-
-    def _add(self, submission: Submission) -> None:
-        assert self.engine is not None
+    def _add(self, submission: Submission, engine: Engine) -> None:
         try:
             for prompt, params in submission.prompts:
-                submission.requests.append(self.engine.add(prompt, params))
+                submission.requests.append(engine.add(prompt, params))
         except (TypeError, ValueError) as error:
-            self._cancel(submission)
+            self._cancel(submission, engine)
             self._call(self._end, submission, error)
             return
         self._of.update({request: (submission, i) for i, request in enumerate(submission.requests)})
-        self._call(self._accept, submission)
+        self._call(submission.inbox.put_nowait, None)
 
-    def _cancel(self, submission: Submission) -> None:
-        assert self.engine is not None
+    def _cancel(self, submission: Submission, engine: Engine) -> None:
         for request in submission.requests:
-            self.engine.cancel(request)
+            engine.cancel(request)

@@ -8,10 +8,11 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from open_mythos.engine.engine import TokenEvent
-from open_mythos.engine.sequence import Sequence as Request
+from open_mythos.engine.sequence import Sequence
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PAGE_STATES = ("used", "free", "reusable")
 WINDOW_S = 5.0
 """Seconds that the rates of the live view cover."""
 
@@ -36,7 +37,7 @@ class Metrics:
         self._rows = gauge("rows", "Answers that have a row.")
         self._tasks = gauge("tasks", "Tasks of the event loop.")
         self._pages = gauge("pages", "Pages of keys and values.", ["state"])
-        self._last: dict[Request, float] = {}
+        self._last: dict[Sequence, float] = {}
         self._recent: deque[tuple[float, int]] = deque()  # (time, loops) of each new token
 
     def count_refusal(self, reason: str) -> None:
@@ -74,7 +75,7 @@ class Metrics:
         self._tasks.set(n_tasks)
         self._waiting.set(counts["waiting"])
         self._rows.set(counts["admitted"])
-        for state in ("used", "free", "reusable"):
+        for state in PAGE_STATES:
             self._pages.labels(state).set(counts[f"pages_{state}"])
         return generate_latest(self.registry)
 

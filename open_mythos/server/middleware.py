@@ -8,7 +8,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
@@ -16,11 +16,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from open_mythos.server.protocol import MAX_BODY_BYTES, Refusal, error
+from open_mythos.server.protocol import BUSY, MAX_BODY_BYTES, Refusal, error
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key."""
-BUSY = "as many answers as may be are in work or waiting; try again later"
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 16 * 2**10
 MAX_BODIES_BYTES = 64 * 2**20
 """Bytes of all bodies that are in memory at once."""
@@ -103,9 +102,12 @@ class AccessControl:
 
         # The application knows each route under one name and GET; the connection leaves the body of a HEAD out.
         path = scope["path"].removesuffix("/") or "/"
-        scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
         try:
-            with self._memory.account() as take:
+            # What a route enters into the stack ends with the request, also where its client has gone.
+            with ExitStack() as stack:
+                scope = {**scope, "path": path, "method": method, "stack": stack}
+                take = stack.enter_context(self._memory.account())
                 await self._check(scope)
                 body = await self._read(scope, receive, take)
                 if body is not None:
@@ -137,10 +139,10 @@ class AccessControl:
             message = (
                 f"{site}: pages of other sites may not ask this server; use a program, or the page at its own address"
             )
-            raise Refusal(403, f"{message}. A proxy in front has to pass the header Host on", reason="site")
+            raise Refusal(403, f"{message}. A proxy in front has to pass the header Host on", code="site")
         if self._key is None:
             if len(hosts) != 1 or not is_local(hosts[0].rpartition("@")[2]):
-                raise Refusal(403, "without a key the server answers to localhost only; give it a key", reason="host")
+                raise Refusal(403, "without a key the server answers to localhost only; give it a key", code="host")
         elif scope["path"] not in OPEN and not await self._has_key(scope, headers):
             message = "the key is missing or wrong; send 'Authorization: Bearer KEY'"
             raise Refusal(401, message, www_authenticate="Bearer")

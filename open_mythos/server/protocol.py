@@ -9,37 +9,25 @@ unless its value asks for nothing.
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import reduce
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from starlette.responses import JSONResponse
 
-from open_mythos.generation.sampling_params import SamplingParams
-from open_mythos.server.fields import (
-    UNSUPPORTED,
-    Count,
-    Effort,
-    Exit,
-    FieldError,
-    Fields,
-    Id,
-    LogitBias,
-    Message,
-    Prompts,
-    ResponseFormat,
-    Stops,
-    StreamOptions,
-    TopK,
-    bound,
-)
+from open_mythos.generation.sampling_params import MAX_LOGIT_BIASES, OPTIONS, SamplingParams
+from open_mythos.server.fields import UNSEEN, Count, Effort, FieldError, Fields, Message, Neutral, ResponseFormat, Text
 from open_mythos.tokenization.chat_template import BadMessages, join, render
 from open_mythos.tokenization.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 2**20
+MAX_ALL_STOP_CHARS = 1024
+"""Characters of all stop strings together, at most: each is searched for after every token."""
 RETRY_S = "1"
 """Seconds after which a refused client may ask again."""
+BUSY = "as many answers as may be are in work or waiting; try again later"
 REASONS = {401: "key", 404: "invalid", 413: "too large", 429: "busy", 431: "too large", 500: "failed", 503: "not ready"}
-"""Labels of refusals in the metrics, by status; "invalid" for the others."""
+"""Labels of refusals in the metrics, by status; for others the code of the error, or else "invalid"."""
 
 
 def error(
@@ -54,20 +42,58 @@ class Refusal(Exception):
     """A request that is not answered; `response` says why, and `reason` is its label in the metrics."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        reason: str | None = None,
-        **headers: str,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
     ) -> None:
         super().__init__(message)
         kind = "unavailable" if status >= 500 else "overloaded" if status == 429 else "invalid_request_error"
         named = {"retry-after": RETRY_S} if status in (429, 503) else {}
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
-        self.reason = reason or REASONS.get(status, "invalid")
+        self.reason = REASONS.get(status, code or "invalid")
         self.response = JSONResponse(error(message, param, code, kind), status, named)
+
+
+def bound(name: str) -> Any:
+    """Return the bound of an option of the engine as a constraint of pydantic."""
+    limit = OPTIONS[name].metadata["bound"]
+    return Field(gt=limit.low, le=limit.high) if limit.is_above else Field(ge=limit.low, le=limit.high)
+
+
+def _as_prompts(value: Any) -> Any:
+    """Make a list of a single prompt."""
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string, a list of strings, a list of ids, or a list of such lists")
+    is_ids = isinstance(value, list) and bool(value) and not any(isinstance(item, str | list) for item in value)
+    return [value] if isinstance(value, str) or is_ids else value
+
+
+def _as_prompt(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of ids")
+    return value
+
+
+def _few_in_all(stops: list[str]) -> list[str]:
+    if (n := sum(map(len, stops))) > MAX_ALL_STOP_CHARS:
+        raise ValueError(f"the strings have {n} characters, at most {MAX_ALL_STOP_CHARS} are allowed")
+    return stops
+
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Prompts = Annotated[
+    list[Annotated[Text | Annotated[list[Id], Field(fail_fast=True)], BeforeValidator(_as_prompt)]],
+    Field(min_length=1, max_length=128, fail_fast=True),
+    BeforeValidator(_as_prompts),
+]
+Stops = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=64)]],
+    Field(max_length=64, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    AfterValidator(_few_in_all),
+]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$"), AfterValidator(int)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIASES),
+]
 
 
 class BaseRequest(Fields):
@@ -82,7 +108,8 @@ class BaseRequest(Fields):
 
     temperature: Annotated[float, bound("temperature")] = 1.0
     top_p: Annotated[float, bound("top_p")] = 1.0
-    top_k: TopK = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))] = 0
+    """0 and -1 keep every token."""
     min_p: Annotated[float, bound("min_p")] = 0.0
     repetition_penalty: Annotated[float, bound("repetition_penalty")] = 1.0
     frequency_penalty: Annotated[float, bound("frequency_penalty")] = 0.0
@@ -91,11 +118,11 @@ class BaseRequest(Fields):
 
     n_loops: Count | None = None
     min_loops: Count | None = None
-    exit: Exit | None = None
+    exit: Annotated[str, Field(max_length=256)] | None = None
     exit_threshold: Annotated[float, bound("exit_threshold")] | None = None
 
     # For compatibility with other servers; these have no effect here.
-    user: Annotated[str, Field(max_length=256)] = ""
+    user: Annotated[str, Field(max_length=256)] | None = None
     metadata: dict[str, str] = Field({})
     store: bool = False
     service_tier: str = ""
@@ -103,15 +130,19 @@ class BaseRequest(Fields):
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""
 
+    # Names of the fields that differ between the routes.
     prompt_field: ClassVar[str]
-    """Name of the field with the model's input."""
+    effort_field: ClassVar[str] = "reasoning_effort"
+    """Number of loops as one of `EFFORTS`; `n_loops` wins."""
+    format_field: ClassVar[str] = "response_format"
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
+    """Names of the bound of the new tokens; the first that is given wins."""
     default_tokens: ClassVar[int] = 512
     """New tokens where the request gives no bound; fewer where the context or the work budget leaves fewer."""
 
-    @property
-    def n_prompts(self) -> int:
-        """Number of prompts."""
-        return 1
+    def at(self, path: str) -> Any:
+        """Return the value at a path such as text.format; None if a part of it is left out."""
+        return reduce(lambda value, name: getattr(value, name, None), path.split("."), self)
 
     @property
     def n_made(self) -> int:
@@ -124,24 +155,15 @@ class BaseRequest(Fields):
         return None
 
     @property
-    def effort(self) -> Effort | None:
-        """Number of loops as one of `EFFORTS`; `n_loops` wins."""
-        raise NotImplementedError
-
-    @property
-    def format(self) -> tuple[str, str | None]:
-        """Name of the field that gives the form of the answer, and the JSON schema that the answer has to match."""
-        raise NotImplementedError
-
-    @property
     def limit_name(self) -> str:
         """Name of the field that bounds the new tokens, as this request gives it."""
-        raise NotImplementedError
+        given = (name for name in self.limit_fields if getattr(self, name) is not None)
+        return next(given, self.limit_fields[-1])
 
     @property
-    def max_new_tokens(self) -> int | None:
-        """Bound of the new tokens; None if the request gives none."""
-        return getattr(self, self.limit_name)
+    def json_schema(self) -> str | None:
+        """JSON schema that the answer has to match; None: any text."""
+        return self.at(f"{self.format_field}.schema_text")
 
     def encode(self, tokenizer: Tokenizer, plain: bool) -> list[list[int]]:
         """Encode the prompts; where `plain`, a conversation is its messages' text."""
@@ -150,16 +172,30 @@ class BaseRequest(Fields):
     def params(self, max_tokens: int, n_loops: int | None, stops: Sequence[str]) -> SamplingParams:
         """Make the engine's parameters of all answers to a prompt."""
         # The fields of this class bear the engine's names.
-        names = {field.name for field in dataclasses.fields(SamplingParams)} & BaseRequest.model_fields.keys()
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in OPTIONS.keys() & BaseRequest.model_fields.keys()}
         given |= {"n": self.n_made, "max_tokens": max_tokens, "n_loops": n_loops, "stop": (*self.stop, *stops)}
-        return SamplingParams(**given, logprobs=self.n_best, json_schema=self.format[1])
+        return SamplingParams(**given, logprobs=self.n_best, json_schema=self.json_schema)
+
+
+class StreamOptions(Fields):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted, without effect."""
 
 
 class ChoicesRequest(BaseRequest):
     """Fields of requests that are answered with a list of choices."""
 
-    unsupported = UNSUPPORTED
+    unsupported: ClassVar[Neutral] = {
+        **dict.fromkeys(("audio", "prediction", "web_search_options"), ()),
+        **dict.fromkeys(("tools", "functions"), ([],)),
+        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+        "suffix": ("",),
+        "modalities": (["text"],),
+        "verbosity": ("medium",),
+    }
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
@@ -173,29 +209,14 @@ class ChoicesRequest(BaseRequest):
     def n_made(self) -> int:
         return self.n
 
-    @property
-    def effort(self) -> Effort | None:
-        return self.reasoning_effort
-
-    @property
-    def format(self) -> tuple[str, str | None]:
-        return "response_format", None if self.response_format is None else self.response_format.schema_text
-
-    @property
-    def limit_name(self) -> str:
-        return "max_tokens"
-
 
 class Conversation(BaseRequest):
     """A request whose model input is a list of messages."""
 
-    def _messages(self) -> Sequence[Message]:
-        return getattr(self, self.prompt_field)
-
     def _turns(self) -> list[tuple[str, dict[str, str]]]:
         """Return the turns that the model sees, each with its path."""
-        messages = enumerate(self._messages())
-        return [(f"{self.prompt_field}[{i}]", message.turn()) for i, message in messages if message.is_shown]
+        messages = enumerate(self.at(self.prompt_field))
+        return [(f"{self.prompt_field}[{i}]", message.turn) for i, message in messages if message.is_shown]
 
     def encode(self, tokenizer: Tokenizer, plain: bool) -> list[list[int]]:
         shown = self._turns()
@@ -211,9 +232,9 @@ class Conversation(BaseRequest):
     def unseen(self) -> list[str]:
         """Paths of the messages, and of their fields, that the model does not see."""
         found = []
-        for i, message in enumerate(self._messages()):
-            path = f"{self.prompt_field}[{i}]"
-            found += [f"{path}.{name}" for name in message.unseen] if message.is_shown else [path]
+        for i, message in enumerate(self.at(self.prompt_field)):
+            path, fields = f"{self.prompt_field}[{i}]", [name for name in UNSEEN if getattr(message, name)]
+            found += [f"{path}.{name}" for name in fields] if message.is_shown else [path]
         return found
 
 
@@ -241,12 +262,8 @@ class CompletionRequest(ChoicesRequest):
         return self
 
     @property
-    def n_prompts(self) -> int:
-        return len(self.prompt)
-
-    @property
     def n_made(self) -> int:
-        return self.n if self.best_of is None else self.best_of
+        return self.best_of or self.n
 
     @property
     def n_best(self) -> int | None:
@@ -266,11 +283,11 @@ class ChatRequest(ChoicesRequest, Conversation):
     """The body of /v1/chat/completions."""
 
     prompt_field = "messages"
+    limit_fields = ("max_completion_tokens", "max_tokens")
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    """`max_tokens` under its newer name, which wins."""
     logprobs: bool = False
     top_logprobs: Annotated[int, bound("logprobs")] = 0
     parallel_tool_calls: bool = True
@@ -280,10 +297,6 @@ class ChatRequest(ChoicesRequest, Conversation):
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs needs logprobs=true; send both, or neither", "top_logprobs")
         return self
-
-    @property
-    def limit_name(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def n_best(self) -> int | None:

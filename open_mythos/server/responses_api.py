@@ -7,17 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from open_mythos.engine.engine import TokenEvent
-from open_mythos.server.fields import (
-    RESPONSES_UNSUPPORTED,
-    Count,
-    Effort,
-    Fields,
-    Format,
-    JsonSchema,
-    Message,
-    Neutral,
-    Text,
-)
+from open_mythos.server.fields import Count, Effort, Fields, Format, JsonSchema, Message, Neutral, Text
 from open_mythos.server.protocol import Conversation
 from open_mythos.server.responses import Answer, sse, usage
 
@@ -49,51 +39,48 @@ class Reasoning(Fields):
 class TextFormat(Format, JsonSchema):
     """Form of the answer, with the schema beside its type."""
 
-    def _schema(self) -> dict[str, Any]:
-        return self.schema_
-
 
 class TextOptions(Fields):
     """Options of the answer's text."""
 
     unsupported: ClassVar[Neutral] = {"text.verbosity": ("medium",)}
 
-    format: TextFormat | None = None
+    format: TextFormat = TextFormat(type="text")
 
 
 class ResponseRequest(Conversation):
     """The body of /v1/responses."""
 
-    prompt_field = "input"
-    unsupported = RESPONSES_UNSUPPORTED
+    prompt_field, effort_field, format_field = "input", "reasoning.effort", "text.format"
+    limit_fields = ("max_output_tokens",)
+    unsupported: ClassVar[Neutral] = {
+        **dict.fromkeys(("conversation", "max_tool_calls", "previous_response_id", "prompt"), ()),
+        **dict.fromkeys(("include", "tools"), ([],)),
+        "background": (False,),
+        "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": True}),
+        "tool_choice": ("none", "auto"),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
 
     input: Annotated[
         list[Item],
         Field(min_length=1, max_length=1024, fail_fast=True),
         BeforeValidator(lambda value: [{"role": "user", "content": value}] if isinstance(value, str) else value),
     ]
-    instructions: Text = ""
+    instructions: Text | None = None
     max_output_tokens: Count | None = None
-    reasoning: Reasoning | None = None
-    text: TextOptions | None = None
+    reasoning: Reasoning = Reasoning()
+    text: TextOptions = TextOptions()
     parallel_tool_calls: bool = True
-
-    @property
-    def effort(self) -> Effort | None:
-        return None if self.reasoning is None else self.reasoning.effort
-
-    @property
-    def format(self) -> tuple[str, str | None]:
-        given = None if self.text is None else self.text.format
-        return "text.format", None if given is None else given.schema_text
-
-    @property
-    def limit_name(self) -> str:
-        return "max_output_tokens"
 
     def _turns(self) -> list[tuple[str, dict[str, str]]]:
         first = [("instructions", {"role": "system", "content": self.instructions})] if self.instructions else []
         return [*first, *super()._turns()]
+
+
+ECHOED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "temperature", "top_p", "user"}
+"""Fields of a request that stand in its response too."""
 
 
 class ResponsesBuilder:
@@ -106,8 +93,6 @@ class ResponsesBuilder:
     def __init__(self, asked: ResponseRequest, n_prompt: list[int], model: str) -> None:
         self._n_prompt, self._n_events = n_prompt, 0
         self.answers = [Answer()]
-        given = None if asked.text is None else asked.text.format
-        format = {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
         item_id = "msg_" + secrets.token_hex(12)
         self._item = {"id": item_id, "type": "message", "role": "assistant"}
         self._place = {"item_id": item_id, "output_index": 0, "content_index": 0}
@@ -116,20 +101,14 @@ class ResponsesBuilder:
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
-            "instructions": asked.instructions or None,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata,
-            "parallel_tool_calls": asked.parallel_tool_calls,
             "previous_response_id": None,
-            "reasoning": {"effort": asked.effort, "summary": None},
+            "reasoning": {"effort": asked.reasoning.effort, "summary": None},
             "store": False,
-            "temperature": asked.temperature,
-            "text": {"format": format},
+            "text": {"format": asked.text.format.model_dump(by_alias=True, exclude_unset=True)},
             "tool_choice": "auto",
             "tools": [],
-            "top_p": asked.top_p,
             "truncation": "disabled",
-            "user": asked.user or None,
+            **asked.model_dump(include=ECHOED),
         }
 
     def whole(self) -> dict[str, Any]:
@@ -143,7 +122,7 @@ class ResponsesBuilder:
         return {
             **self._head,
             "status": status,
-            "error": {"code": "server_error", "message": "the logits are NaN"} if reason == "error" else None,
+            "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
             "output": output,
             "usage": {
@@ -187,10 +166,11 @@ class ResponsesBuilder:
             self._event(kind, response=whole),
         ]
 
-    def failed(self, _: str) -> bytes:
+    def failed(self, message: str) -> bytes:
         """Write the event of a stream that breaks off."""
         self.answers[0].finish_reason = "error"
-        return self._event("response.failed", response=self.whole())
+        fault = {"code": "server_error", "message": message}
+        return self._event("response.failed", response={**self.whole(), "error": fault})
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._n_events += 1

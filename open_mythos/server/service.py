@@ -10,17 +10,15 @@ from typing import Any
 
 from open_mythos.engine.engine import Engine
 from open_mythos.nn.halting import HALTING_RULES
-from open_mythos.server.async_engine import AsyncEngine, Busy, EncodedPrompt, EngineDead, Submission
+from open_mythos.server.async_engine import AsyncEngine, EncodedPrompt, Submission
 from open_mythos.server.config import HARD_MAX_LOOPS, ServeConfig
 from open_mythos.server.fields import EFFORTS
-from open_mythos.server.metrics import Metrics
-from open_mythos.server.middleware import BUSY, BodyMemory
-from open_mythos.server.protocol import BaseRequest, Conversation, Refusal
+from open_mythos.server.metrics import PAGE_STATES, Metrics
+from open_mythos.server.middleware import BodyMemory
+from open_mythos.server.protocol import BaseRequest, CompletionRequest, Conversation, Refusal
 from open_mythos.tokenization.chat_template import end_of_turn
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import Tokenizer
-
-DEAD = "the engine has failed; the server ends"
 
 
 class Service:
@@ -105,53 +103,44 @@ class Service:
             raise Refusal(503, "the server is about to end; ask another one, or later")
         if asked.model:
             self.check_model(asked.model)
-        n, n_places = asked.n_prompts * asked.n_made, self.async_engine.n_places
+        n_prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
+        n, n_places = n_prompts * asked.n_made, self.async_engine.n_places
         n_loops = self._n_loops(asked)
-        self._check_work(n * (asked.max_new_tokens or 1), n_loops, asked.limit_name)
+        self._check_work(n * (asked.at(asked.limit_name) or 1), n_loops, asked.limit_name)
         if n > n_places:
             raise Refusal(
                 400,
-                f"{asked.n_prompts} prompts with n={asked.n_made} are {n} answers, and the server has {n_places} "
+                f"{n_prompts} prompts with n={asked.n_made} are {n} answers, and the server has {n_places} "
                 "places (--max-rows and --max-queue together); ask for fewer at a time",
                 "n" if asked.n_made > 1 else asked.prompt_field,
             )
         try:
             return await self.async_engine.submit(n, lambda: self._encode(asked, n_loops))
-        except Busy:
-            raise Refusal(429, BUSY) from None
-        except EngineDead:
-            raise Refusal(503, DEAD) from None
-        except (TypeError, ValueError) as fault:
-            # The engine calls the bound of the new tokens max_tokens, whatever name the request gives it.
-            message = re.sub(r"\bmax_tokens\b", asked.limit_name, str(fault))
-            # A message that begins with no field is about the prompt.
-            found = re.match(r"(\w+)(?:\[\w+\])?=", message)
-            is_field = found is not None and found[1] in type(asked).model_fields
-            raise Refusal(400, message, found[1] if found and is_field else asked.prompt_field) from None
+        except (ImportError, TypeError, ValueError) as fault:
+            # The engine has its own names of two fields, and a message that begins with no field is about the prompt.
+            names = {"max_tokens": asked.limit_name, "json_schema": asked.format_field}
+            found = re.match(r"json_schema\b|\w+(?=(\[\w+\])?=)", str(fault))
+            param = names.get(found[0], found[0]) if found else asked.prompt_field
+            is_field = param.partition(".")[0] in type(asked).model_fields
+            message = re.sub(r"\b(max_tokens|json_schema)\b", lambda name: names[name[0]], str(fault))
+            raise Refusal(400, message, param if is_field else asked.prompt_field) from None
 
     def _encode(self, asked: BaseRequest, n_loops: int | None) -> list[EncodedPrompt]:
         """Encode a request, in the encoder's thread: for each prompt its answers, one after the other."""
-        name, schema = asked.format
-        if schema is not None and self.engine.grammars is not None:
-            try:
-                self.engine.grammars.matcher(schema)  # the engine finds it compiled, and does not wait for it
-            except (ImportError, ValueError) as fault:
-                raise Refusal(400, str(fault).replace("json_schema", name), name) from None
-        try:
-            ids = asked.encode(self.tokenizer, self.config.plain)
-            end = end_of_turn(self.tokenizer) if isinstance(asked, Conversation) and not self.config.plain else None
-            bounds = [self._max_new_tokens(asked, len(each), len(ids), n_loops) for each in ids]
-            work = sum(len(each) + asked.n_made * bound for each, bound in zip(ids, bounds, strict=True))
-            self._check_work(work, n_loops, asked.limit_name)
-            params = [asked.params(bound, n_loops, [end] if isinstance(end, str) else []) for bound in bounds]
-        except ValueError as fault:
-            raise Refusal(400, str(fault), asked.prompt_field) from None
+        if asked.json_schema is not None and self.engine.grammars is not None:
+            self.engine.grammars.matcher(asked.json_schema)  # the engine finds it compiled, and does not wait for it
+        ids = asked.encode(self.tokenizer, self.config.plain)
+        end = end_of_turn(self.tokenizer) if isinstance(asked, Conversation) and not self.config.plain else None
+        bounds = [self._max_new_tokens(asked, len(each), len(ids), n_loops) for each in ids]
+        work = sum(len(each) + asked.n_made * bound for each, bound in zip(ids, bounds, strict=True))
+        self._check_work(work, n_loops, asked.limit_name)
+        params = [asked.params(bound, n_loops, [end] if isinstance(end, str) else []) for bound in bounds]
         return [(each, how.of_answer(i)) for each, how in zip(ids, params, strict=True) for i in range(asked.n_made)]
 
     def _max_new_tokens(self, asked: BaseRequest, n_prompt: int, n_prompts: int, n_loops: int | None) -> int:
         """Return the request's own bound, or else the default as far as it fits."""
-        if asked.max_new_tokens is not None:
-            return asked.max_new_tokens
+        if (given := asked.at(asked.limit_name)) is not None:
+            return given
         cfg, n_loops = self.engine.model.cfg, n_loops or 1
         budget = (self.config.max_work // n_loops // n_prompts - n_prompt) // asked.n_made
         room = min(cfg.max_seq_len, self.engine.n_tokens_at(n_loops)) - n_prompt
@@ -165,7 +154,7 @@ class Service:
                 raise Refusal(400, f"n_loops={n_loops}: this model has no loop; leave n_loops out", "n_loops")
             return None
         if n_loops is None:
-            scale = EFFORTS[asked.effort or "medium"]
+            scale = EFFORTS[asked.at(asked.effort_field) or "medium"]
             return max(1, min(most, math.ceil(scale * self.engine.model.cfg.max_loop_iters)))
         if n_loops > most:
             raise Refusal(400, f"n_loops={n_loops} must be at most {most}; use n_loops={most}", "n_loops")
@@ -197,20 +186,14 @@ class Service:
         }
 
     def _depths(self) -> dict[str, int]:
-        return {
-            "max_loops": self.max_loops,
-            "default_loops": min(self.max_loops, self.engine.model.cfg.max_loop_iters),
-        }
-
-    def metrics_text(self) -> bytes:
-        """Write the metrics in the form that Prometheus reads."""
-        return self.metrics.text(len(asyncio.all_tasks()), self.async_engine.counts)
+        most = self.max_loops
+        return {"max_loops": most, "default_loops": min(most, self.engine.model.cfg.max_loop_iters)}
 
     def live(self) -> dict[str, Any]:
         """Describe what the engine is doing now."""
         engine, counts, rates = self.engine, self.async_engine.counts, self.metrics.rates()
         block, rows_by_loop = engine.model.recurrent, self.async_engine.rows_by_loop
-        used, reusable = counts["pages_used"], counts["pages_reusable"]
+        pages = {state: counts[f"pages_{state}"] for state in PAGE_STATES}
         rules = [] if block is None else [name for name in HALTING_RULES if name != "act" or block.act is not None]
         return {
             "model": self.config.name,
@@ -219,12 +202,7 @@ class Service:
             "looping": sum(rows for _, rows in rows_by_loop),
             "waiting": counts["waiting"],
             "admitted": counts["admitted"],
-            "pages": {
-                "used": used,
-                "free": engine.n_pages - used - reusable,
-                "reusable": reusable,
-                "total": engine.n_pages,
-            },
+            "pages": {**pages, "total": engine.n_pages},
             "tokens_per_s": rates[0],
             "mean_loops": rates[1],
             **self._depths(),

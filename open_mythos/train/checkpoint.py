@@ -25,14 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_int, check_number
 from open_mythos.files import inside, make_folder, read_json, sha256, to_disk, writing
-from open_mythos.train.distributed import RankFailed, World
+from open_mythos.train.distributed import World
 from open_mythos.train.tensor_shards import ShardGroups, ShardReader, TensorShard, write_shards
 
 FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
-PATIENCE_S, LAST_WAIT_S = 3600.0, 5.0
-"""Longest wait for the other processes' files, which a very large model and a very slow disk may need; and what is left
-of it once the run has failed."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +53,15 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Files are written in a thread, from copies, while training goes on.
-
-    Leaving a `with` block waits for the save in progress, after an error for a few seconds only.
-    """
+    """The checkpoints of one run. Files are written in a thread, from copies, while training goes on."""
 
     def __init__(self, folder: Path, cfg: CheckpointConfig, world: World, describe: Callable[[Path], None]) -> None:
         """Args: describe: writes the files that do not change during the run into a checkpoint's folder."""
         self.folder, self.cfg, self.world, self.describe = folder, cfg, world, describe
-        self._store = world.store()
         self._thread: threading.Thread | None = None
-        self._has_failed = threading.Event()
-        self._step = self._n_saves = 0
+        self._step = 0
         self._problem: Exception | None = None
         self._written_at = time.monotonic()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is not None:
-            self._has_failed.set()
-        self.join()
 
     def is_due(self, step: int) -> bool:
         """Return whether the number of steps asks for a checkpoint after `step`."""
@@ -95,7 +79,6 @@ class Checkpoints:
         """
         self.wait()
         self._step = step
-        self._n_saves += 1
         copies = {
             file: {
                 name: replace(shard, local=shard.local.detach().to("cpu", copy=True).contiguous())
@@ -113,10 +96,16 @@ class Checkpoints:
             self._thread.join()
 
     def wait(self) -> bool:
-        """Wait for the save in progress, and return whether the last one succeeded."""
+        """Wait for the save in progress, and return whether the last one succeeded.
+
+        Raises:
+            RuntimeError: another process has died, or was not done with its part within `parallel.timeout_s`.
+        """
+        self.join()
         if self._thread is not None:
-            self._thread.join()
             self._thread = None
+            if isinstance(self._problem, RuntimeError):
+                raise self._problem
             if self._problem is not None and self.world.is_first:
                 warnings.warn(
                     f"the checkpoint of step {self._step} could not be saved in {self.folder} ({self._problem}); older "
@@ -156,70 +145,51 @@ class Checkpoints:
         self._problem = None
         partial = self.folder / f"step-{step:08d}.partial"
         try:
-            if self.world.is_first:
-                for left_over in self.folder.glob("step-*.*"):
-                    if re.fullmatch(r"step-[0-9]{8,}\.(partial|old)", left_over.name):
-                        shutil.rmtree(left_over, ignore_errors=True)
-                make_folder(partial)
-            self._follow("begun")
-            try:
-                written = {"files": self._write_own(partial, groups)}
-            except Exception as error:  # for the first process, which decides about the whole
-                written = {"error": f"{type(error).__name__}: {error}"}
-            self._store.set(f"{self._n_saves}/{self.world.rank}", json.dumps(written))
-            if self.world.is_first:
-                self._complete(partial, state)
-            self._follow("done")
+            self._together(lambda: self._begin(partial), self.world.is_first)
+            files = self._together(lambda: self._write_own(partial, groups))
+            self._together(lambda: self._complete(partial, state, files), self.world.is_first)
         except Exception as error:
             # An exception of any kind ends this thread alone, so it has to be passed on to whoever waits.
             self._problem = error
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
-                for key in ("begun", "done"):
-                    self._store.compare_set(f"{self._n_saves}/{key}", "", f"{type(error).__name__}: {error}")
         finally:
             self._written_at = time.monotonic()
 
-    def _write_own(self, partial: Path, groups: ShardGroups) -> dict[str, Any]:
-        """Write this process's files, and return their sizes and hashes."""
-        paths = []
-        for name, shards in groups.items():
-            if shards:
-                paths.append(partial / f"{name}-{self.world.rank:05d}.safetensors")
-                write_shards(paths[-1], shards)
-        return {path.name: _seal(path) for path in paths}
-
-    def _follow(self, key: str) -> None:
-        """Wait until the first process has come to this point."""
-        if self.world.is_first:
-            self._store.compare_set(f"{self._n_saves}/{key}", "", "ok")
-        if (answer := self._read(key)) != "ok":
-            raise OSError(answer)
-
-    def _read(self, key: str) -> str:
-        """Wait for a value in the store of the processes.
+    def _together(self, work: Callable[[], dict[str, Any] | None], takes_part: bool = True) -> dict[str, Any]:
+        """Do a part of a save, and return what all processes returned from it, once all have.
 
         Raises:
-            RankFailed: it does not come.
+            OSError: one of them has failed.
+            RuntimeError: one of them has died, or did not answer within `parallel.timeout_s`.
         """
-        key, deadline, has_failed = f"{self._n_saves}/{key}", time.monotonic() + PATIENCE_S, False
-        while not self._store.check([key]):
-            if self._has_failed.is_set() and not has_failed:
-                # Files that the other processes have begun may still come.
-                has_failed, deadline = True, time.monotonic() + LAST_WAIT_S
-            if time.monotonic() > deadline:
-                raise RankFailed("another process has not answered in time")
-            time.sleep(0.01)
-        return self._store.get(key).decode()
+        answer: dict[str, Any] = {"error": None}
+        try:
+            answer["files"] = (work() if takes_part else None) or {}
+        except Exception as error:  # for all processes, which decide the same about the whole
+            answer["error"] = f"{type(error).__name__}: {error}"
+        answers = [json.loads(text) for text in self.world.exchange(json.dumps(answer))]
+        for rank, answer in enumerate(answers):
+            if answer["error"]:
+                raise OSError(answer["error"] if self.world.size == 1 else f"rank {rank}: {answer['error']}")
+        return {name: seal for answer in answers for name, seal in answer["files"].items()}
 
-    def _complete(self, partial: Path, state: dict[str, Any]) -> None:
+    def _begin(self, partial: Path) -> None:
+        """Remove what broken saves have left, and make the folder to write to."""
+        for left_over in self.folder.glob("step-*.*"):
+            if re.fullmatch(r"step-[0-9]{8,}\.(partial|old)", left_over.name):
+                shutil.rmtree(left_over, ignore_errors=True)
+        make_folder(partial)
+
+    def _write_own(self, partial: Path, groups: ShardGroups) -> dict[str, Any]:
+        """Write this process's files, and return their sizes and hashes."""
+        shards_of = {f"{name}-{self.world.rank:05d}.safetensors": shards for name, shards in groups.items() if shards}
+        for file, shards in shards_of.items():
+            write_shards(partial / file, shards)
+        return {file: _seal(partial / file) for file in shards_of}
+
+    def _complete(self, partial: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
         """Complete the folder once all processes have written, and give it its name."""
-        files: dict[str, Any] = {}
-        for rank in range(self.world.size):
-            written = json.loads(self._read(str(rank)))
-            if "error" in written:
-                raise OSError(written["error"] if self.world.size == 1 else f"rank {rank}: {written['error']}")
-            files |= written["files"]
         target, old = partial.with_suffix(""), partial.with_suffix(".old")
         with writing(partial):
             (partial / STATE).write_text(json.dumps(state) + "\n", "utf-8")
@@ -292,12 +262,11 @@ NamedShards = dict[Tensor, tuple[str, TensorShard]]
 
 def optimizer_shards(optimizer: torch.optim.Optimizer, parameters: NamedShards) -> dict[str, TensorShard]:
     """Return the whole state of an optimizer, by parameter and field."""
-    found = {}
-    for p, fields in optimizer.state.items():
-        name, shard = parameters[p]
-        for field, x in fields.items():
-            found[f"{name}/{field}"] = replace(shard, local=x.to_local() if isinstance(x, DTensor) else x)
-    return found
+    return {
+        f"{parameters[p][0]}/{field}": replace(parameters[p][1], local=x.to_local() if isinstance(x, DTensor) else x)
+        for p, fields in optimizer.state.items()
+        for field, x in fields.items()
+    }
 
 
 def restore_optimizer(

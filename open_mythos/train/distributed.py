@@ -6,7 +6,6 @@ and all of this does nothing.
 
 import contextlib
 import os
-import secrets
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -43,6 +43,8 @@ class World:
         """Join the processes that torchrun has started."""
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
+        self.is_first = self.rank == 0
+        """True in the one process that writes what only one may write."""
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -50,10 +52,8 @@ class World:
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group(backend, timeout=timeout)
-            # A prefix of this run alone: the shared store also has the keys of earlier runs of the same processes.
-            token = torch.tensor(secrets.randbits(62))
-            dist.broadcast(token, 0)
-            self._prefix = f"mythos{token.item()}"
+            # Of the threads that save: calls of one group come in one order, and training has its own.
+            self._saving = dist.new_group(backend="gloo", timeout=timeout)
         elif parallel.kind == "fsdp" and not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
@@ -70,11 +70,6 @@ class World:
                 f"use batch_size={-(-batch_size // self.size) * self.size}"
             )
 
-    @property
-    def is_first(self) -> bool:
-        """True in the one process that writes what only one may write."""
-        return self.rank == 0
-
     def rows(self, batch_size: int) -> range:
         """Return the rows of the global batch that are this process's."""
         n = batch_size // self.size
@@ -89,9 +84,8 @@ class World:
         if self.size == 1:
             return total
         mine = torch.tensor([*values.values(), total])
-        each = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(each, mine)
-        every = torch.stack(each)
+        every = mine.new_empty(self.size, len(mine))
+        dist.all_gather([*every], mine)
         for i, name in enumerate(values):
             if (odd := (every[:, i] != every[0, i]).nonzero()).numel():
                 rank = int(odd[0])
@@ -107,12 +101,21 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def store(self) -> dist.Store:
-        """Open a connection to the key-value store of the run's processes. A thread needs a connection of its own."""
+    def exchange(self, text: str) -> list[str]:
+        """Return the texts of all processes, by rank. A thread may call it while training goes on.
+
+        Raises:
+            RuntimeError: a process has died, or did not answer within `parallel.timeout_s`.
+        """
         if self.size == 1:
-            return dist.HashStore()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(self._prefix, dist.TCPStore(address, port, timeout=timedelta(seconds=60)))
+            return [text]
+        # No all_gather_object, which pickles.
+        data = torch.tensor([*text.encode()], dtype=torch.uint8)
+        sizes = torch.zeros(self.size, 1, dtype=torch.int64)
+        dist.all_gather([*sizes], torch.tensor([len(data)]), self._saving)
+        texts = data.new_empty(self.size, int(sizes.max()))
+        dist.all_gather([*texts], F.pad(data, (0, texts.shape[1] - len(data))), self._saving)
+        return [bytes(x[:n].tolist()).decode() for x, n in zip(texts, sizes, strict=True)]
 
     @contextlib.contextmanager
     def reporting(self) -> Generator[None]:

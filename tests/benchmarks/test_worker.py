@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases.pairs import limit_players, ratio_row, share
+from benchmarks.cases.pairs import limit_players, ratio_row, share, trio
 from benchmarks.client import Client, WorkerError
 from benchmarks.gate import Different
-from benchmarks.harness import Bench, Budget, Player, Settings
+from benchmarks.harness import Bench, Budget, Settings
 from benchmarks.job import Job
 from benchmarks.products import workload_of
 from tests.models import tiny
@@ -79,19 +79,17 @@ def test_interleaved_times_and_shares(pair: list[Client], bench: Bench) -> None:
     work = workload_of(JOBS["forward"])
     with Client("limits", 1) as limits:
         machine, found = limit_players(limits, work, "cpu")
-        players = [Player("peer", one, "forward"), Player("ours", other, "forward"), Player("again", one, "forward")]
-        samples = bench.interleave([*players, *machine], Budget(0.0, 2, 2))
+        samples = bench.interleave(trio(one, other, one, "forward") | machine, Budget(0.0, 2, 2))
     assert set(samples.seconds) == {"peer", "ours", "again", "products"}
     n_rounds = len(samples.readings["products"])
     assert {len(values) for clocks in samples.seconds.values() for values in clocks.values()} == {n_rounds}
     assert set(samples.seconds["ours"]) == {"cpu", "wall"} and n_rounds >= 2
     assert len(found["rates"]) == len(work.shapes)
     assert all(min(rates.values()) > 0 for rates in found["rates"])
-    shares = {name: share(samples, name, work) for name in ("peer", "ours")}
-    row = ratio_row("x", "x", samples, shares)
+    row = ratio_row("x", "x", samples)
     assert row.spread is not None and row.noise is not None and row.value == row.spread.median > 0
     # A tiny model is all overhead.
-    assert 0 < shares["ours"] < 0.5
+    assert 0 < share(samples, "ours", work) < 0.5
 
 
 def test_peak_memory(bench: Bench) -> None:

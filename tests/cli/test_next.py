@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from open_mythos.cli import main
+from open_mythos.cli.plugins import program
 from open_mythos.data.documents import Reading
 from open_mythos.data.prepare import Settings, prepare
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
@@ -137,3 +138,21 @@ def test_commands_are_named_as_the_shell_finds_them(tmp_path: Path, monkeypatch:
     assert terminal.program() == f"'{folder}/mythos'"
     monkeypatch.chdir(tmp_path)
     assert terminal.program() == "'my env/bin/mythos'"
+
+
+def test_commands_name_the_plugins_that_they_need(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A recipe of a plugin's own is named by --help, and what comes after its run is named with the plugin."""
+    plugin = tmp_path / "my parts.py"
+    plugin.write_text(
+        "from open_mythos.recipes import RECIPES, load_recipe\nRECIPES['mine'] = lambda: load_recipe('tiny-addition')\n"
+    )
+    try:
+        words = ["--plugin", str(plugin), "train", "mine", "--out", str(tmp_path / "run"), "--device", "cpu"]
+        assert main([*words, "--steps", "1", "--batch-size", "2", "--eval.rows", "2"]) == 0
+        assert all(words[:2] == ["--plugin", str(plugin)] for words in commands(capsys.readouterr().out))
+        with pytest.raises(SystemExit, match="0"):
+            main(["--plugin", str(plugin), "train", "--help"])
+        assert ", mine." in " ".join(capsys.readouterr().out.split())
+    finally:
+        del RECIPES["mine"]
+    assert main(["info", "3m"]) == 0 and program() == "mythos", "the next command is one without the plugin"

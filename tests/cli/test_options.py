@@ -83,7 +83,7 @@ for line in {[line for line, _ in REFUSALS]!r}:
 
 
 def test_messages_name_flags_as_they_are_typed() -> None:
-    train = _flags(COMMANDS["train"].options)
+    train = _flags(COMMANDS["train"])
     for message, typed in (
         ("data.held_out=0.05 holds out none; use 0", "--data.held-out 0.05 holds out none; use 0"),
         ("use eval.loops=(1, 4)", "use --eval.loops 1 4"),
@@ -95,7 +95,7 @@ def test_messages_name_flags_as_they_are_typed() -> None:
         ("the run's steps and my_steps=3 stay", "the run's steps and my_steps=3 stay"),
     ):
         assert as_typed(message, train) == typed
-    assert as_typed("name='nope'; use name='khop'", _flags(COMMANDS["exp"].options)) == "nope; use khop"
+    assert as_typed("name='nope'; use name='khop'", _flags(COMMANDS["exp"])) == "nope; use khop"
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:

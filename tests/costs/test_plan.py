@@ -190,6 +190,6 @@ def test_a_configuration_file_is_planned(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_command_knows_every_card() -> None:
     from typing import get_args, get_type_hints
 
-    from open_mythos.cli.costs import PlanArgs
+    from open_mythos.cli.costs import Plan
 
-    assert set(get_args(get_type_hints(PlanArgs)["gpu"])) == set(CARDS)
+    assert set(get_args(get_type_hints(Plan)["gpu"])) == set(CARDS)

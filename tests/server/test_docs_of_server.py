@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 from open_mythos.cli.options import flags
-from open_mythos.cli.serve import ServeArgs
+from open_mythos.cli.serve import Serve
 from open_mythos.server.app import make_app
-from open_mythos.server.fields import EFFORTS, UNSEEN, UNSUPPORTED
+from open_mythos.server.fields import EFFORTS, UNSEEN
 from open_mythos.server.protocol import ChatRequest, CompletionRequest
 from open_mythos.server.responses_api import ResponseRequest
 from tests.server.served import MODEL, serving
@@ -24,8 +24,8 @@ IGNORED |= {"prompt_cache_retention"}
 
 def test_options() -> None:
     table = {cells[0]: cells[1] for cells in ROWS if cells[0].startswith("`--")}
-    fields = [field for field in dataclasses.fields(ServeArgs) if field.name != "folder"]
-    assert table == {f"`{flags(ServeArgs)[field.name]}`": f"`{field.default}`" for field in fields}
+    fields = [field for field in dataclasses.fields(Serve) if field.name != "folder"]
+    assert table == {f"`{flags(Serve)[field.name]}`": f"`{field.default}`" for field in fields}
 
 
 def test_fields() -> None:
@@ -36,7 +36,7 @@ def test_fields() -> None:
         field = known[name]
         assert told == "required" if field.is_required() else ast.literal_eval(told) == field.default, name
     newer = ResponseRequest.model_fields.keys() | ResponseRequest.unsupported.keys()
-    assert all(f"`{name}`" in TEXT for name in IGNORED | UNSUPPORTED.keys() | newer - {"reasoning"})
+    assert all(f"`{name}`" in TEXT for name in IGNORED | ChatRequest.unsupported.keys() | newer - {"reasoning"})
 
 
 def test_efforts_and_messages() -> None:

@@ -68,8 +68,8 @@ def test_what_a_client_leaves_is_free_before_the_next_step(served: Served, monke
     step, worker = served.engine.step, served.service.async_engine
     cancel = worker._cancel
 
-    def cancelling(job: Any) -> None:
-        cancel(job)
+    def cancelling(job: Any, engine: Engine) -> None:
+        cancel(job, engine)
         cancelled.update(job.requests)
 
     def checked() -> Any:

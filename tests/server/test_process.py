@@ -174,6 +174,7 @@ def test_names_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capture
         assert "must be 1 to 256 printable characters" in told and len(told.splitlines()) == 1, name
     odd = tmp_path / "a\nb"
     odd.mkdir()
+    (odd / "config.json").touch()
     assert main(["serve", str(odd)]) == 2
     assert "use --name" in capsys.readouterr().err
 

@@ -64,13 +64,6 @@ class Ranks:
             assert not self.processes[rank].is_alive(), f"rank {rank} still runs after {timeout_s} s"
         return time.monotonic() - started
 
-    def end(self, grace_s: float) -> None:
-        """Wait until all ranks have ended, and kill those that still run after `grace_s`, as torchrun does."""
-        deadline = time.monotonic() + grace_s
-        for process in self.processes:
-            process.join(max(0, deadline - time.monotonic()))
-        self.kill()
-
     def join(self, timeout_s: float = 120) -> list[int | None]:
         """The exit status of each; None for one that had to be ended because it still ran."""
         for process in self.processes:

@@ -166,6 +166,20 @@ def test_all_end(tmp_path: Path, what: str, spread: str) -> None:
         assert newest is not None and newest.name == "step-00000002"
 
 
+@pytest.mark.parametrize("what", ["killed in save", "stopped in save"])
+def test_the_last_save_waits_for_nobody(tmp_path: Path, what: str) -> None:
+    """No step comes behind it, whose exchanges would break; SIGTERM, as torchrun sends it, is no help either."""
+    cfg = faulty_config("ddp", 5 if what in SILENT else 600)
+    with Ranks(2, faulty, str(tmp_path / "run"), cfg, what, 100, logs=tmp_path / "logs") as ranks:
+        while ranks.alive == [0, 1] and not any((tmp_path / "run" / "checkpoints").glob("*.partial")):
+            time.sleep(0.01)
+        ranks.send(signal.SIGTERM, [0])
+        ranks.wait([0], 20)
+        assert ranks.processes[0].exitcode == 1
+        assert ("Timed out" if what in SILENT else "peer") in ranks.said(0), ranks.said(0)
+    assert opened(tmp_path / "run").newest() is None
+
+
 @record
 def launched(*args: object) -> None:
     torch.set_num_threads(1)
