@@ -45,10 +45,10 @@ def test_bounds_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("module", "args", "said"),
     [
-        ("uvicorn", ["serve", "."], "the server: the package uvicorn is missing; run: pip install "),
+        ("uvicorn", ["serve", "model"], "the server: the package uvicorn is missing; run: pip install "),
         (
             "prometheus_client",
-            ["serve", "."],
+            ["serve", "model"],
             "the server: the package prometheus-client is missing; run: pip install ",
         ),
         ("matplotlib", ["demo", "--out", "here"], "figures: the package matplotlib is missing; run: pip install "),

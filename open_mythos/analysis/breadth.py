@@ -124,9 +124,8 @@ def section(subject: Subject) -> Section:
     loops = range(subject.n_loops + 1)
     columns = {"entropy": found.entropy, "candidates": found.candidates, "positions with several": found.several}
     curves = {"candidates": found.candidates, "exp(entropy)": found.entropy.exp()}
-    caption = "Number of tokens considered at once in the read-out."
-    counts = table("loops", loops, *((name, x, ".3f") for name, x in columns.items()))
-    parts: list[Part] = [counts, figure("candidates", caption, curves, "tokens")]
+    drawn = figure("candidates", "Number of tokens considered at once in the read-out.", curves, "tokens")
+    parts: list[Part] = [table("loops", loops, *((name, x, ".3f") for name, x in columns.items())), drawn]
     record = numbers(found)
     if subject.pointers:
         path = path_mass(subject.model, subject.input_ids, subject.n_loops)
@@ -137,12 +136,8 @@ def section(subject: Subject) -> Section:
             f"have two nodes or more as candidates."
         )
         hops = {f"hop {j}": path.mass[:, j] for j in range(H)}
-        shares = {
-            "elsewhere": path.off_path,
-            "on one": path.one,
-            "on several": path.several,
-            "in step": path.in_step,
-        }
+        shares = {"elsewhere": path.off_path, "on one": path.one}
+        shares |= {"on several": path.several, "in step": path.in_step}
         both = [(name, x, ".3f") for name, x in hops.items()] + [(name, x, ".2f") for name, x in shares.items()]
         drawn = figure("path", "Where on the path the read-out is.", hops, "mean probability")
         parts += ["Probability on the nodes of the path:", table("loops", loops, *both), drawn]

@@ -46,12 +46,9 @@ def attenuate(
             p = log_probs(model, run(model, hidden[0], factor * e, range(L), view)[-1], view, where)
             every.append(kl(whole, p).mean())
             same.append((p.argmax(-1) == whole.argmax(-1)).double().mean())
-            row = []
-            for t in range(L):
-                h = run(model, hidden[t], factor * e, range(t, t + 1), view)[-1]
-                h = run(model, h, e, range(t + 1, L), view)[-1]
-                row.append(kl(whole, log_probs(model, h, view, where)).mean())
-            one.append(torch.stack(row))
+            scaled = (run(model, hidden[t], factor * e, range(t, t + 1), view)[-1] for t in range(L))
+            ends = (run(model, h, e, range(t, L), view)[-1] for t, h in enumerate(scaled, 1))
+            one.append(torch.stack([kl(whole, log_probs(model, h, view, where)).mean() for h in ends]))
     return Attenuation(tuple(factors), torch.stack(every), torch.stack(one), torch.stack(same))
 
 
@@ -128,9 +125,8 @@ def section(subject: Subject) -> Section:
         )
     ]
     head = ["input times", "KL, every loop", "same choice", *(f"KL, loop {t + 1}" for t in range(L))]
-    caption = "Effect of a weaker or stronger input in every loop on the answer."
-    curves = {"all loops": weaker.every_loop}
-    drawn = figure("attenuation", caption, curves, "KL at the output, nats", x="input times", xs=weaker.factors)
+    caption, label = "Effect of a weaker or stronger input in every loop on the answer.", "KL at the output, nats"
+    drawn = figure("attenuation", caption, {"all loops": weaker.every_loop}, label, "input times", weaker.factors)
     parts: list[Part] = [Table(head, rows), drawn]
     if swapped.n_tokens:
         turned = (swapped.new_after > 0.5).nonzero()[:, 0].tolist()
@@ -149,11 +145,8 @@ def section(subject: Subject) -> Section:
         curves = {"the other prompt's answer": swapped.new_after, "the own answer": swapped.old_after}
         caption = f"Whose answer the model gives after the input was swapped, {swapped.n_tokens} tokens."
         drawn = figure("swap", caption, curves, "share of tokens", x="loops since the swap")
-        parts += [
-            f"Another prompt's input, at {swapped.n_tokens} positions where the two answers differ:",
-            by_loops,
-            drawn,
-        ]
+        where = f"Another prompt's input, at {swapped.n_tokens} positions where the two answers differ:"
+        parts += [where, by_loops, drawn]
     else:
         finding += "The two prompts' answers nowhere differ, so a swap tells nothing: give --swap."
     return Section("The input in every loop", finding, numbers({"attenuation": weaker, "swap": swapped}), parts)

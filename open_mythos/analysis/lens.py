@@ -89,7 +89,7 @@ class Climb:
     largest_drop_control: tuple[float, float, float]
 
 
-def climb_or_jump(rank: Tensor, n_orders: int = 200, seed: int = 0) -> Climb:
+def climb_or_jump(rank: Tensor, n_orders: int = 200) -> Climb:
     """Judge rank trajectories (L + 1, N), 1 the best."""
     N, L = rank.shape[1], len(rank) - 1
     log = rank[:, (rank[0] >= MOVED_RANK) & (rank[-1] == 1)].double().log()
@@ -101,7 +101,7 @@ def climb_or_jump(rank: Tensor, n_orders: int = 200, seed: int = 0) -> Climb:
 
     monotone, largest, rise = judge(log)
     jumps = largest > JUMP_SHARE
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     controls = []
     for _ in range(n_orders):
         order = torch.cat([torch.tensor([0]), 1 + torch.randperm(L - 1, generator=generator), torch.tensor([L])])
@@ -157,15 +157,10 @@ def section(subject: Subject) -> Section:
     head = (
         "read through, answers, moved, climb, jump, wander, never rises, by chance, largest drop, by chance, even steps"
     )
-    by_loop = [
-        [
-            str(n),
-            str(int(found.rank[n, -1])),
-            f"{found.entropy[n, -1]:.2f}",
-            *(f"{subject.text(int(found.top[n, -1, k]))} {found.top_p[n, -1, k]:.2f}" for k in range(3)),
-        ]
-        for n in range(subject.n_loops + 1)
-    ]
+    by_loop = []
+    for n in range(subject.n_loops + 1):
+        best = [f"{subject.text(int(found.top[n, -1, k]))} {found.top_p[n, -1, k]:.2f}" for k in range(3)]
+        by_loop.append([str(n), str(int(found.rank[n, -1])), f"{found.entropy[n, -1]:.2f}", *best])
     quantiles = {"median": 0.5, "75 %": 0.75, "95 %": 0.95}
     curves = {name: found.rank.double().quantile(q, dim=1) for name, q in quantiles.items()}
     caption = "Rank of the last answer by loops, over tokens; 1 is the first choice."

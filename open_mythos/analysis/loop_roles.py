@@ -85,7 +85,7 @@ class LoopRoles:
         def tensor(x: Any) -> Any:
             return {k: tensor(v) for k, v in x.items()} if isinstance(x, Mapping) else torch.tensor(np.array(x, float))
 
-        return cls(**{field.name: tensor(values[field.name]) for field in dataclasses.fields(cls)})
+        return cls(**tensor(values))
 
 
 class Pass(NamedTuple):
@@ -138,16 +138,9 @@ def split(early: Sequence[Tensor], late: Sequence[Tensor]) -> dict[str, Tensor]:
         late: the updates of state t+1 under the same.
     """
     (tt, ts), (st, ss) = early, late
-    parts = {
-        "delta": ss - tt,
-        "function_before": ts - tt,
-        "function_after": ss - st,
-        "state_before": st - tt,
-        "state_after": ss - ts,
-    }
-    for cause in ("function", "state"):
-        parts[cause] = (parts[f"{cause}_before"] + parts[f"{cause}_after"]) / 2
-    return parts
+    parts = {"function_before": ts - tt, "function_after": ss - st, "state_before": st - tt, "state_after": ss - ts}
+    means = {cause: (parts[f"{cause}_before"] + parts[f"{cause}_after"]) / 2 for cause in ("function", "state")}
+    return {"delta": ss - tt} | parts | means
 
 
 def loop_roles(

@@ -36,12 +36,11 @@ def routing(
     if not model.cfg.n_experts or model.recurrent is None:
         return None
     ffns = [block.ffn for block in model.recurrent.blocks if isinstance(block.ffn, MoEFFN)]
-    seen: list[list[Tensor]] = [[] for _ in ffns]
+    seen: list[Tensor] = []
 
     def note(ffn: MoEFFN, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        experts = ffn.route(x.flatten(0, 1))[1].view(*x.shape[:2], -1)
-        seen[ffns.index(ffn)].append(chosen(experts, where))
+        seen.append(chosen(ffn.route(x.flatten(0, 1))[1].view(*x.shape[:2], -1), where))
 
     hooks = [ffn.register_forward_pre_hook(note) for ffn in ffns]
     try:
@@ -49,8 +48,7 @@ def routing(
     finally:
         for hook in hooks:
             hook.remove()
-    experts = torch.stack([torch.stack(loops) for loops in seen], dim=1)
-    return tally(experts, model.cfg.n_experts)
+    return tally(torch.stack(seen).unflatten(0, (-1, len(ffns))), model.cfg.n_experts)
 
 
 def tally(experts: Tensor, n_experts: int) -> Routing:

@@ -1,5 +1,6 @@
 """Documents from files of text, JSON and parquet. Files are cut into units, which workers read independently."""
 
+import codecs
 import hashlib
 import os
 from collections import Counter
@@ -136,20 +137,16 @@ def _undamaged(records: Iterator[tuple[int, Any]], unit: Unit) -> Iterator[tuple
         for number, record in records:
             at = place(unit, number)
             yield at, record
-        if at is None and unit.kind != "text" and _is_whole_file(unit):
-            yield "", Skipped("empty", "it has no records")
+        if at is None and unit.kind != "text" and unit.start == 0:
+            # A parquet file without row groups has one unit of none.
+            if unit.end == (0 if unit.kind == "parquet" else Path(unit.path).stat().st_size):
+                yield "", Skipped("empty", "it has no records")
     except (Unreadable, *DAMAGE) as error:
         yield f"behind {at}" if at else "", explain(error, unit.path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, unit.path) from error
-
-
-def _is_whole_file(unit: Unit) -> bool:
-    if unit.kind == "parquet":
-        return unit.start == unit.end  # a file without row groups
-    return unit.start == 0 and unit.end == Path(unit.path).stat().st_size
 
 
 def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
@@ -160,13 +157,11 @@ def encode(text: str, tokenizer: Tokenizer) -> np.ndarray | Skipped:
     return ids
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Return whether a document is for validation. Its text alone decides, so all copies of it are on the same side."""
-    return place_of(text) < share
-
-
 def place_of(text: str) -> float:
-    """Return the place of a document in [0, 1), from a hash of its text: it is held out by all larger shares."""
+    """Return the place of a document in [0, 1), from a hash of its text: it is for validation at all larger shares.
+
+    Its text alone decides, so all copies of it are on the same side.
+    """
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
@@ -185,16 +180,15 @@ def first_text(
     reading = replace(reading, max_document_bytes=min(n_bytes, reading.max_document_bytes))
     left = n_bytes
     # File by file, since the footer of one on the hub is a request.
-    units = (unit for file in files for unit in cut_into_units([file], reading))
-    for unit in units:
-        for text in read_documents(unit, reading, clip=True):
-            if isinstance(text, Skipped):
-                skipped.add(text)
-                continue
-            yield text[:left]
-            left -= len(text.encode("utf-8"))
-            if left <= 0:
-                return
+    units = chain.from_iterable(cut_into_units([file], reading) for file in files)
+    for text in chain.from_iterable(read_documents(unit, reading, clip=True) for unit in units):
+        if isinstance(text, Skipped):
+            skipped.add(text)
+            continue
+        yield text[:left]
+        left -= len(text.encode("utf-8"))
+        if left <= 0:
+            return
     if left == n_bytes:
         raise ValueError(
             f"the files hold no text (skipped: {dict(skipped.counts) or 'none'}); name others, or another column"
@@ -202,10 +196,7 @@ def first_text(
 
 
 def fingerprint(unit: Unit) -> dict[str, Any]:
-    """Return what identifies a unit: its place, and size and time of the file.
-
-    A commit never changes.
-    """
+    """Return what identifies a unit: its place, and size and time of a local file. A commit never changes."""
     place = {"path": unit.path, "kind": unit.kind, "start": unit.start, "end": unit.end}
     if is_remote(unit.path):
         return place
@@ -221,7 +212,8 @@ def _document(record: bytes | str, unit: Unit, reading: Reading, clip: bool) -> 
     elif len(record) > most:
         return too_long(unit, reading)
     try:
-        text = _decode(record, clip) if isinstance(record, bytes) else record
+        # Without an end, half a character that is left by the cut is left out.
+        text = codecs.utf_8_decode(record, "strict", not clip)[0] if isinstance(record, bytes) else record
         # A JSON string may hold half of a surrogate pair, which is no text either.
         n_bytes = len(record) if isinstance(record, bytes) else len(text.encode("utf-8"))
     except UnicodeDecodeError as error:
@@ -236,12 +228,3 @@ def _document(record: bytes | str, unit: Unit, reading: Reading, clip: bool) -> 
     if unit.kind == "text":
         text = text.replace("\r\n", "\n")
     return text if text.strip() else Skipped("empty")
-
-
-def _decode(data: bytes, clip: bool) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if clip and error.reason == "unexpected end of data":
-            return data[: error.start].decode("utf-8")  # the middle of a character
-        raise

@@ -59,7 +59,7 @@ class HubDataset:
         info = self._info()
         configs = (info.card_data or {}).get("configs") or []
         root = f"{PREFIX.removeprefix('hf://')}{self.name}@{info.sha}"
-        system, patterns = _file_system(), _patterns(configs, self)
+        system, patterns = _hub().HfFileSystem(), _patterns(configs, self)
         with _explained(f"the hub does not list the files of {self.name}", "check the connection"):
             names = {name for pattern in patterns for name in system.glob(f"{root}/{pattern}")}
         found = sorted(name for name in names if name.endswith(".parquet"))
@@ -68,19 +68,17 @@ class HubDataset:
             found = [name for name in found if "train" in name.removeprefix(root)] or found
         if not found:
             kinds = ", ".join(sorted({Path(name).suffix for name in names})) or "no files"
-            raise ValueError(
-                f"dataset {self.name} has no parquet files in subset {self.subset or 'default'} ({kinds}); use "
-                "another subset, or get its files yourself and name them"
-            )
+            fault = f"dataset {self.name} has no parquet files in subset {self.subset or 'default'} ({kinds})"
+            raise ValueError(f"{fault}; use another subset, or get its files yourself and name them")
         return [f"hf://{name}" for name in found[: self.limit_files]]
 
     def _info(self) -> Any:
-        api = _hub().HfApi()
+        look_up = _hub().HfApi().dataset_info
         at = f" at revision {self.revision!r}" if self.revision else ""
         what = f"{self.name!r} is no local path, and the Hugging Face hub does not give a dataset of that name{at}"
         remedy = "check the name and the connection, and call `hf auth login` where a dataset asks for consent"
         with _explained(what, remedy):
-            return api.dataset_info(self.name, revision=self.revision)
+            return look_up(self.name, revision=self.revision)
 
 
 def looks_like_a_dataset(name: str) -> bool:
@@ -94,7 +92,7 @@ def is_remote(path: str) -> bool:
 
 def open_remote(address: str) -> Any:
     """Return a file object that asks the hub for what is read of it and nothing more."""
-    return _file_system().open(address, "rb", cache_type="none")
+    return _hub().HfFileSystem().open(address, "rb", cache_type="none")
 
 
 def fetch(address: str) -> Path:
@@ -111,25 +109,23 @@ def fetch(address: str) -> Path:
 
 def remember(addresses: list[str], look_up: Callable[[str], list[int]], progress: bool) -> list[list[int]]:
     """Return `look_up` of each address, computed concurrently and cached on disk, since a commit never changes."""
-    kept: dict[Path, dict[str, list[int]]] = {}
-    for path in {_index(address) for address in addresses}:
-        kept[path] = read_json(path) if path.exists() else {}
-    missing = [address for address in addresses if address not in kept[_index(address)]]
+    place = {address: _index(address) for address in addresses}
+    known = {path: read_json(path) if path.exists() else {} for path in set(place.values())}
+    missing = [address for address, path in place.items() if address not in known[path]]
     try:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            console = Console(stderr=True)
             found = track(
-                pool.map(look_up, missing), "reading footers", len(missing), console=console, transient=True,
-                disable=not (progress and missing),
+                pool.map(look_up, missing), "reading footers", len(missing), console=Console(stderr=True),
+                transient=True, disable=not (progress and missing),
             )  # fmt: skip
             for address, value in zip(missing, found, strict=True):
-                kept[_index(address)][address] = value
+                known[place[address]][address] = value
     finally:
-        for path in {_index(address) for address in missing}:
+        for path in {place[address] for address in missing}:
             own = path.with_name(f"{os.getpid()}-{path.name}")  # several processes may be at this
-            write_text(own, json.dumps(kept[path]))
+            write_text(own, json.dumps(known[path]))
             os.replace(own, path)
-    return [kept[_index(address)][address] for address in addresses]
+    return [known[place[address]][address] for address in addresses]
 
 
 def _index(address: str) -> Path:
@@ -158,17 +154,12 @@ def _patterns(configs: list[dict[str, Any]], dataset: HubDataset) -> list[str]:
         raise ValueError(f"dataset {dataset.name} has no subset {subset!r}; use one of {', '.join(by_name)}")
     config = by_name[subset]
     files = config.get("data_files") or f"{config.get('data_dir', '.')}/**"
-    files = [files] if isinstance(files, str) else files
-    paths = [file if isinstance(file, str) else file["path"] for file in files if _is_for_training(file)]
-    return [pattern for path in paths for pattern in ([path] if isinstance(path, str) else path)]
+    named = [{"path": file, "split": "train"} if isinstance(file, str) else file for file in _listed(files)]
+    return [pattern for file in named if file.get("split") == "train" for pattern in _listed(file["path"])]
 
 
-def _is_for_training(file: Any) -> bool:
-    return isinstance(file, str) or file.get("split") == "train"
-
-
-def _file_system() -> Any:
-    return _hub().HfFileSystem()
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _hub() -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -61,11 +62,9 @@ def _find(fields: Any, column: str) -> list[str] | None:
 
 def _names(fields: Any, prefix: str = "") -> list[str]:
     """Return the columns, with those in structs as `a.b`."""
-    found: list[str] = []
-    for field in fields:
-        name = prefix + field.name
-        found += _names(field.type, f"{name}.") if _is_struct(field.type) else [name]
-    return found
+    nested = ((prefix + f.name, f.type) for f in fields)
+    parts = (_names(kind, f"{name}.") if _is_struct(kind) else [name] for name, kind in nested)
+    return list(itertools.chain.from_iterable(parts))
 
 
 def _is_struct(kind: Any) -> bool:
@@ -82,8 +81,7 @@ def _values(column: Any, names: list[str]) -> list[Any]:
         column = column.storage
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    kind = column.type
-    if arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind):
+    if column.type in (arrow.string(), arrow.large_string(), arrow.string_view()):
         # One value that is not UTF-8 would make an error of the whole batch.
         column = column.cast(arrow.large_binary())
     return column.to_pylist()
@@ -123,23 +121,18 @@ def _dictionary_bytes(path: str, chunk: Any) -> int:
     start = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)
     with open_remote(path) if is_remote(path) else open_ordinary(Path(path)) as file:
         file.seek(start)
-        header = file.read(16)
-    numbers, at = [], 0
-    for _ in range(2):
-        at += 1  # the field's type and number
-        number = shift = 0
-        while at < len(header):
-            number |= (header[at] & 0x7F) << shift
-            shift, at = shift + 7, at + 1
-            if header[at - 1] < 0x80:
-                break
-        numbers.append(number >> 1)
-    return numbers[1] if numbers[0] == DICTIONARY_PAGE else 0
+        header = file.read(16) + bytes(4)
+    # A byte says a field's type and number. Seven bits a byte follow, the lowest first; the last byte is below 128.
+    kind, size = (
+        sum((byte & 0x7F) << 7 * i for i, byte in enumerate(value)) >> 1
+        for value in re.findall(rb"(?s).([\x80-\xff]*[\x00-\x7f]?)", header)[:2]
+    )
+    return size if kind == DICTIONARY_PAGE else 0
 
 
 def _sizes(path: str) -> list[int]:
     with _named(path):
-        metadata = _remote_metadata(path) if is_remote(path) else _library().ParquetFile(path).metadata
+        metadata = _remote_metadata(path) if is_remote(path) else _library().read_metadata(path)
         return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 

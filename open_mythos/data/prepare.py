@@ -11,11 +11,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,16 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from open_mythos.checks import check_int, check_number
-from open_mythos.data.documents import (
-    cut_into_units,
-    encode,
-    find_files,
-    fingerprint,
-    place_of,
-    read_documents,
-)
+from open_mythos.data.documents import cut_into_units, encode, find_files, fingerprint, place_of, read_documents
 from open_mythos.data.hub import HubDataset, fetch, is_remote
 from open_mythos.data.records import Reading, Unit, name_lines
-from open_mythos.data.shards import FORMAT, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
+from open_mythos.data.shards import FORMAT, GO_ON, INDEX, MAX_INDEX_BYTES, SPLITS, Shard, find_problem, write_shard
 from open_mythos.data.skipped import SkipLog, Skipped
 from open_mythos.files import inside, read_json, sha256, write_text, writing
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
-GO_ON = "make room and repeat the command, which goes on from here"
 LISTED = 10_000
 """Skipped records of one unit and reason that are listed with their places; the others are counted."""
 
@@ -89,11 +81,8 @@ def prepare(
     check_int("workers", workers, 1)
     settings, out, skipped = settings or Settings(), Path(out).resolve(), SkipLog() if skipped is None else skipped
     dataset, passed_over = None, list[Skipped]()
-    if isinstance(inputs, HubDataset):
-        dataset = _pin(inputs, out)
-        files = dataset.files()
-    else:
-        files = find_files(inputs, passed_over)
+    is_hub = isinstance(inputs, HubDataset)
+    files = (dataset := _pin(inputs, out)).files() if is_hub else find_files(inputs, passed_over)
     units = cut_into_units(files, settings.reading, progress=progress)
     encoder = open_tokenizer(tokenizer)
     if encoder.eos_id is None:
@@ -105,16 +94,18 @@ def prepare(
         "units": [fingerprint(unit) for unit in units],
     }
     plan = _claim(out, plan, encoder)
-    job = _Job(out, settings, "uint16" if encoder.vocab_size <= 2**16 else "uint32")
-    done = {i for i in range(len(units)) if _is_done(out, i, job.dtype)}
+    dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
+    done = {i for i in range(len(units)) if _is_done(out, i, dtype)}
     waiting = [(i, unit) for i, unit in enumerate(units) if i not in done]
-    with _progress(units, progress) as advance:
-        for i in chain(done, _work(job, waiting, workers)):
-            advance(units[i])
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+        task = bar.add_task("tokenizing", total=sum(unit.n_bytes for unit in units))
+        for i in chain(done, _work(partial(_tokenize, out, settings, dtype), waiting, workers)):
+            bar.advance(task, units[i].n_bytes)
     results = [_read_mark(_unit_file(out, i)) for i in range(len(units))]
     entries = chain(((entry, 1) for entry in passed_over), _skipped_records(units, results))
     _list_skipped(out / SKIPPED, entries, skipped)
-    info = _index(results, encoder, job.dtype, plan)
+    info = _index(results, encoder, dtype, plan)
     _check_complete(info, out, len(skipped) if strict else 0)
     _write_json(out / INDEX, info)
     return info
@@ -150,8 +141,8 @@ def _list_skipped(path: Path, entries: Iterator[tuple[Skipped, int]], log: SkipL
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for entry, n in entries:
                 log.add(entry, n)
-                values = {"file": entry.file, "place": entry.place, "reason": entry.reason, "why": entry.why}
-                file.write(json.dumps({**values, "remedy": entry.remedy, "records": n}, ensure_ascii=False) + "\n")
+                values = {name: getattr(entry, name) for name in ("file", "place", "reason", "why", "remedy")}
+                file.write(json.dumps({**values, "records": n}, ensure_ascii=False) + "\n")
         if log:
             partial.replace(path)
     if not log:
@@ -176,73 +167,50 @@ def _skipped_records(units: list[Unit], results: list[dict[str, Any]]) -> Iterat
                 yield Skipped(reason, "only counted", file=path), n
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Work of one process: it reads the tokenizer from `out` and writes the shards of the units it is assigned."""
-
-    out: Path
-    settings: Settings
-    dtype: str
-
-    def run(self, tokenizer: Tokenizer, i: int, unit: Unit) -> int:
-        """Write the shards of unit i, then the file that says it is done."""
-        documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        n_bytes: Counter[str] = Counter()
-        skipped: Counter[str] = Counter()
-        listed: list[dict[str, str]] = []
-        local = replace(unit, path=str(fetch(unit.path))) if is_remote(unit.path) else unit
-        nearest = 1.0
-        for text in read_documents(local, self.settings.reading):
-            ids = encode(text, tokenizer) if isinstance(text, str) else text
-            if isinstance(ids, Skipped):
-                skipped[ids.reason] += 1
-                if skipped[ids.reason] <= LISTED:
-                    entry = {"reason": ids.reason, "why": ids.why, "remedy": ids.remedy, "place": ids.place}
-                    # Half of a surrogate pair, as in the name of a field, would be no text in the file of the unit.
-                    listed.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in entry.items()})
-            elif isinstance(text, str):
-                place = place_of(text)
-                nearest = min(nearest, place)
-                split = SPLITS[place < self.settings.held_out]
-                documents[split].append(ids.astype(self.dtype))
-                n_bytes[split] += len(text.encode("utf-8"))
-        shards = {
-            split: asdict(write_shard(self.out, f"{split}/{i:05d}.bin", kept, n_bytes[split], self.dtype))
-            for split, kept in documents.items()
-            if kept
-        }
-        found = {"shards": shards, "skipped": dict(skipped), "listed": listed, "nearest": nearest}
-        _write_json(_unit_file(self.out, i), found)
-        return i
+_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
+"""The tokenizer of a folder, which a process loads once."""
 
 
-_worker: tuple[_Job, Tokenizer] | None = None
+def _tokenize(out: Path, settings: Settings, dtype: str, i: int, unit: Unit) -> int:
+    """Write the shards of unit i with the tokenizer in `out`, then the file that says it is done; returns i."""
+    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    n_bytes, skipped, listed, nearest = Counter[str](), Counter[str](), list[dict[str, str]](), 1.0
+    local = replace(unit, path=str(fetch(unit.path))) if is_remote(unit.path) else unit
+    for text in read_documents(local, settings.reading):
+        ids = encode(text, _tokenizer(out)) if isinstance(text, str) else text
+        if isinstance(ids, Skipped):
+            skipped[ids.reason] += 1
+            if skipped[ids.reason] <= LISTED:
+                entry = {name: getattr(ids, name) for name in ("reason", "why", "remedy", "place")}
+                # Half of a surrogate pair, as in the name of a field, would be no text in the file of the unit.
+                listed.append({k: v.encode("utf-8", "backslashreplace").decode() for k, v in entry.items()})
+        elif isinstance(text, str):
+            place = place_of(text)
+            nearest = min(nearest, place)
+            split = SPLITS[place < settings.held_out]
+            documents[split].append(ids.astype(dtype))
+            n_bytes[split] += len(text.encode("utf-8"))
+    shards = {
+        split: asdict(write_shard(out, f"{split}/{i:05d}.bin", found, n_bytes[split], dtype))
+        for split, found in documents.items()
+        if found
+    }
+    mark = {"shards": shards, "skipped": dict(skipped), "listed": listed, "nearest": nearest}
+    _write_json(_unit_file(out, i), mark)
+    return i
 
 
-def _start_worker(job: _Job) -> None:
-    global _worker
-    _worker = job, load_tokenizer(job.out)
-
-
-def _run_unit(item: tuple[int, Unit]) -> int:
-    assert _worker is not None
-    job, tokenizer = _worker
-    return job.run(tokenizer, *item)
-
-
-def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[int]:
+def _work(run: Callable[[int, Unit], int], waiting: list[tuple[int, Unit]], workers: int) -> Iterator[int]:
     """Run the units, and give the number of each as it is done."""
+    _tokenizer.cache_clear()  # an earlier call may have had another one in the same folder
     if workers == 1 or len(waiting) < 2:
-        tokenizer = load_tokenizer(job.out)
-        for i, unit in waiting:
-            yield job.run(tokenizer, i, unit)
+        yield from (run(*item) for item in waiting)
         return
     # One process is one unit's work; the library's own threads would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(waiting)), context, _start_worker, (job,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(waiting)), multiprocessing.get_context("spawn")) as pool:
         try:
-            for done in as_completed([pool.submit(_run_unit, item) for item in waiting]):
+            for done in as_completed([pool.submit(run, *item) for item in waiting]):
                 yield done.result()
         except BrokenProcessPool as error:
             raise OSError(
@@ -256,9 +224,9 @@ def _work(job: _Job, waiting: list[tuple[int, Unit]], workers: int) -> Iterator[
 def _pin(dataset: HubDataset, out: Path) -> HubDataset:
     """Return the dataset at the commit that the plan in `out` names, if there is one, else at today's."""
     if dataset.revision is None and (out / PLAN).is_file():
-        before = _read_plan(out).get("dataset")
-        if isinstance(before, dict) and before.get("name") == dataset.name and isinstance(before.get("revision"), str):
-            return replace(dataset, revision=before["revision"])
+        match _read_plan(out).get("dataset"):
+            case {"name": dataset.name, "revision": str(commit)}:
+                return replace(dataset, revision=commit)
     return dataset.pinned()
 
 
@@ -353,11 +321,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     with writing(path, GO_ON):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(value, indent=1))
-
-
-@contextmanager
-def _progress(units: list[Unit], shown: bool) -> Generator[Callable[[Unit], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
-        task = bar.add_task("tokenizing", total=sum(unit.n_bytes for unit in units))
-        yield lambda unit: bar.advance(task, unit.n_bytes)

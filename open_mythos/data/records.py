@@ -55,27 +55,22 @@ class Reading:
 
 def place(unit: Unit, number: int) -> str:
     """Return the place of a record in its file, in words; empty if it is the whole file."""
-    if number == WHOLE:
-        return ""
-    match unit.kind:
-        case "parquet":
-            return f"row {number}"
-        case "json":
-            return f"record {number}"
-        case _:
-            # The number of a line is known from the beginning of the file on; see `name_lines`.
-            return f"byte {number}" if unit.start else f"line {number}"
+    # The number of a line is known from the beginning of the file on; see `name_lines`.
+    name = {"parquet": "row", "json": "record"}.get(unit.kind, "byte" if unit.start else "line")
+    return "" if number == WHOLE else f"{name} {number}"
 
 
 def read_records(unit: Unit, reading: Reading) -> Iterator[Record]:
     """Yield the records of a unit, in order."""
-    match unit.kind:
-        case "text":
-            return _text_records(unit, reading)
-        case "parquet":
-            return _parquet_records(unit, reading)
-        case _:
-            return _json_records(unit, reading)
+    if unit.kind == "text":
+        yield from _text_records(unit, reading)
+    elif unit.kind == "parquet":
+        for row, text in read_column(unit.path, range(unit.start, unit.end), reading.column):
+            missing = Skipped("no text in the record", f"{reading.column} is {'null' if text is None else 'no text'}")
+            yield row, text if isinstance(text, str | bytes) else missing
+    else:
+        for number, value in json_records(unit, JSON_ROOM * reading.max_document_bytes + JSON_BYTES):
+            yield number, value if isinstance(value, Skipped) else _text_of(value, reading.column, unit.path)
 
 
 def conversion(unit: Unit) -> str:
@@ -148,11 +143,6 @@ def json_records(unit: Unit, max_bytes: int) -> Iterator[tuple[int, Any]]:
                 yield number, Skipped("no text in the record", why, "make each line one JSON object")
 
 
-def _json_records(unit: Unit, reading: Reading) -> Iterator[Record]:
-    for number, value in json_records(unit, JSON_ROOM * reading.max_document_bytes + JSON_BYTES):
-        yield number, value if isinstance(value, Skipped) else _text_of(value, reading.column, unit.path)
-
-
 def _text_of(record: Any, column: str, path: str) -> str | Skipped:
     """Return the text of a JSON record."""
     if not isinstance(record, dict):
@@ -189,12 +179,6 @@ def _suggest(record: dict[str, Any], path: str) -> str:
             texts |= {f"{name}.{key}": value for key, value in inner.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]), default=None)
     return "take it out" if longest is None else f"--column {shlex.quote(longest)}"
-
-
-def _parquet_records(unit: Unit, reading: Reading) -> Iterator[Record]:
-    for row, text in read_column(unit.path, range(unit.start, unit.end), reading.column):
-        missing = Skipped("no text in the record", f"{reading.column} is {'null' if text is None else 'no text'}")
-        yield row, text if isinstance(text, str | bytes) else missing
 
 
 def _lines(unit: Unit, most: int) -> Iterator[tuple[int, bytes | None]]:

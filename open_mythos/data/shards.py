@@ -11,7 +11,7 @@ Every document ends with the tokenizer's end token.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ FORMAT = 1
 INDEX = "dataset.json"
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
+GO_ON = "make room and repeat the command, which goes on from here"
+"""The remedy for a full disk."""
 MAX_INDEX_BYTES = 2**27
 """Bytes of the largest `dataset.json` that is read: about 600,000 shards."""
 MAX_COUNT = 2**40
@@ -54,17 +56,13 @@ class Shard:
         for name in ("tokens", "documents", "bytes"):
             check_int(name, getattr(self, name), 0, MAX_COUNT)
 
-    @classmethod
-    def from_dict(cls, values: Any) -> "Shard":
-        """Build from an entry of `dataset.json`.
-
-        Raises:
-            TypeError, ValueError: it is not an object with exactly the fields of a shard.
-        """
-        names = {field.name for field in fields(cls)}
+    @staticmethod
+    def from_dict(values: Any) -> "Shard":
+        """Build from an entry of `dataset.json`. Raises TypeError or ValueError unless that has exactly the fields."""
+        names = Shard.__annotations__.keys()
         if not isinstance(values, dict) or values.keys() != names:
             raise ValueError(f"{shown(values)} must be an object with the fields {', '.join(sorted(names))}")
-        return cls(**values)
+        return Shard(**values)
 
 
 class TokenShards:
@@ -97,9 +95,8 @@ class TokenShards:
     def tokenizer_sha256(self) -> str:
         """SHA-256 of the files of the tokenizer that made the tokens."""
         if not isinstance(value := self.info.get("tokenizer"), str):
-            raise ValueError(
-                f"{self.folder / INDEX}: tokenizer={shown(value)} must be a string; prepare the data again"
-            )
+            where = f"{self.folder / INDEX}: tokenizer={shown(value)}"
+            raise ValueError(f"{where} must be a string; prepare the data again")
         return value
 
     @property
@@ -134,11 +131,12 @@ class TokenShards:
 
     def first_tokens(self) -> np.ndarray:
         """Return the token that each document begins with, (documents,) int64."""
-        ends = [self.document_ends(i) for i in range(len(self.shards))]
-        for i, shard_ends in enumerate(ends):
-            self._check_ends(i, shard_ends[:-1], 0, self.shards[i].tokens - 1)
-        firsts = [tokens[np.append(0, e)[:-1]] for tokens, e in zip(self._maps, ends, strict=True)]
-        return np.concatenate([np.zeros(0, np.int64), *firsts])
+        firsts = [np.zeros(0, np.int64)]
+        for i, shard in enumerate(self.shards):
+            ends = self.document_ends(i)
+            self._check_ends(i, ends[:-1], 0, shard.tokens - 1)
+            firsts.append(self._maps[i][np.append(0, ends)[:-1]])
+        return np.concatenate(firsts)
 
     def document_ends(self, i: int) -> np.ndarray:
         """Return where the documents of shard i end in it, (documents,) int64."""
@@ -162,18 +160,14 @@ class TokenShards:
         """
         names = sorted(name for name in (HUB_FILE, HUB_ROLES, OWN_FILE) if (self.folder / name).is_file())
         if sha256(*(inside(self.folder, name) for name in names)) != self.tokenizer_sha256:
-            raise ValueError(
-                f"{self.folder} has another tokenizer ({', '.join(names) or 'none'}) than the one its text was made "
-                "tokens with; restore it, or prepare the data again"
-            )
+            found = f"{self.folder} has another tokenizer ({', '.join(names) or 'none'})"
+            raise ValueError(f"{found} than its text was encoded with; restore it, or prepare the data again")
         for shard in self.shards[rank::size]:
             files = inside(self.folder, shard.path), inside(self.folder, _ends(shard))
             if sha256(*files) != shard.sha256:
                 mark = self.folder / "units" / f"{Path(shard.path).stem}.json"
-                raise ValueError(
-                    f"{self.folder / shard.path} is damaged; remove {mark} and repeat the mythos prepare-data that made"
-                    " it"
-                )
+                remedy = f"remove {mark} and repeat the mythos prepare-data that made it"
+                raise ValueError(f"{self.folder / shard.path} is damaged; {remedy}")
             on_read(sum(file.stat().st_size for file in files))
 
     @cached_property
@@ -200,8 +194,8 @@ def write_shard(folder: Path, path: str, documents: list[np.ndarray], n_bytes: i
     tokens = np.concatenate([np.zeros(0, np.int64), *documents]).astype(np.dtype(dtype).newbyteorder("<"))
     shard = Shard(path, len(tokens), len(documents), n_bytes, "")
     for file, values in ((path, tokens), (_ends(shard), ends)):
-        target, remedy = folder / file, "make room and repeat the command, which goes on from here"
-        with writing(target, remedy, values.nbytes, half=target):
+        target = folder / file
+        with writing(target, GO_ON, values.nbytes, half=target):
             # `tofile` of numpy does not say why it has written less.
             target.write_bytes(values.data)
             to_disk(target)  # before anything says that it is there
@@ -217,10 +211,8 @@ def load_index(folder: Path) -> dict[str, Any]:
     """
     path = inside(folder, INDEX)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{folder} holds no finished data ({INDEX} is missing); make it with mythos prepare-data INPUT --out "
-            f"{folder}"
-        )
+        remedy = f"make it with mythos prepare-data INPUT --out {folder}"
+        raise FileNotFoundError(f"{folder} holds no finished data ({INDEX} is missing); {remedy}")
     info = read_json(path, MAX_INDEX_BYTES)
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{path} is of another format than {FORMAT}; prepare the data again with this version")

@@ -7,7 +7,7 @@ import shlex
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from open_mythos.data.skipped import Skipped
 
@@ -52,11 +52,8 @@ def is_packed(path: str | Path) -> bool:
 
 def has_byte_lines(path: str) -> bool:
     """Return whether the file can be read from any byte on: uncompressed, and apparently UTF-8."""
-    if is_packed(path):
-        return False
-    with open(path, "rb") as file:
-        head = file.read(LOOK)
-    return _encoding(head) == "utf-8" and not _is_binary(head)
+    head = _head(path, open, LOOK)
+    return not is_packed(path) and _encoding(head) == "utf-8" and not _is_binary(head)
 
 
 def open_utf8(path: str) -> BinaryIO:
@@ -67,15 +64,15 @@ def open_utf8(path: str) -> BinaryIO:
         Unreadable: the file is no text, or unpacks to far more than its size. This may also come as it is read, like
             the errors of `explain`.
     """
-    file: BinaryIO = cast(BinaryIO, _Unpacked.of(path)) if is_packed(path) else open(path, "rb")
+    file = io.BufferedReader(_Unpacked(path), 2**20) if is_packed(path) else open(path, "rb")
     try:
-        head = cast(io.BufferedReader, file).peek(LOOK)[:LOOK]
+        head = file.peek(LOOK)[:LOOK]
         encoding = _encoding(head)
         if head.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         elif encoding != "utf-8":
             file.read(4 if encoding.startswith("utf-32") else 2)
-            return cast(BinaryIO, io.BufferedReader(_Converted(file, encoding), 2**20))
+            return io.BufferedReader(_Converted(file, encoding), 2**20)
         elif _is_binary(head):
             raise Unreadable(_explain_binary(head, path))
     except BaseException:
@@ -106,17 +103,16 @@ def explain(error: Exception, path: str) -> Skipped:
 
 def convert_command(path: str, encoding: str = "latin1") -> str:
     """Return a command that makes a UTF-8 copy of a file."""
-    stem, ending = (Path(path).with_suffix("") if is_packed(path) else Path(path)), Path(path).suffix
+    name, plain, convert = shlex.quote(path), Path(path), f"iconv -f {encoding} -t utf-8"
+    convert = f"gzip -dc {name} | {convert}" if is_packed(path) else f"{convert} {name}"
     if is_packed(path):
-        ending = stem.suffix
-    source = f"gzip -dc {shlex.quote(path)} | iconv" if is_packed(path) else "iconv"
-    name = "" if is_packed(path) else f" {shlex.quote(path)}"
-    return f"{source} -f {encoding} -t utf-8{name} > {shlex.quote(str(stem.with_suffix('')) + '-utf8' + ending)}"
+        plain = plain.with_suffix("")
+    return f"{convert} > {shlex.quote(str(plain.with_suffix('')) + '-utf8' + plain.suffix)}"
 
 
-def _head(path: str, opener: Callable[[str, str], Any]) -> bytes:
+def _head(path: str, opener: Callable[[str, str], Any], n: int = 4) -> bytes:
     with opener(path, "rb") as file:
-        return file.read(4)
+        return file.read(n)
 
 
 def _encoding(head: bytes) -> str:
@@ -140,19 +136,25 @@ def _explain_binary(head: bytes, path: str) -> Skipped:
     return Skipped("not UTF-8", "it looks like a binary file", "take it out, or extract its text into a .txt file")
 
 
-class _Unpacked(io.RawIOBase):
+class _Reader(io.RawIOBase):
+    """What is made of another file as it is read, and closed with it."""
+
+    _file: BinaryIO | gzip.GzipFile
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Unpacked(_Reader):
     """The contents of a gzip file, up to a limit."""
 
     def __init__(self, path: str) -> None:
         self._path, self._file = path, gzip.open(path)
         self._left = max(UNPACKED_BYTES, UNPACKED_RATIO * Path(path).stat().st_size)
-
-    @classmethod
-    def of(cls, path: str) -> io.BufferedReader:
-        return io.BufferedReader(cls(path), 2**20)
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer) -> int:
         data = self._file.read(len(buffer))
@@ -163,20 +165,13 @@ class _Unpacked(io.RawIOBase):
         buffer[: len(data)] = data
         return len(data)
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-class _Converted(io.RawIOBase):
+class _Converted(_Reader):
     """The UTF-8 of a file in another encoding. Half of a surrogate pair is let through, and is no UTF-8 then."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._file, self._ready = file, b""
         self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer) -> int:
         more = True
@@ -187,7 +182,3 @@ class _Converted(io.RawIOBase):
         n = min(len(buffer), len(self._ready))
         buffer[:n], self._ready = self._ready[:n], self._ready[n:]
         return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

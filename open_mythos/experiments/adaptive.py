@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, S seeds, W windows.
 """
 
-import dataclasses
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from open_mythos.analysis.per_loop import by_loop
 from open_mythos.experiments.given_depths import shuffled, with_exits
-from open_mythos.experiments.study import Result, Results, Run, Study, curve
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, vary
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
@@ -54,7 +54,12 @@ def kinds(batch: Batch) -> Tensor:
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return the recipe; for the quick form a small model with few steps."""
     cfg = load_recipe(ARM)
-    return {ARM: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **SMALL), steps=30) if quick else cfg}
+    return {ARM: vary(cfg, model=SMALL, steps=30) if quick else cfg}
+
+
+def double_bits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the bits of every token in float64, for means over many."""
+    return token_bits(logits, labels).double()
 
 
 def measure(run: Run) -> Result:
@@ -63,21 +68,19 @@ def measure(run: Run) -> Result:
     # The windows come from a stream of their own, and from held-out text, which starts after that of training.
     batch = run.config.data.validation_batch(stream(run.seed, 1, Purpose.VALIDATION), run.settings["rows"])
     loops = range(1, model.cfg.max_loop_iters + 1)
-    by_depth = by_loop(model, batch, loops, token_bits, CHUNK)
+    by_depth = by_loop(model, batch, loops, double_bits, CHUNK)
+    scored = functools.partial(with_exits, model, batch, score=double_bits, rows=CHUNK)
     exits, groups = [], {}
     for rule, threshold in ((name, at) for name, thresholds in run.settings["rules"].items() for at in thresholds):
-        bits, used = with_exits(model, batch, model.exit_rule(rule, threshold), token_bits, rows=CHUNK)
-        controls = [
-            with_exits(model, batch, shuffled(used, seed), token_bits, rows=CHUNK)[0]
-            for seed in range(run.settings["shuffles"])
-        ]
+        bits, used = scored(model.exit_rule(rule, threshold))
+        controls = [scored(shuffled(used, seed))[0] for seed in range(run.settings["shuffles"])]
         exits.append(
             {
                 "rule": rule,
                 "threshold": threshold,
                 "loops": used.double().mean().item(),
-                "bits": _windows(bits),
-                "shuffled": [_windows(x) for x in controls],
+                "bits": bits.mean(1).tolist(),
+                "shuffled": [x.mean(1).tolist() for x in controls],
                 "tokens_by_loops": torch.bincount(used.flatten(), minlength=len(loops) + 1)[1:].tolist(),
             }
         )
@@ -85,12 +88,8 @@ def measure(run: Run) -> Result:
             groups["by_exit"] = _groups(by_depth, bits, used, used)
             groups["by_kind"] = _groups(by_depth, bits, used, kinds(batch))
     train_ce = read_metrics(run.folder / "metrics.jsonl")[-1]["train/ce"]
-    fixed = [_windows(x) for x in by_depth]
+    fixed = by_depth.mean(2).tolist()
     return {"train_ce": train_ce, "tokens": batch.labels.numel(), "fixed": fixed, "exits": exits, **groups}
-
-
-def _windows(bits: Tensor) -> list[float]:
-    return bits.double().mean(1).tolist()
 
 
 def _groups(by_depth: Tensor, bits: Tensor, loops: Tensor, key: Tensor) -> list[Result]:
@@ -100,49 +99,42 @@ def _groups(by_depth: Tensor, bits: Tensor, loops: Tensor, key: Tensor) -> list[
             "key": value,
             "tokens": int(here.sum()),
             "loops": loops[here].double().mean().item(),
-            "bits": bits[here].double().mean().item(),
-            "bits_by_depth": by_depth[:, here].double().mean(1).tolist(),
+            "bits": bits[here].mean().item(),
+            "bits_by_depth": by_depth[:, here].mean(1).tolist(),
         }
         for value in key.unique().tolist()
         for here in [key == value]
     ]
 
 
-def points(r: Results) -> list[dict[str, Any]]:
-    """Return a row for every rule and threshold, its numbers of bits over seeds and windows, (S, W)."""
-    rows = []
+def points(r: Results) -> dict[str, list[dict[str, Any]]]:
+    """Return by rule a row for every threshold, its numbers of bits over seeds and windows, (S, W)."""
+    fixed = np.array([run["fixed"] for run in r.runs[ARM]])
+    rows: dict[str, list[dict[str, Any]]] = {}
     for exits in zip(*(run["exits"] for run in r.runs[ARM]), strict=True):
         loops, bits, control, tokens = (
             np.array([found[name] for found in exits]) for name in ("loops", "bits", "shuffled", "tokens_by_loops")
         )
         # One depth for all at the same mean loops, window by window; between whole numbers a mix of two depths.
-        same = [
-            [np.interp(n, range(1, len(run["fixed"]) + 1), window) for window in zip(*run["fixed"], strict=True)]
-            for n, run in zip(loops, r.runs[ARM], strict=True)
-        ]
-        estimates = {"bits": bits, "same": same, "shuffled": control.mean(1)}
-        estimates = {name: TextEstimate(x) for name, x in estimates.items()}
-        rows.append(
-            estimates
+        mix = np.maximum(0, 1 - np.abs(loops[:, None] - np.arange(1, fixed.shape[1] + 1)))
+        same, chance = np.einsum("sl,slw->sw", mix, fixed), control.mean(1)
+        each = {"bits": bits, "same": same, "shuffled": chance, "against": same - bits, "gain": chance - bits}
+        rows.setdefault(exits[0]["rule"], []).append(
+            {name: TextEstimate(x) for name, x in each.items()}
             | {"rule": exits[0]["rule"], "threshold": exits[0]["threshold"], "loops": loops.mean()}
-            | {"against": estimates["same"] - estimates["bits"], "gain": estimates["shuffled"] - estimates["bits"]}
             | {"tokens": ", ".join(map(str, tokens.sum(0)))}
         )
     return rows
 
 
-def by_rule(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Sort `points` by rule."""
-    return {rule: [row for row in found if row["rule"] == rule] for rule in dict.fromkeys(row["rule"] for row in found)}
-
-
 def fill(r: Results) -> dict[str, Any]:
     """Return the rows by rule and threshold, what each rule's exits are worth, and the groups of tokens."""
-    runs, found = r.runs[ARM], points(r)
+    runs, rules = r.runs[ARM], points(r)
+    found = [row for own in rules.values() for row in own]
     fixed = np.array([run["fixed"] for run in runs])
     spread = [row["shuffled"].mean - row["same"].mean for row in found]
     said = []
-    for rule, own in by_rule(found).items():
+    for rule, own in rules.items():
         gain, same = (Counter(row[key].verdict for row in own) for key in ("gain", "against"))
         against = [row["against"].mean for row in own]
         said.append(
@@ -177,7 +169,7 @@ def fill(r: Results) -> dict[str, Any]:
 def draw_cost(r: Results, path: Path) -> None:
     *earlier, deepest = np.array([run["fixed"] for run in r.runs[ARM]]).swapaxes(0, 1)
     costs = {"every token at the same depth": {n: TextEstimate(bits) for n, bits in enumerate(earlier, 1)}}
-    for rule, rows in by_rule(points(r)).items():
+    for rule, rows in points(r).items():
         costs[f"exits by {rule}"] = {row["loops"]: row["bits"] for row in rows}
         costs[f"depths of {rule}, shuffled"] = {row["loops"]: row["shuffled"] for row in rows}
     curves = []
@@ -191,11 +183,8 @@ def draw_cost(r: Results, path: Path) -> None:
 
 def draw_gain(r: Results, path: Path) -> None:
     found = points(r)
-    curves = [
-        curve([row["loops"] for row in rows], [row["gain"] for row in rows], rule)
-        for rule, rows in by_rule(found).items()
-    ]
-    loops = [row["loops"] for row in found]
+    curves = [curve([x["loops"] for x in rows], [x["gain"] for x in rows], rule) for rule, rows in found.items()]
+    loops = [x["loops"] for rows in found.values() for x in rows]
     curves.append(Curve((min(loops), max(loops)), (0, 0), "at random tokens", None))
     labels = ("mean loops per token", "gain in bits per byte")
     draw_curves({"What the choice of tokens is worth": curves}, path, labels)

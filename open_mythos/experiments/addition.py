@@ -2,15 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from open_mythos.experiments.study import Result, Results, Run, Study
+from open_mythos.analysis.per_loop import by_loop, is_right, rows_right
+from open_mythos.experiments.study import Measure, Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.recipes import load_recipe
@@ -26,9 +26,6 @@ from open_mythos.train.metrics import read_metrics
 LOOPS = (1, 2, 4, 8, 16, 32)
 DIGITS = (2, 3, 4)
 COSINE_ROWS = 200
-CHUNK = 250
-"""Rows at a time."""
-PUBLISHED_STEPS = 3000
 PUBLISHED = {
     2: (0.38, 0.53, 1.00, 0.98, 0.91, 0.62),
     3: (0.19, 0.50, 1.00, 0.98, 0.91, 0.65),
@@ -52,16 +49,12 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     recipe = load_recipe("tiny-addition")
     steps = 150 if quick else recipe.steps
     sampled = dataclasses.replace(recipe, steps=steps, eval=EvalConfig(every=25, rows=512, loops=(4,)))
+    deeper, deepest = dataclasses.replace(recipe.model, max_loop_iters=16), LoopsConfig("poisson", 16, max_loops=32)
     return {
         "sampled": sampled,
         "fixed": dataclasses.replace(sampled, loops=LoopsConfig("fixed", 4)),
-        "published": published(100 if quick else PUBLISHED_STEPS),
-        "deep": dataclasses.replace(
-            sampled,
-            model=dataclasses.replace(sampled.model, max_loop_iters=16),
-            loops=LoopsConfig("poisson", 16, max_loops=32),
-            steps=50 if quick else steps,
-        ),
+        "published": published(100 if quick else 3000),
+        "deep": dataclasses.replace(sampled, model=deeper, loops=deepest, steps=50 if quick else steps),
         "four": dataclasses.replace(sampled, data=Addition(2, 4), steps=100 if quick else 2 * steps),
     }
 
@@ -69,14 +62,10 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
 def published(steps: int) -> TrainConfig:
     """Return the recipe `addition-dgx` at half its width, on 2 and 3 digits; the warm-up has its share of the steps."""
     cfg = load_recipe("addition-dgx")
-    return dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, dim=128, n_heads=4, n_kv_heads=1, expert_dim=256),
-        data=Addition(2, 3),
-        steps=steps,
-        schedule=dataclasses.replace(cfg.schedule, warmup_steps=cfg.schedule.warmup_steps * steps // cfg.steps),
-        eval=EvalConfig(every=25 if steps < 500 else 100, rows=512, loops=(4,)),
-    )
+    model = dataclasses.replace(cfg.model, dim=128, n_heads=4, n_kv_heads=1, expert_dim=256)
+    schedule = dataclasses.replace(cfg.schedule, warmup_steps=cfg.schedule.warmup_steps * steps // cfg.steps)
+    scored = EvalConfig(every=25 if steps < 500 else 100, rows=512, loops=(4,))
+    return dataclasses.replace(cfg, model=model, data=Addition(2, 3), steps=steps, schedule=schedule, eval=scored)
 
 
 def measure(run: Run) -> Result:
@@ -97,29 +86,12 @@ def by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> tuple[l
 
     A row is right exactly when greedy decoding would write it: see `train.evaluate.Score`.
     """
-    right, used = torch.zeros(2, len(loops), dtype=torch.float64)
+    right = rows_right(by_loop(model, batch, loops, is_right), batch).mean(1).tolist()
+    if model.cfg.halting == "none":
+        return right, [float(n) for n in loops]
     with evaluating(model):
-        for start in range(0, len(batch.labels), CHUNK):
-            part = batch.take(slice(start, start + CHUNK))
-            labelled = part.labels != IGNORE
-            for i, (logits, n_used) in enumerate(_outputs(model, part.input_ids, loops)):
-                right[i] += ((logits.argmax(-1) == part.labels) | ~labelled).all(-1).sum()
-                used[i] += n_used[labelled].sum()
-    return (right / len(batch.labels)).tolist(), (used / (batch.labels != IGNORE).sum()).tolist()
-
-
-def _outputs(model: OpenMythos, ids: Tensor, loops: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits and loops used for each number of loops allowed."""
-    if model.cfg.halting != "none":
-        for n in loops:
-            trace = model(ids, n, trace=True)
-            yield trace.logits, trace.exit_loop + 1
-        return
-    # One pass of the deepest call serves all: its state after loop n is the last state of a call with n loops.
-    hidden = model(ids, max(loops), trace=True).hidden
-    view = model.make_view((ids.shape[0], ids.shape[1]))
-    for n in loops:
-        yield model.readout(hidden[n - 1], view), torch.full_like(ids, n)
+        used = [model(batch.input_ids, n, trace=True).exit_loop[batch.labels != IGNORE] + 1 for n in loops]
+    return right, [x.double().mean().item() for x in used]
 
 
 def cosines(model: OpenMythos, batch: Batch, n_loops: int) -> list[float | None]:
@@ -177,36 +149,36 @@ def seen(cfg: Result, digits: int) -> float:
 
 
 def by_seed(r: Results, arm: str) -> Iterator[dict[str, Any]]:
-    """Yield the numbers of each run."""
+    """Yield the numbers of each run; those by digits are joined by slashes."""
     for run, accuracy in zip(r.runs[arm], r[arm, "accuracy"].values[:, :, LOOPS.index(4) :], strict=True):
-        ends = {f"at_{name}": " / ".join(f"{x:.3f}" for x in accuracy[:, i]) for name, i in (("four", 0), ("most", -1))}
-        yield {"title": r.title(arm), "seed": run["seed"], "click": click(run) or "never", "cpu_s": run["cpu_s"],
-               "lowest": accuracy.min(), **ends}  # fmt: skip
+        four, most = (" / ".join(f"{x:.3f}" for x in accuracy[:, i]) for i in (0, -1))
+        yield run | {"title": r.title(arm), "click": click(run) or "never", "four": four, "most": most,
+                     "lowest": accuracy.min()}  # fmt: skip
+
+
+def beside(theirs: Sequence[float], xs: Sequence[int], arms: Mapping[str, Measure], form: str) -> list[dict[str, Any]]:
+    """Return a row for each x with the published number and those of the arms; some have no first cosine."""
+    found = {arm: [measured[x] for x in xs] for arm, measured in arms.items()}
+    ours = {arm: ["none" if math.isnan(y.mean) else f"{y:{form}}" for y in ys] for arm, ys in found.items()}
+    return [{"x": x, "theirs": theirs[i]} | {arm: ys[i] for arm, ys in ours.items()} for i, x in enumerate(xs)]
 
 
 def fill(r: Results) -> dict[str, Any]:
     """Return the numbers of each arm and run, and the tables beside the published ones."""
-    arms, values = {}, {}
+    arms: dict[str, dict[str, Any]] = {}
     for arm in r.runs:
         # 2 and 3 digits together, which all arms have.
-        two, three = (r[arm, "accuracy"].where(digits=d) for d in (2, 3))
-        four, most = (Estimate((two[n].by_seed + three[n].by_seed) / 2) for n in (4, LOOPS[-1]))
+        cells = r[arm, "accuracy"].values[:, :2].mean(1)
+        four, most = Estimate(cells[:, LOOPS.index(4)]), Estimate(cells[:, -1])
         numbers = f"{four} at 4 loops, {most} at {LOOPS[-1]}"
         arms[arm] = r.arm(arm) | {"change": change(four, most), "numbers": numbers, "holds": holds(r, arm)}
         arms[arm]["capital"] = r.title(arm).capitalize()
+    tables = {}
     for d in DIGITS:
         have = [arm for arm in arms if d in r[arm, "accuracy"].axes["digits"]]
-        exact = {arm: r[arm, "accuracy"].where(digits=d) for arm in have}
-        cosine = {arm: r[arm, "cosine"].where(digits=d) for arm in have}
-        values[f"exact_{d}"] = [
-            {"loops": n, "theirs": PUBLISHED[d][i]} | {arm: found[n] for arm, found in exact.items()}
-            for i, n in enumerate(LOOPS)
-        ]
-        values[f"cosines_{d}"] = [
-            {"t": t, "theirs": PUBLISHED_COSINES[d][i]}
-            | {arm: "none" if math.isnan(found[t].mean) else f"{found[t]:.4f}" for arm, found in cosine.items()}
-            for i, t in enumerate(COSINES_AT)
-        ]
+        exact, cosine = ({arm: r[arm, name].where(digits=d) for arm in have} for name in ("accuracy", "cosine"))
+        tables[f"exact_{d}"] = beside(PUBLISHED[d], LOOPS, exact, ".3f")
+        tables[f"cosines_{d}"] = beside(PUBLISHED_COSINES[d], COSINES_AT, cosine, ".4f")
     few = [
         {"loops": n, "digits": d, "theirs": PUBLISHED[d][i], "ours": ours, "side": ours.side(PUBLISHED[d][i])}
         for i, n in enumerate(LOOPS[:2])
@@ -214,19 +186,15 @@ def fill(r: Results) -> dict[str, Any]:
         for ours in [r["sampled", "accuracy"].at(digits=d, loops=n)]
     ]
     cfg = arms["sampled"]["config"]
-    return (
-        arms
-        | values
-        | {
-            "arms": arms.values(),
-            "few": few,
-            "runs": [run for arm in arms for run in by_seed(r, arm)],
-            "used": dict(zip(LOOPS, r["published", "used"].where(digits=3).values.mean(0), strict=True)),
-            "steps": cfg["steps"],
-            "rows": r.runs["sampled"][0]["asked"]["rows"],
-            "seen": {d: seen(cfg, d) for d in (2, 3)},
-        }
-    )
+    return {**arms, **tables} | {
+        "arms": arms.values(),
+        "few": few,
+        "runs": [run for arm in arms for run in by_seed(r, arm)],
+        "used": r["published", "used"].where(digits=3),
+        "steps": cfg["steps"],
+        "rows": r.runs["sampled"][0]["asked"]["rows"],
+        "seen": {d: seen(cfg, d) for d in (2, 3)},
+    }
 
 
 def draw_loops(r: Results, path: Path) -> None:
@@ -257,13 +225,8 @@ STUDY = Study(
     page=Path(__file__).with_suffix(".md"),
     cost=("3 min", "90 min"),
     arms=arms,
-    titles={
-        "sampled": "sampled depth, mean 4",
-        "fixed": "fixed depth 4",
-        "published": "published protocol, this size",
-        "deep": "sampled depth, mean 16",
-        "four": "sampled depth, up to 4 digits",
-    },
+    titles={"sampled": "sampled depth, mean 4", "fixed": "fixed depth 4", "published": "published protocol, this size",
+            "deep": "sampled depth, mean 16", "four": "sampled depth, up to 4 digits"},
     n_seeds={"deep": 1, "four": 1},
     settings=lambda config, quick: {"loops": LOOPS, "rows": 500 if quick else 1000},
     measure=measure,

@@ -1,12 +1,9 @@
 """Does depth follow difficulty? Accuracy against mean loops for every halting rule, an oracle, and learned halting.
 
-Shapes: B rows, T tokens, S seeds, P thresholds, L loops.
+Shapes: B rows, T tokens, S seeds, L loops.
 """
 
-import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,12 @@ from open_mythos.analysis.per_loop import is_right, right_by_loop, settled
 from open_mythos.experiments.brackets import arms as bracket_arms
 from open_mythos.experiments.difficulty import DISTANCES, HARD, WITHIN, questions
 from open_mythos.experiments.given_depths import shuffled, with_exits
-from open_mythos.experiments.study import Result, Results, Run, Study, curve
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, vary
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Estimate, rank_correlation
-from open_mythos.tasks import KHop
 from open_mythos.tasks.task import IGNORE
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
@@ -51,30 +47,22 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return each task's recipe, and the same with learned halting, without and with a ponder cost."""
     khop, addition = load_recipe("tiny-khop"), load_recipe("tiny-addition")
     bases = {
-        "khop": dataclasses.replace(
-            khop,
-            steps=200 if quick else khop.steps,
-            loops=dataclasses.replace(khop.loops, ramp_steps=50 if quick else 150),
-        ),
-        "addition": dataclasses.replace(addition, steps=60 if quick else addition.steps),
+        "khop": vary(khop, steps=200 if quick else khop.steps, loops={"ramp_steps": 50 if quick else 150}),
+        "addition": vary(addition, steps=60 if quick else addition.steps),
         "brackets": bracket_arms(quick)["sampled"],
     }
     found = {}
     for task, base in bases.items():
-        base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every=0))
+        base = vary(base, eval={"every": 0})
         found[f"{task}, rules"] = base
         # One loss at the end, and one cap for all rows: the model decides how deep a token goes.
-        data = dataclasses.replace(base.data, target="root") if isinstance(base.data, KHop) else base.data
-        if data != base.data:
-            found[f"{task}, rules, {END_ONLY}"] = dataclasses.replace(base, data=data, losses=LossConfig())
+        loops = LoopsConfig("fixed", ACT_LOOPS, max_loops=ACT_LOOPS, ramp_steps=base.steps // 4)
+        if task == "khop":
+            base = found[f"{task}, rules, {END_ONLY}"] = vary(base, data={"target": "root"}, losses=LossConfig())
+        model = {"halting": "act", "max_loop_iters": ACT_LOOPS}
         for ponder in (0.0, PONDER):
-            found[f"{task}, ACT, ponder {ponder:g}"] = dataclasses.replace(
-                base,
-                model=dataclasses.replace(base.model, halting="act", max_loop_iters=ACT_LOOPS),
-                data=data,
-                loops=LoopsConfig("fixed", ACT_LOOPS, max_loops=ACT_LOOPS, ramp_steps=base.steps // 4),
-                losses=LossConfig(ponder=ponder),
-            )
+            learned = vary(base, model=model, loops=loops, losses=LossConfig(ponder=ponder))
+            found[f"{task}, ACT, ponder {ponder:g}"] = learned
     return found
 
 
@@ -92,15 +80,11 @@ def measure(run: Run) -> Result:
         other = loops.clone()
         other[asked] = shuffled(loops[asked], seed)
         control, _ = with_exits(model, batch, other, is_right, n_loops)
-        means = {
-            "loops": loops[asked],
-            "loops_of_all_tokens": loops,
-            "accuracy": hit[asked],
-            "shuffled": control[asked],
-        }
+        means = {"loops": loops[asked], "accuracy": hit[asked], "shuffled": control[asked]}
         return {
             "rule": name,
             "threshold": threshold,
+            "loops_of_all_tokens": loops.double().mean().item(),
             **{key: x.double().mean().item() for key, x in means.items()},
             "rho": rank_correlation(loops[graded], hard, group[graded]),
             "rho_of_any_place": rank_correlation(loops[graded], hard),
@@ -135,11 +119,10 @@ Row = dict[str, Any]
 """A rule at a threshold for each seed, with its `results` by seed and the estimates made from them."""
 
 
-def row(runs: list[Result], arm: str, at: Sequence[int]) -> Row:
-    """Summarise a rule at these places of each seed's points."""
-    results = [run["points"][i] for run, i in zip(runs, at, strict=True)]
-    rule, thresholds = results[0]["rule"], sorted({result["threshold"] for result in results} - {None})
-    name, places = arm if rule == "act" else rule + arm.removeprefix("rules"), ", ".join(f"{x:g}" for x in thresholds)
+def row(arm: str, results: list[Result], runs: list[Result]) -> Row:
+    """Summarise a rule's results by seed."""
+    rule, at = results[0]["rule"], sorted({result["threshold"] for result in results} - {None})
+    name, places = arm if rule == "act" else rule + arm.removeprefix("rules"), [f"{x:g}" for x in at]
     values = {key: np.array([result[key] for result in results], dtype=float) for key in NUMBERS}
     # A correlation is 0 where all tokens of a group ran equally deep: depth follows nothing.
     found = {key: Estimate(np.nan_to_num(x)) for key, x in values.items()}
@@ -150,8 +133,8 @@ def row(runs: list[Result], arm: str, at: Sequence[int]) -> Row:
         "arm": arm,
         "rule": rule,
         "name": name,
-        "threshold": places or "-",
-        "label": ", ".join(filter(None, (name, places))),
+        "threshold": ", ".join(places) or "-",
+        "label": ", ".join([name, *places]),
         "gain": found["accuracy"] - found["shuffled"],
         "ahead": found["accuracy"] - Estimate(same),
         "follows": follows(found["rho"]),
@@ -161,33 +144,31 @@ def row(runs: list[Result], arm: str, at: Sequence[int]) -> Row:
 
 
 def rows(r: Results, task: str) -> dict[str, tuple[list[Row], Row]]:
-    """Return by rule its thresholds, and the row that has for each seed the threshold that `choose` gives it."""
+    """Return by rule its thresholds, and the row with the threshold that `choose` gives each seed."""
     found = {}
     for arm, runs in r.runs.items():
         if arm.startswith(f"{task}, "):
-            name, fixed = arm.removeprefix(f"{task}, "), np.array([run["fixed"] for run in runs])
-            every = [row(runs, name, [i] * len(runs)) for i in range(len(runs[0]["points"]))]
-            for rule, group in itertools.groupby(range(len(every)), lambda i, every=every: every[i]["name"]):
-                places = list(group)
-                thresholds = [every[i] for i in places]
-                found[rule] = thresholds, row(runs, name, [places[i] for i in choose(thresholds, fixed)])
+            name = arm.removeprefix(f"{task}, ")
+            for rule in dict.fromkeys(point["rule"] for point in runs[0]["points"]):
+                points = [[point for point in run["points"] if point["rule"] == rule] for run in runs]
+                chosen = row(name, choose(points, np.array([run["fixed"] for run in runs])), runs)
+                found[chosen["name"]] = [row(name, [*at], runs) for at in zip(*points, strict=True)], chosen
     return found
 
 
-def choose(thresholds: list[Row], fixed: np.ndarray) -> list[int]:
-    """Choose a threshold of a rule for each seed by the answers of the other seeds; a single seed's by its own.
+def choose(points: list[list[Result]], fixed: np.ndarray) -> list[Result]:
+    """Choose a rule's threshold for each seed by the answers of the other seeds; a single seed's by its own.
 
     It is the one with the fewest loops for at most LOSS of the accuracy at any depth, `fixed` (S, L); if none is so
     good, the most accurate.
     """
+    loops, accuracy = (np.array([[point[key] for point in own] for own in points]) for key in ("loops", "accuracy"))
     chosen = []
-    for seed in range(len(fixed)):
-        others = [i for i in range(len(fixed)) if i != seed] or [seed]
-        loops, accuracy = (
-            np.array([row[key].by_seed[others].mean() for row in thresholds]) for key in ("loops", "accuracy")
-        )
-        good = accuracy >= fixed[others].mean(0).max() - LOSS
-        chosen.append(int(np.where(good, loops, np.inf).argmin() if good.any() else accuracy.argmax()))
+    for seed, own in enumerate(points):
+        others = [i for i in range(len(points)) if i != seed] or [seed]
+        good = accuracy[others].mean(0) >= fixed[others].mean(0).max() - LOSS
+        cost = np.where(good, loops[others].mean(0), np.inf) if good.any() else -accuracy[others].mean(0)
+        chosen.append(own[cost.argmin()])
     return chosen
 
 
@@ -251,9 +232,9 @@ def fill(r: Results) -> dict[str, Any]:
     return tasks | {f"{task}_{name}": tasks[task][name] for task in HARD for name in ("rows", "correlations")}
 
 
-def drawn(r: Results, task: str) -> dict[str, tuple[list[Row], Row]]:
-    """Return the rules of the figures: on the model with the end as its only label, one rule is enough."""
-    return {name: found for name, found in rows(r, task).items() if END_ONLY not in name or name.startswith("kl")}
+def is_drawn(name: str) -> bool:
+    """Return whether a rule is in the figures: on the model with the end as its only label, one rule is enough."""
+    return END_ONLY not in name or name.startswith("kl")
 
 
 def draw_exits(r: Results, path: Path, task: str) -> None:
@@ -261,9 +242,10 @@ def draw_exits(r: Results, path: Path, task: str) -> None:
     runs = r.runs[f"{task}, rules"]
     fixed = np.array([run["fixed"] for run in runs]).T
     curves = [curve(range(1, len(fixed) + 1), [*map(Estimate, fixed)], "every token at the same depth")]
-    for name, (found, _) in drawn(r, task).items():
-        for key, label in (("accuracy", name), ("shuffled", "depths of kl, shuffled"))[: 1 + (name == "kl")]:
-            curves.append(curve([row["loops"].mean for row in found], [row[key] for row in found], label))
+    for name, (found, _) in rows(r, task).items():
+        lines = [("accuracy", name)] * is_drawn(name) + [("shuffled", "depths of kl, shuffled")] * (name == "kl")
+        at = [row["loops"].mean for row in found]
+        curves += [curve(at, [row[key] for row in found], label) for key, label in lines]
     chance = float(np.mean([run["commonest"] for run in runs]))
     curves.append(Curve((1, DEEPEST), (chance, chance), "one answer for all, the commonest", None))
     draw_curves({f"{task}: accuracy by mean loops": curves}, path, ("mean loops of answers", "accuracy"))
@@ -271,9 +253,9 @@ def draw_exits(r: Results, path: Path, task: str) -> None:
 
 def draw_depth(r: Results, path: Path, task: str) -> None:
     """Plot mean loops by difficulty for each rule at the threshold of `choose`."""
-    rules = drawn(r, task)
-    levels, estimates = by_difficulty([row for _, row in rules.values()], "by_difficulty")
-    curves = [curve(levels, line, name) for name, line in zip(rules, estimates, strict=True)]
+    chosen = [row for name, (_, row) in rows(r, task).items() if is_drawn(name)]
+    levels, estimates = by_difficulty(chosen, "by_difficulty")
+    curves = [curve(levels, line, row["name"]) for row, line in zip(chosen, estimates, strict=True)]
     draw_curves({f"{task}: loops by difficulty": curves}, path, (HARD[task], "mean loops"))
 
 

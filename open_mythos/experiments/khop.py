@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from open_mythos.accounting import count_parameters
-from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
-from open_mythos.experiments.study import Lab, Result, Results, Run, Study
+from open_mythos.analysis.per_loop import by_loop, is_right, named_by_loop
+from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map
@@ -30,8 +30,6 @@ LOOPS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 96)
 STEPS = tuple(range(1, LOOPS[-1] + 1))
 ROWS = 500
 """Questions of each distance, and questions on cycles, by seed; the quick form asks a tenth of them."""
-QUICK_STEPS = 100
-
 INJECTIONS = ("diagonal", "lti", "concat", "add")
 OWN = INJECTIONS[0]
 """The recipe's injection."""
@@ -57,19 +55,16 @@ def accuracy_grid(
     model: OpenMythos, task: KHop, rows: int, seed: int, distances: Sequence[int], loops: Sequence[int]
 ) -> list[list[float]]:
     """Return the accuracy for every distance and number of loops, on `rows` fresh forests for each distance."""
-    grid = []
-    for distance in distances:
-        asked = dataclasses.replace(task, min_distance=distance, max_distance=distance)
-        grid.append(accuracy_by_loops(model, asked.batch(stream(seed, distance, Purpose.VALIDATION), rows), loops))
-    return grid
+    asked = {d: dataclasses.replace(task, min_distance=d, max_distance=d) for d in distances}
+    batches = (asked[d].batch(stream(seed, d, Purpose.VALIDATION), rows) for d in distances)
+    return [accuracy_by_loops(model, batch, loops) for batch in batches]
 
 
 def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: Sequence[int]) -> list[float]:
     """Return the share of labelled tokens predicted right at each number of loops; equal ones for a plain model."""
     # No symbol equals IGNORE, so a token without a label never counts as right.
-    hits = right_by_loop(model, batch, max(loops)).sum((1, 2)).tolist()
-    asked = int((batch.labels != IGNORE).sum())
-    return [hits[min(n, len(hits)) - 1] / asked for n in loops]
+    share = by_loop(model, batch, loops, is_right).sum((1, 2)).double() / (batch.labels != IGNORE).sum()
+    return share.expand(len(loops)).tolist()
 
 
 def cycles(n_symbols: int, rows: int, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
@@ -89,11 +84,8 @@ def cycle_accuracy(model: OpenMythos, n_symbols: int, rows: int, seed: int, n_lo
     ids, successor = cycles(n_symbols, rows, stream(seed, 0, Purpose.VALIDATION))
     named = named_by_loop(model, ids, n_loops)[:, :, -1].numpy()
     hops = np.arange(1, n_loops + 1)
-    shifts = {"right": 0, "one_before": -1, "one_after": 1}
-    return {
-        name: (named == successor[(hops + shift) % n_symbols]).mean(1).round(4).tolist()
-        for name, shift in shifts.items()
-    }
+    asked = {"right": hops, "one_before": hops - 1, "one_after": hops + 1}
+    return {name: (named == successor[n % n_symbols]).mean(1).round(4).tolist() for name, n in asked.items()}
 
 
 def guessing(task: KHop, rows: int = 10_000) -> float:
@@ -134,16 +126,13 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     """Four injections; two plain baselines; and the recipe with one of its choices undone, twice."""
     base = load_recipe("tiny-khop")
     if quick:
-        loops = dataclasses.replace(base.loops, ramp_steps=QUICK_STEPS // 2)
-        base = dataclasses.replace(base, steps=QUICK_STEPS, loops=loops)
-    deep = plain_baseline(base)
-    task = dataclasses.replace(khop_task(base), target="root")
-    return {
-        name: dataclasses.replace(base, model=dataclasses.replace(base.model, injection=name)) for name in INJECTIONS
-    } | {
+        base = dataclasses.replace(base, steps=100, loops=dataclasses.replace(base.loops, ramp_steps=50))
+    deep, root = plain_baseline(base), dataclasses.replace(khop_task(base), target="root")
+    injections = {name: dataclasses.replace(base.model, injection=name) for name in INJECTIONS}
+    return {name: dataclasses.replace(base, model=model) for name, model in injections.items()} | {
         "plain-depth": deep,
         "plain-parameters": narrowed(deep, count_parameters(base.model).total),
-        "root": dataclasses.replace(base, data=task, losses=LossConfig()),
+        "root": dataclasses.replace(base, data=root, losses=LossConfig()),
         "prelude": dataclasses.replace(base, model=dataclasses.replace(base.model, prelude_layers=1)),
     }
 
@@ -151,11 +140,6 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
 def settings(cfg: TrainConfig, quick: bool) -> dict[str, Any]:
     loops = LOOPS if cfg.model.recurrent_layers else LOOPS[:1]
     return {"rows": ROWS // 10 if quick else ROWS, "distances": DISTANCES, "loops": loops}
-
-
-def prepare(lab: Lab, arms: dict[str, TrainConfig]) -> Result:
-    """Return the accuracy of guessing among the roots."""
-    return {"guessing": guessing(khop_task(arms[OWN]))}
 
 
 def enough(distances: Sequence[int] = DISTANCES, loops: Sequence[int] = LOOPS) -> np.ndarray:
@@ -177,9 +161,8 @@ def reach(right: np.ndarray) -> int:
 
 def numbers(r: Results, arm: str) -> dict[str, Any]:
     """Return what the page states of an arm."""
-    forest, found = r[arm, "forest"], r.arm(arm)
-    model = found["config"]["model"]
-    ahead = r[OWN, "forest"].at(hops=FAR, loops=LOOPS[-1]) - forest.at(hops=FAR, loops=LOOPS[-1])
+    found, forest, far = r.arm(arm), r[arm, "forest"], {"hops": FAR, "loops": LOOPS[-1]}
+    model, ahead = found["config"]["model"], r[OWN, "forest"].at(**far) - forest.at(**far)
     change = Estimate(-ahead.by_seed)
     found |= {
         "forest": forest.where(loops=LOOPS[-1]),
@@ -190,7 +173,8 @@ def numbers(r: Results, arm: str) -> dict[str, Any]:
     }
     if arm in PLAIN:
         return found
-    right, n_symbols = r[arm, "cycle.right"], found["config"]["data"]["n_symbols"]
+    right, few, many = (r[arm, f"cycle.{name}"] for name in ("right", "one_after", "one_before"))
+    n_symbols = found["config"]["data"]["n_symbols"]
     later = np.array(STEPS[n_symbols:])
     prime = np.array([all(n % k for k in range(2, n)) for n in later])
     kinds = {"primes": prime, "rounds": later % n_symbols == 0, "others": ~prime & (later % n_symbols > 0)}
@@ -199,16 +183,14 @@ def numbers(r: Results, arm: str) -> dict[str, Any]:
         "cycle": right,
         "side": right[HOPS[-1]].side(1 / n_symbols),
         "reach": reach(right.values),
-        "few": r[arm, "cycle.one_after"].at(),
-        "most_few": Estimate(r[arm, "cycle.one_after"].values.max(1)),
-        "many": r[arm, "cycle.one_before"].at(),
-        "most_many": Estimate(r[arm, "cycle.one_before"].values.max(1)),
+        "few": {"mean": few.at(), "most": Estimate(few.values.max(1))},
+        "many": {"mean": many.at(), "most": Estimate(many.values.max(1))},
         "falls": falls,
         "harm": falls.side(HARM, "they hurt", "they do not hurt", "not told apart"),
         "unreachable": Estimate(forest.values[:, ~enough()].max(1)),
         "reachable": Estimate(forest.values[:, enough()].min(1)),
+        "n": {kind: chosen.sum() for kind, chosen in kinds.items()},
         **{kind: Estimate(right.values[:, n_symbols:][:, chosen].mean(1)) for kind, chosen in kinds.items()},
-        **{f"n_{kind}": chosen.sum() for kind, chosen in kinds.items()},
     }
 
 
@@ -217,19 +199,17 @@ def fill(r: Results) -> dict[str, Any]:
     arms = {arm: numbers(r, arm) for arm in r.runs}
     # Loops against blocks with the same labels, over all distances.
     loops, blocks = (r[arm, "forest"].where(loops=LOOPS[-1]).at() for arm in ("root", "plain-depth"))
+    more, less = (f"the loops are worth {word}" for word in ("more", "less"))
     return arms | {
         "arms": arms.values(),
         "looped": [arms[arm] for arm in arms if arm not in PLAIN],
         "own": arms[OWN],
         "task": arms[OWN]["config"]["data"],
         "chance": 1 / arms[OWN]["config"]["data"]["n_symbols"],
-        "guessing": r.raw["guessing"],
         "others": ", ".join(f"{arm} {arms[arm]['cycle'][HOPS[-1]]}" for arm in INJECTIONS[1:]),
         "baselines": "; ".join(f"{r.title(arm)} {arms[arm]['forest'][FAR]}, {arms[arm]['ahead']}" for arm in PLAIN),
         "worth": loops - blocks,
-        "worth_side": (loops - blocks).side(
-            0, "the loops are worth more", "the loops are worth less", "not told apart"
-        ),
+        "worth_side": (loops - blocks).side(0, more, less, "not told apart"),
     }
 
 
@@ -242,13 +222,12 @@ def draw_hops(r: Results, path: Path) -> None:
 
     on_cycle = [r[arm, "cycle.right"].curve(r.title(arm)) for arm in INJECTIONS]
     in_forests = [r[arm, "forest"].where(loops=LOOPS[-1]).curve(r.title(arm)) for arm in (*INJECTIONS, *PLAIN)]
-    panels = {
-        f"Cycle of {task['n_symbols']} symbols, as many loops as hops": [
-            *levels(1 / task["n_symbols"], STEPS[-1]),
-            *on_cycle,
-        ],
-        f"Forest, {LOOPS[-1]} loops (plain: none)": [*levels(r.raw["guessing"], DISTANCES[-1]), *in_forests],
-    }
+    cycle, forest = (
+        f"Cycle of {task['n_symbols']} symbols, as many loops as hops",
+        f"Forest, {LOOPS[-1]} loops (plain: none)",
+    )
+    panels = {cycle: levels(1 / task["n_symbols"], STEPS[-1]) + on_cycle,
+              forest: levels(r.raw["guessing"], DISTANCES[-1]) + in_forests}  # fmt: skip
     draw_curves(panels, path, ("hops", "accuracy"), shares=True)
 
 
@@ -267,7 +246,7 @@ STUDY = Study(
     arms=arms,
     titles=PLAIN | {"root": "diagonal, root label only", "prelude": "diagonal, one prelude layer"},
     settings=settings,
-    prepare=prepare,
+    prepare=lambda lab, arms: {"guessing": guessing(khop_task(arms[OWN]))},
     measure=measure,
     axes={"forest": {"hops": DISTANCES, "loops": LOOPS}}
     | {f"cycle.{name}": {"hops": STEPS} for name in ("right", "one_before", "one_after")},

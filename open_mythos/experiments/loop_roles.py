@@ -20,7 +20,7 @@ from open_mythos.analysis.loop_roles_section import (
     verdict,
     without_order_or_last,
 )
-from open_mythos.experiments.study import Result, Results, Run, Study
+from open_mythos.experiments.study import Result, Results, Run, Study, vary
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.tasks import Addition, KHop
@@ -52,28 +52,19 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return three models with parts that see the loop index, and the null control without them of each."""
     addition, published, khop = (load_recipe(name) for name in ("tiny-addition", "addition-dgx", "tiny-khop"))
     changes = {"dim": 128, "n_heads": 4, "expert_dim": 256, "rope_theta": 100.0, "halting": "none"}
+    model, fixed = dataclasses.replace(published.model, **changes), LoopsConfig("fixed", LOOPS["published"])
+    # The published optimiser learns nothing in minutes, so the recipe's trains that architecture too.
     own = {
-        # The published optimiser learns nothing in minutes, so the recipe's trains this one too.
-        "published": dataclasses.replace(
-            addition,
-            model=dataclasses.replace(published.model, **changes),
-            data=Addition(2, 2),
-            loops=LoopsConfig("fixed", LOOPS["published"]),
-            batch_size=64,
-            steps=400,
-        ),
-        "diagonal": dataclasses.replace(
-            addition, model=dataclasses.replace(addition.model, max_loop_iters=LOOPS["diagonal"])
-        ),
+        "published": vary(addition, model=model, data=Addition(2, 2), loops=fixed, batch_size=64, steps=400),
+        "diagonal": vary(addition, model={"max_loop_iters": LOOPS["diagonal"]}),
         "khop": khop,
     }
     found = {}
     for name, cfg in own.items():
         steps = 60 if quick else cfg.steps
-        loops = dataclasses.replace(cfg.loops, ramp_steps=min(cfg.loops.ramp_steps, steps // 4))
+        loops = {"ramp_steps": min(cfg.loops.ramp_steps, steps // 4)}
         for arm, parts in ((name, INDEX_PARTS), (f"{name}-null", NO_INDEX_PARTS)):
-            model = dataclasses.replace(cfg.model, **parts)
-            found[arm] = dataclasses.replace(cfg, model=model, steps=steps, loops=loops, eval=EvalConfig())
+            found[arm] = vary(cfg, model=parts, steps=steps, loops=loops, eval=EvalConfig())
     return found
 
 
@@ -116,12 +107,12 @@ def _strength(roles: LoopRoles, loop: int) -> float:
 
 def measure(run: Run) -> Result:
     """Measure the roles of a model's loops, and of those of copies with a planted loop."""
-    name = run.arm.removesuffix("-null")
-    found = roles_of(run.model, questions(run.config, run.settings["rows"], run.seed), LOOPS[name])
+    n_loops = LOOPS[run.arm.removesuffix("-null")]
+    found = roles_of(run.model, questions(run.config, run.settings["rows"], run.seed), n_loops)
     if "strengths" in run.settings:
         batch = questions(run.config, run.settings["planted_rows"], run.seed)
         found["planted"] = {
-            str(strength): roles_of(plant(run.model, batch, PLANTED_LOOP, strength), batch, LOOPS[name])
+            str(strength): roles_of(plant(run.model, batch, PLANTED_LOOP, strength), batch, n_loops)
             for strength in run.settings["strengths"]
         }
     return found
@@ -142,13 +133,9 @@ def roles(r: Results, arm: str, strength: float | None = None) -> list[LoopRoles
 
 def null(controls: list[LoopRoles]) -> dict[str, Any]:
     """Return the largest function part and effect of an order in the null controls, and what they show."""
-
-    def most(values: list[torch.Tensor]) -> float:
-        # A number that was not measured is no zero: one NaN makes this NaN, which passes nowhere.
-        return torch.cat([x.flatten() for x in values]).abs().max().item()
-
-    function = most([run.function for run in controls])
-    kl = most([run.kl[name] for run in controls for name in ("swap", "shuffle")])
+    values = [run.function for run in controls], [run.kl[name] for run in controls for name in ("swap", "shuffle")]
+    # A number that was not measured is no zero: one NaN makes this NaN, which passes nowhere.
+    function, kl = (torch.cat([x.flatten() for x in each]).abs().max().item() for each in values)
     passed = "float error at most" if function < 1e-5 and kl < 1e-5 else "NOT zero, so the measurement is at fault"
     return {"n": len(controls), "function": function, "kl": kl, "passed": passed}
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from open_mythos.analysis.per_loop import right_by_loop
 from open_mythos.experiments.study import Result, Results, Run, Study, curve, plain
+from open_mythos.recipes import load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map
 from open_mythos.reports.stats import Estimate
 from open_mythos.tasks import Parity
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
-from open_mythos.train.optim import OptimConfig
-from open_mythos.train.schedule import ScheduleConfig
+from open_mythos.train.losses import LossConfig
 from open_mythos.variants import small_model
 
 TRAINED = 12
@@ -43,19 +43,12 @@ LINES: dict[str, tuple[str, str, Loops]] = {
 
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
-    """The looped model whose loops bound the bits it is asked about, and its baselines."""
-    steps = 250 if quick else 600
-    layout = {"prelude_layers": 0, "coda_layers": 0, "rope_theta": 3.0, "qk_norm": True}
-    model = small_model(3, 64, 2, 128, max_seq_len=FARTHEST + 1, max_loop_iters=TRAINED, **layout)
-    coupled = TrainConfig(
-        model=model,
-        data=Parity(TRAINED),
-        steps=steps,
-        batch_size=128,
-        optim=OptimConfig("muon", lr=5e-3, weight_decay=0.0, muon_lr=2e-2),
-        schedule=ScheduleConfig(warmup_steps=20, shape="linear", cooldown=0.5),
-        loops=LoopsConfig("uniform", (TRAINED + 1) / 2, per="batch", max_loops=TRAINED, ramp_steps=steps // 3),
-    )
+    """The looped model whose loops bound the bits it is asked about, and its baselines; optimizer of tiny-khop."""
+    steps, shape = 250 if quick else 600, {"max_seq_len": FARTHEST + 1, "max_loop_iters": TRAINED}
+    model = small_model(3, 64, 2, 128, rope_theta=3.0, qk_norm=True, prelude_layers=0, coda_layers=0, **shape)
+    loops = LoopsConfig("uniform", (TRAINED + 1) / 2, per="batch", max_loops=TRAINED, ramp_steps=steps // 3)
+    task = {"data": Parity(TRAINED), "losses": LossConfig(), "steps": steps, "batch_size": 128}
+    coupled = dataclasses.replace(load_recipe("tiny-khop"), model=model, loops=loops, **task)
     fixed = dataclasses.replace(coupled, loops=LoopsConfig("fixed", TRAINED))
     base100 = dataclasses.replace(coupled, model=dataclasses.replace(model, rope_theta=100.0))
     return {

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, D width, L loops, V vocabulary.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEAD = 1e-8
 """A gradient norm below this is zero but for rounding."""
 STEPS = (0, 20, 60, 100, 200, 299)
-A_MAX = {
-    "bounded": (0.368, 0.496, 0.480, 0.477, 0.474, 0.469),
-    "free from .368": (0.418, 0.719, 0.749, 0.736, 0.700, 0.666),
-    "free from .95": (1.000, 1.319, 1.340, 1.315, 1.251, 1.190),
-}
-"""The published largest A at STEPS."""
+"""Steps whose largest A the page shows, beside the published ones."""
 GROWTH = {
     "0.37": (91, 124, 136, 141, 143, 143, 144, 144),
     "0.9": (91, 172, 246, 312, 371, 425, 473, 517),
@@ -59,15 +55,6 @@ class FreeLTI(LTIInjection):
         return self.A
 
 
-def published_init(model: OpenMythos) -> None:
-    """Draw the initial values of 0.5.0: N(0, 0.02) for every matrix, the halting layer's too, whose bias is uniform."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=STD)
-    if model.recurrent is not None and model.recurrent.act is not None:
-        nn.init.uniform_(model.recurrent.act.halt.bias, -(model.cfg.dim**-0.5), model.cfg.dim**-0.5)
-
-
 def published_act(hidden: Tensor, p: Tensor, threshold: float) -> Tensor:
     """Return the output of 0.5.0's ACT, (B, T, D), from states (L, B, T, D) and probabilities (L, B, T).
 
@@ -79,11 +66,18 @@ def published_act(hidden: Tensor, p: Tensor, threshold: float) -> Tensor:
 
 
 def untrained(cfg: MythosConfig, seed: int, init: str = "our") -> OpenMythos:
-    """Return a fresh model in eval mode, with our initial values or those of "0.5.0's"."""
+    """Return a fresh model in eval mode, with our initial values or those of "0.5.0's".
+
+    Those are N(0, 0.02) for every matrix, the halting layer's too, whose bias is uniform.
+    """
     torch.manual_seed(seed)
     model = OpenMythos(cfg).eval()
     if init == "0.5.0's":
-        published_init(model)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=STD)
+        if model.recurrent is not None and model.recurrent.act is not None:
+            nn.init.uniform_(model.recurrent.act.halt.bias, -(cfg.dim**-0.5), cfg.dim**-0.5)
     return model
 
 
@@ -95,11 +89,9 @@ def tokens(cfg: MythosConfig, seed: int, n: int = 128) -> Tensor:
 def spectral_radius(dim: int) -> Result:
     """Return A at the start, and the largest value that any parameter gives it."""
     injection = LTIInjection(dim)
-    with torch.no_grad():
-        start = injection.get_A()
-        extremes = torch.tensor([-math.inf, -1e4, -20.0, 0.0, 20.0, 1e4, math.inf])
-        injection.log_A = nn.Parameter(extremes)
-        most = {str(dtype)[6:]: injection.to(dtype).get_A().to(dtype).max().item() for dtype in DTYPES}
+    start = injection.get_A().detach()
+    injection.log_A = nn.Parameter(torch.tensor([-math.inf, -1e4, -20.0, 0.0, 20.0, 1e4, math.inf]))
+    most = {str(dtype)[6:]: injection.to(dtype).get_A().to(dtype).max().item() for dtype in DTYPES}
     return {"start": [start.min().item(), start.max().item()], "most": most}
 
 
@@ -114,7 +106,7 @@ def ablation(form: str, decay: str, seed: int, steps: int, lr: float = 0.05) -> 
     assert isinstance(injection, LTIInjection)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {"A": [], "loss": [], "gradient": []}
+    found: Result = {"A": [], "loss": [], "gradient": []}
     for _ in range(steps):
         ids = torch.randint(SMALL.vocab_size, (4, 33), generator=generator)
         inputs, labels = ids[:, :-1], ids[:, 1:]
@@ -129,8 +121,8 @@ def ablation(form: str, decay: str, seed: int, steps: int, lr: float = 0.05) -> 
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         optimizer.step()
-        for key, value in (("A", injection.get_A().max()), ("loss", loss), ("gradient", norm)):
-            found[key].append(float(f"{value.item():.6g}"))
+        for values, value in zip(found.values(), (injection.get_A().max(), loss, norm), strict=True):
+            values.append(float(f"{value.item():.6g}"))
     return found
 
 
@@ -150,10 +142,8 @@ def growth(seed: int) -> Result:
 def arms(quick: bool) -> dict[str, Any]:
     """The runs of the ablation by form and decay, and the measures of untrained models."""
     steps = 60 if quick else 300
-    ablation = {
-        f"{form}, {decay}": {"form": form, "decay": decay, "steps": steps} for form in FORMS for decay in DECAYS
-    }
-    return ablation | {"growth": None, "spectral": mythos_1b().dim}
+    trained = [{"form": form, "decay": decay, "steps": steps} for form in FORMS for decay in DECAYS]
+    return {f"{x['form']}, {x['decay']}": x for x in trained} | {"growth": None, "spectral": mythos_1b().dim}
 
 
 def measure(run: Run) -> Result:
@@ -163,35 +153,29 @@ def measure(run: Run) -> Result:
     return spectral_radius(run.config) if run.arm == "spectral" else ablation(**run.config, seed=run.seed)
 
 
-def dead(run: Result) -> bool:
-    """Return whether a run no longer learns at its end, with no gradient or one that is not a number."""
-    return not run["gradient"][-1] >= DEAD
+def dead(gradient: np.ndarray) -> np.ndarray:
+    """Return which runs (S, steps) no longer learn at their end, with no gradient or one that is not a number."""
+    return ~(gradient[:, -1] >= DEAD)
 
 
-def verdict(runs: dict[str, list[Result]]) -> str:
-    """Return what the numbers of dead runs say."""
-    n = len(runs["published, bounded"])
-    count = {form: [sum(map(dead, runs[f"{form}, {decay}"])) for decay in DECAYS] for form in FORMS}
-    bounded, free = count["published"][0], sum(count["published"][1:])
-    others = sum(count["normalised"]) + sum(count["ours"])
-    tally = (
-        f"(dead runs with 0.5.0's ACT: {bounded} of {n} with a bounded A, {free} of {2 * n} with a free one; with "
-        f"weights that sum to one: {others} of {6 * n})"
-    )
+def verdict(count: Mapping[str, int], n: int) -> str:
+    """Return what the numbers of dead runs by arm say, of `n` seeds each."""
+    bounded = count["published, bounded"]
+    free = sum(count[f"published, {decay}"] for decay in DECAYS) - bounded
+    others = sum(count.values()) - bounded - free
     if n < 2:
-        return f"Stability: one seed, so nothing is claimed {tally}."
-    if not sum(each[0] for each in count.values()) and free and others >= free:
-        return f"A bounded A trains on where a free one dies, as published {tally}."
-    if bounded and not others:
-        return (
-            "The published death of training is a fault of halting and not of A: it happens also with a bounded A, and "
-            f"never once ACT's weights sum to one {tally}."
-        )
-    if free and not others:
-        return f"Training died only with a free A and 0.5.0's ACT together {tally}."
-    if not bounded + free + others:
-        return f"No run died here, bounded or free {tally}."
-    return f"Death follows neither A nor halting alone {tally}."
+        say = "Stability: one seed, so nothing is claimed"
+    elif free and others >= free and not any(count[f"{form}, bounded"] for form in FORMS):
+        say = "A bounded A trains on where a free one dies, as published"
+    elif bounded and not others:
+        say = "The published death of training is a fault of halting and not of A: it happens also with a bounded A, "
+        say += "and never once ACT's weights sum to one"
+    elif free and not others:
+        say = "Training died only with a free A and 0.5.0's ACT together"
+    else:
+        say = "Death follows neither A nor halting alone" if others else "No run died here, bounded or free"
+    published = f"{bounded} of {n} with a bounded A, {free} of {2 * n} with a free one"
+    return f"{say} (dead runs with 0.5.0's ACT: {published}; with weights that sum to one: {others} of {6 * n})."
 
 
 def norms_by_loop(r: Results, rho: str) -> np.ndarray:
@@ -201,51 +185,33 @@ def norms_by_loop(r: Results, rho: str) -> np.ndarray:
 
 def fill(r: Results) -> dict[str, Any]:
     """Return the counts of dead runs, the largest A by step, and the norms beside the published ones."""
-    ablation = {arm: runs for arm, runs in r.runs.items() if arm not in ("growth", "spectral")}
-    lines = []
-    for arm, runs in ablation.items():
-        A, n = r[arm, "A"].values, len(runs)
-        at = {f"at_{step}": Estimate(A[:, step]) if step < A.shape[1] else "" for step in STEPS}
-        frozen = sum(dead(run) and abs(run["loss"][-1] - math.log(512)) < 1e-4 for run in runs)
-        lines.append(
-            {
-                "arm": arm,
-                "dead": f"{sum(map(dead, runs))} of {n}",
-                "loss": Estimate(r[arm, "loss"].values[:, -50:].mean(1)),
-                "without": np.mean(r[arm, "gradient"].values < DEAD),
-                "frozen": f"{frozen} of {n}",
-                "beyond": f"{int((A.max(1) >= 1).sum())} of {n}",
-                **at,
-            }
-        )
-    published = [
-        {"arm": f"published: {decay}"} | {f"at_{step}": f"{a:.3f}" for step, a in zip(STEPS, values, strict=True)}
-        for decay, values in A_MAX.items()
-    ]
-    falls = [
-        1 - run["A"][-1] / run["A"][-2] for arm, runs in ablation.items() for run in runs if dead(run) and "free" in arm
-    ]
-    fall = {decay: 1 - (values[5] / values[3]) ** (1 / 199) for decay, values in A_MAX.items() if decay != "bounded"}
+    lines, falls, count = [], [], {}
+    for arm in (arm for arm in r.runs if arm not in ("growth", "spectral")):
+        A, loss, gradient = (r[arm, name].values for name in ("A", "loss", "gradient"))
+        died, n = dead(gradient), len(A)
+        frozen = died & (abs(loss[:, -1] - math.log(SMALL.vocab_size)) < 1e-4)
+        falls += [*(1 - A[:, -1] / A[:, -2])[died & ("free" in arm)]]
+        count[arm] = int(died.sum())
+        lines.append({
+            "arm": arm,
+            "A": [Estimate(A[:, step]) if step < A.shape[1] else "" for step in STEPS],
+            "loss": Estimate(loss[:, -50:].mean(1)),
+            "without": np.mean(gradient < DEAD),
+            "dead": f"{count[arm]} of {n}",
+            "frozen": f"{frozen.sum()} of {n}",
+            "beyond": f"{(A.max(1) >= 1).sum()} of {n}",
+        })  # fmt: skip
     norms = {rho: norms_by_loop(r, rho).mean(0) for rho in GROWTH}
-    grown = [
-        {"what": f"{rho} {who}"} | {f"loop_{t}": f"{norm:.0f}" for t, norm in enumerate(values, 1)}
-        for rho, theirs in GROWTH.items()
-        for who, values in (("published", theirs), ("here", norms[rho]))
-    ]
     last = norms_by_loop(r, "2.0")
-    spectral = r.runs["spectral"][0]
     return {
-        "verdict": verdict(r.runs),
-        "off": max(abs(ours / norm - 1) for rho in GROWTH for ours, norm in zip(norms[rho], GROWTH[rho], strict=True)),
-        "start": spectral["start"],
-        "most": [{"dtype": dtype, "a": f"{a:.8f}"} for dtype, a in spectral["most"].items()],
-        "published_fall": " and ".join(f"{x:.3%} ({decay})" for decay, x in fall.items()),
+        "verdict": verdict(count, n),
+        "off": max(np.abs(norms[rho] / theirs - 1).max() for rho, theirs in GROWTH.items()),
         "fall": f" Dead runs here: {np.mean(falls):.3%} a step." if falls else "",
-        "published": published,
         "lines": lines,
         "ratio": Estimate((last[:, 5:] / last[:, 4:-1]).mean(1)),
-        "grown": grown,
-    }
+        "grown": [{"what": f"{rho} {who}", "norm": norm} for rho, theirs in GROWTH.items()
+                  for who, norm in (("published", np.array(theirs)), ("here", norms[rho]))],
+    }  # fmt: skip
 
 
 def draw_stability(r: Results, path: Path) -> None:

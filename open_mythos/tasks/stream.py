@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 
 from open_mythos.checks import NonNegativeInt, PositiveInt, Range, check_int, shown
-from open_mythos.data.documents import encode, is_held_out
+from open_mythos.data.documents import encode, place_of
 from open_mythos.data.hub import HubDataset
 from open_mythos.data.permutation import in_epochs, permute
 from open_mythos.data.records import Reading
@@ -158,7 +158,7 @@ class Stream(FileTask):
         groups, found, left = self._groups, [], n_tokens
         for i in permute(np.arange(len(groups)), len(groups), (0,)):
             for text in groups.read(int(i)):
-                if isinstance(text, str) and is_held_out(text, self.held_out):
+                if isinstance(text, str) and place_of(text) < self.held_out:
                     ids = encode(text, self._tokenizer)
                     if isinstance(ids, np.ndarray):
                         found.append((len(text.encode("utf-8")), ids))
@@ -229,7 +229,7 @@ class _Lane:
             place = np.array([self._number + turn * self._batch_size])
             group = int(in_epochs(place, n, (self._task.order_seed,))[0])
             for at, text in enumerate(self._groups.read(group, row), row):
-                if isinstance(text, str) and is_held_out(text, self._task.held_out):
+                if isinstance(text, str) and place_of(text) < self._task.held_out:
                     continue
                 ids = encode(text, self._task.tokenizer()) if isinstance(text, str) else text
                 if isinstance(ids, Skipped):

@@ -11,11 +11,12 @@ conversation begin with the ids of each shorter one.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from open_mythos.files import inside, read_text
-from open_mythos.tokenization.tokenizer import BPETokenizer, Tokenizer
+from open_mythos.files import inside, is_text, read_text
+from open_mythos.tokenization.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|end|>"
@@ -55,9 +56,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, reply: bool = Fals
     """
     check_messages(messages)
     end = tokenizer.encode(END) if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids: list[int] = []
-    answer: list[bool] = []
-    contents: list[range] = []
+    ids, answer, contents = list[int](), list[bool](), list[range]()
     for message in messages:
         marker, content = _marker(message["role"], tokenizer), tokenizer.encode(message["content"])
         start = len(ids) + len(marker)
@@ -77,8 +76,7 @@ def join(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     Raises:
         BadMessages: as for `render`.
     """
-    check_messages(messages)
-    texts = [message["content"] for message in messages]
+    texts = [message["content"] for message in check_messages(messages)]
     for number, text in enumerate(texts):
         ids = tokenizer.encode(text)
         check_ids([text], ids, [range(len(ids))], tokenizer, first=number)
@@ -105,12 +103,11 @@ def check_ids(
     """
     used = MARKERS if tokenizer.eos_id is None else MARKERS[:-1]
     forms = {marker: [tokenizer.encode(marker), tokenizer.encode(marker + "\n")] for marker in used}
-    unknown = tokenizer.unknown_token if isinstance(tokenizer, BPETokenizer) else None
     for number, (text, where) in enumerate(zip(texts, places, strict=True), first):
         special = sorted(tokenizer.special_ids & set(ids[where.start : where.stop]))
-        found = [f"the special token {_name(i, tokenizer)}" for i in special]
-        if unknown and unknown in text:
-            found.append(f"the special token {unknown}")
+        found = [f"the special token {tokenizer.token_name(i)}" for i in special]
+        if tokenizer.unknown_token and tokenizer.unknown_token in text:
+            found.append(f"the special token {tokenizer.unknown_token}")
         normalized = tokenizer.normalize(text)
         for marker in MARKERS:
             # A marker that grows together with the letters beside it has other ids, but still reads as one.
@@ -124,22 +121,13 @@ def check_ids(
 def _overlaps(part: Sequence[int], ids: Sequence[int], where: range) -> bool:
     """Return whether `part` stands among the ids so that at least one of it is in `where`."""
     part, n = list(part), len(part)
-    last = min(where.stop, len(ids) - n + 1)
-    at = max(0, where.start - n + 1)
-    while n and at < last:
-        try:
-            at = ids.index(part[0], at, last)
-        except ValueError:
-            return False
-        if list(ids[at : at + n]) == part:
-            return True
-        at += 1
+    at, last = max(0, where.start - n + 1), min(where.stop, len(ids) - n + 1)
+    with suppress(ValueError):  # `index` finds no other
+        while n:
+            at = ids.index(part[0], at, last) + 1
+            if list(ids[at - 1 : at - 1 + n]) == part:
+                return True
     return False
-
-
-def _name(token_id: int, tokenizer: Tokenizer) -> str:
-    name = tokenizer.backend.id_to_token(token_id) if isinstance(tokenizer, BPETokenizer) else None
-    return name or f"with id {token_id}"
 
 
 def save_template(folder: Path) -> None:
@@ -174,11 +162,9 @@ def check_messages(messages: object) -> Sequence[Message]:
         if role not in ROLES:
             raise BadMessages("unknown role", f"messages[{place}] has role={role!r}; use one of {', '.join(ROLES)}")
         content = message.get("content")
-        # A JSON string may hold half of a surrogate pair, which is no text either.
-        if not isinstance(content, str) or any("\ud800" <= c <= "\udfff" for c in content):
-            raise BadMessages(
-                "content is no text", f"messages[{place}] has content={content!r:.60}, which must be a string"
-            )
+        if not isinstance(content, str) or not is_text(content):
+            why = f"messages[{place}] has content={content!r:.60}, which must be a string"
+            raise BadMessages("content is no text", why)
         if found := next((marker for marker in MARKERS if marker in content), None):
             raise BadMessages("marker in the text", f"messages[{place}] has {found} in its content; take it out")
     return messages

@@ -77,9 +77,7 @@ class AnswerText:
         """Stop string that ended the text; None before that."""
         self.added = ""
         """Text that the last id adds, including a possible beginning of a stop string that `push` has not returned."""
-        self._stream = TextStream(tokenizer, prompt_ids)
-        self._stops = tuple(stops)
-        self._held = ""
+        self._stream, self._stops, self._held = TextStream(tokenizer, prompt_ids), tuple(stops), ""
 
     def push(self, token_id: int) -> str:
         """Return the text that is certain with `token_id`; empty once stopped."""
@@ -98,16 +96,11 @@ class AnswerText:
 
     def _take(self, piece: str) -> str:
         text, self._held = self._held + piece, ""
-        found = [(text.index(stop), i) for i, stop in enumerate(self._stops) if stop in text]
-        if found:
+        if found := [(text.index(stop), i) for i, stop in enumerate(self._stops) if stop in text]:
             end, i = min(found)
             self.stopped = self._stops[i]
         else:
-            end = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+            begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            end = len(text) - max(begun, default=0)
             self._held = text[end:]
         return text[:end]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

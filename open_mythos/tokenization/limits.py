@@ -42,16 +42,10 @@ MAX_GROWTH, FREE_CHARS = 8, 2**16
 """Normalised text may have 8 times the characters of the text, and 65,536 more."""
 PROBED_CHARS = 2**20
 
-UNICODE = {
-    "NFC": 3,
-    "NFD": 4,
-    "NFKC": 18,
-    "NFKD": 18,
-    "Lowercase": 3,
-    "BertNormalizer": 4,
+GROWTH = {
+    "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 4, "Metaspace": 2,
     "ByteLevel": 5,  # a character of four bytes becomes four, and a space may be put before them
-    "Metaspace": 2,
-}
+}  # fmt: skip
 """The most characters that a step makes of one."""
 NEVER_EMPTY = re.compile(r"(\\.|[^\\\[\](){}.*+?|^$]|\[[^\[\]&]+\])(\+|\{[1-9]\d*(,\d*)?\})?")
 """Patterns of one character or class, repeated at least once: these match nothing empty."""
@@ -72,28 +66,29 @@ def read_checked(path: Path) -> tuple[str, int]:
             "smaller vocabulary"
         )
     try:
-        values = parse_json(text, "it")
+        if not isinstance(values := parse_json(text, "it"), dict):
+            raise ValueError("it holds no object; save it again")
     except ValueError as error:
         raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: it holds no object; save it again")
+    growth, patterns = dict[str, int](), list[Any]()
     with blamed_on(path):
         _check_entries(values)
-        normalizer, pre_tokenizer, decoder = (
-            list(_steps(values.get(part), part)) for part in ("normalizer", "pre_tokenizer", "decoder")
-        )
-        growth = 1
-        for part, steps in (("normalizer", normalizer), ("pre_tokenizer", pre_tokenizer), ("decoder", decoder)):
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            steps = list(_steps(values.get(part), part))
             rewriting, unicode = math.prod(map(_rewriting, steps)), math.prod(map(_unicode, steps))
+            growth[part] = rewriting * unicode
             if rewriting > MAX_REWRITING or unicode > (MAX_UNICODE if part == "normalizer" else MAX_REWRITING):
                 raise ValueError(
                     f"{part} can make a text more than {MAX_REWRITING} times as long "
-                    f"(about {min(rewriting * unicode, MAX_INT):.3g} times); remove steps from it"
+                    f"(about {min(growth[part], MAX_INT):.3g} times); remove steps from it"
                 )
-            growth = rewriting * unicode if part == "normalizer" else growth
-        _check_templates(values.get("post_processor"))
-        _try_patterns(tuple(dict.fromkeys(_patterns([*normalizer, *pre_tokenizer, *decoder]))))
-    return text, growth
+            patterns += [each.get("Regex") for step in steps if isinstance(each := step.get("pattern"), dict)]
+        for step in _steps(values.get("post_processor"), "post_processor"):
+            pieces = single if isinstance(single := step.get("single"), list) else []
+            if sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces) > 1:
+                raise ValueError("post_processor repeats the text; name the sequence once in its template")
+        _try_patterns(tuple(dict.fromkeys(each for each in patterns if isinstance(each, str))))
+    return text, growth["normalizer"]
 
 
 def read_roles(path: Path) -> dict[str, str | None]:
@@ -136,13 +131,13 @@ def raise_named(error: BaseException, what: str) -> NoReturn:
 
 
 def _check_entries(values: dict[str, Any]) -> None:
-    model = values.get("model")
-    model = model if isinstance(model, dict) else {}
+    model = model if isinstance(model := values.get("model"), dict) else {}
     vocab, added = model.get("vocab"), values.get("added_tokens")
     entries = vocab if isinstance(vocab, dict | list) else []
-    _check_count("model.vocab", entries, MAX_ENTRIES)
-    _check_count("model.merges", model.get("merges"), 2 * MAX_ENTRIES)
-    _check_count("added_tokens", added, MAX_ADDED)
+    limits = (("model.vocab", MAX_ENTRIES), ("model.merges", 2 * MAX_ENTRIES), ("added_tokens", MAX_ADDED))
+    for (name, most), each in zip(limits, (vocab, model.get("merges"), added), strict=True):
+        if isinstance(each, dict | list) and len(each) > most:
+            raise ValueError(f"{name} has {len(each)} entries, and may have {most}; use a smaller vocabulary")
     tokens = [each[0] if isinstance(each, list) and each else each for each in entries]
     added = [each for each in added if isinstance(each, dict)] if isinstance(added, list) else []
     for name, texts in (("model.vocab", tokens), ("added_tokens", [each.get("content") for each in added])):
@@ -160,11 +155,6 @@ def _check_entries(values: dict[str, Any]) -> None:
             raise ValueError(f"model.{name}={shown(affix)} may have {MAX_TOKEN_CHARS // 16} characters; shorten it")
     # WordPiece tries every part of a word: its work grows with the cube of this.
     check_int("model.max_input_chars_per_word", model.get("max_input_chars_per_word", 100), 0, 256)
-
-
-def _check_count(name: str, entries: Any, most: int) -> None:
-    if isinstance(entries, dict | list) and len(entries) > most:
-        raise ValueError(f"{name} has {len(entries)} entries, and may have {most}; use a smaller vocabulary")
 
 
 def _steps(part: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -197,35 +187,19 @@ def _rewriting(step: dict[str, Any]) -> int:
 def _unicode(step: dict[str, Any]) -> int:
     """Return the most characters that any other step makes of one."""
     if not isinstance(charsmap := step.get("precompiled_charsmap"), str):
-        return UNICODE.get(str(step.get("type")), 1)
+        return GROWTH.get(str(step.get("type")), 1)
     # The size of a trie, the trie, and the strings that it points into, each with a NUL behind it.
     blob = base64.b64decode(charsmap)
     return max(1, *map(len, blob[4 + int.from_bytes(blob[:4], "little") :].split(b"\0")))
 
 
-def _check_templates(processor: Any) -> None:
-    """Refuse a post-processor that repeats the text: its templates may name it once."""
-    for step in _steps(processor, "post_processor"):
-        single = step.get("single")
-        pieces = single if isinstance(single, list) else []
-        if sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces) > 1:
-            raise ValueError("post_processor repeats the text; name the sequence once in its template")
-
-
-def _patterns(steps: list[dict[str, Any]]) -> Iterator[str]:
-    for step in steps:
-        pattern = step.get("pattern")
-        if isinstance(pattern, dict) and isinstance(regex := pattern.get("Regex"), str):
-            if len(regex) > MAX_PATTERN_CHARS:
-                raise ValueError(f"a pattern has {len(regex)} characters, and may have {MAX_PATTERN_CHARS}; shorten it")
-            yield regex
-
-
 @lru_cache(maxsize=64)
 def _try_patterns(patterns: tuple[str, ...]) -> None:
-    """Refuse patterns that fail, or take long or much memory, on short texts."""
+    """Refuse patterns that are long, or fail or take long or much memory on short texts."""
     if not patterns:
         return
+    if (n := max(map(len, patterns))) > MAX_PATTERN_CHARS:
+        raise ValueError(f"a pattern has {n} characters, and may have {MAX_PATTERN_CHARS}; shorten it")
     command = [sys.executable, "-P", str(Path(__file__).with_name("pattern_probe.py"))]
     done = subprocess.run(command, input=json.dumps(patterns), capture_output=True, text=True, check=False)
     if done.returncode:

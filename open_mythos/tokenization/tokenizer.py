@@ -12,23 +12,18 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from open_mythos.checks import shown
+from open_mythos.checks import check_int, shown
 from open_mythos.files import inside, read_json
-from open_mythos.tokenization.limits import (
-    MAX_ENTRIES,
-    MAX_GROWTH,
-    MAX_SYMBOLS,
-    check_growth,
-    raise_named,
-    read_checked,
-    read_roles,
-)
+from open_mythos.tokenization import limits
+from open_mythos.tokenization.limits import MAX_ENTRIES, MAX_SYMBOLS, raise_named
 
 HUB_FILE = "tokenizer.json"  # the format of the `tokenizers` library, with the special tokens' roles in HUB_ROLES
 HUB_ROLES = "tokenizer_config.json"
@@ -44,12 +39,21 @@ class Tokenizer(ABC):
     """Id of the begin token; None, like the two below, in a vocabulary without one."""
     eos_id: int | None
     pad_id: int | None
-    special_ids: frozenset[int]
-    """Ids of marks that are not text. The token for unknown characters is text."""
+    unknown_token: str | None = None
+    """Name of the special token that stands for unknown characters."""
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of marks that are not text. The token for unknown characters is text."""
+        return frozenset(i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None)
 
     def normalize(self, text: str) -> str:
         """Return the text that is split into tokens: `text` after the normalizer, such as lower case."""
         return text
+
+    def token_name(self, token_id: int) -> str:
+        """Return what the vocabulary calls a token; empty if it has no name, or there is no token of that id."""
+        return {self.bos_id: "<bos>", self.eos_id: "<eos>", self.pad_id: "<pad>"}.get(token_id, "")
 
     @abstractmethod
     def encode(self, text: str) -> list[int]: ...
@@ -67,7 +71,6 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
-    special_ids = frozenset({256, 257, 258})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -118,10 +121,9 @@ class SymbolTokenizer(Tokenizer):
             if symbol is not None and symbol not in self._ids:
                 raise ValueError(f"{role}={symbol!r} must be one of the symbols; add it to them")
         self.vocab_size = len(self.symbols)
-        self.bos_id, self.eos_id, self.pad_id = (None if s is None else self._ids[s] for s in self._roles.values())
-        self.special_ids = frozenset(i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None)
+        self.bos_id, self.eos_id, self.pad_id = (self._ids.get(name) for name in (bos, eos, pad))
         longest_first = sorted(self.symbols, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+")
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + r"|\s+|.", re.DOTALL)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the symbols in `text`.
@@ -129,21 +131,18 @@ class SymbolTokenizer(Tokenizer):
         Raises:
             ValueError: part of the text is no symbol.
         """
-        ids, at = [], 0
-        while at < len(text):
-            match = self._pattern.match(text, at)
-            if match is None:
-                raise ValueError(
-                    f"{text[at]!r} at position {at} of {text!r:.60} starts no symbol; use {' '.join(self.symbols):.200}"
-                )
+        ids = []
+        for match in self._pattern.finditer(text):
             if match[0] in self._ids:
                 ids.append(self._ids[match[0]])
-            at = match.end()
+            elif not match[0].isspace():
+                where = f"{match[0]!r} at position {match.start()} of {text!r:.60}"
+                raise ValueError(f"{where} starts no symbol; use {' '.join(self.symbols):.200}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        special = (self.bos_id, self.eos_id, self.pad_id)
-        return self.separator.join(self.symbols[i] for i in ids if 0 <= i < self.vocab_size and i not in special)
+        texts = (self.symbols[i] for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids)
+        return self.separator.join(texts)
 
     def save(self, folder: str | Path) -> None:
         fields = {"symbols": self.symbols, "separator": self.separator, **self._roles}
@@ -173,9 +172,7 @@ class BPETokenizer(Tokenizer):
         self._roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         # Not the number of tokens: published vocabularies have gaps below their special tokens.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, self.eos_id, self.pad_id = (
-            None if name is None else backend.token_to_id(name) for name in self._roles.values()
-        )
+        self.bos_id, self.eos_id, self.pad_id = (None if n is None else backend.token_to_id(n) for n in (bos, eos, pad))
 
     @staticmethod
     def train_from_text(text: str, vocab_size: int) -> "BPETokenizer":
@@ -190,29 +187,20 @@ class BPETokenizer(Tokenizer):
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Train as `train_from_text` does, on an iterable of texts that is consumed once."""
-        if type(vocab_size) is not int or not ByteTokenizer.vocab_size <= vocab_size <= MAX_ENTRIES:
-            raise ValueError(
-                f"vocab_size={shown(vocab_size)} must be an integer of at most {MAX_ENTRIES} and at least 259; "
-                "use vocab_size=4096"
-            )
+        check_int("vocab_size", vocab_size, ByteTokenizer.vocab_size, MAX_ENTRIES, "use vocab_size=4096")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<bos>", "<eos>", "<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
+        special = ["<bos>", "<eos>", "<pad>"]
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(iter(texts), trainer)
         return BPETokenizer(backend)
 
     @staticmethod
     def load(path: str | Path) -> "BPETokenizer":
         """Read a `tokenizer.json`, and the special tokens' names from the `tokenizer_config.json` beside it, if any."""
-        path = Path(path)
-        backend, growth = _backend(path)
-        return BPETokenizer(backend, **read_roles(path.with_name(HUB_ROLES)), growth=growth)
+        return BPETokenizer(**_read(Path(path)))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -221,13 +209,14 @@ class BPETokenizer(Tokenizer):
         The token for unknown characters counts only if it is also one of the three: a text that holds a rare character
         has not written a special token out.
         """
-        roles = {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}
-        return frozenset(roles | {i for i in self._added if i != self._unknown_id})
+        return super().special_ids | {i for i in self._added if i != self._unknown_id}
 
     @cached_property
     def unknown_token(self) -> str | None:
-        """Name of the special token that stands for unknown characters."""
         return None if self._unknown_id is None else self._added.get(self._unknown_id)
+
+    def token_name(self, token_id: int) -> str:
+        return self.backend.id_to_token(token_id) or ""
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -250,8 +239,8 @@ class BPETokenizer(Tokenizer):
             ValueError: the vocabulary cannot encode it, or its normalizer makes it far longer.
         """
         try:
-            if self._growth > MAX_GROWTH:
-                check_growth(self.backend.normalizer, text, self._growth)
+            if self._growth > limits.MAX_GROWTH:
+                limits.check_growth(self.backend.normalizer, text, self._growth)
             # `encode` of one text keeps all other threads from running, for a second per megabyte.
             return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except BaseException as error:
@@ -283,12 +272,7 @@ class MythosTokenizer(BPETokenizer):
         path = Path(model_id)
         if path.is_dir():
             path = inside(path, HUB_FILE)
-        if path.exists():
-            roles = path.with_name(HUB_ROLES)
-        else:
-            path, roles = _download(model_id)
-        backend, growth = _backend(path)
-        super().__init__(backend, **read_roles(roles), growth=growth)
+        super().__init__(**_read(path if path.exists() else _download(model_id)))
 
 
 def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
@@ -297,8 +281,8 @@ def n_bytes(tokenizer: Tokenizer, token_id: int) -> int:
     if "\ufffd" not in text:
         return len(text.encode())
     # Part of a character. Byte-level vocabularies write each byte as a character, others one byte as <0x..>.
-    name = tokenizer.backend.id_to_token(token_id) if isinstance(tokenizer, BPETokenizer) else None
-    return 1 if name is None or name.startswith("<0x") else len(name)
+    name = tokenizer.token_name(token_id)
+    return 1 if name.startswith("<0x") else max(1, len(name))
 
 
 def open_tokenizer(name: str) -> Tokenizer:
@@ -341,9 +325,9 @@ def _write(folder: str | Path, name: str, value: dict[str, object]) -> None:
     (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
-    """Return the library's tokenizer of a file, and the most characters that its normalizer may make of one."""
-    text, growth = read_checked(path)
+def _read(path: Path) -> dict[str, Any]:
+    """Return the arguments of BPETokenizer from a file and the `tokenizer_config.json` beside it."""
+    text, growth = limits.read_checked(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
@@ -351,11 +335,11 @@ def _backend(path: Path) -> tuple[tokenizers.Tokenizer, int]:
     # Files may ask that every text be cut or filled up to a length, of any size; ids are those of the text alone.
     backend.no_truncation()
     backend.no_padding()
-    return backend, growth
+    return {"backend": backend, "growth": growth, **limits.read_roles(path.with_name(HUB_ROLES))}
 
 
-def _download(model_id: str) -> tuple[Path, Path]:
-    """Local copies of a hub model's tokenizer and of its special tokens' names (that one may be missing)."""
+def _download(model_id: str) -> Path:
+    """Return a local copy of a hub model's tokenizer, with its special tokens' names beside it if the model has any."""
     # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -365,10 +349,9 @@ def _download(model_id: str) -> tuple[Path, Path]:
         if not isinstance(try_to_load_from_cache(model_id, HUB_FILE), str):
             get_hf_file_metadata(hf_hub_url(model_id, HUB_FILE))
         path = Path(hf_hub_download(model_id, HUB_FILE))
-        try:
-            return path, Path(hf_hub_download(model_id, HUB_ROLES))
-        except RemoteEntryNotFoundError:
-            return path, path.with_name(HUB_ROLES)
+        with suppress(RemoteEntryNotFoundError):
+            hf_hub_download(model_id, HUB_ROLES)
+        return path
     except Exception as error:  # of the hub, or of whatever library carries its requests
         raise OSError(
             f"tokenizer {model_id!r} is no local path and the Hugging Face hub does not give its {HUB_FILE}; check the "

@@ -101,8 +101,8 @@ class Checkpoints:
         Raises:
             RuntimeError: another process has died, or was not done with its part within `parallel.timeout_s`.
         """
+        self.join()
         if self._thread is not None:
-            self._thread.join()
             self._thread = None
             if isinstance(self._problem, RuntimeError):
                 raise self._problem
@@ -156,7 +156,7 @@ class Checkpoints:
         finally:
             self._written_at = time.monotonic()
 
-    def _together(self, work: Callable[[], dict[str, Any]], takes_part: bool = True) -> dict[str, Any]:
+    def _together(self, work: Callable[[], dict[str, Any] | None], takes_part: bool = True) -> dict[str, Any]:
         """Do a part of a save, and return what all processes returned from it, once all have.
 
         Raises:
@@ -165,7 +165,7 @@ class Checkpoints:
         """
         answer: dict[str, Any] = {"error": None}
         try:
-            answer["files"] = work() if takes_part else {}
+            answer["files"] = (work() if takes_part else None) or {}
         except Exception as error:  # for all processes, which decide the same about the whole
             answer["error"] = f"{type(error).__name__}: {error}"
         answers = [json.loads(text) for text in self.world.exchange(json.dumps(answer))]
@@ -174,24 +174,21 @@ class Checkpoints:
                 raise OSError(answer["error"] if self.world.size == 1 else f"rank {rank}: {answer['error']}")
         return {name: seal for answer in answers for name, seal in answer["files"].items()}
 
-    def _begin(self, partial: Path) -> dict[str, Any]:
+    def _begin(self, partial: Path) -> None:
         """Remove what broken saves have left, and make the folder to write to."""
         for left_over in self.folder.glob("step-*.*"):
             if re.fullmatch(r"step-[0-9]{8,}\.(partial|old)", left_over.name):
                 shutil.rmtree(left_over, ignore_errors=True)
         make_folder(partial)
-        return {}
 
     def _write_own(self, partial: Path, groups: ShardGroups) -> dict[str, Any]:
         """Write this process's files, and return their sizes and hashes."""
-        paths = []
-        for name, shards in groups.items():
-            if shards:
-                paths.append(partial / f"{name}-{self.world.rank:05d}.safetensors")
-                write_shards(paths[-1], shards)
-        return {path.name: _seal(path) for path in paths}
+        shards_of = {f"{name}-{self.world.rank:05d}.safetensors": shards for name, shards in groups.items() if shards}
+        for file, shards in shards_of.items():
+            write_shards(partial / file, shards)
+        return {file: _seal(partial / file) for file in shards_of}
 
-    def _complete(self, partial: Path, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, partial: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
         """Complete the folder once all processes have written, and give it its name."""
         target, old = partial.with_suffix(""), partial.with_suffix(".old")
         with writing(partial):
@@ -212,7 +209,6 @@ class Checkpoints:
         for step in sorted(step for step in steps if step <= _step(target))[: -self.cfg.last]:
             if not self.cfg.milestones or step % self.cfg.milestones:
                 shutil.rmtree(steps[step], ignore_errors=True)
-        return {}
 
 
 def _step(folder: Path) -> int:
@@ -266,12 +262,11 @@ NamedShards = dict[Tensor, tuple[str, TensorShard]]
 
 def optimizer_shards(optimizer: torch.optim.Optimizer, parameters: NamedShards) -> dict[str, TensorShard]:
     """Return the whole state of an optimizer, by parameter and field."""
-    found = {}
-    for p, fields in optimizer.state.items():
-        name, shard = parameters[p]
-        for field, x in fields.items():
-            found[f"{name}/{field}"] = replace(shard, local=x.to_local() if isinstance(x, DTensor) else x)
-    return found
+    return {
+        f"{parameters[p][0]}/{field}": replace(parameters[p][1], local=x.to_local() if isinstance(x, DTensor) else x)
+        for p, fields in optimizer.state.items()
+        for field, x in fields.items()
+    }
 
 
 def restore_optimizer(

@@ -1,6 +1,7 @@
 """A run's configuration: nested dataclasses, checked when made, that round-trip through YAML exactly."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -165,107 +166,80 @@ class TrainConfig:
             check_text("init_from", self.init_from, "give a folder such as RUN/final")
         if not self.data.on_disk:
             self.check_data()
-        for is_wrong, message in self._rules():
-            if is_wrong:
+        for message, applies in self._faults().items():
+            if applies:
                 raise ValueError(message)
         self.data.check_losses(self.losses.per_loop)
 
-    def _rules(self) -> list[tuple[object, str]]:
-        """Return what fields of different sections must not be together, each with its message."""
+    def _faults(self) -> dict[str, object]:
+        """Return what fields of different sections must not say together: each message, and whether it applies."""
         model, data, loops, losses, parallel = self.model, self.data, self.loops, self.losses, self.parallel
         has_loops, layers = model.recurrent_layers > 0, f"model.recurrent_layers={model.recurrent_layers}"
-        has_experts = has_loops and model.n_experts
-        loop_fields = {
+        need_loops = {
             "eval.loops": (self.eval.loops, ()),
             "loops.backprop_depth": (loops.backprop_depth, None),
             "checkpoint_loops": (self.checkpoint_loops, False),
         }
-        expert_fields = {"losses.router_z": losses.router_z, "expert_bias_rate": self.expert_bias_rate or 0.0}
-        return [
-            (
-                data.seq_len > model.max_seq_len,
-                f"model.max_seq_len={model.max_seq_len} is shorter than the {data.seq_len} tokens of a row of data "
-                f"{data.name!r}; use model.max_seq_len={data.seq_len}",
+        need_experts = {"losses.router_z": losses.router_z, "expert_bias_rate": self.expert_bias_rate or 0.0}
+        return {
+            f"model.max_seq_len={model.max_seq_len} is shorter than the {data.seq_len} tokens of a row of data "
+            f"{data.name!r}; use model.max_seq_len={data.seq_len}": data.seq_len > model.max_seq_len,
+            f"loops.backprop_depth={loops.backprop_depth} must be None with model.halting='act', which needs the "
+            "gradient of every loop; use loops.backprop_depth=None or model.halting='none'": (
+                model.halting == "act" and loops.backprop_depth is not None
             ),
-            (
-                model.halting == "act" and loops.backprop_depth is not None,
-                f"loops.backprop_depth={loops.backprop_depth} must be None with model.halting='act', which needs the "
-                "gradient of every loop; use loops.backprop_depth=None or model.halting='none'",
-            ),
-            *(
-                (
-                    value and not has_loops,
-                    f"{name}={value} needs a block to loop, but model.recurrent_layers=0; use {name}={none}",
+            **{
+                f"{name}={value} needs a block to loop, but model.recurrent_layers=0; use {name}={none}": (
+                    value and not has_loops
                 )
-                for name, (value, none) in loop_fields.items()
+                for name, (value, none) in need_loops.items()
+            },
+            "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
+            f"loops.per={loops.per!r}, {layers} and model.halting={model.halting!r}; change these or use "
+            "losses.per_loop=false": (
+                losses.per_loop and not (loops.per == "batch" and has_loops and model.halting != "act")
             ),
-            (
-                losses.per_loop and not (loops.per == "batch" and has_loops and model.halting != "act"),
-                "losses.per_loop=true needs loops.per='batch', a recurrent block and model.halting='none', not "
-                f"loops.per={loops.per!r}, {layers} and model.halting={model.halting!r}; change these or use "
-                "losses.per_loop=false",
+            f"parallel.experts={parallel.experts} must divide model.n_experts={model.n_experts} of a recurrent "
+            "block; use parallel.experts=1, or another number of either": (
+                parallel.experts > 1 and not (has_loops and model.n_experts % parallel.experts == 0)
             ),
-            (
-                parallel.experts > 1 and not (has_loops and model.n_experts % parallel.experts == 0),
-                f"parallel.experts={parallel.experts} must divide model.n_experts={model.n_experts} of a recurrent "
-                "block; use parallel.experts=1, or another number of either",
-            ),
-            (
-                losses.ponder and not (has_loops and model.halting == "act"),
-                f"losses.ponder={losses.ponder:g} needs a block with model.halting='act', not {layers} with "
-                f"{model.halting!r}; use losses.ponder=0",
-            ),
-            *(
-                (
-                    value and not has_experts,
-                    f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use "
-                    f"{name}=0",
+            f"losses.ponder={losses.ponder:g} needs a block with model.halting='act', not {layers} with "
+            f"{model.halting!r}; use losses.ponder=0": losses.ponder and not (has_loops and model.halting == "act"),
+            **{
+                f"{name}={value:g} needs experts, not {layers} with model.n_experts={model.n_experts}; use {name}=0": (
+                    value and not (has_loops and model.n_experts)
                 )
-                for name, value in expert_fields.items()
-            ),
-            *self._compile_rules(),
-        ]
+                for name, value in need_experts.items()
+            },
+            **self._compile_faults(has_loops, layers),
+        }
 
-    def _compile_rules(self) -> list[tuple[object, str]]:
-        """Return the rules of `compile`, as `_rules` does."""
-        model, loops, parallel = self.model, self.loops, self.parallel
-        has_loops, layers = model.recurrent_layers > 0, f"model.recurrent_layers={model.recurrent_layers}"
-        ramp = loops.ramp_steps or loops.mean_ramp_steps
-        return [
-            (
-                self.compile == "model" and has_loops and (loops.law != "fixed" or ramp),
-                "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without a ramp, not "
-                f"{loops.law!r} with {ramp}; use compile='block' with loops.per='batch'",
+    def _compile_faults(self, has_loops: bool, layers: str) -> dict[str, object]:
+        """Return the faults of `compile`, as `_faults` does."""
+        halting, loops, parallel = self.model.halting, self.loops, self.parallel
+        ramp, is_even = loops.ramp_steps or loops.mean_ramp_steps, loops.law == "fixed" or loops.per == "batch"
+        return {
+            "compile='model' makes a graph for each depth, so it needs loops.law='fixed' without a ramp, not "
+            f"{loops.law!r} with {ramp}; use compile='block' with loops.per='batch'": (
+                self.compile == "model" and has_loops and (loops.law != "fixed" or ramp)
             ),
-            (
-                self.compile == "block"
-                and not (has_loops and model.halting == "none" and (loops.law == "fixed" or loops.per == "batch")),
-                f"compile='block' needs a recurrent block, model.halting='none' and rows that run equally deep, not "
-                f"{layers}, {model.halting!r}, loops.law={loops.law!r} and loops.per={loops.per!r}; change these or "
-                "use compile='none'",
+            "compile='block' needs a recurrent block, model.halting='none' and rows that run equally deep, not "
+            f"{layers}, {halting!r}, loops.law={loops.law!r} and loops.per={loops.per!r}; change these or use "
+            "compile='none'": self.compile == "block" and not (has_loops and halting == "none" and is_even),
+            "compile='model' makes one graph of the model, and parallel.kind='fsdp' has to act between its parts; "
+            "use compile='block', or parallel.kind='ddp'": self.compile == "model" and parallel.kind == "fsdp",
+            f"compile={self.compile!r} makes graphs, in which tokens cannot travel to parallel.experts="
+            f"{parallel.experts} processes; use compile='none', or parallel.experts=1": (
+                self.compile != "none" and parallel.experts > 1
             ),
-            (
-                self.compile == "model" and parallel.kind == "fsdp",
-                "compile='model' makes one graph of the model, and parallel.kind='fsdp' has to act between its parts; "
-                "use compile='block', or parallel.kind='ddp'",
-            ),
-            (
-                self.compile != "none" and parallel.experts > 1,
-                f"compile={self.compile!r} makes graphs, in which tokens cannot travel to parallel.experts="
-                f"{parallel.experts} processes; use compile='none', or parallel.experts=1",
-            ),
-            (
-                self.compile == "model" and self.checkpoint_loops,
-                "checkpoint_loops=True does not go with compile='model', whose graph decides what it recomputes; use "
-                "compile='block' or checkpoint_loops=False",
-            ),
-        ]
+            "checkpoint_loops=True does not go with compile='model', whose graph decides what it recomputes; use "
+            "compile='block' or checkpoint_loops=False": self.compile == "model" and self.checkpoint_loops,
+        }
 
     def check_data(self) -> None:
         """Check that the model has room for the data's tokens.
 
-        Done when the configuration is made, unless the data is on disk: a recipe can be read before its data is
-        prepared.
+        Done when the configuration is made, unless the data is on disk, which a recipe can be read without.
 
         Raises:
             ValueError, OSError: it has not, or the data cannot be read.
@@ -279,8 +253,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `data` has the name of its task under "task"."""
         values = dataclasses.asdict(self)
-        values["data"] = {"task": self.data.name, **values["data"]}
-        return values
+        return {**values, "data": {"task": self.data.name, **values["data"]}}
 
     @classmethod
     def from_dict(cls, values: Any) -> "TrainConfig":
@@ -292,21 +265,21 @@ class TrainConfig:
         """
         if not isinstance(values, dict):
             raise ValueError("the configuration must be a YAML mapping with the sections `model` and `data`")
-        values = dict(values)
         for name in ("model", "data"):
             if not isinstance(values.get(name), dict):
                 raise ValueError(f"section {name!r} is missing; a run needs `model` and `data`")
         data = dict(values["data"])
         check_part("data.task", data.get("task", ""), TASKS, "TASKS")
-        values["data"] = _build(TASKS[data.pop("task")], data, "data.")
+        task = _build(TASKS[data.pop("task")], data, "data.")
         try:
-            values["model"] = MythosConfig.from_dict(values["model"])
+            model = MythosConfig.from_dict(values["model"])
         except (TypeError, ValueError) as error:
             raise type(error)(f"section model: {error}") from error
-        return _build(cls, values, "")
+        return _build(cls, {**values, "model": model, "data": task}, "")
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
+        # By way of JSON, since safe YAML has no tuples.
+        return yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> "TrainConfig":
@@ -329,7 +302,7 @@ def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the fields of nested sections by their full names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        found |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
 
 
@@ -368,13 +341,4 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return float(value)
         except ValueError:
             raise ValueError(f"{name}={shown(value)} must be a number; write it as 0.0003") from None
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with lists in place of tuples, which safe YAML cannot hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
     return value

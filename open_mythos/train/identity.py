@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from open_mythos.checks import shown
 from open_mythos.files import sha256
 from open_mythos.tasks import Task
 from open_mythos.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ def check_config(cfg: TrainConfig, path: Path) -> TrainConfig:
     if "data.task" in names:  # the fields of another task say nothing
         names = ["data.task", *(name for name in names if not name.startswith("data."))]
     found = [
-        f"{name}: {_short(before.get(name))} in the run, {_short(now.get(name))} now"
+        f"{name}: {shown(before.get(name))} in the run, {shown(now.get(name))} now"
         for name in names
         if not name.startswith("parallel.") and not (name == "steps" and cfg.steps > theirs.steps)
     ]
@@ -117,8 +117,3 @@ def check_data(now: Mapping[str, str], run: Mapping[str, str] | None, folder: Pa
             f"the data is not what the run of {folder} was trained on (digest of {'; '.join(found[:MAX_NAMED])}); "
             "restore it, or begin another run in another folder"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -14,8 +14,8 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from open_mythos.files import make_folder, writing
@@ -102,9 +102,8 @@ class RunLock:
 
     def _create(self, path: Path) -> bool:
         """Create the file, and return False if it exists."""
-        now = datetime.now(UTC).astimezone().isoformat(sep=" ", timespec="seconds")
-        started, place = _start_of(os.getpid()) or "", _place(path.parent)
-        holder = Holder(self._token, socket.gethostname(), os.getpid(), started, place, now)
+        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S%z")
+        holder = Holder(self._token, socket.gethostname(), pid, _start_of(pid) or "", _place(path.parent), now)
         try:
             # An exclusive create is atomic on local file systems, and on NFS from version 3 on.
             file = path.open("x")
@@ -120,13 +119,11 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
-            try:
+            with contextlib.suppress(OSError):  # a file system that does not answer now may do so at the next beat
                 if not self._is_mine():
                     self._lost = not self._released.is_set()
                     return
                 os.utime(self.path)
-            except OSError:  # a file system that does not answer now may do so at the next beat
-                continue
 
 
 def _read(path: Path) -> Holder | None:
@@ -145,11 +142,11 @@ def _refuse_live(path: Path, holder: Holder | None) -> None:
     """Raise ValueError unless the holder of a lock is gone."""
     if _is_gone(path, holder):
         return
-    who, check = "a process that has just begun", ""
+    who, is_here = "a process that has just begun", False
     if holder is not None:
         who = f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
-        check = "end it first" if holder.place == _place(path.parent) else ""
-    check = check or f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
+        is_here = holder.place == _place(path.parent)
+    check = "end it first" if is_here else f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
     raise ValueError(
         f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
         f"--out. If it should not run, {check}: {path}"
@@ -174,11 +171,10 @@ def _is_gone(path: Path, holder: Holder | None) -> bool:
 def _start_of(pid: int) -> str | None:
     """Return when a process of this machine started; None if it is gone, "" if that cannot be found out."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # it is another user's
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # it is another user's
-        pass
     try:
         # Behind the name in brackets: the state, and as the 20th field the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

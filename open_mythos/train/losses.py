@@ -23,7 +23,7 @@ class Share:
 def total_loss(
     out: TrainOutput, labels: Tensor, cfg: LossConfig, share: Share | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum to minimise, and its unweighted parts by name (detached scalars)."""
+    """Return the weighted sum to minimise, and its unweighted parts by name (detached scalars)."""
     share = share or Share()
     hidden = out.hidden if out.loop_hidden is None else out.loop_hidden
     if share.labels:
@@ -31,17 +31,12 @@ def total_loss(
     else:
         ce = (hidden.sum() + out.head.sum()) * 0  # a mean over no label would be 0 / 0
     parts, total = {"ce": ce}, ce
-    for name, weight, value in (
-        ("ponder", cfg.ponder, out.ponder_cost),
-        ("router_z", cfg.router_z, out.router_z_loss),
-    ):
-        if value is None:
-            continue
-        if name == "ponder":
-            value = value * share.tokens
-        elif share.per_loop is not None and out.n_routed is not None:
-            value = value * (out.n_routed * share.per_loop)
-        parts[name] = value
-        if weight:
-            total = total + weight * value
+    if out.ponder_cost is not None:
+        parts["ponder"] = out.ponder_cost * share.tokens
+    if (z := out.router_z_loss) is not None:
+        is_part = share.per_loop is not None and out.n_routed is not None
+        parts["router_z"] = z * (out.n_routed * share.per_loop) if is_part else z
+    for name, weight in (("ponder", cfg.ponder), ("router_z", cfg.router_z)):
+        if weight and name in parts:
+            total = total + weight * parts[name]
     return total, {name: value.detach() for name, value in parts.items()}

@@ -53,9 +53,10 @@ class MetricsWriter:
         if self._file is None:
             return
         # NaN is not JSON, and one such line would break whatever reads the file.
-        for name in [name for name, value in values.items() if not math.isfinite(value)]:
-            warnings.warn(f"{name}={values[name]} after step {steps_done} is left out of the log", stacklevel=2)
-            values = {other: value for other, value in values.items() if other != name}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                warnings.warn(f"{name}={value} after step {steps_done} is left out of the log", stacklevel=2)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         had_room = not self._waiting
         self._waiting += (json.dumps({"step": steps_done, **values}) + "\n").encode()
         try:
@@ -100,11 +101,9 @@ def _parse(data: bytes) -> tuple[list[dict[str, float]], list[int]]:
     for number, text in enumerate(data.split(b"\n")[:-1], 1):
         try:
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        step = line.get("step") if isinstance(line, dict) else None
-        if type(step) is int or (type(step) is float and math.isfinite(step)):
+            if type(step := line["step"]) is not int and not (type(step) is float and math.isfinite(step)):
+                raise ValueError("no step")
             lines.append(line)
-        else:
+        except (ValueError, TypeError, LookupError, RecursionError):
             damaged.append(number)
     return lines, damaged

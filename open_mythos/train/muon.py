@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
-from open_mythos.ops.linear import MANY_PRODUCTS, linear, uses_onednn
+from open_mythos.ops.linear import linear, uses_onednn
 from open_mythos.train.config import AdjustLR
 
 # Quintic coefficients of Jordan et al.: the steepest slope at 0 that keeps singular values within about 0.7 .. 1.2.
@@ -40,7 +40,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         y = y.mT
     # A matrix without gradient (an expert that saw no token) stays 0 instead of becoming NaN.
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if uses_onednn(y) and y.size(-2) * y[:1].numel() >= MANY_PRODUCTS:
+    if uses_onednn(y, y.size(-2), y[:1].numel()):
         y = torch.stack([_iterate_alone(one) for one in y])
     else:
         y = _iterate(y)
@@ -120,36 +120,28 @@ class MatrixOwners:
         each = math.ceil(R / self.size)
         return min(R, (rank + 1) * each) - min(R, rank * each)
 
-    def _numel(self, i: int, rank: int) -> int:
-        return self._n_rows(i, rank) * self.shapes[i][1]
-
     def gather(self, local: list[Tensor]) -> list[Tensor]:
         """Exchange this process's rows of every matrix for the whole of each matrix in `mine`."""
-        sent = torch.cat([local[i].flatten() for owned in self._owned for i in owned])
-        out = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
-        got = sent.new_empty(sum(out))
-        into = [sum(local[i].numel() for i in owned) for owned in self._owned]
-        dist.all_to_all_single(got, sent, out, into, group=self.group)
-        parts = [p.split([self._numel(i, rank) for i in self.mine]) for rank, p in enumerate(got.split(out))]
-        return [
-            torch.cat([parts[rank][k] for rank in range(self.size)]).view(self.shapes[i])
-            for k, i in enumerate(self.mine)
-        ]
+        numels = [[self._n_rows(i, rank) * self.shapes[i][1] for i in self.mine] for rank in range(self.size)]
+        got = self._exchange([[local[i] for i in owned] for owned in self._owned], numels, local[0])
+        return [torch.cat(parts).view(self.shapes[i]) for i, *parts in zip(self.mine, *got, strict=True)]
 
     def scatter(self, whole: list[Tensor], local: list[Tensor]) -> list[Tensor]:
         """Exchange whole matrices for this process's rows of every matrix, shaped like `local`."""
         ranks = range(self.size)
         parts = [x.split([self._n_rows(i, rank) for rank in ranks]) for i, x in zip(self.mine, whole, strict=True)]
-        sent = torch.cat([local[0].new_empty(0), *(p[rank].flatten() for rank in ranks for p in parts)])
-        into = [sum(self._numel(i, rank) for i in self.mine) for rank in range(self.size)]
-        out = [sum(local[i].numel() for i in owned) for owned in self._owned]
-        got = sent.new_empty(sum(out))
-        dist.all_to_all_single(got, sent, out, into, group=self.group)
-        back = [Tensor()] * len(local)
-        for owned, part in zip(self._owned, got.split(out), strict=True):
-            for i, x in zip(owned, part.split([local[i].numel() for i in owned]), strict=True):
-                back[i] = x.view_as(local[i])
-        return back
+        numels = [[local[i].numel() for i in owned] for owned in self._owned]
+        got = self._exchange([[part[rank] for part in parts] for rank in ranks], numels, local[0])
+        back = {i: x for owned, found in zip(self._owned, got, strict=True) for i, x in zip(owned, found, strict=True)}
+        return [back[i].view_as(x) for i, x in enumerate(local)]
+
+    def _exchange(self, sent: list[list[Tensor]], numels: list[list[int]], like: Tensor) -> list[tuple[Tensor, ...]]:
+        """Send each process its list of tensors, and return those of `numels` values that each has sent, flat."""
+        flat = torch.cat([like.new_empty(0), *(x.flatten() for parts in sent for x in parts)])
+        out, into = [sum(each) for each in numels], [sum(x.numel() for x in parts) for parts in sent]
+        got = flat.new_empty(sum(out))
+        dist.all_to_all_single(got, flat, out, into, group=self.group)
+        return [part.split(each) for part, each in zip(got.split(out), numels, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):

@@ -18,22 +18,21 @@ from open_mythos.train.muon import Muon
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Whether a parameter is a matrix between hidden states, or a stack of such matrices."""
+    """Return whether a parameter is a matrix between hidden states, or a stack of such matrices."""
     in_block = name.startswith(("prelude.", "coda.", "recurrent.block."))
     return in_block and p.ndim >= 2 and ".router." not in name
 
 
 def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two with Muon; every trainable parameter is in exactly one group."""
+    """Build one optimizer, or two with Muon; every trainable parameter is in exactly one group."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if is_hidden_matrix(name, p)]
     rest = [p for name, p in named if not is_hidden_matrix(name, p)]
     groups = [{"params": rest, "weight_decay": cfg.weight_decay if cfg.decay == "all" else 0.0}]
     if cfg.kind == "adamw":
         # One call of the fused update takes tensors of one kind: experts that are spread by hand are no DTensors.
-        for kind in dict.fromkeys(type(p) for p in matrices):
-            of_kind = [p for p in matrices if type(p) is kind]
-            groups.append({"params": of_kind, "weight_decay": cfg.weight_decay})
+        for kind in dict.fromkeys(map(type, matrices)):
+            groups.append({"params": [p for p in matrices if type(p) is kind], "weight_decay": cfg.weight_decay})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
     ]

@@ -44,7 +44,7 @@ class StepGuard:
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
     def allows(self, step: int, loss: float, norm: float) -> bool:
-        """Whether to take the step.
+        """Return whether to take the step.
 
         Raises:
             FloatingPointError: `max_skips` steps in a row were left out.
@@ -79,9 +79,8 @@ class StepGuard:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, as JSON."""
-        values = {name: getattr(self, name) for name in STATE}
-        return {name: list(value) if isinstance(value, deque) else value for name, value in values.items()}
+        """Return what a checkpoint has to hold, as JSON."""
+        return {name: list(x) if isinstance(x := getattr(self, name), deque) else x for name in STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""

@@ -62,9 +62,9 @@ class ShardReader:
         if not parts[0][1].get_shape():
             # A copy: mapped tensors stand at odd offsets, where kernels round differently.
             return parts[0][1][...].clone()
-        found = []
+        found = [parts[0][1][:0]]
         for first, part in sorted(parts, key=lambda part: part[0]):
             a, b = max(start, first), min(start + n, first + part.get_shape()[0])
             if a < b:
                 found.append(part[a - first : b - first])
-        return torch.cat(found) if found else parts[0][1][:0].clone()
+        return torch.cat(found)

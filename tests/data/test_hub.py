@@ -5,8 +5,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
@@ -94,7 +94,7 @@ def test_what_the_hub_does_not_give(server: FakeHub, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="at revision 'v2'"):
         HubDataset(NAME, revision="v2").files()
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_file_system", lambda: SimpleNamespace(glob=lambda pattern: 1 / 0))
+        patch.setattr(huggingface_hub.HfFileSystem, "glob", lambda self, pattern: 1 / 0)
         with pytest.raises(OSError, match=r"does not list the files of .*division.*; check the connection"):
             HubDataset(NAME).files()
     with pytest.raises(ValueError, match=r"dataset 'fineweb' must be OWNER/NAME"):

@@ -99,18 +99,18 @@ def test_a_worker_that_dies_is_an_error_and_no_wait(corpus: Path, tmp_path: Path
 
 def test_an_interrupted_call_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare([str(corpus)], tmp_path / "whole", "bytes", LINES, progress=False)
-    run, done = module._Job.run, []
+    run, done = module._tokenize, []
 
-    def interrupted(self, tokenizer, i, unit):
+    def interrupted(out, settings, dtype, i, unit):
         if i == 5 and 5 not in done:
             done.append(5)
             # Some of the unit is written, and it has no mark.
-            write_shard(self.out, f"train/{i:05d}.bin", [np.arange(3)], 3, "uint16")
+            write_shard(out, f"train/{i:05d}.bin", [np.arange(3)], 3, "uint16")
             raise KeyboardInterrupt
         done.append(i)
-        return run(self, tokenizer, i, unit)
+        return run(out, settings, dtype, i, unit)
 
-    monkeypatch.setattr(module._Job, "run", interrupted)
+    monkeypatch.setattr(module, "_tokenize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tmp_path / "out", "bytes", LINES, progress=False)
     with pytest.raises(FileNotFoundError, match="holds no finished data"):

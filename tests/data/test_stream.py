@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from open_mythos.data import row_groups as groups
-from open_mythos.data.documents import is_held_out
+from open_mythos.data.documents import place_of
 from open_mythos.data.parquet import _remote_metadata
 from open_mythos.data.permutation import in_epochs
 from open_mythos.recipes import load_recipe
@@ -68,7 +68,7 @@ def expected(texts: Texts, lane: int, order_seed: int = 0, share: float = 0.2) -
     while True:
         group = in_epochs(np.array([lane + turn * B]), len(texts), (order_seed,))[0]
         for text in texts[int(group)]:
-            if text is not None and text.strip() and not is_held_out(text, share):
+            if text is not None and text.strip() and place_of(text) >= share:
                 yield from (*text.encode(), END)
         turn += 1
 
@@ -97,7 +97,7 @@ def test_lanes_read_what_the_order_says(texts: Texts, task: Stream, order_seed: 
 def test_an_epoch_reads_every_document_once(texts: Texts, tmp_path: Path) -> None:
     """One lane, so that the epoch's end is one place."""
     task = Stream(str(tmp_path / "data"), vocabulary="bytes", seq_len=1, held_out=0.2)
-    good = sorted(t for t in chain(*texts) if t and t.strip() and not is_held_out(t, 0.2))
+    good = sorted(t for t in chain(*texts) if t and t.strip() and place_of(t) >= 0.2)
     n = sum(len(text.encode()) + 1 for text in good)
     lanes, epochs = task.lanes(range(1), 1), []
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_ranks_share_the_rows(task: Stream) -> None:
 
 
 def test_validation_is_held_out(texts: Texts, task: Stream) -> None:
-    held_out = {t for t in chain(*texts) if t and t.strip() and is_held_out(t, 0.2)}
+    held_out = {t for t in chain(*texts) if t and t.strip() and place_of(t) < 0.2}
     ids = torch.cat(list(joined(task.validation_batch(RNG, 5))[:, :T])).tolist()
     parts = bytes(255 if i == END else i for i in ids).split(b"\xff")
     assert len(parts) > 3 and {part.decode() for part in parts[:-1]} <= held_out

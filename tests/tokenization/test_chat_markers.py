@@ -129,7 +129,7 @@ class Joined:
     """A vocabulary whose ids of two texts one behind the other make a marker that neither of them holds."""
 
     vocab_size, bos_id, eos_id, pad_id = 16, None, None, None
-    special_ids: frozenset[int] = frozenset()
+    special_ids, unknown_token = frozenset(), None
     known: ClassVar = {
         "<|user|>\n": [1],
         "<|assistant|>\n": [2],
