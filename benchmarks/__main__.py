@@ -61,8 +61,8 @@ def main(args: Args) -> int:
         raise SystemExit(f"--threads {args.threads} must be at least 1; use --threads 1")
     failed = False
     for page in ("against",) if args.against else PAGES:
-        cases = [case for case in chosen if args.against or case.page == page]
         results = Results(args.out / page)
+        cases = [case for case in chosen if args.against or case.page == page]
         if cases and not args.report:
             run(args, cases, results, console)
         if cases and (results.data["cases"] or not args.report):
@@ -73,13 +73,11 @@ def main(args: Args) -> int:
 
 def _chosen(args: Args) -> list[Case]:
     """Find the cases that are asked for."""
-    chosen: dict[str, Case] = {} if args.cases else dict(CASES)
-    for pattern in (name for given in args.cases for name in given.split(",")):
-        names = fnmatch.filter(CASES, pattern)
-        if not names:
+    patterns = ",".join(args.cases or ["*"]).split(",")
+    for pattern in patterns:
+        if not fnmatch.filter(CASES, pattern):
             raise SystemExit(f"--cases {pattern} is no case; use some of {', '.join(CASES)}")
-        chosen |= {name: CASES[name] for name in names}
-    found = [case for name, case in CASES.items() if name in chosen]
+    found = [case for name, case in CASES.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if args.against is None:
         return found
     if not (args.against / "open_mythos" / "__init__.py").exists():
@@ -98,10 +96,12 @@ def run(args: Args, cases: list[Case], results: Results, console: Console) -> No
     against = str(args.against.resolve()) if args.against else ""
     settings = Settings(args.device, args.threads, args.quick, against)
     described = machine.describe()
-    made_by = {"source": source(), **asdict(settings), **{name: described[name] for name in machine.DECISIVE}}
+    decisive = {name: described[name] for name in ("cpu", "python", "torch", "environment")}
     # No absolute path goes into a record.
-    made_by["against"] = commit(against) if against else ""
-    todo = [case for case in cases if args.fresh or not results.done(case.name, **planned(case), made_by=made_by)]
+    made_by = {"source": source(), **asdict(settings), **decisive, "against": commit(against) if against else ""}
+    # A case that was changed is measured again.
+    planned = {case.name: {"title": case.title, "protocol": case.protocol, "made_by": made_by} for case in cases}
+    todo = [case for case in cases if args.fresh or not results.done(case.name, **planned[case.name])]
     console.print(f"{len(todo)} cases to measure, {len(cases) - len(todo)} already there", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
@@ -118,14 +118,11 @@ def run(args: Args, cases: list[Case], results: Results, console: Console) -> No
         for case in todo:
             name = case.name
             found = measure(case, bench)
-            results.put(name, tuple(CASES), planned(case) | found | {"commit": commit(), "made_by": made_by})
+            results.put(name, tuple(CASES), planned[name] | found | {"commit": commit()})
             progress.advance(whole)
-            progress.console.print(_line(name, found), highlight=False)
-
-
-def planned(case: Case) -> dict[str, Any]:
-    """Return what a record says of the case itself; a case that was changed is measured again."""
-    return {"title": case.title, "protocol": case.protocol}
+            figures = ", ".join(f"{row['value']:.3g} {row['unit']}" for row in found.get("rows", ()))
+            said = f"no figure: {found['error']}" if found["error"] else f"{figures}   ({found['seconds']:.0f} s)"
+            progress.console.print(f"{name:28} {said}", highlight=False)
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
@@ -142,13 +139,6 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
         "seconds": time.time() - started,
         "load": [load, machine.load()],
     }
-
-
-def _line(name: str, found: dict[str, Any]) -> str:
-    if found["error"]:
-        return f"{name:28} no figure: {found['error']}"
-    figures = ", ".join(f"{row['value']:.3g} {row['unit']}" for row in found["rows"])
-    return f"{name:28} {figures}   ({found['seconds']:.0f} s)"
 
 
 if __name__ == "__main__":

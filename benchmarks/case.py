@@ -1,7 +1,6 @@
 """A case, the record that it makes, and the file of all records."""
 
 import hashlib
-import inspect
 import json
 import os
 import subprocess
@@ -104,9 +103,8 @@ class Case:
         new = f", {job.new_tokens} new tokens" if job.task == "generate" else ""
         work = f"{job.task}, {shape.format(job.rows, job.tokens)}{new}, {job.n_loops} loops."
         work = f"{work} {task.__doc__}" if task else work
-        parts = {"job": job, "case": self, "work": work}
-        parts["self_spread"] = "a second process of ours" if self.second_worker else "the same process called again"
-        text = inspect.cleandoc(self.measure.__doc__ or "").format(**parts)
+        itself = "a second process of ours" if self.second_worker else "the same process called again"
+        text = (self.measure.__doc__ or "").format(job=job, case=self, work=work, self_spread=itself)
         return " ".join(text.split())
 
 
@@ -115,9 +113,8 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "results.json"
-        self.data: dict[str, Any] = {"machine": {}, "cases": {}}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        text = self.path.read_text() if self.path.exists() else '{"machine": {}, "cases": {}}'
+        self.data: dict[str, Any] = json.loads(text)
 
     def done(self, name: str, **made: Any) -> bool:
         """Return whether the case is there, without an error, with these entries: the same code, measured equally."""
@@ -125,13 +122,9 @@ class Results:
         return case is not None and case["error"] is None and made.items() <= case.items()
 
     def put(self, name: str, order: tuple[str, ...], case: dict[str, Any]) -> None:
-        """Add or replace a case; the file has cases in this order."""
+        """Add or replace a case, and write the file, complete or not at all; it has cases in this order."""
         cases = {**self.data["cases"], name: case}
         self.data["cases"] = {name: cases.pop(name) for name in order if name in cases} | cases
-        self.write()
-
-    def write(self) -> None:
-        """Write the file, complete or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.data, indent=1) + "\n")

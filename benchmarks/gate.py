@@ -37,24 +37,22 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Agreement:
     """
     if ours.keys() != theirs.keys():
         raise Different(f"only one side has {sorted(ours.keys() ^ theirs.keys())[:3]}")
-    loops = None
     worst: dict[str, float | None] = {"forward": None, "gradients": None}
     for name, reference in theirs.items():
         value = ours[name]
         if value.shape != reference.shape:
             raise Different(f"{name} has shape {tuple(value.shape)}, the reference {tuple(reference.shape)}")
-        if name == LOOPS:
-            loops = int(reference)
         if not reference.is_floating_point():
             if not torch.equal(value, reference):
-                raise Different(f"{name} differ: {_brief(value)} and {_brief(reference)}")
+                firsts = " and ".join(str(x.flatten()[:6].tolist()) for x in (value, reference))
+                raise Different(f"{name} differ: {firsts}")
             continue
         error = relative_error(value, reference)
         kind, limit = ("gradients", GRADIENT_LIMIT) if name.startswith(GRADIENT) else ("forward", FORWARD_LIMIT)
         if not error <= limit:
             raise Different(f"{name} differs by {error:.1e} of its largest value; the limit is {limit:.0e}")
         worst[kind] = max(error, worst[kind] or 0.0)
-    return Agreement(worst["forward"], worst["gradients"], loops)
+    return Agreement(**worst, loops=int(theirs[LOOPS]) if LOOPS in theirs else None)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -63,7 +61,3 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
         return float("inf")
     scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)
     return ((value - reference).abs().max() / scale).item()
-
-
-def _brief(x: Tensor) -> str:
-    return str(x.flatten()[:6].tolist())

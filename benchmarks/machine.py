@@ -14,9 +14,6 @@ SQUARES = ((1024, 1024, 1024), (2048, 2048, 2048))
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Settings of the libraries in the environment; workers inherit them, and they decide what a figure means."""
 
-DECISIVE = ("cpu", "python", "torch", "environment")
-"""Entries of `describe` that decide whether an earlier result still stands."""
-
 
 def describe() -> dict[str, Any]:
     """Describe the processor and the environment, without starting anything."""

@@ -31,20 +31,12 @@ SMALL_GQA = published(_USAGE)
 SMALL_MLA = published(replace(_USAGE, attn_type="mla", n_kv_heads=8, **_LATENTS))
 
 _DEFAULT = MythosConfig()
-MID = published(
-    replace(adaptive_text().model, vocab_size=8192, rope_theta=_DEFAULT.rope_theta, halting=_DEFAULT.halting)
-)
+_REST = {"rope_theta": _DEFAULT.rope_theta, "halting": _DEFAULT.halting}
+MID = published(replace(adaptive_text().model, vocab_size=8192, **_REST))
 """39.2M parameters; 87.1 MFLOP per token at 8 loops."""
 
-LOOP_HEAVY: dict[str, Any] = {
-    **MID,
-    "vocab_size": 1024,
-    "max_loop_iters": 16,
-    "prelude_layers": 1,
-    "coda_layers": 1,
-    "n_experts": 16,
-    "expert_dim": 512,
-}
+_LAYOUT = {"max_loop_iters": 16, "prelude_layers": 1, "coda_layers": 1, "n_experts": 16, "expert_dim": 512}
+LOOP_HEAVY: dict[str, Any] = {**MID, "vocab_size": 1024, **_LAYOUT}
 """20.8M parameters, nearly all of the work in the loop: 236.1 MFLOP per token at 16 loops."""
 
 
@@ -59,47 +51,20 @@ ONE_B, ONE_T, HUNDRED_B = published(mythos_1b()), published(mythos_1t()), publis
 
 def _transformer(model: dict[str, Any], name: str, n_layers: int, kv_heads: int, **fields: Any) -> dict[str, Any]:
     """Return the fields of a model of transformers with the sizes of one of ours."""
-    common = {
-        "vocab_size": model["vocab_size"],
-        "hidden_size": model["dim"],
-        "max_position_embeddings": model["max_seq_len"],
-        "tie_word_embeddings": True,
-        "num_attention_heads": model["n_heads"],
-    }
+    sizes = {"vocab_size": model["vocab_size"], "hidden_size": model["dim"], "num_attention_heads": model["n_heads"]}
+    common = {"max_position_embeddings": model["max_seq_len"], "tie_word_embeddings": True, **sizes}
     return {"class": name, **common, "num_hidden_layers": n_layers, "num_key_value_heads": kv_heads, **fields}
 
 
 _BLOCKS = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-_EXPERTS = {"moe_intermediate_size": MID["expert_dim"]}
+_DEEPSEEK = {"n_routed_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": MID["expert_dim"]}
+_DEEPSEEK |= {"n_shared_experts": 4, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0}
+_DEEPSEEK |= {"first_k_dense_replace": 4, "intermediate_size": 512 * 4 // 3, **{name: MID[name] for name in _BLOCKS}}
+_QWEN = {"moe_intermediate_size": MID["expert_dim"], "num_experts_per_tok": 8, "num_local_experts": 64, "head_dim": 64}
 TRANSFORMERS = {
     # The blocks of MID, unrolled: 4 dense layers, and 8 with experts.
-    "deepseek_v3": _transformer(
-        MID,
-        "DeepseekV3",
-        12,
-        8,
-        **{name: MID[name] for name in _BLOCKS},
-        **_EXPERTS,
-        first_k_dense_replace=4,
-        intermediate_size=512 * 4 // 3,
-        n_routed_experts=64,
-        num_experts_per_tok=4,
-        n_shared_experts=4,
-        n_group=1,
-        topk_group=1,
-        num_mtp_layers=0,
-    ),
-    "qwen3_moe": _transformer(
-        MID,
-        "Qwen3Moe",
-        10,
-        4,
-        **_EXPERTS,
-        head_dim=64,
-        num_local_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-    ),
+    "deepseek_v3": _transformer(MID, "DeepseekV3", 12, 8, **_DEEPSEEK),
+    "qwen3_moe": _transformer(MID, "Qwen3Moe", 10, 4, norm_topk_prob=True, **_QWEN),
     "llama": _transformer(MID, "Llama", 12, 4, intermediate_size=1624),
 }
 """Models of transformers, each of about as many FLOPs per token as MID at 8 loops."""

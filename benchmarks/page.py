@@ -1,6 +1,6 @@
 """Pages of docs/results: measured tables between two marks, prose written by hand around them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ def write_page(path: Path, text: str, title: str) -> Path:
     return path
 
 
-def table(columns: Sequence[str] | Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> list[str]:
-    """Write a Markdown table of rows of cells, or of records from which each column makes its cell."""
-    if isinstance(columns, Mapping):
-        rows = [[cell(row) for cell in columns.values()] for row in rows]
+def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Write a Markdown table of rows of cells."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]

@@ -15,19 +15,18 @@ FOLDER = Path(__file__).resolve().parent / ".peers"
 class Peer:
     """A distribution to install."""
 
-    name: str
     requirement: str
     dependencies: bool
     """Whether to install its requirements, too."""
 
     @property
     def folder(self) -> Path:
-        return FOLDER / self.requirement.replace(self.name, self.name + "-", 1).replace("=", "")
+        return FOLDER / self.requirement.replace("==", "-")
 
 
 # Without its requirements: it asks for a torch of its own, and peers run on the torch that we run on.
-OPEN_MYTHOS = Peer("open-mythos", "open-mythos==0.5.0", dependencies=False)
-TRANSFORMERS = Peer("transformers", "transformers==5.23.0", dependencies=True)
+OPEN_MYTHOS = Peer("open-mythos==0.5.0", dependencies=False)
+TRANSFORMERS = Peer("transformers==5.23.0", dependencies=True)
 
 
 def install(peer: Peer) -> Path:
@@ -47,9 +46,8 @@ def install(peer: Peer) -> Path:
         options = ["--quiet", "--target", str(partial), *([] if peer.dependencies else ["--no-deps"])]
         done = subprocess.run([*_installer(), *options, peer.requirement], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"{peer.requirement} could not be installed, which takes a package index: {done.stderr.strip()[-500:]}"
-            )
+            said = done.stderr.strip()[-500:]
+            raise RuntimeError(f"{peer.requirement} could not be installed, which takes a package index: {said}")
         if (partial / "torch").exists():
             raise RuntimeError(f"{peer.requirement} installs torch; peers have to run on the torch of this environment")
         if not peer.folder.is_dir():

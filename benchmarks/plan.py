@@ -18,7 +18,7 @@ import tyro
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.page import table, write_page
 from open_mythos.accounting import count_parameters
@@ -34,18 +34,11 @@ from open_mythos.train.optim import OptimConfig
 from open_mythos.train.trainer import Trainer
 from open_mythos.variants import VARIANTS
 
-
-def _forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
-KERNELS = {getattr(torch.ops.aten, _KERNEL): _forward, getattr(torch.ops.aten, f"{_KERNEL}_backward"): _backward}
-"""Attention's kernels for CPUs, which torch's counter of FLOPs does not know."""
+# Torch's counter of FLOPs does not know attention's kernels for CPUs, whose products are those of the kernels for GPUs.
+_KERNEL = "_scaled_dot_product_flash_attention"
+for _part in ("", "_backward"):
+    _known, _missing = (getattr(torch.ops.aten, f"{_KERNEL}{which}{_part}") for which in ("", "_for_cpu"))
+    flop_registry[_missing] = flop_registry[_known]
 STEPS = 2
 """From the second step on the moments of the optimizer and the last step's gradients are there."""
 
@@ -121,7 +114,7 @@ def measure_flops(cfg: TrainConfig) -> Reading:
     """Count the products of the second step, at the depths that it draws."""
     with training(cfg) as trainer:
         trainer.train_step(0)
-        with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
+        with FlopCounterMode(display=False) as counter:
             trainer.train_step(1)
     depths = cfg.loops.depths(cfg.seed, 1, cfg.batch_size)
     kept = with_gradient(cfg.loops, depths)
@@ -144,13 +137,11 @@ class _MallocInfo(ctypes.Structure):
     _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
 
 
-_LIBC = ctypes.CDLL(None)
-
-
 def given_out() -> int:
     """Return the bytes that malloc (glibc) has given out: as mappings of their own, and out of its heaps."""
-    _LIBC.mallinfo2.restype = _MallocInfo
-    info = _LIBC.mallinfo2()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
     return info.field4 + info.field7
 
 
@@ -185,8 +176,8 @@ def rows(chosen: dict[str, TrainConfig]) -> Iterator[Sequence[str]]:
     for name, cfg in track(chosen.items(), description="measuring"):
         flops, memory = measure_flops(cfg), measure_memory(cfg)
         sizes = [f"{value / 1e9:.2f} G" for value in (flops.predicted, flops.measured)]
-        parameters = f"{count_parameters(cfg.model).total:,}"
-        yield name, parameters, *sizes, f"{flops.off:+.2%}", *_bytes(memory), planned_memory(cfg).moment
+        counted = [f"{count_parameters(cfg.model).total:,}", *sizes, f"{flops.off:+.2%}"]
+        yield name, *counted, *_bytes(memory), planned_memory(cfg).moment
 
 
 def main(args: Args) -> None:

@@ -63,31 +63,20 @@ def _comparisons(data: Record, folder: str) -> list[str]:
 
 
 def _row(name: str, row: Record) -> list[str]:
-    reach = reach_of(row["id"])
+    reach, value, unit = reach_of(row["id"]), row["value"], row["unit"]
     spread, noise = (Spread(**row[which]) if row[which] else None for which in ("spread", "noise"))
-    met = "" if reach is None else "yes" if reach.met(row["value"]) else "no"
-    if row["unit"] == "x" and noise is not None and not differs(row["value"], noise):
-        met = f"{met}; no difference shown" if met else "no difference shown"
+    met = [] if reach is None else ["yes" if reach.met(value) else "no"]
+    met += ["no difference shown"] if unit == "x" and noise is not None and not differs(value, noise) else []
+    form = {"x": "**{:.2f}**", "share": "**{:.0%}**" if value >= 0.01 else "**{:.2%}**"}.get(unit, "**{:.3g}** {}")
     return [
         f"{row['what']} (`{name}`)" if name else row["what"],
-        row["peer"],
-        row["ours"],
-        _value(row["value"], row["unit"]),
-        reach.text(row["unit"]) if reach else "",
-        met,
+        *(row["peer"], row["ours"], form.format(value, unit).rstrip(), reach.text(unit) if reach else ""),
+        "; ".join(met),
         f"{_quartiles(spread)}, n={spread.n}" if spread else "",
         _quartiles(noise) if noise else "",
         f"{row['wall']:.2f}" if row["wall"] is not None else "",
         ", ".join(share for share in (row["peer_share"], row["ours_share"]) if share),
     ]
-
-
-def _value(value: float, unit: str) -> str:
-    if unit == "x":
-        return f"**{value:.2f}**"
-    if unit == "share":
-        return f"**{value:.0%}**" if value >= 0.01 else f"**{value:.2%}**"
-    return f"**{value:.3g}** {unit}".rstrip()
 
 
 def _quartiles(spread: Spread) -> str:
@@ -127,8 +116,8 @@ def _scaling(data: Record, folder: str) -> list[str]:
         for sweep, curve in curves.items()
         for size, time, deviation in zip(curve["sizes"], curve["times"], curve["deviations"], strict=True)
     ]
-    image = f"![time against size, with the line fitted to it]({folder}/scaling.png)"
-    return [image, "", *table(("sweep", "size", "time", "over the line's"), rows)]
+    lines = [f"![time against size, with the line fitted to it]({folder}/scaling.png)", ""]
+    return lines + table(("sweep", "size", "time", "over the line's"), rows)
 
 
 def draw_scaling(curves: Record, path: Path) -> None:
@@ -139,10 +128,6 @@ def draw_scaling(curves: Record, path: Path) -> None:
         line = Curve(curve["sizes"], curve["line"], "line in FLOPs", None)
         panels[SWEEPS[sweep]] = [line, Curve(curve["sizes"], median, "median, quartiles", 0, low, high, points=True)]
     draw_curves(panels, path, ("size", "seconds of one forward pass"), columns=len(panels), log="xy")
-
-
-def _each_case(data: Record, folder: str) -> list[str]:
-    return [line for name, case in data["cases"].items() for line in _case(name, case, data["machine"])]
 
 
 def _case(name: str, case: Record, machine: Record) -> list[str]:
@@ -158,12 +143,9 @@ def _case(name: str, case: Record, machine: Record) -> list[str]:
     lines += [f"- {side}: {_side(found, machine)}" for side, found in case["sides"].items()]
     lines += [f"- {note}" for note in case["notes"]]
     against = f" against {made['against']}" if made.get("against") else ""
-    where = f"{made['device']}, {made['threads']} thread(s)"
-    lines.append(
-        f"- Commit {case['commit']}{against}, {case['date']}, {case['seconds']:.0f} s, {where}, load "
-        f"{case['load'][0]:.1f} before and {case['load'][1]:.1f} after."
-    )
-    return [*lines, ""]
+    where = f"{case['seconds']:.0f} s, {made['device']}, {made['threads']} thread(s)"
+    load = "load {:.1f} before and {:.1f} after".format(*case["load"])
+    return [*lines, f"- Commit {case['commit']}{against}, {case['date']}, {where}, {load}.", ""]
 
 
 def _side(found: Record, machine: Record) -> str:
@@ -179,9 +161,8 @@ def _side(found: Record, machine: Record) -> str:
         parts.append(f"{found['tokens_per_s']:,.0f} tok/s")
         if machine and "flops" in found:
             peak = max(rate for shape in machine["limits"]["products"]["float32"] for rate in shape.values())
-            parts.append(
-                f"{found['flops'] / found['seconds'] / peak:.0%} of what the machine's largest float32 products reach"
-            )
+            share = found["flops"] / found["seconds"] / peak
+            parts.append(f"{share:.0%} of what the machine's largest float32 products reach")
     if "bytes_per_token" in found:
         parts.append(f"{found['bytes']:,.0f} bytes, {found['bytes_per_token']:,.0f} per token")
     if "flops_per_token" in found:
@@ -211,7 +192,7 @@ PERFORMANCE: list[tuple[str, Section]] = [
     ("", _comparisons),
     ("Machine", _machine),
     ("Cost as work grows", _scaling),
-    ("Cases", _each_case),
+    ("Cases", lambda data, _: [s for item in data["cases"].items() for s in _case(*item, data["machine"])]),
     ("Matrix products by shape", _products),
 ]
 
@@ -223,10 +204,8 @@ def _of(cases: Cases, name: str) -> list[Record]:
 
 
 def _groups(policies: list[Record]) -> dict[tuple[str, str], list[Record]]:
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for case in policies:
-        groups.setdefault((case["subject"], case["law"]), []).append(case)
-    return groups
+    keys = dict.fromkeys((case["subject"], case["law"]) for case in policies)
+    return {key: [case for case in policies if (case["subject"], case["law"]) == key] for key in keys}
 
 
 def draw_policies(policies: list[Record], path: Path) -> None:
@@ -248,10 +227,9 @@ def _summary(data: Record, folder: str) -> list[str]:
     for case in data["cases"].values():
         for row in case.get("rows", ()):
             if (reach := reach_of(row["id"])) is not None:
-                sign = 1 if reach.at_most else -1
-                found.setdefault((row["what"], reach.text("x")), []).append(
-                    (sign * row["value"], case["title"], reach.met(row["value"]))
-                )
+                signed = row["value"] if reach.at_most else -row["value"]
+                figures = found.setdefault((row["what"], reach.text("x")), [])
+                figures.append((signed, case["title"], reach.met(row["value"])))
     rows = []
     for (what, text), values in found.items():
         worst, where, _ = max(values)
@@ -262,32 +240,32 @@ def _summary(data: Record, folder: str) -> list[str]:
     return table(("what", "reach", "worst", "where", "median of all", "met"), rows)
 
 
+POLICY_COLUMNS = ("R", "ours, tok/s", "(a) fixed", "(b) all done", "(c) dropped", "at once", "ours over (a)", "limit")
+POLICY_COLUMNS += ("share", "best threshold", "ours over the best of (a)-(c)", "over at once", "itself", "mean loops")
+POLICY_COLUMNS += ("L, O in ms",)
+
+
+def _policy_row(case: Record) -> list[str]:
+    """Write the cells of POLICY_COLUMNS."""
+    rates = [f"{case['rates'][policy]['median']:,.0f}" for policy in (OURS, FIXED, TOGETHER, DROPPED, AT_ONCE)]
+    over_fixed, over_best, over_at_once, itself = (
+        "**{median:.2f}** ({q1:.2f}-{q3:.2f})".format(**case[name])
+        for name in ("over_fixed", "over_best", "over_at_once", "noise")
+    )
+    best = f"({'abc'[SIMPLE.index(case['best'])]}) {over_best}"
+    limits = [f"{case['limit']:.2f}", f"{case['share']:.0%}", f"{case['threshold']:.2f} ({case['threshold_rows']})"]
+    costs = f"{1e3 * case['loop_s']:.3g}, {1e3 * case['outer_s']:.3g}"
+    own = [best, over_at_once, itself, f"{case['depths'][OURS]:.2f}", costs]
+    return [str(case["n_rows"]), *rates, over_fixed, *limits, *own]
+
+
 def _policies(data: Record, folder: str) -> list[str]:
     if not (policies := _of(data["cases"], "exits")):
         return []
-    columns: dict[str, Callable[[Record], str]] = {
-        "R": lambda case: str(case["n_rows"]),
-        "ours, tok/s": lambda case: _rate(case, OURS),
-        "(a) fixed": lambda case: _rate(case, FIXED),
-        "(b) all done": lambda case: _rate(case, TOGETHER),
-        "(c) dropped": lambda case: _rate(case, DROPPED),
-        "at once": lambda case: _rate(case, AT_ONCE),
-        "ours over (a)": lambda case: _ratio(case["over_fixed"]),
-        "limit": lambda case: f"{case['limit']:.2f}",
-        "share": lambda case: f"{case['share']:.0%}",
-        "best threshold": lambda case: f"{case['threshold']:.2f} ({case['threshold_rows']})",
-        "ours over the best of (a)-(c)": lambda case: (
-            f"({'abc'[SIMPLE.index(case['best'])]}) {_ratio(case['over_best'])}"
-        ),
-        "over at once": lambda case: _ratio(case["over_at_once"]),
-        "itself": lambda case: _ratio(case["noise"]),
-        "mean loops": lambda case: f"{case['depths'][OURS]:.2f}",
-        "L, O in ms": lambda case: f"{1e3 * case['loop_s']:.3g}, {1e3 * case['outer_s']:.3g}",
-    }
     lines = [f"![tokens per second by requests in work, for each policy]({folder}/throughput.svg)", ""]
     for (subject, law), group in _groups(policies).items():
         title = SUBJECTS[subject][0]
-        lines += [f"### {title[0].upper()}{title[1:]}, {law}", "", *table(columns, group), ""]
+        lines += [f"### {title[0].upper()}{title[1:]}, {law}", "", *table(POLICY_COLUMNS, map(_policy_row, group)), ""]
     most = max(case["n_rows"] for case in policies)
     costs = {case["subject"]: case["costs"] for case in policies if case["n_rows"] == most}
     rows = [
@@ -305,7 +283,7 @@ def _other_cases(data: Record, folder: str) -> list[str]:
 
 
 def _runs(data: Record, folder: str) -> list[str]:
-    cases, machine = data["cases"], data["machine"]
+    cases, machine, failures = data["cases"], data["machine"], []
     dates, commits = ({case[name] for case in cases.values()} for name in ("date", "commit"))
     load = [max(each) for each in zip(*(case["load"] for case in cases.values()), strict=True)] or [0.0, 0.0]
     line = (
@@ -314,19 +292,11 @@ def _runs(data: Record, folder: str) -> list[str]:
         f"{len(cases)} cases in {sum(case['seconds'] for case in cases.values()) / 60:.0f} minutes; the machine's load "
         f"at most {load[0]:.1f} before and {load[1]:.1f} after a case."
     )
-    failed: dict[str, list[str]] = {}
-    for name, case in cases.items():
-        if case["error"]:
-            failed.setdefault(case["error"].splitlines()[0], []).append(f"`{name}`")
-    return [line, "", *(f"- No figure for {', '.join(names)}: {error}" for error, names in failed.items())]
-
-
-def _rate(case: Record, player: str) -> str:
-    return f"{case['rates'][player]['median']:,.0f}"
-
-
-def _ratio(spread: Record) -> str:
-    return f"**{spread['median']:.2f}** ({spread['q1']:.2f}-{spread['q3']:.2f})"
+    errors = {name: case["error"].splitlines()[0] for name, case in cases.items() if case["error"]}
+    for error in dict.fromkeys(errors.values()):
+        names = ", ".join(f"`{name}`" for name, own in errors.items() if own == error)
+        failures.append(f"- No figure for {names}: {error}")
+    return [line, "", *failures]
 
 
 ENGINE: list[tuple[str, Section]] = [

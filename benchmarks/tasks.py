@@ -53,7 +53,7 @@ def clocked(work: Callable[[], Any], device: str) -> dict[str, float]:
     """Call `work` -> seconds by clock."""
     cuda = torch.cuda if device == "cuda" else None
     if cuda:
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         cuda.synchronize()
         start.record()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -120,9 +120,8 @@ class ModelTask(Task):
     def draw(self, seed: int) -> None:
         self.side.model.train(self.training)
         generator = torch.Generator().manual_seed(1000 * self.job.seed + seed)
-        shape = (self.job.rows, self.job.tokens)
-        self.ids = torch.randint(self.side.vocab_size, shape, generator=generator).to(self.job.device)
-        self.labels = torch.randint(self.side.vocab_size, shape, generator=generator).to(self.job.device)
+        shape = (2, self.job.rows, self.job.tokens)
+        self.ids, self.labels = torch.randint(self.side.vocab_size, shape, generator=generator).to(self.job.device)
 
     def fresh(self) -> Any:
         # Tasks of different modes may share a model.
@@ -211,24 +210,23 @@ class CacheBytes(ModelTask):
         cache = side.new_cache(job.rows, total, job.n_loops)
         ids = torch.zeros(job.rows, total, dtype=torch.int64, device=job.device)
         with torch.no_grad():
-            side.feed(ids[:, : job.tokens], cache, 0, job.n_loops)
-            for position in range(job.tokens, total):
-                side.feed(ids[:, position : position + 1], cache, position, job.n_loops)
+            for start, end in ((0, job.tokens), *((at, at + 1) for at in range(job.tokens, total))):
+                side.feed(ids[:, start:end], cache, start, job.n_loops)
         # Storages, not tensors: a view keeps the whole of what it is a part of.
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in side.cache_tensors(cache)}
-        return {"bytes": sum(storages.values()), "bytes_per_token": sum(storages.values()) / (job.rows * total)}
+        n_bytes = sum(storages.values())
+        return {"bytes": n_bytes, "bytes_per_token": n_bytes / (job.rows * total)}
 
 
 class Rope(Task):
     """The cost of a long context before it is used, and how exact its rotary angles are; nothing runs."""
 
     def info(self) -> dict[str, Any]:
-        model, longest = self.job.model, self.job.model["max_seq_len"]
-        frequency = model["rope_theta"] ** (
-            -torch.arange(0, model["qk_rope_head_dim"], 2, dtype=torch.float64) / model["qk_rope_head_dim"]
-        )
+        names = ("max_seq_len", "qk_rope_head_dim", "rope_theta")
+        longest, width, theta = (self.job.model[name] for name in names)
+        frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         positions, worst = torch.arange(longest), 0.0
-        cos, sin = self.module.rope(positions, model["qk_rope_head_dim"], model["rope_theta"])
+        cos, sin = self.module.rope(positions, width, theta)
         # In parts: the float64 angles of all positions take gigabytes.
         for at in positions.split(2**17):
             angle = at.double()[:, None] * frequency
@@ -243,9 +241,8 @@ class Rope(Task):
 
 
 class Build(Task):
-    """Construct a model on the CPU, which is dropped again, untimed: the next side then finds the same free memory."""
+    """Construct a model, which is dropped again, untimed: the next side then finds the same free memory."""
 
-    device = "cpu"
     model: nn.Module | None = None
 
     def fresh(self) -> None:
@@ -254,7 +251,7 @@ class Build(Task):
 
     def run(self, fresh: None) -> None:
         # A device mode slows construction, so there is none for the default device.
-        with torch.device(self.device) if self.device != "cpu" else contextlib.nullcontext():
+        with torch.device(self.job.device) if self.job.device != "cpu" else contextlib.nullcontext():
             self.model = self.module.construct(self.job.model)
 
     def time(self) -> dict[str, float]:
@@ -265,21 +262,7 @@ class Build(Task):
         return seconds
 
 
-class BuildMeta(Build):
-    """Construct a model without memory for its weights."""
-
-    device = "meta"
-
-
 TASKS: dict[str, type[Task]] = {
-    "forward": Forward,
-    "train": Train,
-    "train_rows": TrainRows,
-    "prefill": Prefill,
-    "decode": Decode,
-    "generate": Generate,
-    "cache_bytes": CacheBytes,
-    "rope": Rope,
-    "build": Build,
-    "build_meta": BuildMeta,
-}
+    "forward": Forward, "train": Train, "train_rows": TrainRows, "prefill": Prefill, "decode": Decode,
+    "generate": Generate, "cache_bytes": CacheBytes, "rope": Rope, "build": Build,
+}  # fmt: skip

@@ -37,7 +37,10 @@ class Worker:
         self.torch = torch
         self.tasks: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
-        self.idle_bytes = _reset_peak()
+        # The peak starts from what is resident now.
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.idle_bytes = _status_bytes("VmRSS")
 
     def hello(self) -> dict[str, Any]:
         """Describe what this process runs on."""
@@ -53,14 +56,13 @@ class Worker:
         """Build what the job needs; jobs on the same model share it."""
         from benchmarks.tasks import TASKS, ModelTask
 
-        task = {**TASKS, **getattr(self.module, "TASKS", {})}[job.task]
-        if not issubclass(task, ModelTask):
-            self.tasks[id] = task(job, self.module)
-        else:
+        task, model = {**TASKS, **getattr(self.module, "TASKS", {})}[job.task], []
+        if issubclass(task, ModelTask):
             key = json.dumps([job.model, job.load, job.checkpoint, job.compiled, job.seed, job.halting_loop])
             if key not in self.models:
                 self.models[key] = self.module.make(job)
-            self.tasks[id] = task(job, self.module, self.models[key])
+            model = [self.models[key]]
+        self.tasks[id] = task(job, self.module, *model)
         return self.tasks[id].info()
 
     def call(self, id: str, n: int = 1, warm_up: int = 0) -> dict[str, Any]:
@@ -125,39 +127,25 @@ class Worker:
 
 def _status_bytes(field: str) -> int:
     """Return a field of this process's memory status, which Linux gives in KiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def _reset_peak() -> int:
-    """Let the peak start from what is resident now, and return that."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def main(side: str, threads: int, connection: Connection) -> None:
-    """Answer requests until the coordinator closes the connection."""
-    failure, worker = "", None
-    try:
-        worker = Worker(side, threads)
-    except Exception as error:
-        # No request has come yet: the failure is the answer to every one.
-        failure = _message(error)
+    """Answer requests until the coordinator closes the connection, with (failed, answer or error).
+
+    A worker that cannot start fails at every request; where an error happened goes to standard error.
+    """
+    worker: Worker | None = None
     with contextlib.suppress(EOFError):
         while True:
             method, arguments = connection.recv()
             try:
-                answer = (True, failure) if worker is None else (False, getattr(worker, method)(**arguments))
+                worker = worker or Worker(side, threads)
+                answer = (False, getattr(worker, method)(**arguments))
             except Exception as error:
-                answer = (True, _message(error))
+                traceback.print_exc()
+                answer = (True, f"{type(error).__name__}: {error}")
             connection.send(answer)
-
-
-def _message(error: Exception) -> str:
-    """Return the error in a line; where it happened goes to standard error."""
-    traceback.print_exc()
-    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ def compile_model(model: Any, scope: Scope = "model", backend: str = "inductor")
     if scope == "model":
         return torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     if scope == "decode":
-        _compile_stages(model, backend)
+        stages: list[tuple[nn.Module, str]] = [(model, "encode"), (model, "readout")]
+        if model.recurrent is not None:
+            stages += [(model.recurrent, "loop"), (model.recurrent, "advance")]
+        for owner, name in stages:
+            setattr(owner, name, MethodType(_of_one_token(name, getattr(type(owner), name), backend), owner))
         return model
     if model.recurrent is None:
         raise ValueError("scope='block' needs a block to loop, but model.recurrent_layers=0; use scope='model'")
@@ -60,14 +64,6 @@ def compile_model(model: Any, scope: Scope = "model", backend: str = "inductor")
     loop = torch.compile(RecurrentBlock.loop, fullgraph=True, dynamic=False, backend=backend)
     model.recurrent.loop = MethodType(loop, model.recurrent)
     return model
-
-
-def _compile_stages(model: Any, backend: str) -> None:
-    stages: list[tuple[nn.Module, str]] = [(model, "encode"), (model, "readout")]
-    if model.recurrent is not None:
-        stages += [(model.recurrent, "loop"), (model.recurrent, "advance")]
-    for owner, name in stages:
-        setattr(owner, name, MethodType(_of_one_token(name, getattr(type(owner), name), backend), owner))
 
 
 def _of_one_token(name: str, stage: Callable[..., Any], backend: str) -> Callable[..., Any]:

@@ -102,11 +102,7 @@ class FileError(ValueError):
 
 def is_text(value: str) -> bool:
     """Return whether a string can be written as UTF-8: escapes in JSON and YAML also make halves of surrogate pairs."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search(r"[\ud800-\udfff]", value) is None
 
 
 def inside(folder: Path, name: str) -> Path:

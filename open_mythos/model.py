@@ -166,11 +166,8 @@ class OpenMythos(GenerationMixin):
         check_int("max_len", max_len, 1, cfg.max_seq_len, f"use max_len={cfg.max_seq_len} (max_seq_len) or less")
         levels = check_n_loops(n_loops, cfg)
         shapes = ATTENTIONS[cfg.attn_type].cache_shapes(cfg)
-        layers = (
-            [(1, shapes)] * cfg.prelude_layers
-            + [(levels, shapes)] * cfg.recurrent_layers
-            + [(1, shapes)] * cfg.coda_layers
-        )
+        around, looped = [(1, shapes)], [(levels, shapes)]
+        layers = around * cfg.prelude_layers + looped * cfg.recurrent_layers + around * cfg.coda_layers
         kind = StaticKVCache if static else KVCache
         return kind(layers, batch_size, max_len, levels, self.dtype, self.device)
 

@@ -59,20 +59,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """
     with writing(path):
         save_file(tensors, path, metadata=metadata)
-        _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Give the same tensors and metadata the same bytes: the library writes metadata in an order that varies."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(ordered) != size:
-            raise ValueError(f"the header of {path} would change its length from {size} to {len(ordered)} bytes")
-        file.seek(8)
-        file.write(ordered)
+        with path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            # The library writes metadata in an order that varies. The same tensors and metadata get the same bytes.
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(ordered) != size:
+                raise ValueError(f"the header of {path} would change its length from {size} to {len(ordered)} bytes")
+            file.seek(8)
+            file.write(ordered)
 
 
 def load(folder: str | Path) -> dict[str, Tensor]:
@@ -108,7 +104,20 @@ def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 def locate(folder_or_repo: str | Path) -> Path:
     """Return the folder, or the local copy of a hub repository when there is no such folder."""
     folder = Path(folder_or_repo)
-    return _download(str(folder_or_repo)) if not folder.exists() and str(folder_or_repo).count("/") == 1 else folder
+    if folder.exists() or str(folder_or_repo).count("/") != 1:
+        return folder
+    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # Configuration and tokenizer are JSON.
+        return Path(snapshot_download(str(folder_or_repo), allow_patterns=["*.json", WEIGHTS_FILE]))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{str(folder_or_repo)!r} is no folder here and the Hugging Face hub does not give it; check the path, or "
+            "the name of the repository and the connection"
+        ) from error
 
 
 def read_config(folder: str | Path) -> MythosConfig:
@@ -219,18 +228,3 @@ def _file(folder: str | Path, name: str) -> Path:
             "which has it under DIR/final"
         )
     return path
-
-
-def _download(repo: str) -> Path:
-    # `tokenizers` depends on huggingface_hub, so it is there; it is slow to import and needed here only.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        # Configuration and tokenizer are JSON.
-        return Path(snapshot_download(repo, allow_patterns=["*.json", WEIGHTS_FILE]))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{repo!r} is no folder here and the Hugging Face hub does not give it; check the path, or the name of the "
-            "repository and the connection"
-        ) from error

@@ -31,9 +31,11 @@ def _at_most(**bounds: float) -> dict[str, Reach]:
     return {"" if name == "own" else f".{name}": Reach(value, at_most=True) for name, value in bounds.items()}
 
 
-def _pair(name: str, title: str, job: Job, reach: float = 0.0, **fields: Any) -> Case:
-    """Compare a task with 0.5.0."""
-    return Case(name, title, pair, job, {"": Reach(reach)} if reach else {}, **fields)
+def _pair(name: str, title: str, job: Job, reach: float | Mapping[str, Reach] = 0.0, **fields: Any) -> Case:
+    """Compare a task with 0.5.0; `reach` bounds the case's own row, or several."""
+    if not isinstance(reach, Mapping):
+        reach = {"": Reach(reach)} if reach else {}
+    return Case(name, title, pair, job, reach, **fields)
 
 
 def _both(name: str, title: str, job: Job, reach: float, **fields: Any) -> list[Case]:
@@ -45,9 +47,10 @@ def _both(name: str, title: str, job: Job, reach: float, **fields: Any) -> list[
 
 def _small(kind: str, compiled: bool) -> Case:
     job = Job("train", SMALL[kind], rows=2, tokens=16, n_loops=4)
-    title = f"training step, small model (b) {kind}, {'ours compiled' if compiled else 'eager'}"
-    name, reach = f"train_small_{kind}{'_compiled' * compiled}", 2.2 if compiled else 1.6
-    return _pair(name, title, job, reach, ours={"compiled": True} if compiled else {}, memory=not compiled)
+    name, title = f"train_small_{kind}", f"training step, small model (b) {kind}, "
+    if not compiled:
+        return _pair(name, f"{title}eager", job, 1.6)
+    return _pair(f"{name}_compiled", f"{title}ours compiled", job, 2.2, ours={"compiled": True}, memory=False)
 
 
 def _depths(name: str, model: str, job: Job, reach: Mapping[str, Reach]) -> Case:
@@ -72,22 +75,22 @@ def _decode(context: int, reach: float) -> list[Case]:
     return _both(f"decode_{context}", f"decode one token, (c), context {context}", job, reach)
 
 
-_MUON = "Muon's share of a step of the trainer, mythos_30m"
-_OVERHEAD = "metrics and checkpoints, share of a run of mythos_3m"
-_ONE_B = {"second_worker": False}
+_MUON = "Muon's share of a step of the trainer, mythos_30m", alone.muon_share, STEPS
+_OVERHEAD = "metrics and checkpoints, share of a run of mythos_3m", alone.overhead, RUN
 _MEMORY = _at_most(own=0.8, checkpointed=0.5, time=1.35)
 _GROWTH = _at_most(tokens=0.15, loops=0.15, rows=0.15)
+_PREFILL, _DECODE = "mythos_1b, prefill of 128 tokens, 16 loops", "mythos_1b, decode one token, 16 loops, context 128"
+_ROPE = "rotary angles for 1,000,000 positions (mythos_100b)", long_rope, Job("rope", models.HUNDRED_B)
+_META = "mythos_1t, construct on the meta device", building, Job("build", models.ONE_T, device="meta")
+_SHARES = {"": Reach(1.1), ".share": Reach(0.8)}
 _TABLE: list[Case | list[Case]] = [
-    replace(
-        _pair("train_addition", "training step, addition model (a)", ADDITION),
-        reach={"": Reach(1.1), ".share": Reach(0.8)},
-    ),
+    _pair("train_addition", "training step, addition model (a)", ADDITION, _SHARES),
     [_small(kind, compiled) for compiled in (False, True) for kind in SMALL],
     _pair("train_3m", "training step, mythos_3m's shape", THREE_M),
     _pair("train_30m", "training step, mythos_30m's shape", THIRTY_M, budget=SLOW),
     _depths("train_30m_poisson", "mythos_30m's shape", THIRTY_M, {}),
-    Case("muon_30m", _MUON, alone.muon_share, STEPS, _at_most(**{"4": 0.15, "8": 0.15}), side="trainer"),
-    Case("overhead_3m", _OVERHEAD, alone.overhead, RUN, _at_most(own=0.05), side="trainer"),
+    Case("muon_30m", *_MUON, _at_most(**{"4": 0.15, "8": 0.15}), side="trainer"),
+    Case("overhead_3m", *_OVERHEAD, _at_most(own=0.05), side="trainer"),
     _pair("forward_mid", "forward pass, mid model (c)", replace(MID, task="forward"), 1.4),
     _pair("train_mid", "training step, mid model (c)", MID, 1.4, budget=SLOW),
     _depths("train_mid_poisson", "(c)", MID, {"": Reach(1.3), ".allowed": Reach(0.9)}),
@@ -97,31 +100,12 @@ _TABLE: list[Case | list[Case]] = [
     _decode(128, 3.0),
     _decode(512, 3.0),
     _decode(960, 3.5),
-    _pair(
-        "prefill_1b",
-        "mythos_1b, prefill of 128 tokens, 16 loops",
-        replace(ONE_B, task="prefill"),
-        1.8,
-        budget=SLOW,
-        **_ONE_B,
-    ),
-    _both("decode_1b", "mythos_1b, decode one token, 16 loops, context 128", ONE_B, 1.3, memory=False, **_ONE_B),
+    _pair("prefill_1b", _PREFILL, replace(ONE_B, task="prefill"), 1.8, budget=SLOW, second_worker=False),
+    _both("decode_1b", _DECODE, ONE_B, 1.3, memory=False, second_worker=False),
     Case("kv_cache_bytes", "mythos_1b, cache, 16 loops", cache_bytes, CACHE, {"": Reach(8 / 3)}),
     Case("build_1b", "mythos_1b, construct on the CPU", building, Job("build", models.ONE_B), {"": Reach(2.0)}),
-    Case(
-        "build_1t_meta",
-        "mythos_1t, construct on the meta device",
-        building,
-        Job("build_meta", models.ONE_T),
-        _at_most(ms=50),
-    ),
-    Case(
-        "rope_1m",
-        "rotary angles for 1,000,000 positions (mythos_100b)",
-        long_rope,
-        Job("rope", models.HUNDRED_B),
-        _at_most(bytes=0, error=1e-6),
-    ),
+    Case("build_1t_meta", *_META, _at_most(ms=50)),
+    Case("rope_1m", *_ROPE, _at_most(bytes=0, error=1e-6)),
     _transformer("deepseek_v3", 1.5),
     _transformer("qwen3_moe", 1.3),
     _transformer("llama", 0.8),
@@ -135,7 +119,4 @@ PAGES = tuple(dict.fromkeys(case.page for case in CASES.values()))
 
 def reach_of(id: str) -> Reach | None:
     """Find the bound of a row by its id."""
-    for name, case in CASES.items():
-        if id.startswith(name) and id[len(name) :] in case.reach:
-            return case.reach[id[len(name) :]]
-    return None
+    return next((r for case in CASES.values() for part, r in case.reach.items() if id == case.name + part), None)

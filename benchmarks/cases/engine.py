@@ -27,11 +27,9 @@ SIMPLE = (FIXED, TOGETHER, DROPPED)
 SAME = (OURS, DROPPED, AT_ONCE)
 """Policies that compute the same tokens."""
 OWN = "its own rule"
+HEAVY = Job("load", models.LOOP_HEAVY, n_loops=DEEPEST)
 SUBJECTS = {
-    "heavy": (
-        "loop-heavy: 1 prelude and 1 coda layer, 16 experts x 512",
-        Job("load", models.LOOP_HEAVY, n_loops=DEEPEST),
-    ),
+    "heavy": ("loop-heavy: 1 prelude and 1 coda layer, 16 experts x 512", HEAVY),
     "30m": ("mythos_30m at 16 loops", Job("load", mythos_30m().to_dict(), n_loops=DEEPEST)),
     "trained": ("trained `adaptive-text`", Job("load", n_loops=8, arguments={"folder": str(FOLDER), "rule": RULE})),
 }
@@ -41,7 +39,7 @@ WINDOWS = Budget(0.0, 5, 5)
 DECODED = 16
 """New tokens of a peer's timed call; the first is the prompt's and left out. Shorter contexts than the engine's."""
 PEERS = {
-    "open-mythos 0.5.0 `generate`": ("open_mythos_0_5", Job("generate", models.LOOP_HEAVY, n_loops=DEEPEST)),
+    "open-mythos 0.5.0 `generate`": ("open_mythos_0_5", replace(HEAVY, task="generate")),
     "transformers `generate`, plain Llama": ("hf", Job("generate", models.PLAIN)),
 }
 TASKS = {"engine": "load", "`generate`": "one_by_one"}
@@ -74,8 +72,7 @@ def policies(case: Case, bench: Bench) -> Outcome:
     ):
         theirs, ours = (f"{data['rates'][policy].median:,.0f} tok/s" for policy in (peer, OURS))
         ratio = data[figure]
-        row = Row(case.name + suffix, what, ratio.median, "x", theirs, ours, spread=ratio, noise=data["noise"])
-        rows.append(row)
+        rows.append(Row(case.name + suffix, what, ratio.median, "x", theirs, ours, ratio, data["noise"]))
     return Outcome(rows, curves=data)
 
 
@@ -88,8 +85,7 @@ def check_answers(worker: Client) -> None:
     answers = {policy: worker.ask("method", id=policy, name="answers") for policy in SAME}
     for policy in SAME:
         ours, theirs = answers[OURS], answers[policy]
-        wrong = [n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]]
-        if wrong:
+        if wrong := [n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]]:
             raise Different(f"request {wrong[0]} has other tokens or loops when {policy!r} than {OURS!r}")
     if difference := worker.ask("method", id=OURS, name="check_alone"):
         raise Different(str(difference))
@@ -156,10 +152,9 @@ def others(case: Case, bench: Bench) -> Outcome:
             theirs, ours = (f"{statistics.median(rates[name]):,.1f} tok/s" for name in (key, f"engine, {law}"))
             id, what = f"{case.name}.{law}.{peer}", f"R = {rows}, {law}, over {peer}"
             found.append(Row(id, what, ratio.median, "x", theirs, ours, spread=ratio))
-    flops = " and ".join(
-        f"{n} {side['flops_per_token'] / 1e6:.1f}" for n, side in info.items() if "flops_per_token" in side
-    )
-    return Outcome(found, info, notes=[f"MFLOP per token: {flops}."])
+    flops = {name: side["flops_per_token"] / 1e6 for name, side in info.items() if "flops_per_token" in side}
+    note = " and ".join(f"{name} {each:.1f}" for name, each in flops.items())
+    return Outcome(found, info, notes=[f"MFLOP per token: {note}."])
 
 
 def modes(case: Case, bench: Bench) -> Outcome:
@@ -267,17 +262,16 @@ def cases() -> list[Case]:
         for law in (OWN,) if subject == "trained" else LAWS:
             chosen = {} if law == OWN else {"law": law}
             reach = {".share": Reach(0.9), ".best": Reach(0.97)}
-            if subject == "heavy":
-                reach[""] = Reach({"uniform": 1.5, "geometric": 3.0}[law])
+            reach |= {"": Reach({"uniform": 1.5, "geometric": 3.0}[law])} if subject == "heavy" else {}
             for rows in (1, 8, 16, 32, 64):
                 name = "_".join(["engine", *([] if subject == "heavy" else [subject]), *chosen.values(), str(rows)])
                 given = replace(job, rows=rows, arguments={**job.arguments, **chosen, "subject": subject})
                 about = name, f"{subject}, {law}, R = {rows}", policies
                 found.append(Case(*about, given, reach, side="engine", page="engine"))
-    heavy = replace(SUBJECTS["heavy"][1], arguments={"subject": "heavy", "law": "geometric"})
+    heavy = replace(HEAVY, arguments={"subject": "heavy", "law": "geometric"})
     for rows in (1, 8, 32):
-        job = replace(heavy, rows=rows)
-        found.append(Case(f"engine_others_{rows}", f"beside others, R = {rows}", others, job, page="engine"))
+        about = f"engine_others_{rows}", f"beside others, R = {rows}", others
+        found.append(Case(*about, replace(heavy, rows=rows), page="engine"))
     for subject, (_, job) in list(SUBJECTS.items())[:2]:
         for rows in (1, 8, 32):
             name = f"engine_modes_{rows}" if subject == "heavy" else f"engine_modes_{subject}_{rows}"

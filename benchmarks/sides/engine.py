@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +27,10 @@ measure_costs = first_of("open_mythos.engine.calibration:measure_costs", "open_m
 Curve = first_of("open_mythos.engine.readout_policy:Curve", "open_mythos.serve.costs:Curve")
 StepCosts = first_of("open_mythos.engine.readout_policy:StepCosts", "open_mythos.serve.costs:StepCosts")
 
+UNKNOWN = StepCosts(Curve({1: 1.0}), Curve({1: 1.0}))
+"""Costs of an engine that nothing is timed on."""
+Answer = tuple[list[int], list[int]]
+"""Tokens of a request, and the loops of each."""
 WEIGHT = () if hasattr(HaltingRule, "weigh") else (None,)
 """The third part of a decision, which rules of older checkouts have."""
 DEEPEST, MEAN = 16, 4.0
@@ -47,17 +52,16 @@ def mean_depth(law: list[float]) -> float:
     return sum(n * p for n, p in enumerate(law, 1))
 
 
-def _geometric() -> list[float]:
-    """Make the law by which each loop is the last with equal probability, and the deepest takes the rest; mean MEAN."""
-    p, high = 1 / DEEPEST, 1.0
-    for _ in range(60):
-        middle = (p + high) / 2
-        p, high = (middle, high) if (1 - (1 - middle) ** DEEPEST) / middle > MEAN else (p, middle)
-    law = [p * (1 - p) ** n for n in range(DEEPEST - 1)]
-    return [*law, 1 - sum(law)]
+P_LAST = 0.2473488151905831
+"""Probability of each loop to be the last in the geometric law, whose deepest takes the rest: its mean is then MEAN."""
+_RISING = [P_LAST * (1 - P_LAST) ** n for n in range(DEEPEST - 1)]
+LAWS = {"uniform": [1 / DEEPEST] * DEEPEST, "geometric": [*_RISING, 1 - sum(_RISING)]}
 
 
-LAWS = {"uniform": [1 / DEEPEST] * DEEPEST, "geometric": _geometric()}
+@cache
+def _signs(width: int) -> Tensor:
+    """Draw the fixed projection, (D,)."""
+    return (torch.rand(width, generator=torch.Generator().manual_seed(0)) > 0.5).double() * 2 - 1
 
 
 class PrescribedDepths(HaltingRule):
@@ -72,15 +76,11 @@ class PrescribedDepths(HaltingRule):
     def __init__(self, law: list[float]) -> None:
         super().__init__(0.0)
         self.bounds = torch.tensor(law, dtype=torch.float64).cumsum(0)[:-1]
-        self.signs: Tensor | None = None
 
     def init(self, h: Tensor, n_loops: Tensor) -> dict[str, Tensor]:
-        if self.signs is None:
-            draws = torch.rand(h.shape[-1], generator=torch.Generator().manual_seed(0))
-            self.signs = (draws > 0.5).double() * 2 - 1
         # In float64 the sum does not depend on how many rows are summed beside it.
         h = h.double()
-        place = (h * self.signs).sum(-1) / torch.linalg.vector_norm(h, dim=-1) * self.SCALE
+        place = (h * _signs(h.shape[-1])).sum(-1) / torch.linalg.vector_norm(h, dim=-1) * self.SCALE
         depth = torch.bucketize(place - place.floor(), self.bounds, right=True) + 1
         return {"n_loops": n_loops, "depth": torch.minimum(depth, n_loops[:, None])}
 
@@ -145,21 +145,18 @@ class EngineTask(Task):
             generator = torch.Generator().manual_seed(0)
             self.prompts = torch.randint(VOCABULARY, (N_PROMPTS, N_PROMPT), generator=generator).tolist()
         rule: dict[str, Any] = given["rule"] if "rule" in given else {"exit": PrescribedDepths(LAWS[given["law"]])}
-        if given.get("policy") == FIXED:
-            rule = {"exit": "fixed"}
-        elif given.get("policy") == TOGETHER:
+        if given.get("policy") == TOGETHER:
             inner = self.model.exit_rule(rule["exit"], rule.get("exit_threshold"))
             assert inner is not None
             rule = {"exit": UntilAllAreDone(inner)}
-        self.rule = rule
+        self.rule = {"exit": "fixed"} if given.get("policy") == FIXED else rule
         points = given.get("costs") or self._measure_costs()
         loop, outer = ({n: seconds[i] for n, seconds in points["seconds"].items()} for i in (0, 1))
         self.points, self.costs = points, StepCosts(Curve(loop), Curve(outer), points["least_rows"])
 
     def _measure_costs(self) -> dict[str, Any]:
         """Measure as an engine does at its start -> [loop, outer] seconds by the powers of two up to its rows."""
-        unknown = StepCosts(Curve({1: 1.0}), Curve({1: 1.0}))
-        costs = measure_costs(Engine(self.model, config=self.config, costs=unknown).runner)
+        costs = measure_costs(Engine(self.model, config=self.config, costs=UNKNOWN).runner)
         sizes = [2**n for n in range(self.job.rows.bit_length())]
         return {"seconds": {n: [costs.loop(n), costs.outer(n)] for n in sizes}, "least_rows": costs.least_rows}
 
@@ -173,20 +170,20 @@ class EngineTask(Task):
 
     def params(self, max_tokens: int, number: int) -> SamplingParams:
         """Ask for so many tokens; `number` is the seed."""
-        return SamplingParams(
-            max_tokens=max_tokens, seed=number, ignore_eos=True, n_loops=self.job.n_loops, **self.rule
-        )
+        loops = self.job.n_loops
+        return SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=True, n_loops=loops, **self.rule)
+
+    def answer(self, engine: Any, max_tokens: int, numbers: Iterable[int]) -> Iterator[Answer]:
+        """Let an engine answer the requests of these numbers."""
+        requests = [engine.add(self.prompts[n % N_PROMPTS], self.params(max_tokens, n)) for n in numbers]
+        while engine.busy:
+            engine.step()
+        return ((request.token_ids, request.loops) for request in requests)
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
         """Answer one short request for each row, for the gate."""
-        engine = self.engine()
-        requests = [
-            engine.add(self.prompts[i % N_PROMPTS], self.params(8, self.seed + i)) for i in range(self.job.rows)
-        ]
-        while engine.busy:
-            engine.step()
-        tokens, loops = [request.token_ids for request in requests], [request.loops for request in requests]
-        return {"tokens": torch.tensor(tokens), "depths": torch.tensor(loops)}
+        answers = self.answer(self.engine(), 8, range(self.seed, self.seed + self.job.rows))
+        return dict(zip(("tokens", "depths"), map(torch.tensor, zip(*answers, strict=True)), strict=True))
 
 
 class Load(EngineTask):
@@ -202,8 +199,8 @@ class Load(EngineTask):
         self.number = 0
         self.numbers: dict[int, int] = {}
         """Number of a request in this load, by the engine's id."""
-        self.finished: dict[int, tuple[list[int], list[int]]] = {}
-        """Tokens and loops of the finished requests, by number."""
+        self.finished: dict[int, Answer] = {}
+        """The finished requests, by number."""
         for _ in self.prompts:
             self._add(1)
         while self.busy.busy:
@@ -256,8 +253,8 @@ class Load(EngineTask):
             self.finished[self.numbers.pop(request.id)] = (request.token_ids, request.loops)
         return len(ended)
 
-    def answers(self) -> dict[int, tuple[list[int], list[int]]]:
-        """Return tokens and loops of the finished requests, by number."""
+    def answers(self) -> dict[int, Answer]:
+        """Return the finished requests, by number."""
         return self.finished
 
     def check_alone(self) -> str:
@@ -277,13 +274,10 @@ class Load(EngineTask):
             return f"request {number} has other tokens or loops in the engine than from generate"
         return ""
 
-    def _alone(self, model: OpenMythos, number: int, max_tokens: int) -> tuple[list[int], list[int]]:
-        """Return tokens and loops of one request in an engine of its own."""
-        engine = Engine(model, config=engine_config(model, 1), costs=StepCosts(Curve({1: 1.0}), Curve({1: 1.0})))
-        request = engine.add(self.prompts[number % N_PROMPTS], self.params(max_tokens, number))
-        while engine.busy:
-            engine.step()
-        return request.token_ids, request.loops
+    def _alone(self, model: OpenMythos, number: int, max_tokens: int) -> Answer:
+        """Return the answer of one request in an engine of its own."""
+        engine = Engine(model, config=engine_config(model, 1), costs=UNKNOWN)
+        return next(self.answer(engine, max_tokens, [number]))
 
 
 class OneByOne(EngineTask):
@@ -292,11 +286,12 @@ class OneByOne(EngineTask):
     new_tokens = 0
 
     def time(self) -> dict[str, float]:
-        spent = []
-        for self.new_tokens in (1, NEW_TOKENS):
-            spent.append(super().time())
+        self.new_tokens = 1
+        short = super().time()
+        self.new_tokens = NEW_TOKENS
+        whole = super().time()
         self.seed += 1
-        return {clock: (spent[1][clock] - spent[0][clock]) / (NEW_TOKENS - 1) for clock in spent[0]}
+        return {clock: (whole[clock] - short[clock]) / (NEW_TOKENS - 1) for clock in whole}
 
     def run(self, fresh: Any) -> Any:
         prompt, depth = self.prompts[self.seed % N_PROMPTS], self.job.n_loops
@@ -360,8 +355,7 @@ class Crowd(EngineTask):
             seen["gaps"].append(self.clock - request.last)
         request.last = self.clock
         if event.finish_reason:
-            if request.whole:
-                seen["turnarounds"].append(self.ticks - request.arrived)
+            seen["turnarounds"] += [self.ticks - request.arrived] * request.whole
             del self.pending[event.request.id]
             self._ask(request.depth, self.job.new_tokens)
 

@@ -29,9 +29,9 @@ def trained(folder: str, device: str) -> OpenMythos:
         FileNotFoundError: it has not been trained; the message names the command.
     """
     if not Path(folder).is_dir():
+        remedy = f"make it with `mythos train {RECIPE} --out {Path(folder).parent}` or name another in"
         raise FileNotFoundError(
-            f"{folder} does not exist: cases of exits need a trained model; make it with `mythos train {RECIPE} --out "
-            f"{Path(folder).parent}` or name another in OPEN_MYTHOS_ADAPTIVE"
+            f"{folder} does not exist: cases of exits need a trained model; {remedy} OPEN_MYTHOS_ADAPTIVE"
         )
     return OpenMythos.from_pretrained(folder, device)
 
@@ -105,16 +105,15 @@ class Prefill(Exits):
     def setup(self) -> None:
         super().setup()
         assert self.model.recurrent is not None
-        self.model.recurrent.register_forward_hook(self._store_loops)
-
-    def _store_loops(self, block: Any, inputs: Any, output: Any) -> None:
-        self.loops = output.loops
+        self.seen: dict[str, Tensor] = {}
+        self.model.recurrent.register_forward_hook(lambda block, inputs, output: self.seen.update(loops=output.loops))
 
     def run(self, fresh: Any) -> dict[str, Tensor]:
         kv = self.model.make_cache(self.job.rows, self.job.tokens + 1, self.job.n_loops)
         logits = self.model(self.ids, self.job.n_loops, cache=kv, last_only=True, **self.rule)
-        self.measured = {"mean_depth": self.loops.double().mean().item()}
-        return {"logits": logits[:, -1], "depths": self.loops}
+        loops = self.seen["loops"]
+        self.measured = {"mean_depth": loops.double().mean().item()}
+        return {"logits": logits[:, -1], "depths": loops}
 
 
 class PrefillReference(Prefill):
@@ -133,7 +132,7 @@ class Decode(Exits):
     def draw(self, seed: int) -> None:
         super().draw(seed)
         self.cache = self.model.make_cache(self.job.rows, self.job.tokens, self.job.n_loops)
-        self._feed(self.ids[:, : -self.job.new_tokens], self.cache)
+        self.model(self.ids[:, : -self.job.new_tokens], cache=self.cache, last_only=True, **self.rule)
 
     def fresh(self) -> KVCache:
         super().fresh()
@@ -141,17 +140,9 @@ class Decode(Exits):
 
     def run(self, fresh: KVCache) -> dict[str, Tensor]:
         for token in self.ids[:, -self.job.new_tokens :].split(1, dim=1):
-            logits = self._feed(token, fresh)
+            logits = self.model(token, cache=fresh, last_only=True, **self.rule)
         return {"logits": logits}
 
-    def _feed(self, ids: Tensor, kv: KVCache) -> Tensor:
-        return self.model(ids, cache=kv, last_only=True, **self.rule)
 
-
-TASKS: dict[str, type[Task]] = {
-    "exits_decode": Decode,
-    "exits_generate": Generate,
-    "exits_generate_reference": GenerateReference,
-    "exits_prefill": Prefill,
-    "exits_prefill_reference": PrefillReference,
-}
+TASKS: dict[str, type[Task]] = {"exits_decode": Decode, "exits_generate": Generate, "exits_prefill": Prefill}
+TASKS |= {"exits_generate_reference": GenerateReference, "exits_prefill_reference": PrefillReference}

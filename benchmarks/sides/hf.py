@@ -21,25 +21,21 @@ class Transformer(Side):
 
     def __init__(self, job: Job) -> None:
         torch.manual_seed(job.seed)
-        self.model = construct(job.model).to(job.device)
-        self.vocab_size = job.model["vocab_size"]
+        fields = {name: value for name, value in job.model.items() if name != "class"}
+        kind, self.vocab_size = job.model["class"], job.model["vocab_size"]
+        config = getattr(transformers, f"{kind}Config")(**fields)
+        self.model = getattr(transformers, f"{kind}ForCausalLM")(config).to(job.device)
         # No token ends a row: the number of tokens is fixed.
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0
 
     def info(self) -> dict[str, Any]:
-        return {"flops_per_token": 2 * self._active_parameters()}
-
-    def _active_parameters(self) -> int:
-        """Count the parameters that one token meets: of stacked experts the chosen ones, the tied embedding as head."""
+        # The parameters that one token meets: of stacked experts the chosen ones, the tied embedding as head.
         cfg, active = self.model.config, 0.0
         for name, p in self.model.named_parameters():
             stacked = ".experts." in name and p.ndim == 3
             active += p.numel() * (cfg.num_experts_per_tok / p.shape[0] if stacked else 1)
-        return round(active)
-
-    def logits(self, ids: Tensor, n_loops: int) -> Tensor:
-        return self.model(ids, use_cache=False).logits
+        return {"flops_per_token": 2 * round(active)}
 
     def new_cache(self, rows: int, max_len: int, n_loops: int) -> Any:
         return transformers.DynamicCache(config=self.model.config)
@@ -50,13 +46,6 @@ class Transformer(Side):
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
         mask = torch.ones_like(ids)
         return self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
-
-
-def construct(model: dict[str, Any]) -> Any:
-    """Make a fresh model of the class `model["class"]`."""
-    fields = {name: value for name, value in model.items() if name != "class"}
-    config = getattr(transformers, f"{model['class']}Config")(**fields)
-    return getattr(transformers, f"{model['class']}ForCausalLM")(config)
 
 
 make = Transformer

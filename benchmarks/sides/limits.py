@@ -5,6 +5,7 @@ reaches through an operator of its own; which of them is ahead depends on the pr
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,12 @@ from benchmarks.tasks import Task, clocked
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
-def onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `F.linear` by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-
-
 def kernels(device: str) -> dict[str, Kernel]:
     """Return the matrix products of this build of torch, by name."""
     found: dict[str, Kernel] = {"F.linear": F.linear}
     if device == "cpu" and torch.backends.mkldnn.is_available():
-        found["oneDNN"] = onednn
+        onednn = torch.ops.mkldnn._linear_pointwise.default
+        found["oneDNN"] = lambda x, weight: onednn(x, weight, None, "none", [], "")
     return found
 
 
@@ -48,10 +45,11 @@ class MatrixProducts(Limit):
         job = self.job
         self.dtype = getattr(torch, job.arguments.get("dtype", "float32"))
         self.shapes = [tuple(shape) for shape in job.arguments["shapes"]]
-        self.operands = {shape: self.operand(shape) for shape in self.shapes}
-        available = kernels(job.device)
-        self.rates: list[dict[str, float]] = []
-        self.best: list[Kernel] = []
+        self.operands = {
+            (m, k, n): tuple(torch.randn(size).to(job.device, self.dtype) for size in ((m, k), (n, k)))
+            for m, k, n in self.shapes
+        }
+        available, self.rates, self.best = kernels(job.device), list[dict[str, float]](), list[Kernel]()
         for shape in self.shapes:
             rates = {}
             for name, kernel in available.items():
@@ -66,16 +64,10 @@ class MatrixProducts(Limit):
     def info(self) -> dict[str, Any]:
         return {"rates": self.rates}
 
-    def operand(self, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        m, k, n = shape
-        x, weight = torch.randn(m, k), torch.randn(n, k)
-        return x.to(self.job.device, self.dtype), weight.to(self.job.device, self.dtype)
-
     def rate(self, kernel: Kernel, shape: tuple[int, int, int], repeats: int) -> float:
         """Return the best FLOP/s of some repeats; each repeats small products, which the clock could not time."""
         x, weight = self.operands[shape]
-        m, k, n = shape
-        work = 2 * m * k * n
+        work = 2 * math.prod(shape)
         inner = min(200, max(1, round(1e8 / work)))
 
         def repeat() -> None:

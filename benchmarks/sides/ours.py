@@ -68,8 +68,7 @@ class Ours(Looped):
         return [x for layer in cache.layers for x in layer]
 
     def generate(self, ids: Tensor, new_tokens: int, n_loops: int) -> Tensor:
-        options: dict[str, Any] = {"temperature": 0, "compiled": self.compiled}
-        return self.model.generate(ids, max_new_tokens=new_tokens, n_loops=n_loops, **options)
+        return self.model.generate(ids, new_tokens, n_loops, temperature=0, compiled=self.compiled)
 
     def loop_module(self) -> nn.Module | None:
         # A hook makes a model compile again, and counts recomputed loops twice; the outputs have to do then.
@@ -87,7 +86,7 @@ def construct(model: dict[str, Any]) -> OpenMythos:
 
 def rope(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine as the model uses them, each (len(positions), dim // 2)."""
-    return rotary_table(positions, dim, theta, torch.float32)
+    return rotary_table(positions, dim, theta, torch.float32)[:2]
 
 
 make = Ours

@@ -1,12 +1,11 @@
 """The trainer itself, with its optimizers, metrics and checkpoints: what a comparison of models leaves out."""
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tasks import Task
+from benchmarks.tasks import Task, clocked
 from open_mythos.tasks import Text
 from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import TrainConfig
@@ -24,16 +23,10 @@ class Training(Task):
     whole = True
 
     def setup(self) -> None:
-        job = self.job
-        self.cfg = TrainConfig(
-            VARIANTS[job.arguments["variant"]](),
-            Text(seq_len=job.tokens),
-            steps=job.arguments.get("steps", 10**6),
-            batch_size=job.rows,
-            optim=OptimConfig("muon"),
-            loops=LoopsConfig("fixed", job.n_loops),
-            log_every=1,
-        )
+        job, model = self.job, VARIANTS[self.job.arguments["variant"]]()
+        steps, loops = job.arguments.get("steps", 10**6), LoopsConfig("fixed", job.n_loops)
+        run: dict[str, Any] = {"optim": OptimConfig("muon"), "loops": loops, "log_every": 1}
+        self.cfg = TrainConfig(model, Text(seq_len=job.tokens), steps, job.rows, **run)
 
     def info(self) -> dict[str, Any]:
         return {"tokens": self.job.rows * self.job.tokens}
@@ -41,7 +34,7 @@ class Training(Task):
     def trainer(self, checkpoint: CheckpointConfig | None = None) -> Trainer:
         """Make a new run, in a folder of its own."""
         out = Path(tempfile.mkdtemp(dir=self.job.arguments["folder"])) / "run"
-        device = "cuda" if self.job.device == "cuda" else "cpu"
+        device: Any = self.job.device
         return Trainer(self.cfg, out, device=device, progress=False, checkpoint=checkpoint)
 
 
@@ -53,18 +46,16 @@ class Steps(Training):
         self.run_on = self.trainer()
         self.step, self.muon_s = 0, 0.0
         [muon] = [optimizer for optimizer in self.run_on.optimizers if isinstance(optimizer, Muon)]
-        self._inner: Callable[[], None] = muon.step
-        muon.step = self._timed  # ty: ignore[invalid-assignment]
+        inner: Callable[[], None] = muon.step
 
-    def _timed(self) -> None:
-        start = time.process_time()
-        self._inner()
-        self.muon_s = time.process_time() - start
+        def timed() -> None:
+            self.muon_s = clocked(inner, "cpu")["cpu"]
+
+        muon.step = timed  # ty: ignore[invalid-assignment]
 
     def run(self, fresh: None) -> None:
-        start = time.process_time()
-        self.run_on.train_step(self.step)
-        self.measured = {"muon": self.muon_s / (time.process_time() - start)}
+        whole = clocked(lambda: self.run_on.train_step(self.step), "cpu")
+        self.measured = {"muon": self.muon_s / whole["cpu"]}
         self.step += 1
 
 

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, S seeds, W windows.
 """
 
-import dataclasses
 import functools
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from open_mythos.analysis.per_loop import by_loop
 from open_mythos.experiments.given_depths import shuffled, with_exits
-from open_mythos.experiments.study import Result, Results, Run, Study, curve
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, vary
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
@@ -55,7 +54,7 @@ def kinds(batch: Batch) -> Tensor:
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return the recipe; for the quick form a small model with few steps."""
     cfg = load_recipe(ARM)
-    return {ARM: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **SMALL), steps=30) if quick else cfg}
+    return {ARM: vary(cfg, model=SMALL, steps=30) if quick else cfg}
 
 
 def double_bits(logits: Tensor, labels: Tensor) -> Tensor:

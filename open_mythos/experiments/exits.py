@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, S seeds, L loops.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from open_mythos.analysis.per_loop import is_right, right_by_loop, settled
 from open_mythos.experiments.brackets import arms as bracket_arms
 from open_mythos.experiments.difficulty import DISTANCES, HARD, WITHIN, questions
 from open_mythos.experiments.given_depths import shuffled, with_exits
-from open_mythos.experiments.study import Result, Results, Run, Study, curve
+from open_mythos.experiments.study import Result, Results, Run, Study, curve, vary
 from open_mythos.nn.halting import HaltingRule
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
 from open_mythos.reports.figures import Curve, draw_curves
 from open_mythos.reports.stats import Estimate, rank_correlation
-from open_mythos.tasks import KHop
 from open_mythos.tasks.task import IGNORE
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
@@ -48,25 +46,23 @@ LOSS = 0.01
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """Return each task's recipe, and the same with learned halting, without and with a ponder cost."""
     khop, addition = load_recipe("tiny-khop"), load_recipe("tiny-addition")
-    loops = dataclasses.replace(khop.loops, ramp_steps=50 if quick else 150)
     bases = {
-        "khop": dataclasses.replace(khop, steps=200 if quick else khop.steps, loops=loops),
-        "addition": dataclasses.replace(addition, steps=60 if quick else addition.steps),
+        "khop": vary(khop, steps=200 if quick else khop.steps, loops={"ramp_steps": 50 if quick else 150}),
+        "addition": vary(addition, steps=60 if quick else addition.steps),
         "brackets": bracket_arms(quick)["sampled"],
     }
     found = {}
     for task, base in bases.items():
-        base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every=0))
+        base = vary(base, eval={"every": 0})
         found[f"{task}, rules"] = base
         # One loss at the end, and one cap for all rows: the model decides how deep a token goes.
-        data, loops = base.data, LoopsConfig("fixed", ACT_LOOPS, max_loops=ACT_LOOPS, ramp_steps=base.steps // 4)
-        if isinstance(data, KHop):
-            data = dataclasses.replace(data, target="root")
-            found[f"{task}, rules, {END_ONLY}"] = dataclasses.replace(base, data=data, losses=LossConfig())
-        model = dataclasses.replace(base.model, halting="act", max_loop_iters=ACT_LOOPS)
-        learned = dataclasses.replace(base, model=model, data=data, loops=loops, losses=LossConfig())
+        loops = LoopsConfig("fixed", ACT_LOOPS, max_loops=ACT_LOOPS, ramp_steps=base.steps // 4)
+        if task == "khop":
+            base = found[f"{task}, rules, {END_ONLY}"] = vary(base, data={"target": "root"}, losses=LossConfig())
+        model = {"halting": "act", "max_loop_iters": ACT_LOOPS}
         for ponder in (0.0, PONDER):
-            found[f"{task}, ACT, ponder {ponder:g}"] = dataclasses.replace(learned, losses=LossConfig(ponder=ponder))
+            learned = vary(base, model=model, loops=loops, losses=LossConfig(ponder=ponder))
+            found[f"{task}, ACT, ponder {ponder:g}"] = learned
     return found
 
 

@@ -20,7 +20,7 @@ from open_mythos.analysis.loop_roles_section import (
     verdict,
     without_order_or_last,
 )
-from open_mythos.experiments.study import Result, Results, Run, Study
+from open_mythos.experiments.study import Result, Results, Run, Study, vary
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.tasks import Addition, KHop
@@ -53,22 +53,18 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     addition, published, khop = (load_recipe(name) for name in ("tiny-addition", "addition-dgx", "tiny-khop"))
     changes = {"dim": 128, "n_heads": 4, "expert_dim": 256, "rope_theta": 100.0, "halting": "none"}
     model, fixed = dataclasses.replace(published.model, **changes), LoopsConfig("fixed", LOOPS["published"])
-    deeper = dataclasses.replace(addition.model, max_loop_iters=LOOPS["diagonal"])
     # The published optimiser learns nothing in minutes, so the recipe's trains that architecture too.
     own = {
-        "published": dataclasses.replace(
-            addition, model=model, data=Addition(2, 2), loops=fixed, batch_size=64, steps=400
-        ),
-        "diagonal": dataclasses.replace(addition, model=deeper),
+        "published": vary(addition, model=model, data=Addition(2, 2), loops=fixed, batch_size=64, steps=400),
+        "diagonal": vary(addition, model={"max_loop_iters": LOOPS["diagonal"]}),
         "khop": khop,
     }
     found = {}
     for name, cfg in own.items():
         steps = 60 if quick else cfg.steps
-        loops = dataclasses.replace(cfg.loops, ramp_steps=min(cfg.loops.ramp_steps, steps // 4))
+        loops = {"ramp_steps": min(cfg.loops.ramp_steps, steps // 4)}
         for arm, parts in ((name, INDEX_PARTS), (f"{name}-null", NO_INDEX_PARTS)):
-            model = dataclasses.replace(cfg.model, **parts)
-            found[arm] = dataclasses.replace(cfg, model=model, steps=steps, loops=loops, eval=EvalConfig())
+            found[arm] = vary(cfg, model=parts, steps=steps, loops=loops, eval=EvalConfig())
     return found
 
 

@@ -1,6 +1,5 @@
 """Text: what do more loops give a model trained at sampled depth, and is it better than a plain transformer?"""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from open_mythos.accounting import count_parameters, flops_per_token
 from open_mythos.analysis.per_loop import by_loop
 from open_mythos.experiments.prepared_text import hashes, held_out, null_lines, prepare_corpus, prepared, split, unread
-from open_mythos.experiments.study import Lab, Result, Results, Run, Study, curve, plain
+from open_mythos.experiments.study import Lab, Result, Results, Run, Study, curve, plain, vary
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
 from open_mythos.reports.document import Table
@@ -36,17 +35,15 @@ WORTH = {"higher": "worse", "lower": "better", "undecided": "undecided"}
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """The recipe; a fixed depth; plain transformers with its parameters and with its FLOPs; and one choice undone."""
-    base = dataclasses.replace(load_recipe("small-text"), eval=EvalConfig())
-    if quick:
-        base = dataclasses.replace(base, steps=4, batch_size=2)
-    model, flat = base.model, dataclasses.replace(base, loops=LoopsConfig())
+    base = vary(load_recipe("small-text"), eval=EvalConfig(), **({"steps": 4, "batch_size": 2} if quick else {}))
+    model, flat = base.model, vary(base, loops=LoopsConfig())
     outside = model.prelude_layers + model.coda_layers
     return {
         "sampled": base,
-        "fixed": dataclasses.replace(base, loops=LoopsConfig("fixed", base.loops.mean)),
+        "fixed": vary(base, loops=LoopsConfig("fixed", base.loops.mean)),
         "parameters": plain(flat, outside + model.recurrent_layers),
         "flops": plain(flat, outside + model.recurrent_layers * int(base.loops.mean)),
-        "unnormed": dataclasses.replace(base, model=dataclasses.replace(model, prelude_norm=False)),
+        "unnormed": vary(base, model={"prelude_norm": False}),
     }
 
 
@@ -65,13 +62,12 @@ def costs(cfg: TrainConfig) -> dict[str, Any]:
 
 def at_rate(cfg: TrainConfig, rate: float) -> TrainConfig:
     """Return the run at `rate` times the recipe's learning rates."""
-    optim = dataclasses.replace(cfg.optim, lr=cfg.optim.lr * rate, muon_lr=cfg.optim.muon_lr * rate)
-    return dataclasses.replace(cfg, optim=optim)
+    return vary(cfg, optim={"lr": cfg.optim.lr * rate, "muon_lr": cfg.optim.muon_lr * rate})
 
 
 def seeded(cfg: TrainConfig, seed: int) -> TrainConfig:
     """Return the run with weights, depths and order of the text of its own."""
-    return dataclasses.replace(cfg, seed=seed, data=dataclasses.replace(cfg.data, order_seed=seed))
+    return vary(cfg, seed=seed, data={"order_seed": seed})
 
 
 def window_bits(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> Tensor:
@@ -91,8 +87,8 @@ def best(sweep: Result) -> float:
 
 def sweep(name: str, cfg: TrainConfig, lab: Lab) -> dict[str, Result]:
     """Run a quarter of the steps at several factors of the rates, until the best factor is not the first or last."""
-    schedule = dataclasses.replace(cfg.schedule, warmup_steps=cfg.schedule.warmup_steps // 4)
-    cfg = seeded(dataclasses.replace(cfg, steps=cfg.steps // 4, schedule=schedule), SWEEP_SEED)
+    schedule = {"warmup_steps": cfg.schedule.warmup_steps // 4}
+    cfg = seeded(vary(cfg, steps=cfg.steps // 4, schedule=schedule), SWEEP_SEED)
     batch, loops = unread(cfg, SWEEP_ROWS), (int(cfg.loops.mean),)
     asked = {"text": hashes(cfg), "windows": len(batch.labels), "loops": loops}
     rates, found = list(RATES), {}

@@ -78,12 +78,12 @@ class Lab:
 
     def measured(self, label: str, cfg: TrainConfig, measure: Callable[[OpenMythos], Result], **asked: Any) -> Result:
         """Train and measure; see `computed`. The result also has `cpu_s`."""
-
-        def both() -> Result:
-            numbers = measure(self.trained(label, cfg))
-            return {"cpu_s": self.cpu_s(label)} | numbers
-
-        return self.computed(label, both, config=cfg.to_dict(), **asked)
+        return self.computed(
+            label,
+            lambda: measure(self.trained(label, cfg)) | {"cpu_s": self.cpu_s(label)},
+            config=cfg.to_dict(),
+            **asked,
+        )
 
     def computed(self, label: str, compute: Callable[[], Result], **asked: Any) -> Result:
         """Return the result of `compute`, from its file where it was computed for the same `asked` before.
@@ -316,10 +316,18 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
     return "\n".join(repeated[2].format_map({**values, **row}) for row in values[repeated[1]])
 
 
+def vary(cfg: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the run with other fields; a dict changes fields of the section, as in `model={"dim": 64}`."""
+    sections = {
+        name: dataclasses.replace(getattr(cfg, name), **x) for name, x in changes.items() if isinstance(x, dict)
+    }
+    return dataclasses.replace(cfg, **changes | sections)
+
+
 def plain(cfg: TrainConfig, blocks: int) -> TrainConfig:
     """Return the run for a plain transformer of so many blocks."""
     layers = {"prelude_layers": blocks, "recurrent_layers": 0, "coda_layers": 0, "prelude_norm": False}
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **layers))
+    return vary(cfg, model=layers)
 
 
 def load(name: str) -> Study:
@@ -372,7 +380,4 @@ def commit() -> str:
 
 def _commits(value: Any) -> set[str]:
     """Return all commits that numbers come from."""
-    if isinstance(value, dict):
-        own = {value["commit"]} if "commit" in value else set()
-        return own.union(*(_commits(item) for item in value.values()))
-    return set().union(*(_commits(item) for item in value)) if isinstance(value, list) else set()
+    return set(re.findall(r'"commit": "([^"]*)"', json.dumps(value)))

@@ -101,8 +101,8 @@ class Checkpoints:
         Raises:
             RuntimeError: another process has died, or was not done with its part within `parallel.timeout_s`.
         """
+        self.join()
         if self._thread is not None:
-            self._thread.join()
             self._thread = None
             if isinstance(self._problem, RuntimeError):
                 raise self._problem

@@ -21,7 +21,7 @@ CHUNK_BYTES = 2**24
 
 
 def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """Mean negative log-likelihood, in nats over the positions that have a label, of the logits `hidden @ head^T`.
+    """Return the mean negative log-likelihood, in nats over the labelled positions, of the logits `hidden @ head^T`.
 
     Where one chunk holds all tokens this is `F.cross_entropy`. Otherwise the gradients are made chunk by chunk in the
     forward pass, and there is no second derivative.
@@ -41,7 +41,7 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tok
 
 
 def tokens_per_chunk(head: Tensor) -> int:
-    """As many as `CHUNK_BYTES` has room for, and at least D.
+    """Return as many tokens as `CHUNK_BYTES` has room for, and at least D.
 
     The logits of D tokens are as large as the gradient of the head, which is there anyway; with far fewer, reading and
     writing that gradient for every chunk would cost as much as the products.
@@ -73,7 +73,7 @@ class _Chunked(torch.autograd.Function):
 def _sums(
     hidden: Tensor, head: Tensor, labels: Tensor, n: int, need_hidden: bool, need_head: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum of the tokens' losses and its gradients: by `hidden`, and by `head` in at least float32."""
+    """Return the sum of the tokens' losses and its gradients: by `hidden`, and by `head` in at least float32."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(hidden) if need_hidden else None

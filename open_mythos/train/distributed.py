@@ -43,6 +43,8 @@ class World:
         """Join the processes that torchrun has started."""
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
+        self.is_first = self.rank == 0
+        """True in the one process that writes what only one may write."""
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -67,11 +69,6 @@ class World:
                 f"batch_size={batch_size} must be a multiple of the {self.size} processes of the run; "
                 f"use batch_size={-(-batch_size // self.size) * self.size}"
             )
-
-    @property
-    def is_first(self) -> bool:
-        """True in the one process that writes what only one may write."""
-        return self.rank == 0
 
     def rows(self, batch_size: int) -> range:
         """Return the rows of the global batch that are this process's."""
@@ -114,12 +111,11 @@ class World:
             return [text]
         # No all_gather_object, which pickles.
         data = torch.tensor([*text.encode()], dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), self._saving)
-        n = int(max(sizes))
-        texts = [data.new_empty(n) for _ in sizes]
-        dist.all_gather(texts, F.pad(data, (0, n - len(data))), self._saving)
-        return [bytes(x[:size].tolist()).decode() for x, size in zip(texts, sizes, strict=True)]
+        sizes = torch.zeros(self.size, 1, dtype=torch.int64)
+        dist.all_gather([*sizes], torch.tensor([len(data)]), self._saving)
+        texts = data.new_empty(self.size, int(sizes.max()))
+        dist.all_gather([*texts], F.pad(data, (0, texts.shape[1] - len(data))), self._saving)
+        return [bytes(x[:n].tolist()).decode() for x, n in zip(texts, sizes, strict=True)]
 
     @contextlib.contextmanager
     def reporting(self) -> Generator[None]:

@@ -142,13 +142,11 @@ def _refuse_live(path: Path, holder: Holder | None) -> None:
     """Raise ValueError unless the holder of a lock is gone."""
     if _is_gone(path, holder):
         return
-    who, check = (
-        "a process that has just begun",
-        f"its lock is taken over when it has given no sign of life for {STALE_S:g} s",
-    )
+    who, is_here = "a process that has just begun", False
     if holder is not None:
         who = f"process {holder.pid} on {holder.host:.80}, since {holder.since:.40}"
-        check = "end it first" if holder.place == _place(path.parent) else check
+        is_here = holder.place == _place(path.parent)
+    check = "end it first" if is_here else f"its lock is taken over when it has given no sign of life for {STALE_S:g} s"
     raise ValueError(
         f"{path.parent} is in use by another mythos train ({who}); wait until it ends, or use another folder with "
         f"--out. If it should not run, {check}: {path}"
@@ -173,11 +171,10 @@ def _is_gone(path: Path, holder: Holder | None) -> bool:
 def _start_of(pid: int) -> str | None:
     """Return when a process of this machine started; None if it is gone, "" if that cannot be found out."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # it is another user's
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # it is another user's
-        pass
     try:
         # Behind the name in brackets: the state, and as the 20th field the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -125,8 +125,7 @@ class RunFolder:
     def _set_final_aside(self) -> None:
         """Rename the model folder, because the run goes on: after its step, or to `final.damaged`."""
         problem = find_problem(self.final)
-        name = f"{FINAL}-step-{self.steps_before:08d}" if problem is None else f"{FINAL}.damaged"
-        aside = self.final.with_name(name)
+        aside = self.path / (f"{FINAL}-step-{self.steps_before:08d}" if problem is None else f"{FINAL}.damaged")
         if problem is not None:
             warnings.warn(
                 f"{self.final} cannot be used ({problem}); it is now {aside}, and is made again from the newest "
@@ -160,8 +159,7 @@ def save_model_folder(
     if folder.exists():
         raise ValueError(f"{folder} exists already; use another folder or remove it")
     partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     with writing(folder):
         model_folder.save(partial, cfg, state)

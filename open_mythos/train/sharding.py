@@ -5,7 +5,7 @@ one process would have drawn.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from open_mythos.nn.init import init_weights
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.train.config import TrainConfig
 from open_mythos.train.distributed import World
-from open_mythos.train.tensor_shards import ShardReader, TensorShard
+from open_mythos.train.tensor_shards import TensorShard
 
 DRAWN_AT_ONCE = 2**22
 """Values of a parameter that exist beyond this process's shard while it is drawn."""
@@ -70,25 +70,22 @@ class ShardedModel:
         self.mesh = init_device_mesh(
             device.type, (self.n_replicas, n_expert_ranks), mesh_dim_names=("replica", "expert")
         )
-        if n_expert_ranks > 1:
-            for ffn in self._mixtures():
-                ffn.experts.spread_over(self.mesh["expert"].get_group())
+        blocks = [] if model.recurrent is None or n_expert_ranks == 1 else model.recurrent.blocks
+        distributed = [block.ffn.experts for block in blocks if isinstance(block.ffn, MoEFFN)]
+        for experts in distributed:
+            experts.spread_over(self.mesh["expert"].get_group())
         mesh = init_device_mesh(device.type, (self.world.size,))
-        experts = {p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()}
+        ignored = {p for experts in distributed for p in experts.parameters()}
         # One unit for the whole loop: it is gathered once per pass, and ranks may differ in their loops.
         units = [*model.prelude, *([] if model.recurrent is None else [model.recurrent]), *model.coda, model]
         for unit in units:
-            fully_shard(unit, mesh=mesh, ignored_params=experts)
+            fully_shard(unit, mesh=mesh, ignored_params=ignored)
         model.to_empty(device=device)
         model.head.weight = model.embed.weight
         # Memory makes other parameters of those that had none.
-        self.experts = [p for ffn in self._mixtures() if n_expert_ranks > 1 for p in ffn.experts.parameters()]
+        self.experts = [p for experts in distributed for p in experts.parameters()]
         with ShardedInit(self):
             init_weights(model, cfg.model)
-
-    def _mixtures(self) -> list[MoEFFN]:
-        blocks = [] if self.model.recurrent is None else self.model.recurrent.blocks
-        return [block.ffn for block in blocks if isinstance(block.ffn, MoEFFN)]
 
     def shard(self, p: Tensor) -> TensorShard:
         """Return this process's shard of parameter `p`."""
@@ -130,16 +127,10 @@ class ShardedModel:
         return {p: (name, self.shard(p)) for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take this process's shards of a whole model's tensors, or of objects that give rows like tensors."""
+    def load(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Fill this process's shards; `read(name, start, n)` returns n rows of a whole model's tensor."""
         for name, shard in self.shards().items():
-            shard.local.copy_(state[name][shard.start : shard.start + len(shard.local)])
-
-    @torch.no_grad()
-    def restore(self, reader: ShardReader) -> None:
-        """Take this process's shards of a checkpoint of any number of processes."""
-        for name, shard in self.shards().items():
-            shard.local.copy_(reader.read("model", name, shard.start, len(shard.local)))
+            shard.local.copy_(read(name, shard.start, len(shard.local)))
 
     def full_state(self) -> dict[str, Tensor]:
         """Return the whole model's tensors on the CPU, on the first process; an empty dictionary on the others.

@@ -33,13 +33,10 @@ class Run:
 class Tracker(Protocol):
     """A destination of a run's numbers besides metrics.jsonl."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def start(self, run: Run) -> None: ...
-
     def log(self, steps_done: int, values: Mapping[str, float]) -> None: ...
-
     def close(self, failed: bool) -> None: ...
 
 

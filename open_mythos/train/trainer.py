@@ -8,6 +8,7 @@ gives the same weights bit for bit. Elsewhere sums may round differently.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import sys
 import time
@@ -23,13 +24,7 @@ from open_mythos.nn.depth import LoopPlan
 from open_mythos.reports.terminal import ProgressLine
 from open_mythos.tasks.rng import Purpose, stream
 from open_mythos.tasks.task import IGNORE, Batch
-from open_mythos.train.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    optimizer_shards,
-    read_state,
-    restore_optimizer,
-)
+from open_mythos.train.checkpoint import CheckpointConfig, Checkpoints, optimizer_shards, read_state, restore_optimizer
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.distributed import Interrupted, World, signals_into
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
@@ -124,7 +119,8 @@ class Trainer:
             place = self._restore(self.folder.newest)
             self.folder.warn_of_more_steps(self.steps_done)
         elif cfg.init_from is not None:
-            self.sharded.load(open_initial(cfg.model, self.tokenizer, cfg.init_from))
+            initial = open_initial(cfg.model, self.tokenizer, cfg.init_from)
+            self.sharded.load(lambda name, start, n: initial[name][start : start + n])
         self.loader = Loader(cfg, self.rows, self.steps_done, workers, place)
         if self.steps_done < cfg.steps:
             verify_data(cfg.data, self._report)
@@ -241,7 +237,7 @@ class Trainer:
         reader, state, parameters = ShardReader(folder), read_state(folder), self.sharded.named_shards()
         self.steps_done = state["step"]
         self.guard.restore(state["guard"])
-        self.sharded.restore(reader)
+        self.sharded.load(functools.partial(reader.read, "model"))
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, parameters, reader, f"optimizer{i}")
         return reader.read("data", "place", self.rows.start, len(self.rows)) if reader.names("data") else None
@@ -278,13 +274,15 @@ class Trainer:
         n_tokens = cfg.batch_size * batch.input_ids.shape[1]
         if not log:
             return n_tokens, {}
-        rates = {"train/lr": factor * cfg.optim.lr, "train/skipped": self.guard.skipped}
-        deepest = {"loop/max": float(depths.max())}
-        if not is_taken:  # numbers that are not finite are no JSON; that the step was left out says enough
-            return n_tokens, {**rates, **deepest}
-        metrics = {f"train/{name}": x for name, x in values.items() if name != "loops"} | rates
-        metrics |= {"loop/mean": values["loops"] / n_tokens, **deepest}
-        return n_tokens, metrics | self._model_metrics(sums.get("load"))
+        metrics = {
+            "train/lr": factor * cfg.optim.lr,
+            "train/skipped": self.guard.skipped,
+            "loop/max": float(depths.max()),
+        }
+        if is_taken:  # else, numbers may not be finite, which is no JSON; that the step was left out says enough
+            metrics |= {"loop/mean": values.pop("loops") / n_tokens} | self._model_metrics(sums.get("load"))
+            metrics |= {f"train/{name}": x for name, x in values.items()}
+        return n_tokens, metrics
 
     def _seed(self, step: int, rows: slice) -> None:
         """Let dropout and noisy initial states depend on the step and on the rows that are computed together."""

@@ -201,7 +201,7 @@ def test_peers_are_installed_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     monkeypatch.setattr(subprocess, "run", pip)
-    peer = Peer("open-mythos", "open-mythos==0.5.0", dependencies=False)
+    peer = Peer("open-mythos==0.5.0", dependencies=False)
     assert peer.folder == tmp_path / "open-mythos-0.5.0"
     if outcome == "good":
         assert (install(peer) / "package").is_dir() and install(peer) == peer.folder

@@ -8,7 +8,7 @@ import pytest
 from open_mythos import experiments
 from open_mythos.cli import main
 from open_mythos.experiments import EXPERIMENTS
-from open_mythos.experiments.study import Run, Study, load
+from open_mythos.experiments.study import Results, Run, Study, load
 from open_mythos.train.trainer import Interrupted
 
 Calls = list[tuple[int, bool, int]]
@@ -26,16 +26,12 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
             raise Interrupted(3, True)
         return {"x": run.seed}
 
+    def fill(r: Results) -> dict:
+        return {"sum": r["seed", "x"].values.sum()}
+
     page = "# Protocol\nAdding.\n# Finding\nThe sum is {sum:.0f}.\n# Report\nText."
-    made_up = Study(
-        title="Sums",
-        question="What is the sum?",
-        page=page,
-        cost=("1 s", "5 s"),
-        arms=lambda quick: {"seed": None},
-        measure=measure,
-        fill=lambda r: {"sum": r["seed", "x"].values.sum()},
-    )
+    cost, arms = ("1 s", "5 s"), {"seed": None}
+    made_up = Study("Sums", "What is the sum?", page, cost, lambda _: arms, measure, fill)
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"made_up": made_up})
     return done
 
@@ -117,12 +113,6 @@ def test_show_tells_all_of_one(capsys: pytest.CaptureFixture) -> None:
     assert experiment.question in out and " ".join(experiment.text("Protocol").split()) in out
     assert "plain-depth (plain, equal depth)" in out and "docs/results/khop" in out
     assert "2 min in the quick form, 65 min in all" in out and "mythos exp khop --quick" in out
-
-
-def test_list_names_every_experiment(capsys: pytest.CaptureFixture) -> None:
-    assert main(["exp", "list"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in EXPERIMENTS)
 
 
 def test_an_experiment_of_a_users_file_runs(

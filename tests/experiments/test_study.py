@@ -67,13 +67,21 @@ def cut_off(after: int) -> Callable[[Trainer, int], tuple[int, dict[str, float]]
     return failing
 
 
-def test_a_finished_run_is_not_repeated(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
-    first = lab.trained("a", cfg)
+def test_a_finished_run_is_not_repeated_and_no_other_taken_for_it(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
+    first, config = lab.trained("a", cfg), lab.runs / "a" / "config.yaml"
     assert steps == [*range(STEPS)]
     again = lab.trained("a", cfg)
-    assert steps == [*range(STEPS)]
     assert weights(first) == weights(again) and not again.training
     assert not (lab.runs / "a" / "checkpoints").exists()
+    # A run from before a field was added is the same run.
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "clip_norm" not in line))
+    assert config.read_text() != cfg.to_yaml()
+    lab.trained("a", cfg)
+    assert steps == [*range(STEPS)]
+    other = dataclasses.replace(cfg, optim=OptimConfig(lr=2e-2))
+    assert weights(lab.trained("a", other)) != weights(first)
+    assert steps == [*range(STEPS)] * 2
+    assert TrainConfig.load(config) == other
 
 
 def test_a_run_that_was_cut_off_goes_on(
@@ -90,23 +98,6 @@ def test_a_run_that_was_cut_off_goes_on(
     assert weights(lab.trained("a", cfg)) == weights(whole)
     assert steps == [*range(STEPS)]
     assert float((lab.runs / "a" / "cpu_s").read_text()) >= spent
-
-
-def test_a_run_of_another_configuration_is_not_taken_for_it(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
-    first = lab.trained("a", cfg)
-    other = dataclasses.replace(cfg, optim=OptimConfig(lr=2e-2))
-    assert weights(lab.trained("a", other)) != weights(first)
-    assert steps == [*range(STEPS)] * 2
-    assert TrainConfig.load(lab.runs / "a" / "config.yaml") == other
-
-
-def test_a_run_from_before_a_field_was_added_is_kept(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
-    lab.trained("a", cfg)
-    config = lab.runs / "a" / "config.yaml"
-    config.write_text("".join(line for line in config.read_text().splitlines(True) if "clip_norm" not in line))
-    assert config.read_text() != cfg.to_yaml()
-    lab.trained("a", cfg)
-    assert steps == [*range(STEPS)]
 
 
 def test_numbers_are_measured_once_for_what_was_asked(lab: Lab, cfg: TrainConfig, steps: list[int]) -> None:
@@ -139,18 +130,9 @@ def test_a_failed_measurement_costs_no_training(lab: Lab, cfg: TrainConfig, step
     assert steps == [*range(STEPS)]
 
 
-def test_what_needs_no_run_is_computed_once(lab: Lab) -> None:
-    counts = iter(range(9))
-    asked = [lab.computed("a", lambda: {"x": next(counts)}, seed=seed)["x"] for seed in (0, 0, 1)]
-    assert asked == [0, 0, 1]
-
-
 def test_every_arm_runs_its_seeds_with_weights_of_their_own(lab: Lab, cfg: TrainConfig) -> None:
     def measure(run: Run) -> dict:
-        return {
-            "sum": sum(float(x.detach().double().sum()) for x in run.model.parameters()),
-            "asked_of": run.config.seed,
-        }
+        return {"sum": sum(x.double().sum().item() for x in run.model.parameters()), "asked_of": run.config.seed}
 
     study = Study("", "", "", ("", ""), lambda quick: {"a": cfg, "b": cfg}, measure, lambda r: {}, n_seeds={"b": 1})
     runs = study.run(lab)["runs"]
@@ -158,13 +140,6 @@ def test_every_arm_runs_its_seeds_with_weights_of_their_own(lab: Lab, cfg: Train
     assert [run["asked_of"] for run in runs["a"]] == [0, 1] and runs["a"][0]["sum"] != runs["a"][1]["sum"]
     assert runs["a"][0]["sum"] == runs["b"][0]["sum"]
     assert study.n_parts(lab) == len(lab.begun) == 3
-
-
-def test_the_lab_sets_its_threads(tmp_path: Path, cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    Lab(tmp_path, False, (0,), threads=3).computed("a", dict)
-    assert asked == [3]
 
 
 def test_the_commit_is_that_of_the_code(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +166,15 @@ def test_every_experiment_says_what_it_asks(name: str) -> None:
     assert len(set(experiment.seeds)) == len(experiment.seeds) >= 1
 
 
-def test_parts_are_counted_with_those_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    lab = Lab(tmp_path, True, (0,), n_parts=3)
-    for label in ("a-0", "b-0"):
-        lab.computed(label, dict)
-    assert capsys.readouterr().out == "Part 1 of 3: a-0\nPart 2 of 3: b-0\n"
-    again = Lab(tmp_path, True, (0,), n_parts=3)
-    for label in ("a-0", "b-0", "c-0"):
-        again.computed(label, dict)
-    assert capsys.readouterr().out == "Part 3 of 3: c-0\n"
+def test_parts_are_computed_once_and_counted_with_those_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    counts = iter(range(9))
+    for labels, found in ((("a-0", "b-0"), [0, 1]), (("a-0", "b-0", "c-0"), [0, 1, 2])):
+        lab = Lab(tmp_path, True, (0,), threads=3, n_parts=3)
+        assert [lab.computed(label, lambda: {"x": next(counts)}, seed=0)["x"] for label in labels] == found
+    assert capsys.readouterr().out == "Part 1 of 3: a-0\nPart 2 of 3: b-0\nPart 3 of 3: c-0\n"
+    assert lab.computed("a-0", lambda: {"x": 5}, seed=1)["x"] == 5, "another seed is computed anew"
+    assert set(asked) == {3}
