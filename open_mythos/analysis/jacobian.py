@@ -38,7 +38,6 @@ def spectrum(
     token: int | None = None,
     n_products: int = 120,
     tolerance: float = 1e-3,
-    seed: int = 0,
 ) -> Spectrum:
     """Find the outermost eigenvalues of d h_L+1 / d h_L at the state that `n_loops` loops reach.
 
@@ -66,16 +65,11 @@ def spectrum(
             (out,) = torch.autograd.grad(y, x, v.view_as(y).to(y.dtype), retain_graph=True)
             return out.flatten().to(v.dtype)
 
-        return arnoldi(product, x.numel(), x.device, n_products, tolerance, seed)
+        return arnoldi(product, x.numel(), x.device, n_products, tolerance)
 
 
 def arnoldi(
-    product: Callable[[Tensor], Tensor],
-    n: int,
-    device: torch.device,
-    n_products: int = 120,
-    tolerance: float = 1e-3,
-    seed: int = 0,
+    product: Callable[[Tensor], Tensor], n: int, device: torch.device, n_products: int, tolerance: float
 ) -> Spectrum:
     """Find the outermost eigenvalues of a linear map of (n,) to (n,), in the space of a random vector and its images.
 
@@ -85,7 +79,7 @@ def arnoldi(
     m = min(n, n_products)
     dtype = torch.float64 if n <= 2**16 else torch.float32
     basis = torch.zeros(m + 1, n, dtype=dtype, device=device)
-    start = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
     basis[0] = start / start.norm()
     hessenberg = torch.zeros(m + 1, m, dtype=torch.float64)
     for k in range(1, m + 1):
@@ -124,10 +118,8 @@ def section(subject: Subject) -> Section:
             found = spectrum(subject.model, ids, n, token)
             record.append({"loops": n, "token": token} | numbers(found))
             name = "all tokens" if token is None else f"token {token}, {subject.text(int(ids[0, token]))}"
-            eigenvalue = f"{complex(found.eigenvalues[0]):.3f}"
-            rows.append(
-                [str(n), name, f"{found.radius:.4f}", eigenvalue, f"{found.residual:.0e}", str(found.n_products)]
-            )
+            first, residual = f"{complex(found.eigenvalues[0]):.3f}", f"{found.residual:.0e}"
+            rows.append([str(n), name, f"{found.radius:.4f}", first, residual, str(found.n_products)])
             if token is None:
                 radii.append(f"{found.radius:.3f} after {n} loops")
     finding = "The spectral radius of the next loop's Jacobian over the whole first prompt is " + " and ".join(radii)

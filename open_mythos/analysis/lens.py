@@ -89,7 +89,7 @@ class Climb:
     largest_drop_control: tuple[float, float, float]
 
 
-def climb_or_jump(rank: Tensor, n_orders: int = 200, seed: int = 0) -> Climb:
+def climb_or_jump(rank: Tensor, n_orders: int = 200) -> Climb:
     """Judge rank trajectories (L + 1, N), 1 the best."""
     N, L = rank.shape[1], len(rank) - 1
     log = rank[:, (rank[0] >= MOVED_RANK) & (rank[-1] == 1)].double().log()
@@ -101,7 +101,7 @@ def climb_or_jump(rank: Tensor, n_orders: int = 200, seed: int = 0) -> Climb:
 
     monotone, largest, rise = judge(log)
     jumps = largest > JUMP_SHARE
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     controls = []
     for _ in range(n_orders):
         order = torch.cat([torch.tensor([0]), 1 + torch.randperm(L - 1, generator=generator), torch.tensor([L])])

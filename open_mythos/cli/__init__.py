@@ -9,13 +9,11 @@ from typing import Any
 
 from open_mythos.checks import as_typed, did_you_mean
 from open_mythos.cli import plugins
-from open_mythos.cli.analyze import Analyze
-from open_mythos.cli.chat import Chat
+from open_mythos.cli.analyze import Analyze, Eval
 from open_mythos.cli.costs import Info, Plan
 from open_mythos.cli.data import FetchCorpus, PrepareData, TrainTokenizer
-from open_mythos.cli.evaluate import Eval
 from open_mythos.cli.exp import Exp
-from open_mythos.cli.generate import Generate
+from open_mythos.cli.generate import Chat, Generate
 from open_mythos.cli.options import flags, read
 from open_mythos.cli.serve import Serve
 from open_mythos.cli.train import Demo, RunOptions, Train, read_run

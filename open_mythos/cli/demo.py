@@ -50,7 +50,12 @@ def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -
     """
     require_matplotlib()
     setup_device(device, threads)
-    _make_room(out)
+    if out.exists() and any(out.iterdir()) and not (out / RESULTS_FILE).exists():
+        raise ValueError(f"--out {out} holds files that no demo wrote; name another folder")
+    for name in ("khop", "text"):  # of an earlier demo
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS_FILE).write_text("{}\n")
     console = Console(highlight=False)
     started = time.perf_counter()
     seconds = CPU_SECONDS["tiny-khop"] + CPU_SECONDS["tiny-text"] * TEXT_STEPS / load_recipe("tiny-text").steps
@@ -73,16 +78,6 @@ def run_demo(out: Path, device: Device, dtype: Dtype, threads: int, seed: int) -
         "train tiny-addition --out runs/addition",
     ):
         console.print(f"  {program()} {command}", style="bold", soft_wrap=True, markup=False)
-
-
-def _make_room(out: Path) -> None:
-    """Remove an earlier demo; refuse to touch anything else."""
-    if out.exists() and any(out.iterdir()) and not (out / RESULTS_FILE).exists():
-        raise ValueError(f"--out {out} holds files that no demo wrote; name another folder")
-    for name in ("khop", "text"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULTS_FILE).write_text("{}\n")
 
 
 def _khop(console: Console, cfg: TrainConfig, out: Path, machine: dict[str, Any]) -> dict[str, Any]:

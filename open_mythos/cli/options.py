@@ -67,18 +67,12 @@ def chosen(args: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class MachineOptions:
-    """Options of commands that compute."""
+class ModelOptions:
+    """Options of commands that load a model."""
 
     device: Device = "auto"
     dtype: Dtype = "float32"
     threads: PositiveInt | None = None
-
-
-@dataclasses.dataclass(kw_only=True)
-class ModelOptions(MachineOptions):
-    """Options of commands that load a model."""
-
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
 
