@@ -34,15 +34,10 @@ class Client:
         # A file, not a pipe: nobody empties it while the worker runs, and a full pipe would stop the worker.
         self.printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.connection, theirs = Pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", side, str(threads), str(theirs.fileno())],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.DEVNULL,
-            stdout=self.printed,
-            stderr=self.printed,
-            pass_fds=[theirs.fileno()],
-        )
+        command = [sys.executable, "-m", "benchmarks.worker", side, str(threads), str(theirs.fileno())]
+        place: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": str(threads)}}
+        files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self.printed, "stderr": self.printed}
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **place, **files)
         theirs.close()
 
     def __enter__(self) -> "Client":

@@ -72,10 +72,8 @@ def decode_bytes(cfg: MythosConfig, rows: int, context: int, n_loops: int, bytes
     A token's experts are counted as if every row chose at random: E * (1 - (1 - C/E)^rows) distinct ones.
     """
     counts = count_parameters(cfg)
-    experts = 0.0
-    if cfg.n_experts:
-        distinct = 1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** rows
-        experts = counts.routed_experts * distinct
+    distinct = 1 - (1 - cfg.n_experts_per_tok / cfg.n_experts) ** rows if cfg.n_experts else 0
+    experts = counts.routed_experts * distinct
     weights = counts.once + n_loops * (counts.per_loop - counts.chosen_experts + experts) + counts.embedding
     cached = rows * context * kv_bytes_per_token(cfg, n_loops, bytes_per_value)
     return round(weights * bytes_per_value) + cached
@@ -126,7 +124,6 @@ def workload_of(job: Job) -> Workload:
         total -= 2 * B * (T - 1) * cfg.vocab_size * cfg.dim
     if job.task == "train":
         return Workload(3 * total, training_products(forward))
-    decoded = 0
-    if job.task == "generate":
-        decoded = sum(decode_bytes(cfg, B, T + i, L) for i in range(job.new_tokens - 1))
+    new_tokens = job.new_tokens - 1 if job.task == "generate" else 0
+    decoded = sum(decode_bytes(cfg, B, T + i, L) for i in range(new_tokens))
     return Workload(total, forward, decoded)

@@ -110,7 +110,7 @@ def test_delicate_parts_stay_wide() -> None:
     assert trace.halt_weight.dtype == torch.float32 and trace.hidden.dtype == torch.bfloat16
     out = model.train()(ids, plan=LoopPlan((3,)))
     assert out.ponder_cost.dtype == out.router_z_loss.dtype == torch.float32
-    cos, _ = model.make_view((1, 5)).rope
+    cos, _, _ = model.make_view((1, 5)).rope
     assert cos.dtype == torch.float32
     double = model.double()
     assert double.recurrent.injection.get_A().dtype == torch.float64

@@ -127,10 +127,9 @@ def training_memory(case: Case, bench: Bench) -> Outcome:
         agreement = bench.gate(peer, [ours])
         ours.prepare("plain", job)
         samples = bench.interleave(trio(peer, ours, ours) | {"plain": (ours, "plain")}, Budget(60.0, 3, 7))
-    time = ratio_row(f"{case.name}.time", f"{case.title}: checkpointed, time over without", samples)
-    slower = samples.ratio("ours", "plain")
-    time = replace(time, value=slower.median, spread=slower, peer=f"without: {seconds_text(samples.median('plain'))}")
-    time.wall = samples.ratio("ours", "plain", "wall").median
+    title, slower = f"{case.title}: checkpointed, time over without", samples.ratio("ours", "plain")
+    time, wall = ratio_row(f"{case.name}.time", title, samples, "plain"), samples.ratio("ours", "plain", "wall").median
+    time = replace(time, value=slower.median, spread=slower, peer=f"without: {time.peer}", wall=wall)
     rows = []
     for suffix, title, side in (("", "", "ours"), (".checkpointed", ": checkpointed", "checkpointed")):
         theirs, ours = (f"{peaks[name] / 2**20:.0f} MiB" for name in (PEER, side))
@@ -171,14 +170,11 @@ def long_rope(case: Case, bench: Bench) -> Outcome:
     """Measure the bytes of parameters and buffers of the model on the meta device, less those of the same model for 1
     token, and the error of cosine and sine of every position against float64. Nothing is timed."""
     found = _info(case, bench)
-    rows = []
-    for figure, what, unit, scale, form in (
-        ("bytes", "resident", "B", 2**20, "{:.0f} MiB"),
-        ("error", "largest error", "", 1, "{:.1e}"),
-    ):
-        texts = {side: form.format(found[side][figure] / scale) for side in (PEER, "ours")}
-        title, value = f"{case.title}: {what}", found["ours"][figure]
-        rows.append(Row(f"{case.name}.{figure}", title, value, unit, texts[PEER], texts["ours"]))
+    sides = found[PEER], found["ours"]
+    theirs, ours = (f"{side['bytes'] / 2**20:.0f} MiB" for side in sides)
+    rows = [Row(f"{case.name}.bytes", f"{case.title}: resident", sides[1]["bytes"], "B", theirs, ours)]
+    theirs, ours = (f"{side['error']:.1e}" for side in sides)
+    rows.append(Row(f"{case.name}.error", f"{case.title}: largest error", sides[1]["error"], "", theirs, ours))
     return Outcome(rows, sides=found)
 
 

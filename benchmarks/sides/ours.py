@@ -86,7 +86,7 @@ def construct(model: dict[str, Any]) -> OpenMythos:
 
 def rope(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine as the model uses them, each (len(positions), dim // 2)."""
-    return rotary_table(positions, dim, theta, torch.float32)
+    return rotary_table(positions, dim, theta, torch.float32)[:2]
 
 
 make = Ours

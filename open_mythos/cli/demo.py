@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from open_mythos.cli.plugins import program
 from open_mythos.device import Device, Dtype, setup_device
@@ -17,7 +18,7 @@ from open_mythos.experiments.khop import accuracy_grid, enough, guessing, khop_t
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import CPU_SECONDS, load_recipe
 from open_mythos.reports.figures import Curve, draw_curves, heat_map, require_matplotlib
-from open_mythos.reports.terminal import accuracy_table, duration, loop_summary, shaded
+from open_mythos.reports.terminal import accuracy_table, duration, loop_style, loop_summary
 from open_mythos.tokenization.detokenizer import TextStream
 from open_mythos.tokenization.tokenizer import Tokenizer
 from open_mythos.train.config import TrainConfig
@@ -130,6 +131,6 @@ def _sample(console: Console, model: OpenMythos, tokenizer: Tokenizer) -> dict[s
     pieces = [(stream.push(token), n) for token, n in zip(ids[len(prompt) :], loops, strict=True)]
     console.print("A sample; each letter stops looping when one more loop would hardly change its prediction:")
     console.print(PROMPT, end="")
-    console.print(shaded(pieces, most))
+    console.print(Text.assemble(*((piece, loop_style(n, most)) for piece, n in pieces)))
     console.print(loop_summary(console, loops, most))
     return {"sample": tokenizer.decode(ids), "sample_loops": loops}

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from open_mythos import experiments
-from open_mythos.checks import check_choice, check_int
+from open_mythos.checks import PositiveInt, check_choice
 from open_mythos.cli.train import EXIT_INTERRUPTED
 
 HOME = Path("runs/exp")
@@ -33,7 +33,7 @@ class Exp:
     """Folder of the report; left out: runs/exp/NAME/report, or runs/exp/NAME-quick/report."""
     runs: Path | None = None
     """Folder of the runs themselves, which are not repeated; left out: runs/exp/NAME, or runs/exp/NAME-quick."""
-    threads: int = 1
+    threads: PositiveInt = 1
 
     def __post_init__(self) -> None:
         check_choice("name", self.name, (*experiments.EXPERIMENTS, "list", "show"))
@@ -41,7 +41,6 @@ class Exp:
             check_choice("shown", self.shown, [*experiments.EXPERIMENTS])
         elif self.shown:
             raise ValueError(f"{self.shown!r} follows {self.name}; leave it out, or use show {self.shown}")
-        check_int("threads", self.threads, 1)
         seeds = self.seeds or ()
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")

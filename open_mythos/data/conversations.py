@@ -24,7 +24,10 @@ def to_messages(record: object) -> object:
     if isinstance(turns, list):
         messages = [_message(turn) for turn in turns]
     elif turns is None and "instruction" in record and "output" in record:
-        messages = _exchange(_joined(record["instruction"], record.get("input")), record["output"])
+        asked, given = record["instruction"], record.get("input")
+        if given:
+            asked = f"{asked}\n\n{given}" if isinstance(asked, str) and isinstance(given, str) else None
+        messages = _exchange(asked, record["output"])
         history = record.get("history") or []
         if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             return history
@@ -48,10 +51,3 @@ def _message(turn: Any) -> Any:
 
 def _exchange(asked: Any, answer: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-
-
-def _joined(instruction: Any, given: Any) -> Any:
-    """Return an instruction with its input; None if either is not text."""
-    if not given:
-        return instruction
-    return f"{instruction}\n\n{given}" if isinstance(instruction, str) and isinstance(given, str) else None

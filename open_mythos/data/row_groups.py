@@ -36,9 +36,8 @@ class RowGroups:
             raise ValueError(f"{other[0]} is no parquet file, which a stream reads; use mythos prepare-data for others")
         sizes = row_group_bytes(self._files, progress=True)
         if isinstance(dataset, Path):
-            contents = [
-                (str(Path(file).relative_to(dataset)), size) for file, size in zip(self._files, sizes, strict=True)
-            ]
+            names = [str(Path(file).relative_to(dataset)) for file in self._files]
+            contents = list(zip(names, sizes, strict=True))
             self.commit = hashlib.sha1(repr(contents).encode(), usedforsecurity=False).hexdigest()
         else:
             self.commit = self._files[0].partition("@")[2].partition("/")[0]

@@ -9,12 +9,9 @@ PLACES = 5
 SHOWN = 20
 """Files that are shown for one reason."""
 FORMATS = {
-    "turn it into JSON lines, one object with the field text in each line": (".csv", ".tsv", ".xml", ".yaml", ".yml"),
-    "extract its text into a .txt file": (
-        *(".html", ".htm", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"),
-        *(".png", ".jpg", ".jpeg"),
-    ),
-    "unpack it first": (".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".gz"),
+    "turn it into JSON lines, one object with the field text in each line": ".csv .tsv .xml .yaml .yml",
+    "extract its text into a .txt file": ".html .htm .pdf .doc .docx .odt .rtf .epub .png .jpg .jpeg",
+    "unpack it first": ".zst .xz .bz2 .zip .7z .tar .tgz .gz",
 }
 """Remedies for files of other kinds, by their ending."""
 
@@ -40,7 +37,7 @@ class Skipped:
 
 def unknown_kind(path: str, ending: str) -> Skipped:
     """Return a file whose ending says that it is none of those that are read."""
-    remedy = next((remedy for remedy, endings in FORMATS.items() if ending in endings), "")
+    remedy = next((remedy for remedy, endings in FORMATS.items() if ending in endings.split()), "")
     why = f"it ends in {ending}" if ending else "its name has no ending"
     return Skipped("unknown kind of file", why, remedy or "rename it to end in .txt if it is text", file=path)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.engine.sequence import GRID, Sequence
 from open_mythos.nn.block import ATTENTIONS
-from open_mythos.nn.rope import rotary_table
+from open_mythos.nn.rope import Rotation, rotary_table
 from open_mythos.nn.view import KeyValues, LoopConstants, View
 from open_mythos.ops.batch_invariant import cancelling, invariant, row_blocks
 
@@ -77,14 +77,14 @@ class PagedKVCache:
         width = sum(int(np.prod(shape)) for shape in self.shapes)
         self.pages = torch.zeros(n_pages + 1, page_tokens, width, dtype=dtype, device=device)
         self.table = np.full((max_rows, 1, 1), self.null, dtype=np.int64)
-        self.rope: tuple[Tensor, Tensor] | None = None
-        """Cosine and sine of the positions from 0 on, for as many as calls have needed."""
+        self.rope: Rotation | None = None
+        """Rotations of the positions from 0 on, for as many as calls have needed."""
         later = torch.ones(GRID, GRID, dtype=torch.bool, device=device).triu(1)
         self.tail = torch.zeros(GRID, GRID, dtype=dtype, device=device).masked_fill_(later, -torch.inf)
         """Row i is added to the scores of the last GRID keys where the query is the i-th of them."""
 
-    def rotations(self, positions: np.ndarray, n_rows: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of these positions and of copies of the first one behind them, (n_rows, 1, ...)."""
+    def rotations(self, positions: np.ndarray, n_rows: int) -> Rotation:
+        """Return the rotation of these positions and of copies of the first one behind them, (n_rows, 1, ...)."""
         end = int(positions.max()) + 1
         if self.rope is None or end > len(self.rope[0]):
             every = torch.arange(max(2 * end, 4 * GRID), device=self.device)
@@ -92,8 +92,9 @@ class PagedKVCache:
                 every, ATTENTIONS[self.cfg.attn_type].rope_dim(self.cfg), self.cfg.rope_theta, self.dtype
             )
         index = self.index(padded(positions, n_rows))
-        cos, sin = (x.index_select(0, index)[:, None] for x in self.rope)
-        return cos, sin
+        cos, sin, turn = (None if x is None else x.index_select(0, index)[:, None] for x in self.rope)
+        assert cos is not None and sin is not None
+        return cos, sin, turn
 
     def places(self, layer: int, n_loops: np.ndarray, loop: np.ndarray | None) -> np.ndarray:
         """Return the place of each token at a model's layer; `loop` is the token's loop, None outside the loop."""

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +147,14 @@ def read_texts(inputs: Sequence[str], column: str = "text") -> tuple[list[str], 
     reading, skipped = Reading(column, max_document_bytes=MAX_DOCUMENT_BYTES), SkipLog()
     passed_over: list[Skipped] = []
     units = cut_into_units(find_files(list(inputs), passed_over), reading)
-    texts: list[str] = []
-    for document in chain(passed_over, *(read_documents(unit, reading) for unit in units)):
+    found = [*passed_over, *(document for unit in units for document in read_documents(unit, reading))]
+    for document in found:
         if isinstance(document, Skipped):
             skipped.add(document)
-        else:
-            texts.append(document)
-    if not texts:
-        raise ValueError(
-            f"--text {' '.join(inputs)} holds no text (skipped: {dict(skipped.counts) or 'none'}); name others"
-        )
-    return texts, skipped
+    if texts := [document for document in found if not isinstance(document, Skipped)]:
+        return texts, skipped
+    counts = dict(skipped.counts) or "none"
+    raise ValueError(f"--text {' '.join(inputs)} holds no text (skipped: {counts}); name others")
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:

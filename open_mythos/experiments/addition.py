@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from open_mythos.analysis.per_loop import by_loop, rows_right
+from open_mythos.analysis.per_loop import by_loop, is_right, rows_right
 from open_mythos.experiments.study import Measure, Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.nn.eval_mode import evaluating
@@ -86,8 +86,7 @@ def by_loops(model: OpenMythos, batch: Batch, loops: tuple[int, ...]) -> tuple[l
 
     A row is right exactly when greedy decoding would write it: see `train.evaluate.Score`.
     """
-    hits = by_loop(model, batch, loops, lambda logits, labels: logits.argmax(-1) == labels)
-    right = rows_right(hits, batch).mean(1).tolist()
+    right = rows_right(by_loop(model, batch, loops, is_right), batch).mean(1).tolist()
     if model.cfg.halting == "none":
         return right, [float(n) for n in loops]
     with evaluating(model):
@@ -226,13 +225,8 @@ STUDY = Study(
     page=Path(__file__).with_suffix(".md"),
     cost=("3 min", "90 min"),
     arms=arms,
-    titles={
-        "sampled": "sampled depth, mean 4",
-        "fixed": "fixed depth 4",
-        "published": "published protocol, this size",
-        "deep": "sampled depth, mean 16",
-        "four": "sampled depth, up to 4 digits",
-    },
+    titles={"sampled": "sampled depth, mean 4", "fixed": "fixed depth 4", "published": "published protocol, this size",
+            "deep": "sampled depth, mean 16", "four": "sampled depth, up to 4 digits"},
     n_seeds={"deep": 1, "four": 1},
     settings=lambda config, quick: {"loops": LOOPS, "rows": 500 if quick else 1000},
     measure=measure,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from open_mythos.accounting import count_parameters
-from open_mythos.analysis.per_loop import named_by_loop, right_by_loop
+from open_mythos.analysis.per_loop import by_loop, is_right, named_by_loop
 from open_mythos.experiments.study import Result, Results, Run, Study
 from open_mythos.model import OpenMythos
 from open_mythos.recipes import load_recipe
@@ -30,8 +30,6 @@ LOOPS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 96)
 STEPS = tuple(range(1, LOOPS[-1] + 1))
 ROWS = 500
 """Questions of each distance, and questions on cycles, by seed; the quick form asks a tenth of them."""
-QUICK_STEPS = 100
-
 INJECTIONS = ("diagonal", "lti", "concat", "add")
 OWN = INJECTIONS[0]
 """The recipe's injection."""
@@ -65,9 +63,8 @@ def accuracy_grid(
 def accuracy_by_loops(model: OpenMythos, batch: Batch, loops: Sequence[int]) -> list[float]:
     """Return the share of labelled tokens predicted right at each number of loops; equal ones for a plain model."""
     # No symbol equals IGNORE, so a token without a label never counts as right.
-    hits = right_by_loop(model, batch, max(loops)).sum((1, 2)).tolist()
-    asked = int((batch.labels != IGNORE).sum())
-    return [hits[min(n, len(hits)) - 1] / asked for n in loops]
+    share = by_loop(model, batch, loops, is_right).sum((1, 2)).double() / (batch.labels != IGNORE).sum()
+    return share.expand(len(loops)).tolist()
 
 
 def cycles(n_symbols: int, rows: int, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray]:
@@ -87,11 +84,8 @@ def cycle_accuracy(model: OpenMythos, n_symbols: int, rows: int, seed: int, n_lo
     ids, successor = cycles(n_symbols, rows, stream(seed, 0, Purpose.VALIDATION))
     named = named_by_loop(model, ids, n_loops)[:, :, -1].numpy()
     hops = np.arange(1, n_loops + 1)
-    shifts = {"right": 0, "one_before": -1, "one_after": 1}
-    return {
-        name: (named == successor[(hops + shift) % n_symbols]).mean(1).round(4).tolist()
-        for name, shift in shifts.items()
-    }
+    asked = {"right": hops, "one_before": hops - 1, "one_after": hops + 1}
+    return {name: (named == successor[n % n_symbols]).mean(1).round(4).tolist() for name, n in asked.items()}
 
 
 def guessing(task: KHop, rows: int = 10_000) -> float:
@@ -132,8 +126,7 @@ def arms(quick: bool) -> dict[str, TrainConfig]:
     """Four injections; two plain baselines; and the recipe with one of its choices undone, twice."""
     base = load_recipe("tiny-khop")
     if quick:
-        loops = dataclasses.replace(base.loops, ramp_steps=QUICK_STEPS // 2)
-        base = dataclasses.replace(base, steps=QUICK_STEPS, loops=loops)
+        base = dataclasses.replace(base, steps=100, loops=dataclasses.replace(base.loops, ramp_steps=50))
     deep, root = plain_baseline(base), dataclasses.replace(khop_task(base), target="root")
     injections = {name: dataclasses.replace(base.model, injection=name) for name in INJECTIONS}
     return {name: dataclasses.replace(base, model=model) for name, model in injections.items()} | {
@@ -213,7 +206,6 @@ def fill(r: Results) -> dict[str, Any]:
         "own": arms[OWN],
         "task": arms[OWN]["config"]["data"],
         "chance": 1 / arms[OWN]["config"]["data"]["n_symbols"],
-        "guessing": r.raw["guessing"],
         "others": ", ".join(f"{arm} {arms[arm]['cycle'][HOPS[-1]]}" for arm in INJECTIONS[1:]),
         "baselines": "; ".join(f"{r.title(arm)} {arms[arm]['forest'][FAR]}, {arms[arm]['ahead']}" for arm in PLAIN),
         "worth": loops - blocks,

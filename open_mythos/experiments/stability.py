@@ -186,7 +186,7 @@ def norms_by_loop(r: Results, rho: str) -> np.ndarray:
 def fill(r: Results) -> dict[str, Any]:
     """Return the counts of dead runs, the largest A by step, and the norms beside the published ones."""
     lines, falls, count = [], [], {}
-    for arm in list(r.runs)[: len(FORMS) * len(DECAYS)]:
+    for arm in (arm for arm in r.runs if arm not in ("growth", "spectral")):
         A, loss, gradient = (r[arm, name].values for name in ("A", "loss", "gradient"))
         died, n = dead(gradient), len(A)
         frozen = died & (abs(loss[:, -1] - math.log(SMALL.vocab_size)) < 1e-4)
@@ -202,12 +202,10 @@ def fill(r: Results) -> dict[str, Any]:
             "beyond": f"{(A.max(1) >= 1).sum()} of {n}",
         })  # fmt: skip
     norms = {rho: norms_by_loop(r, rho).mean(0) for rho in GROWTH}
-    last, spectral = norms_by_loop(r, "2.0"), r.runs["spectral"][0]
+    last = norms_by_loop(r, "2.0")
     return {
         "verdict": verdict(count, n),
         "off": max(np.abs(norms[rho] / theirs - 1).max() for rho, theirs in GROWTH.items()),
-        "start": spectral["start"],
-        "most": [{"dtype": dtype, "a": a} for dtype, a in spectral["most"].items()],
         "fall": f" Dead runs here: {np.mean(falls):.3%} a step." if falls else "",
         "lines": lines,
         "ratio": Estimate((last[:, 5:] / last[:, 4:-1]).mean(1)),

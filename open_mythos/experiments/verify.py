@@ -173,7 +173,6 @@ def fill(r: Results) -> dict[str, Any]:
     act = act | {way: act[way] | spread[way] for way in WAYS}
     lowest = [min(seconds) for seconds in times["seconds"]]
     return {
-        "large": r.raw["large"],
         "moved": " and ".join(f"{x:.0%} of the tokens with {init} initial values" for init, x in moved.items()),
         "off": {"mean": off.mean(), "most": off.max()},
         "rows": rows,
@@ -181,8 +180,8 @@ def fill(r: Results) -> dict[str, Any]:
         "lowest": lowest,
         "highest": [max(seconds) for seconds in times["seconds"]],
         "peak": ["not measured" if x is None else f"{x / 1e9:.2f}" for x in times["peak_bytes"]],
+        "calls": more["calls"],
         "finite": f"{'' if all(call['finite'] for call in more['calls']) else 'not '}all calls are finite",
-        **more,
         "act": act,
         "share": act["on"]["token_loops"] / act["off"]["token_loops"],
         "time": act["on"]["lowest"] / act["off"]["lowest"],

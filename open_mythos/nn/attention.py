@@ -36,7 +36,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: f
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(1, 2)[..., :width]
+    out = out.transpose(1, 2)
+    return out if out.shape[-1] == width else out[..., :width]
 
 
 class Attention(nn.Module):
@@ -64,12 +65,13 @@ class GQAttention(Attention):
 
     def __init__(self, cfg: MythosConfig) -> None:
         super().__init__()
-        self.head_dim, self.dropout = cfg.head_dim, cfg.dropout
+        self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        self.qk_norm, self.dropout = cfg.qk_norm, cfg.dropout
         kv_width = cfg.n_kv_heads * cfg.head_dim
         self.wqkv = Linear(cfg.dim, cfg.n_heads * cfg.head_dim, kv_width, kv_width)
         self.wo = Linear(cfg.n_heads * cfg.head_dim, cfg.dim)
-        self.q_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(cfg.head_dim), RMSNorm(cfg.head_dim)
 
     @staticmethod
     def costs(cfg: MythosConfig) -> LayerCosts:
@@ -93,8 +95,14 @@ class GQAttention(Attention):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); `layer` is this layer's place in the view's store."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv.split(x))
-        q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+            q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)
+        else:
+            # Queries and keys stand side by side, so one rotation turns both.
+            qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+            q, k = apply_rope(qk, *view.rope).split((self.n_heads, self.n_kv_heads), dim=2)
         if view.tokens is not None:
             return self.wo(view.tokens.attend(layer, q, (k, v), self.head_dim**-0.5).flatten(-2))
         k, v = view.store.write(layer, (k, v), view)

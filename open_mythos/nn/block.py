@@ -37,7 +37,7 @@ class TransformerBlock(nn.Module):
             self.ffn = MoEFFN(cfg)
         else:
             self.ffn = FEED_FORWARDS[cfg.feed_forward](cfg.dim, dense_width(cfg, recurrent))
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Apply the block, (B, T, D) -> (B, T, D); `layer` is its place in the view's store."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from open_mythos.nn.view import KeyValues, View
+from open_mythos.nn.view import KeyValues, LoopConstants, View
 
 
 @dataclass
@@ -102,6 +102,9 @@ class KVCache:
         self.valid = torch.zeros(batch_size, max_len, dtype=torch.bool, device=device)
         self.n_valid = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.row_seed: Tensor | None = None
+        self.constants: LoopConstants | None = None
+        """Tensors that the loops of all calls share; the weights stay the same as long as the cache is used."""
+        self._levels: dict[int, list[KeyValues]] = {}
         # Zeros, not empty: attention multiplies masked values by zero, and zero times a stray NaN is NaN.
         self.layers = [
             tuple(torch.zeros(levels, batch_size, max_len, *shape, dtype=dtype, device=device) for shape in shapes)
@@ -116,6 +119,12 @@ class KVCache:
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         # 1. The place: the loop's level, or level 0 in prelude and coda, and the rows that are still computed.
         at, level, below = view.selection, view.lockstep or 0, (view.lockstep or 0) - 1
+        if at is None and view.active is None and (view.loop_index is None or view.lockstep is not None):
+            # All rows and tokens write at one level: the usual case, in a third of the operations.
+            end, stored = self.length + new[0].shape[1], self.levels(level)[layer]
+            for store, x in zip(stored, new, strict=True):
+                store[:, self.length : end].copy_(x)
+            return tuple(store[:, :end] for store in stored)
         rows = slice(None) if at is None else at.rows
         if view.loop_index is not None and view.lockstep is None:
             # Each row is at a loop of its own, so every level is paired with the row that it belongs to.
@@ -131,6 +140,13 @@ class KVCache:
             store[level, rows, fresh] = x.to(store.dtype)
         # 3. Attention gets the level's slots so far, earlier tokens and new ones.
         return tuple(_values(store, level, rows, slice(0, fresh.stop)) for store in self.layers[layer])
+
+    def levels(self, level: int) -> list[KeyValues]:
+        """Return the tensors (B, S, ...) of a level for each layer, the same objects in every call."""
+        # Prelude and coda have one level only, whatever the loop.
+        if level not in self._levels:
+            self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in stored) for stored in self.layers]
+        return self._levels[level]
 
     def fill_forward(self, n_done: int, n_tokens: int, rows: Tensor | slice = slice(None)) -> None:
         """Copy the new tokens' last written level, `n_done - 1`, to every deeper one, in all rows or some."""
@@ -164,6 +180,7 @@ class KVCache:
         self.valid, self.n_valid = self.valid[index], self.n_valid[index]
         self.row_seed = None if self.row_seed is None else self.row_seed[index]
         self.layers = [tuple(store[:, : len(keep)] for store in stored) for stored in self.layers]
+        self._levels = {}
 
     def advance(self, n_tokens: int, valid: Tensor | None) -> None:
         """Count the new tokens as stored. This ends a call, so a call that fails before leaves the cache as it was."""

@@ -39,7 +39,7 @@ class RecurrentOutput:
     loops: Tensor
     """(B, T) int64, loops each token ran; 0 for padding."""
     ponder_cost: Tensor | None = None
-    """(B, T), loops plus remainder, differentiable; only under ACT."""
+    """(B, T), loops plus remainder, differentiable; only under ACT and without a cache."""
     router_z: Tensor | None = None
     """Scalar, mean square of the router's log-sum-exp over routed tokens; only in training with experts."""
     tokens_per_expert: Tensor | None = None
@@ -98,6 +98,9 @@ class LoopDriver:
         """Tokens in the loop, of each row in `rows`; None: not counted yet."""
         self.n_joined = 0
         self.current = (self.view, self.e, self.n_loops)
+        # All loops' indices at once: an operation for each loop fewer.
+        ticks = torch.arange(self.n_ticks, device=device)[:, None]
+        self.loop_indices: tuple[Tensor, ...] = (self.n_loops - self.n_ticks + ticks).unbind()
         self.selection: Selection | None = None
         self.parked: Rows = {}
         self.routers: list[RouterLog] = []
@@ -140,7 +143,9 @@ class LoopDriver:
             if self.rule.weighted:
                 # Sums of many small weights: at least float32. Contiguous, whatever h is: one graph serves all loops.
                 sums = at_least_float32(h[new])
-                rows |= {"out": sums.new_zeros(sums.shape), "ponder_cost": sums.new_zeros(sums.shape[:2])}
+                rows["out"] = sums.new_zeros(sums.shape)
+                if not isinstance(self.view.store, KVCache):  # decoding has no loss
+                    rows["ponder_cost"] = sums.new_zeros(sums.shape[:2])
             self.state = _extend(self.state, _checked(self.rule.init(h[new], self.n_loops[new]), h[new]))
         self.rows = _extend(self.rows, rows)
         self.parked = _extend(self.parked, rows) if self.parked else {}
@@ -164,10 +169,13 @@ class LoopDriver:
         # 2. What this loop computes: rows count their loops down, so that all end at the last tick.
         h = self.rows["h"]
         view, e, n_loops = self.current
-        loop_index, active = n_loops - (self.n_ticks - tick), self._active()
+        whole = len(n_loops) == len(self.n_loops)
+        loop_index, active = self.loop_indices[tick] if whole else n_loops - (self.n_ticks - tick), self._active()
         last = tick + 1 == self.n_ticks
-        # All rows end at the same tick. Only a rule with a probe gains from that; others would need another graph.
-        exit = Exit(self.rule, self.probe, last and self.rule.needs_probe)
+        # All rows end at the same tick. For a compiled decision each case would be another graph, and only a rule with
+        # a probe gains enough from it.
+        counted = self.lockstep and self.static is None
+        exit = Exit(self.rule, self.probe, last and (counted or self.rule.needs_probe), tick + 1 if counted else None)
         # 3. The loop, then its exits.
         if self.static is not None and self.adaptive:
             # A single token is in every loop that runs. Else always a mask, for with one or without are two graphs.
@@ -212,7 +220,7 @@ class LoopDriver:
     def _any_active(self) -> bool:
         """Count the tokens in the loop, if they are not counted yet, and return whether there are any."""
         if self.n_active is None:
-            self.n_active = self.rows["active"].sum(1).tolist()
+            self.n_active = _count(self.rows["active"])
         return any(self.n_active)
 
     def _active(self) -> Tensor | None:
@@ -233,7 +241,7 @@ class LoopDriver:
             self.n_active = None
         elif not last:
             # The only thing in a loop that the host waits for.
-            self.n_active = rows["active"].sum(1).tolist()
+            self.n_active = _count(rows["active"])
 
     # Compaction. `within` counts rows and tokens inside `rows`, `selection` inside the call.
 
@@ -344,6 +352,11 @@ def _loop_and_log(
     store = view.store if previous is None else Scratch(previous)
     log: RouterLog | None = [] if with_log else None
     return loop(h, e, loop_index, dataclasses.replace(view, store=store, router_log=log)), store, log
+
+
+def _count(active: Tensor) -> list[int]:
+    """Return the true values of each row. For few of them a sum on the device takes longer than one here."""
+    return list(map(sum, active.tolist())) if active.numel() <= 64 else active.sum(1).tolist()
 
 
 def _as_index(rows: list[int], device: torch.device) -> Tensor | slice:

@@ -79,6 +79,8 @@ class Exit:
     probe: Probe | None
     everyone_out: bool = False
     """True if every row is at its last loop. A rule is then asked for weights only."""
+    n_done: int | None = None
+    """Loops that every row has then done; None: rows differ, or the host does not know."""
 
     def apply(
         self, rows: Rows, state: State, h_new: Tensor, loop_index: Tensor, active: Tensor | None = None
@@ -91,15 +93,20 @@ class Exit:
             active: (B, T), the tokens that were in the loop; None if all of them were.
         """
         rule, before, weight = self.rule, state, None
-        # 1. Exit. Where all rows end, a prediction would be made for nothing.
-        if rule.needs_probe and self.everyone_out and not rule.weighted:
-            exit_mask = torch.ones_like(h_new[..., 0], dtype=torch.bool)
+        # 1. Exit. Whatever the rule says, a token stays until `min_loops` loops and leaves at the last loop of its row.
+        # Where all rows end, a decision would be made for nothing.
+        if self.everyone_out and not rule.weighted:
+            exit_mask = torch.ones(h_new.shape[:2], dtype=torch.bool, device=h_new.device)
         else:
             seen = self.probe(h_new) if rule.needs_probe and self.probe is not None else None
-            state, done = rule.update(before, rows["h"], h_new, loop_index, seen)
-            n_done = (loop_index + 1)[:, None]
-            # Whatever the rule says, a token stays until `min_loops` loops and leaves at the last loop of its row.
-            exit_mask = (done & (n_done >= rule.min_loops)) | (n_done >= rows["n_loops"][:, None])
+            state, exit_mask = rule.update(before, rows["h"], h_new, loop_index, seen)
+            if self.everyone_out:
+                exit_mask = torch.ones_like(exit_mask)
+            elif self.n_done is None:
+                n_done = (loop_index + 1)[:, None]
+                exit_mask = (exit_mask & (n_done >= rule.min_loops)) | (n_done >= rows["n_loops"][:, None])
+            elif self.n_done < rule.min_loops:
+                exit_mask = torch.zeros_like(exit_mask)
         # 2. Weigh this loop's state.
         if rule.weighted:
             weight = rule.weigh(before, state, exit_mask)
@@ -117,7 +124,7 @@ class Exit:
         if "active" in rows:
             rows["loops"] = rows["loops"] + rows["active"]
             rows["active"] = ~exit_mask if active is None else rows["active"] & ~exit_mask
-            if weight is not None:
+            if weight is not None and "ponder_cost" in rows:
                 # At the exit loop the weight is the remainder, so this is loops plus remainder.
                 rows["ponder_cost"] = torch.where(exit_mask, rows["loops"] + weight, rows["ponder_cost"])
         return rows, state, exit_mask, weight
@@ -193,13 +200,15 @@ class ACT(HaltingRule):
     def update(
         self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
     ) -> Decision:
-        # Clamped: the sum of a token that stays for `min_loops` may reach 1 early; its weights are 0 from then on.
-        total = (state["sum"] + self.act(h)).clamp(max=1)
+        total = state["sum"] + self.act(h)
+        if self.min_loops > 1:
+            # The sum of a token that stays for `min_loops` may reach 1 early; its weights are 0 from then on.
+            total = total.clamp(max=1)
         return {"sum": total}, total >= self.threshold
 
     def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
         # The difference of two sums, not p itself: the next weight then makes up for the rounding of this addition.
-        return torch.where(exit_mask, 1 - before["sum"], after["sum"] - before["sum"])
+        return after["sum"].masked_fill(exit_mask, 1) - before["sum"]
 
 
 class LatentDiff(HaltingRule):

@@ -25,7 +25,7 @@ from open_mythos.config import INJECTIONS, MythosConfig
 from open_mythos.nn.layer_costs import Execution, InjectionCosts, saved_bytes
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.ops.linear import Linear, linear
-from open_mythos.ops.precision import at_least_float32
+from open_mythos.ops.precision import as_dtype, at_least_float32
 
 A_MAX = 1 - 2**-8
 """Largest decay. It is exact in bf16, fp16 and float32, so no cast can round it up to one."""
@@ -125,7 +125,7 @@ class LTIInjection(Injection):
 
     def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         kept = torch.addcmul(at_least_float32(y), decay, at_least_float32(h))
-        return torch.addcmul(kept, at_least_float32(self.B), at_least_float32(e)).to(h.dtype)
+        return as_dtype(torch.addcmul(kept, at_least_float32(self.B), at_least_float32(e)), h.dtype)
 
 
 class DiagonalInjection(Injection):
@@ -170,7 +170,7 @@ class DiagonalInjection(Injection):
         return F.softplus(at_least_float32(self.dt_bias)) * linear(e, self.B)
 
     def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
-        return torch.addcmul(at_least_float32(e), decay, at_least_float32(h)).to(h.dtype)
+        return as_dtype(torch.addcmul(at_least_float32(e), decay, at_least_float32(h)), h.dtype)
 
 
 class ConcatInjection(Injection):

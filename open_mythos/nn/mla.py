@@ -15,8 +15,7 @@ from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 from open_mythos.nn.view import View
-from open_mythos.ops.batch_invariant import by_rows, invariant
-from open_mythos.ops.linear import Linear
+from open_mythos.ops.linear import Linear, linear_by_head
 
 
 class MLAttention(Attention):
@@ -124,24 +123,15 @@ class MLAttention(Attention):
         """Return the queries for the latents, by one product for each head: (B, T, H, N) -> (B T, H, R)."""
         # The first N of a head's rows in `kv_up` make its key, the others its value.
         up_k = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, : self.nope]
-        return _by_head(q_nope.flatten(0, 1), up_k)
+        return linear_by_head(q_nope.flatten(0, 1), up_k.mT)
 
     def _values(self, out: Tensor) -> Tensor:
         """Turn weighted sums of latents and rotated keys into values: (B T, H, R + P) -> (B T, H, W)."""
         up_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1))[:, self.nope :]
-        return _by_head(out[..., : self.rank], up_v.mT)
+        return linear_by_head(out[..., : self.rank], up_v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         return attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
-
-
-def _by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply for each head: (N, H, K), (H, K, M) -> (N, H, M)."""
-
-    def product(rows: Tensor, by_output: Tensor) -> Tensor:
-        return torch.bmm(rows.transpose(0, 1), by_output.mT).transpose(0, 1)
-
-    return by_rows(product, x, weight.mT) if invariant() else product(x, weight.mT)
 
 
 def _per_head(view: View, n_heads: int) -> View:

@@ -16,7 +16,7 @@ from open_mythos.nn.token_dispatch import dispatch_and_combine
 from open_mythos.nn.view import View
 from open_mythos.ops.experts import ExpertWeights, routed_experts
 from open_mythos.ops.linear import Linear, autocasts
-from open_mythos.ops.precision import float32_linear
+from open_mythos.ops.precision import as_dtype, float32_linear
 
 
 class MoEFFN(nn.Module):
@@ -59,7 +59,7 @@ class MoEFFN(nn.Module):
         gates = logits.gather(-1, chosen).softmax(-1)
         # 3. The routed experts; under autocast their cast weights come from the call's constants.
         weights = None if view is None or view.constants is None else view.constants.experts.get(layer)
-        out = self.experts(tokens, chosen, gates.to(x.dtype), weights).to(x.dtype)
+        out = as_dtype(self.experts(tokens, chosen, as_dtype(gates, x.dtype), weights), x.dtype)
         # 4. The shared experts, which every token goes through.
         if self.shared is not None:
             out = out + self.shared(tokens)

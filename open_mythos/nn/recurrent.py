@@ -19,6 +19,7 @@ from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.view import LoopConstants, View
 from open_mythos.ops.linear import autocasts, is_traced
+from open_mythos.ops.precision import as_dtype
 
 
 class RecurrentBlock(nn.Module):
@@ -76,7 +77,7 @@ class RecurrentBlock(nn.Module):
         u = h
         if shared.loop_embeddings is not None:
             embedding = shared.loop_embeddings[index]
-            u = (h + (embedding if isinstance(index, int) else embedding[:, None])).to(h.dtype)
+            u = as_dtype(h + (embedding if isinstance(index, int) else embedding[:, None]), h.dtype)
         u = self.injection.before(u, e, shared.decay)
         if self.norm is not None:
             u = self.norm(u)
@@ -145,13 +146,18 @@ class RecurrentBlock(nn.Module):
             isinstance(block.ffn, MoEFFN) and block.ffn.experts.group is not None for block in self.blocks
         )
         # 3. The loop. What does not change from loop to loop (the injection's input, constants) is made once, here.
+        # The calls on one cache share their constants.
+        cache = view.store if isinstance(view.store, KVCache) and not autocasts(h) else None
+        constants = self.constants(h) if cache is None or cache.constants is None else cache.constants
+        if cache is not None:
+            cache.constants = constants
         driver = LoopDriver(
             self.loop,
             self.advance,
             exit or self.rule,
             probe,
             self.injection.prepare(e),
-            dataclasses.replace(view, constants=self.constants(h)),
+            dataclasses.replace(view, constants=constants),
             sorted(plan.depths, reverse=True),
             plan.n_ticks or max(plan.depths),
             together,

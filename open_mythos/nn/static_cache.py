@@ -3,7 +3,6 @@
 Shapes: B rows, T new tokens, S slots of the cache.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,6 @@ class StaticKVCache(KVCache):
         super().__init__(*args, **options)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         """Number of slots in use, (1,) int64."""
-        self._levels: dict[int, list[KeyValues]] = {}
 
     @classmethod
     def over(cls, cache: KVCache) -> "StaticKVCache":
@@ -47,19 +45,8 @@ class StaticKVCache(KVCache):
             # Fill-forward: an exited token writes again what the level below has of it. Level 0 has none below, and
             # reads its own slots, which only padding takes, so that every loop has the same shapes.
             slots = self._new_slots(n_exited)
-            below = [tuple(x.index_select(1, slots) for x in stored) for stored in self._stored(max(level - 1, 0))]
-        return StaticLevel(self._stored(level), below, self.cursor)
-
-    def _stored(self, level: int) -> list[KeyValues]:
-        """Return the tensors of a level, the same objects in every call."""
-        # Prelude and coda have one level only, whatever the loop.
-        if level not in self._levels:
-            self._levels[level] = [tuple(x[min(level, len(x) - 1)] for x in stored) for stored in self.layers]
-        return self._levels[level]
-
-    def keep_rows(self, rows: Tensor | Sequence[int]) -> None:
-        super().keep_rows(rows)
-        self._levels = {}
+            below = [tuple(x.index_select(1, slots) for x in stored) for stored in self.levels(max(level - 1, 0))]
+        return StaticLevel(self.levels(level), below, self.cursor)
 
     def write(self, layer: int, new: KeyValues, view: View) -> KeyValues:
         if view.loop_index is not None and view.lockstep is None:

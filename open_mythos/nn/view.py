@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from open_mythos.nn.rope import Rotation
 from open_mythos.ops.experts import ExpertWeights
 
 KeyValues = tuple[Tensor, ...]
@@ -100,8 +101,7 @@ class View:
     store: KVStore
     positions: Tensor
     """(B, T) int64, position of each new token in its row, padding not counted."""
-    rope: tuple[Tensor, Tensor]
-    """Cosine and sine, each (B or 1, T, K // 2)."""
+    rope: Rotation
     mask: Tensor | None = None
     """(B or 1, 1, T, S) bool, true where a query may see a key. None: a causal square, or one query that sees all."""
     valid: Tensor | None = None
@@ -171,11 +171,11 @@ class View:
 
         # A mask is (B, 1, T, S): with queries first it is picked like any other tensor of tokens.
         by_query = None if mask is None else pick(mask.transpose(1, 2))
-        cos, sin = self.rope
+        cos, sin, turn = self.rope
         return dataclasses.replace(
             self,
             positions=selection.pick(self.positions),
-            rope=(pick(cos), pick(sin)),
+            rope=(pick(cos), pick(sin), pick(turn)),
             mask=None if by_query is None else by_query.transpose(1, 2),
             starts=pick(self.starts) if selection.slots is None else None,
             valid=pick(self.valid),

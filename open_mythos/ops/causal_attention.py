@@ -27,7 +27,9 @@ MIN_TOKENS = 512
 
 def takes_blocks(q: Tensor) -> bool:
     """Return whether blocks are the faster way for causal attention of q (B, T, H, K) among themselves."""
-    return q.shape[1] >= MIN_TOKENS and torch.is_grad_enabled() and uses_onednn(q)
+    if q.shape[1] < MIN_TOKENS or not torch.is_grad_enabled():
+        return False
+    return uses_onednn(q, MIN_TOKENS, BLOCK * BLOCK)
 
 
 class CausalAttention(torch.autograd.Function):

@@ -7,6 +7,7 @@ Shapes: N tokens, C experts chosen per token, M = N * C pairs of both, D width, 
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from open_mythos.ops.batch_invariant import invariant
 from open_mythos.ops.grouped_linear import grouped_linear
-from open_mythos.ops.linear import is_traced, linear, materialize, outer, prefers_compiled_sum
+from open_mythos.ops.linear import is_traced, linear, linear_by_head, materialize, outer, prefers_compiled_sum
 from open_mythos.ops.swiglu import silu_product, swiglu_backward
 
 ExpertWeights = tuple[Tensor, Tensor]
@@ -25,6 +26,8 @@ FEW_PAIRS = 16
 """Number of pairs up to which each is computed alone: sorting them would cost more than reading an expert twice."""
 FEW_PRODUCTS = 2**24
 """Multiplications up to which computing every expert for every token is cheaper than sorting the tokens."""
+CALL_VALUES = 30_000
+"""Values of a weight that are read in the time which calling the operations for a pair costs."""
 GROUP_MULTIPLE = 8
 """Rows of a group are padded to a multiple of this: oneDNN compiles a kernel for each shape (0.3 ms), so few shapes."""
 
@@ -34,11 +37,16 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
     gate_up, down = weights
     if x.device.type != "cpu":
         return by_group(x, chosen, gates, weights)
-    n_left = gate_up.shape[0] - chosen.shape[1]
+    n_experts, values = gate_up.shape[0], 3 * down.shape[1] * down.shape[2]
+    n_rows, n_pairs = (GROUP_MULTIPLE, FEW_PAIRS + 1) if invariant() else (x.shape[0], chosen.numel())
+    # A pair reads the weights of one expert, all experts together read each of them once.
+    pays = n_pairs <= FEW_PAIRS and n_pairs * (values + CALL_VALUES) <= n_experts * values
+    if pays and not is_traced() and not torch.is_grad_enabled():
+        return by_pair(x, chosen, gates, weights)
     # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
     # expert that was never meant for a token could overflow, and zero times infinity is NaN.
-    n_rows = GROUP_MULTIPLE if invariant() else max(x.shape[0], GROUP_MULTIPLE)
-    if x.element_size() >= 4 and n_rows * n_left * (gate_up[0].numel() + down[0].numel()) <= FEW_PRODUCTS:
+    n_left = n_experts - chosen.shape[1]
+    if x.element_size() >= 4 and max(n_rows, GROUP_MULTIPLE) * n_left * values <= FEW_PRODUCTS:
         return all_experts(x, chosen, gates, weights)
     if prefers_compiled_sum(x):
         return by_gather(x, chosen, gates, weights)
@@ -46,8 +54,7 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
         return by_group(x, chosen, gates, weights)
     if torch.is_grad_enabled():
         return _OneByOne.apply(x, chosen, gates, *weights)
-    one_by_one = chosen.numel() <= FEW_PAIRS and not invariant()
-    return by_pair(x, chosen, gates, weights) if one_by_one else by_expert(x, chosen, gates, weights)
+    return by_pair(x, chosen, gates, weights) if n_pairs <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
 
 
 def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
@@ -69,20 +76,20 @@ def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights
     """Compute every expert for every token, as one SwiGLU of width E * F in which a gate of zero silences an expert."""
     gate_up, down = weights
     hidden = linear(x, gate_up.flatten(0, 1)).unflatten(-1, (gate_up.shape[0], -1))
-    gate_of = torch.zeros_like(hidden[..., 0]).scatter(1, chosen, gates)
+    gate_of = gates.new_zeros(len(x), gate_up.shape[0]).scatter(1, chosen, gates)
     mixed = silu_product(hidden) * gate_of[..., None]
-    return linear(mixed.flatten(1), down.transpose(0, 1).flatten(1))
+    # One product for each expert and a sum: a single product would need a copy of all of `down`.
+    return linear_by_head(mixed, down).sum(1)
 
 
 def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
     """Compute one matrix-vector product after another, for the few tokens of a decode step. No autograd."""
     gate_up, down = weights
-    experts = chosen.flatten().tolist()
-    tokens = x.repeat_interleave(chosen.shape[1], 0).unbind(0)
-    hidden = torch.stack([linear(token, gate_up[expert]) for token, expert in zip(tokens, experts, strict=True)])
-    mixed = silu_product(hidden).mul_(gates.view(-1, 1)).unbind(0)
-    y = torch.stack([linear(one, down[expert]) for one, expert in zip(mixed, experts, strict=True)])
-    return y.view(*chosen.shape, -1).sum(1)
+    experts = chosen.tolist()
+    hidden = [linear(token, gate_up[i]) for token, mine in zip(x.unbind(), experts, strict=True) for i in mine]
+    mixed = silu_product(torch.stack(hidden)).mul_(gates.view(-1, 1)).unbind()
+    y = [linear(one, down[i]) for one, i in zip(mixed, chain.from_iterable(experts), strict=True)]
+    return torch.stack(y).view(*chosen.shape, -1).sum(1)
 
 
 def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:

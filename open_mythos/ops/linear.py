@@ -1,8 +1,6 @@
 """Matrix products by the fastest route that torch has on this machine.
 
-On CPUs with AVX-512, float32 products go to oneDNN. Torch's own choice there is MKL, which leaves AVX-512 unused on
-AMD: 105 against 242 GFLOP/s on one core of a Zen 5. The route depends on shapes and on the processor only, never on a
-timing, so a run stays reproducible.
+On CPUs with AVX-512, float32 products may go to oneDNN instead of torch's own choice, MKL; see ops/routes.py.
 
 Shapes: K inputs, N outputs.
 """
@@ -15,15 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from open_mythos.ops.batch_invariant import by_rows, invariant
+from open_mythos.ops.routes import HAS_ONEDNN, onednn, prefers_onednn
 
 MANY_PRODUCTS = 2**21
-"""Multiplications from which oneDNN wins over the ten microseconds that calling it from Python costs."""
+"""Multiplications from which oneDNN may win over the ten microseconds that a gradient of its own costs in Python."""
 FEW_ROWS = 8
 """Rows of x up to which a compiled sum over weight * x, which reads each weight once, beats a product."""
-BIG_WEIGHT = 2**17
-"""Values of a weight that is read from memory rather than a cache, which oneDNN does 1.4 times as fast."""
-
-_WIDE_CPU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+INVARIANT_ROWS = 16
+"""Rows for which batch-invariant calls choose the library, whatever their number of rows."""
 
 
 class Linear(nn.Linear):
@@ -60,6 +57,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _Product.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
 
 
+def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x @ weight^T for each of H heads or experts: (N, H, K), (H, M, K) -> (N, H, M), differentiable."""
+    return by_rows(_by_head, x, weight) if invariant() else _by_head(x, weight)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight.mT).transpose(0, 1)
+
+
 def outer(grad: Tensor, x: Tensor) -> Tensor:
     """Compute grad^T @ x, the gradient of a weight: (M, N), (M, K) -> (N, K)."""
     (M, N), K = grad.shape, x.shape[1]
@@ -71,7 +77,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         # For a weight with gaps, such as a slice, oneDNN has only its reference loop: a thousand times as slow.
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return onednn(x, weight)
 
 
 class _Product(torch.autograd.Function):
@@ -125,22 +131,22 @@ def materialize(x: Tensor) -> Tensor:
 
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    if not _WIDE_CPU or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+    # A decode step asks this for every product, so what is cheap and often says no comes first.
+    if not HAS_ONEDNN or x.dtype is not torch.float32 or weight.dtype is not torch.float32 or not x.is_cpu:
         return False
-    size = weight.numel()
-    # In batch-invariant calls the number of rows may not decide.
-    many = x.numel() * weight.shape[0] >= MANY_PRODUCTS and not invariant()
-    return (
-        (many or (size >= BIG_WEIGHT and not torch.is_grad_enabled()))
-        and x.device.type == "cpu"
-        and (not is_traced() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()))
-        and not torch.is_autocast_enabled("cpu")
-    )
+    n_rows, size = x.numel() // x.shape[-1], weight.numel()
+    if torch.is_grad_enabled() and n_rows * size < MANY_PRODUCTS:
+        return False
+    if not prefers_onednn(INVARIANT_ROWS if invariant() else n_rows, size) or torch.is_autocast_enabled("cpu"):
+        return False
+    return not is_traced() or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
 
 
-def uses_onednn(x: Tensor) -> bool:
-    """Return whether large products of x go to oneDNN one call at a time."""
-    return _WIDE_CPU and x.dtype is torch.float32 and x.device.type == "cpu" and not is_traced() and not autocasts(x)
+def uses_onednn(x: Tensor, n_rows: int, weight_values: int) -> bool:
+    """Return whether products of x, each of so many rows with so many values, are faster in oneDNN one at a time."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or is_traced() or autocasts(x):
+        return False
+    return n_rows * weight_values >= MANY_PRODUCTS and prefers_onednn(n_rows, weight_values)
 
 
 def is_traced() -> bool:
@@ -161,7 +167,7 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-if _WIDE_CPU:
+if HAS_ONEDNN:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _count_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_mythos.ops.linear import is_traced
-from open_mythos.ops.precision import at_least_float32
+from open_mythos.ops.precision import as_dtype, at_least_float32
 
 IN_CACHE = 2**16
 """Number of values normalised at a time in bf16 and fp16, whose float32 copies then stay in the processor's cache."""
@@ -16,7 +16,7 @@ IN_CACHE = 2**16
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute weight * x / sqrt(mean(x^2) + eps) over the last dimension, with statistics in at least float32."""
     # Under autocast x may be bf16 beside a float32 weight, which the fused kernel does not take.
-    weight = weight.to(x.dtype)
+    weight = as_dtype(weight, x.dtype)
     on_cpu = x.device.type == "cpu" and not is_traced()
     if on_cpu and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)

@@ -35,11 +35,6 @@ def loop_style(loops: int, most: int) -> str:
     return f"bold {LOOP_COLORS[min(len(LOOP_COLORS) - 1, int(place * len(LOOP_COLORS)))]}"
 
 
-def shaded(pieces: Sequence[tuple[str, int]], most: int) -> Text:
-    """Join pieces of text, each coloured by the loops it took."""
-    return Text.assemble(*((piece, loop_style(loops, most)) for piece, loops in pieces))
-
-
 def loop_legend(most: int) -> Text:
     """Show the colours of 1 to `most` loops."""
     legend = Text("loops: ", style="dim")

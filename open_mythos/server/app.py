@@ -18,16 +18,8 @@ from starlette.exceptions import HTTPException
 from open_mythos.server.async_engine import Submission
 from open_mythos.server.middleware import AccessControl
 from open_mythos.server.playground import playground
-from open_mythos.server.protocol import (
-    BaseRequest,
-    ChatRequest,
-    ChoicesRequest,
-    CompletionRequest,
-    Conversation,
-    Refusal,
-    invalid,
-)
-from open_mythos.server.responses import Echo, ResponseBuilder
+from open_mythos.server.protocol import BaseRequest, ChatRequest, CompletionRequest, Conversation, Refusal, invalid
+from open_mythos.server.responses import ResponseBuilder
 from open_mythos.server.responses_api import ResponseRequest, ResponsesBuilder
 from open_mythos.server.service import Service
 
@@ -43,35 +35,30 @@ async def respond(service: Service, asked: BaseRequest, request: Request) -> Res
     Raises:
         Refusal: the request cannot be answered, or not now.
     """
-    submission = request.scope["stack"].enter_context(await service.submit(asked))
-    builder = await _builder(service, asked, submission)
+    engine, submission = service.async_engine, await service.submit(asked)
+    request.scope["stack"].callback(engine.cancel, submission)
+    make = partial(_builder, service, asked, [ids for ids, _ in submission.prompts[:: asked.n_made]])
+    # A prompt to send back, and log-probabilities, can be long, and the event loop has other requests.
+    builder = await engine.encode(make) if asked.at("echo") else make()
     if asked.stream:
         events = _stream(service, asked, submission, builder)
         response: Response = StreamingResponse(events, 200, {"cache-control": "no-store"}, "text/event-stream")
     else:
         async for index, event in submission:
             builder.answers[index].add(event)
-        # Log-probabilities can be long, and the event loop has other requests.
-        is_short = asked.n_best is None
-        response = JSONResponse(builder.whole() if is_short else await service.async_engine.encode(builder.whole))
+        response = JSONResponse(builder.whole() if asked.n_best is None else await engine.encode(builder.whole))
     for warning in _warnings(service, asked):
         response.headers.append(WARNING, warning)
     return response
 
 
-async def _builder(service: Service, asked: BaseRequest, submission: Submission) -> Builder:
+def _builder(service: Service, asked: BaseRequest, prompts: list[list[int]]) -> Builder:
     """Make the builder of a request's response."""
-    model, tokenizer = service.config.name or "", service.tokenizer
-    prompts = [ids for ids, _ in submission.prompts[:: asked.n_made]]
-    n_prompt = [len(ids) for ids in prompts]
+    model = service.config.name or ""
     if isinstance(asked, ResponseRequest):
-        return ResponsesBuilder(asked, n_prompt, model)
-    assert isinstance(asked, ChoicesRequest)
-    echoes = []
-    if isinstance(asked, CompletionRequest) and asked.echo:
-        pairs = list(zip(asked.prompt, prompts, strict=True))
-        echoes = await service.async_engine.encode(lambda: [Echo.of(*pair, tokenizer) for pair in pairs])
-    return ResponseBuilder(asked, n_prompt, model, service.texts, echoes)
+        return ResponsesBuilder(asked, prompts, model)
+    assert isinstance(asked, CompletionRequest | ChatRequest)
+    return ResponseBuilder(asked, prompts, model, service.tokenizer, service.texts)
 
 
 async def _stream(
@@ -116,14 +103,13 @@ def make_app(service: Service) -> FastAPI:
 
     # The pages that document an API load their styles from elsewhere; the schema is a route like any other.
     app = FastAPI(title="open_mythos", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(AccessControl, service.key, service.metrics.count_refusal, service.is_full, service.body_memory)
-    _add_views(app, service)
-    _add_answers(app, service)
-    _add_errors(app, service)
+    app.add_middleware(AccessControl, service)
+    _add_routes(app, service)
+    _add_errors(app)
     return app
 
 
-def _add_views(app: FastAPI, service: Service) -> None:
+def _add_routes(app: FastAPI, service: Service) -> None:
     body, headers = playground()
 
     @app.get("/")
@@ -156,8 +142,6 @@ def _add_views(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return service.card()
 
-
-def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await respond(service, body, request)
@@ -171,15 +155,12 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return await respond(service, body, request)
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
-    @app.exception_handler(Refusal)
-    async def refuse(_: Request, refusal: Refusal) -> Response:
-        service.metrics.count_refusal(refusal.reason)
-        return refusal.response
+def _add_errors(app: FastAPI) -> None:
+    """Turn the errors of the framework into refusals, which the middleware answers."""
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_body(request: Request, fault: RequestValidationError) -> Response:
-        return await refuse(request, invalid(list(fault.errors()), fault.body))
+    async def refuse_body(_: Request, fault: RequestValidationError) -> Response:
+        raise invalid(list(fault.errors()), fault.body)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, fault: HTTPException) -> Response:
@@ -187,4 +168,4 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if fault.status_code in (404, 405):
             route = f"{request.method} {request.scope['path']:.80}"
             message = f"{route} is no route here; a base_url ends in /v1, and docs/server.md lists the routes"
-        return await refuse(request, Refusal(fault.status_code, message, **(fault.headers or {})))
+        raise Refusal(fault.status_code, message, **(fault.headers or {}))

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from open_mythos.engine.engine import Engine, TokenEvent
 from open_mythos.engine.sequence import Sequence
@@ -40,13 +40,10 @@ class EngineDead(Refusal):
 class Submission:
     """Answers that one caller waits for: (index of the answer, event) as they come, until all have ended.
 
-    At the end of a `with` block, answers that have not ended are cancelled.
-
     Raises:
         Refusal: the engine's thread has ended, or the logits of an answer are NaN; raised by the iteration.
     """
 
-    engine: "AsyncEngine"
     n: int
     """Number of answers; each takes a place until the last of them has ended."""
     n_open: int
@@ -66,31 +63,21 @@ class Submission:
                 raise Refusal(500, NAN)
             yield item
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.engine.cancel(self)
-
-
+@dataclass(eq=False)
 class AsyncEngine:
-    """Runs an engine in a thread; all methods are for the event loop that called `start`.
+    """Runs an engine in a thread; all methods are for the event loop that called `start`."""
 
-    Args:
-        make: builds the engine, in the thread.
-        n_places: answers that may be submitted at once, waiting ones included.
-        on_event: called with every event.
-        on_fatal: called once if the thread ends without having been stopped.
-    """
+    make: Callable[[], Engine]
+    """Builds the engine, in the thread."""
+    n_places: int
+    """Answers that may be submitted at once, waiting ones included."""
+    on_event: Callable[[TokenEvent], None]
+    """Called with every event."""
+    on_fatal: Callable[[], None]
+    """Called once if the thread ends without having been stopped."""
 
-    def __init__(
-        self,
-        make: Callable[[], Engine],
-        n_places: int,
-        on_event: Callable[[TokenEvent], None],
-        on_fatal: Callable[[], None],
-    ) -> None:
-        self._make, self.n_places, self._on_event, self._on_fatal = make, n_places, on_event, on_fatal
+    def __post_init__(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(1, "encode")
         self._of: dict[Sequence, tuple[Submission, int]] = {}  # used by the thread only
@@ -149,7 +136,7 @@ class AsyncEngine:
         """
         if self.n_taken + n > self.n_places:
             raise Refusal(429, BUSY)
-        submission = Submission(self, n, n)
+        submission = Submission(n, n)
         self.submissions.add(submission)
         try:
             submission.prompts = await self.encode(prepare)
@@ -198,12 +185,11 @@ class AsyncEngine:
 
     def _deliver(self, events: list[tuple[Submission, int, TokenEvent]]) -> None:
         for submission, index, event in events:
-            self._on_event(event)
+            self.on_event(event)
             submission.inbox.put_nowait((index, event))
-            if event.finish_reason is not None:
-                submission.n_open -= 1
-                if not submission.n_open:
-                    self._end(submission)
+            submission.n_open -= event.finish_reason is not None
+            if not submission.n_open:
+                self._end(submission)
 
     def _end(self, submission: Submission, error: Exception | None = None) -> None:
         self.submissions.discard(submission)
@@ -213,7 +199,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            self.engine = engine = self._make()
+            self.engine = engine = self.make()
             self.counts = engine.scheduler.counts
             while True:
                 # Commands come before a step, and an engine with nothing to do waits for one.
@@ -224,14 +210,14 @@ class AsyncEngine:
                 self._step(engine)
         except BaseException as error:  # whatever it is, the callers have to hear of it
             self.error = error
-            self._call(self._on_fatal)
+            self._call(self.on_fatal)
 
     def _step(self, engine: Engine) -> None:
         self._stepping_since = began = time.monotonic()
         events = engine.step()
         self._stepping_since = None
         if not engine.busy or began - self._snapshot_s > SNAPSHOT_S:
-            self._snapshot_s = time.monotonic()
+            self._snapshot_s = began
             self.rows_by_loop = sorted(Counter(sequence.loop for sequence in engine.scheduler.looping).items())
             self.counts = engine.scheduler.counts
         delivered = [(*self._of[event.request], event) for event in events if event.request in self._of]

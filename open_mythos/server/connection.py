@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import logging
 import os
 import resource
 import signal
 import socket
 import time
-import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -19,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from open_mythos.server.middleware import MAX_HEADER_BYTES
+from open_mythos.server.middleware import MAX_HEADER_BYTES, log, log_fault
 from open_mythos.server.protocol import RETRY_S, error
 from open_mythos.server.service import Service
 
@@ -33,15 +32,10 @@ READ_BYTES = 2**14
 """Bytes that one event of a socket may read, since bodies are counted only when the application has them."""
 FAULT_S = 10.0
 """Seconds between two lines about faults of the event loop, at least."""
-log = logging.getLogger("open_mythos.serve")
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its client is too slow in sending or in reading.
-
-    Args:
-        limit: connections that may be open; one more is turned away.
-    """
+    """A connection that is closed when its client is too slow in sending or in reading, or is one above the limit."""
 
     def __init__(self, *args: Any, limit: int, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -144,7 +138,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_until: float | None = None
-        service.on_fatal = self._give_up
+        service.on_fatal = partial(setattr, self, "should_exit", True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(Faults())
@@ -163,45 +157,39 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
         self._service.draining = True
 
-    def _give_up(self) -> None:
-        self.should_exit = True
-
     async def on_tick(self, counter: int) -> bool:
+        now, engine = time.monotonic(), self._service.async_engine
         if self._service.draining and not self.should_exit:
-            self._drain()
+            if self._drain_until is None:
+                self._drain_until = now + self._service.config.drain_s
+                log.info("ending: %d answers are in work", engine.n_taken)
+            if now > self._drain_until:
+                for submission in list(engine.submissions):
+                    engine.cancel(submission)
+            # A complete answer may still be on its way to the client. A step that hangs must not hold up the end.
+            self.should_exit = not (engine.n_taken or self.server_state.tasks) or now > self._drain_until + 2
         return await super().on_tick(counter)
 
-    def _drain(self) -> None:
-        now, engine = time.monotonic(), self._service.async_engine
-        if self._drain_until is None:
-            self._drain_until = now + self._service.config.drain_s
-            log.info("ending: %d answers are in work", engine.n_taken)
-        if now > self._drain_until:
-            for submission in list(engine.submissions):
-                engine.cancel(submission)
-        # A complete answer may still be on its way to the client. A step that hangs must not hold up the end.
-        self.should_exit = not (engine.n_taken or self.server_state.tasks) or now > self._drain_until + 2
 
-
+@dataclass
 class Faults:
     """Handles faults of the event loop outside of requests: a line now and then, without the client's text.
 
     By default each fault prints a traceback, thousands of them when there is no file descriptor left.
     """
 
-    def __init__(self) -> None:
-        self._next_s = 0.0
+    next_s: float = 0.0
+    """Time from which on the next fault is logged."""
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         fault, now = context.get("exception"), loop.time()
-        if now < self._next_s:
+        if now < self.next_s:
             return
-        self._next_s = now + FAULT_S
+        self.next_s = now + FAULT_S
         if isinstance(fault, OSError):
             log.error("no connection can be accepted, or one has failed: %s", fault.strerror)
         elif fault is not None:
-            frame = traceback.extract_tb(fault.__traceback__)[-1]
-            log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
+            log_fault(fault)
 
 
 def configure(app: FastAPI, limit: int = MAX_CONNECTIONS) -> uvicorn.Config:
@@ -231,13 +219,13 @@ def connection_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/dev/fd")) + RESERVED_FILES
     wanted = used + MAX_CONNECTIONS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft <= used:
-            raise OSError(f"the limit of {soft} open files leaves none for connections; use ulimit -n {wanted}")
-        return min(MAX_CONNECTIONS, soft - used)
-    return MAX_CONNECTIONS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_CONNECTIONS
+    soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft <= used:
+        raise OSError(f"the limit of {soft} open files leaves none for connections; use ulimit -n {wanted}")
+    return soft - used
 
 
 def run(app: FastAPI, service: Service, listener: socket.socket) -> bool:

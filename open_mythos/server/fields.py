@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
 MAX_FIELDS = 64
 """Fields of a request and of each object in it, at most."""
@@ -18,15 +18,13 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class FieldError(ValueError):
-    """An error whose message names its field itself; `param` is the field's path, None for a whole object."""
-
-    def __init__(self, message: str, param: str | None) -> None:
-        super().__init__(message)
-        self.param = param
+    """An error whose message names its field itself, and that field's path; None for a whole object."""
 
 
-def _as_text(value: Any) -> Any:
-    """Join the text of a content in parts."""
+def _as_text(value: Any, info: ValidationInfo) -> Any:
+    """Join the text of a content in parts; None is for an assistant that has called tools."""
+    if value is None and info.data.get("role") not in ("assistant", None):
+        raise ValueError("must be a string, or a list of text parts")
     if not isinstance(value, list):
         return value
     for place, part in enumerate(value):
@@ -86,8 +84,7 @@ class Message(Fields):
     """A turn of a conversation; the model sees its role and its content only."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[Text, BeforeValidator(_as_text)] | None = Field(None, validate_default=True)
-    """Null where an assistant has called tools."""
+    content: Annotated[Text | None, BeforeValidator(_as_text)] = Field(None, validate_default=True)
     name: Name = ""
     tool_calls: list[Any] = []
     function_call: Any = None
@@ -97,13 +94,6 @@ class Message(Fields):
     refusal: str = ""
     reasoning_content: str = ""
     reasoning: Any = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _said(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and info.data.get("role") not in ("assistant", None):
-            raise ValueError("must be a string, or a list of text parts")
-        return value
 
     @property
     def is_shown(self) -> bool:

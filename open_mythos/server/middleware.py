@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
@@ -17,6 +18,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from open_mythos.server.protocol import BUSY, MAX_BODY_BYTES, Refusal, error
+
+if TYPE_CHECKING:
+    from open_mythos.server.service import Service
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key."""
@@ -29,6 +33,12 @@ JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 bearer = HTTPBearer(auto_error=False)
 log = logging.getLogger("open_mythos.serve")
+
+
+def log_fault(fault: BaseException) -> None:
+    """Log the type of an error and its line, without its message, which may hold a client's text."""
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
 
 
 class BodyMemory:
@@ -71,23 +81,12 @@ class AccessControl:
     server is for this machine alone, so the host name that a request gives also has to be one of this machine:
     otherwise a page could let a name of its own point here.
 
-    Args:
-        key: the secret that requests have to send; None: none is needed.
-        count_refusal: called with the reason of each refusal.
-        is_full: tells whether there is no place for another answer; a POST is then refused before its body is read.
-        memory: counts the bytes of bodies.
+    A POST for which there is no place is refused before its body is read.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        key: str | None,
-        count_refusal: Callable[[str], None],
-        is_full: Callable[[], bool],
-        memory: BodyMemory,
-    ) -> None:
-        self._app, self._count_refusal, self._is_full, self._memory = app, count_refusal, is_full, memory
-        self._key = None if key is None else key.encode()
+    def __init__(self, app: ASGIApp, service: "Service") -> None:
+        self._app, self._service, self._memory = app, service, service.body_memory
+        self._key = None if service.key is None else service.key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -104,7 +103,7 @@ class AccessControl:
         path = scope["path"].removesuffix("/") or "/"
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         try:
-            # What a route enters into the stack ends with the request, also where its client has gone.
+            # A route adds what has to be done at the end of its request, also where the client has gone.
             with ExitStack() as stack:
                 scope = {**scope, "path": path, "method": method, "stack": stack}
                 take = stack.enter_context(self._memory.account())
@@ -113,12 +112,11 @@ class AccessControl:
                 if body is not None:
                     await _until_gone(receive, self._app, scope, body, watched_send)
         except Refusal as refusal:
-            self._count_refusal(refusal.reason)
+            self._service.metrics.count_refusal(refusal.reason)
             await refusal.response(scope, receive, send)
-        # An error of a route. Its message could hold the request's text. A tokenizer's panic is no Exception.
+        # An error of a route; a tokenizer's panic is no Exception.
         except BaseException as fault:
-            frame = traceback.extract_tb(fault.__traceback__)[-1]
-            log.error("%s in %s, line %s", type(fault).__name__, frame.filename, frame.lineno)
+            log_fault(fault)
             if not started:
                 await JSONResponse(error("the server has failed", kind="server_error"), 500)(scope, receive, send)
 
@@ -136,10 +134,8 @@ class AccessControl:
             raise Refusal(400, "send either content-length or transfer-encoding, not both", connection="close")
         hosts = headers.getlist("host")
         if scope["method"] not in ("GET", "OPTIONS") and (site := _other_site(headers, hosts)):
-            message = (
-                f"{site}: pages of other sites may not ask this server; use a program, or the page at its own address"
-            )
-            raise Refusal(403, f"{message}. A proxy in front has to pass the header Host on", code="site")
+            remedy = "use a program, or the page at its own address. A proxy in front has to pass the header Host on"
+            raise Refusal(403, f"{site}: pages of other sites may not ask this server; {remedy}", code="site")
         if self._key is None:
             if len(hosts) != 1 or not is_local(hosts[0].rpartition("@")[2]):
                 raise Refusal(403, "without a key the server answers to localhost only; give it a key", code="host")
@@ -147,7 +143,7 @@ class AccessControl:
             message = "the key is missing or wrong; send 'Authorization: Bearer KEY'"
             raise Refusal(401, message, www_authenticate="Bearer")
         if scope["method"] == "POST":
-            if self._is_full():
+            if self._service.is_full():
                 raise Refusal(429, BUSY)
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             kinds = headers.getlist("content-type")
@@ -192,20 +188,17 @@ class AccessControl:
 
 async def _until_gone(receive: Receive, app: ASGIApp, scope: Scope, body: bytearray, send: Send) -> None:
     """Run the application on a body that has been read; cancel it when the client goes."""
-    given = False
+    messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+    body.clear()  # the application gets the only copy
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        if not messages:
             await asyncio.wait([leaving])
-            return {"type": "http.disconnect"}
-        given, whole = True, bytes(body)
-        body.clear()  # the application has the only copy now
-        return {"type": "http.request", "body": whole, "more_body": False}
+        return messages.pop() if messages else {"type": "http.disconnect"}
 
     leaving = asyncio.ensure_future(gone())
     working = asyncio.ensure_future(app(scope, replay, send))
@@ -248,6 +241,4 @@ def _other_site(headers: Headers, hosts: list[str]) -> str | None:
 
 def _trim() -> None:
     """Return freed memory to the system, which glibc by itself does not for pieces of this size."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)

@@ -34,8 +34,7 @@ def error(
     message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
 ) -> dict[str, Any]:
     """Build an error object in the form that OpenAI's clients read."""
-    shown = None if param is None else param[:80]
-    return {"error": {"message": message[:400], "type": kind, "param": shown, "code": code}}
+    return {"error": {"message": message[:400], "type": kind, "param": param and param[:80], "code": code}}
 
 
 class Refusal(Exception):
@@ -207,7 +206,7 @@ class ChoicesRequest(BaseRequest):
 
     @property
     def n_made(self) -> int:
-        return self.n
+        return self.at("best_of") or self.n
 
 
 class Conversation(BaseRequest):
@@ -262,10 +261,6 @@ class CompletionRequest(ChoicesRequest):
         return self
 
     @property
-    def n_made(self) -> int:
-        return self.best_of or self.n
-
-    @property
     def n_best(self) -> int | None:
         return self.logprobs
 
@@ -311,7 +306,7 @@ def invalid(errors: list[Any], body: object) -> Refusal:
     place = [part for part in first["loc"] if part != "body"]
     message = str(fault) if kind == "value_error" else first["msg"]
     if isinstance(fault, FieldError):
-        return Refusal(400, message, fault.param)
+        return Refusal(400, *fault.args)
     if not place and kind == "string_unicode":
         return Refusal(400, "a field's name is half of a surrogate pair, which is no text; check its spelling")
     if not place:

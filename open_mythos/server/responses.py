@@ -3,14 +3,13 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
 from open_mythos.engine.engine import TokenEvent
-from open_mythos.engine.sequence import Sequence as Request
-from open_mythos.server.protocol import ChatRequest, ChoicesRequest, error
+from open_mythos.engine.sequence import Sequence
+from open_mythos.server.protocol import ChatRequest, ChoicesRequest, CompletionRequest, error
 from open_mythos.tokenization.detokenizer import TextStream
 from open_mythos.tokenization.token_text import TokenTexts
 from open_mythos.tokenization.tokenizer import Tokenizer
@@ -39,42 +38,35 @@ class ScoredToken(NamedTuple):
     """Characters before it, in the prompt or in the answer."""
 
 
-@dataclass(frozen=True)
 class Echo:
-    """A prompt that is sent back before its answers."""
+    """A prompt that is sent back before its answers: the prompt itself, or the text of its ids."""
 
-    text: str
-    ids: list[int]
-    pieces: list[str]
-    """Text that each id adds."""
-
-    @staticmethod
-    def of(prompt: str | list[int], ids: list[int], tokenizer: Tokenizer) -> "Echo":
-        """Make the echo of a prompt: the prompt itself, or the text of its ids."""
+    def __init__(self, prompt: str | list[int], ids: list[int], tokenizer: Tokenizer) -> None:
         stream = TextStream(tokenizer)
-        pieces = [stream.push(token) for token in ids]
-        pieces[-1] += stream.flush()
-        return Echo(prompt if isinstance(prompt, str) else "".join(pieces), ids, pieces)
+        self._ids, self._pieces = ids, [stream.push(token) for token in ids]
+        self._pieces[-1] += stream.flush()
+        self.text = prompt if isinstance(prompt, str) else "".join(self._pieces)
 
-    def scored(self, request: Request | None) -> list[ScoredToken]:
+    def scored(self, request: Sequence) -> list[ScoredToken]:
         """Return the prompt's tokens as scored by a request; none if no scores were asked for."""
-        if request is None or request.params.prompt_logprobs is None:
+        if request.params.prompt_logprobs is None:
             return []
         own, best = [None, *request.prompt_logprobs], [None, *request.prompt_top_logprobs]
         # A normalizer or a special token can make the text of the ids differ from the prompt.
-        offsets = [min(n, len(self.text)) for n in accumulate(map(len, self.pieces[:-1]), initial=0)]
-        return [ScoredToken(*each) for each in zip(self.ids, own, best, self.pieces, offsets, strict=True)]
+        offsets = [min(n, len(self.text)) for n in accumulate(map(len, self._pieces[:-1]), initial=0)]
+        return [ScoredToken(*each) for each in zip(self._ids, own, best, self._pieces, offsets, strict=True)]
 
 
 @dataclass
 class Answer:
-    """One answer, or a part of it, gathered from the engine's events."""
+    """One answer, or a part of it, gathered from the engine's events; with an echo it begins with the prompt."""
 
+    echo: Echo | None = None
     offset: int = 0
-    """Characters before the next token, in the answer, or with an echo in prompt and answer together."""
+    """Characters before the next token."""
     text: str = ""
     finish_reason: str | None = None
-    request: Request | None = None
+    request: Sequence | None = None
     pieces: list[str] = field(default_factory=list)
     """Text that could be shown with each token."""
     loops: list[int] = field(default_factory=list)
@@ -82,6 +74,8 @@ class Answer:
 
     def add(self, event: TokenEvent) -> Self:
         """Add one more token, or the end."""
+        if self.request is None and self.echo is not None:
+            self.scored = self.echo.scored(event.request)
         self.request, self.finish_reason = event.request, event.finish_reason
         self.text += event.text
         if event.token_id is not None:
@@ -97,8 +91,8 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
-        """Log-probability per token."""
-        own = [each.logprob for each in self.scored if each.logprob is not None]
+        """Log-probability per token, without the prompt's."""
+        own = [each.logprob for each in self.scored[-len(self.loops) :] if each.logprob is not None]
         return sum(own) / max(1, len(own))
 
 
@@ -106,24 +100,19 @@ class ResponseBuilder:
     """Builds the objects of one call from the engine's events: all at once, or a stream event by event.
 
     Args:
-        n_prompt: tokens of each prompt.
+        prompts: ids of each prompt.
         texts: texts of the tokens of the vocabulary.
-        echoes: the prompts to send back before their answers, if that was asked for.
     """
 
     def __init__(
-        self,
-        asked: ChoicesRequest,
-        n_prompt: Sequence[int],
-        model: str,
-        texts: TokenTexts,
-        echoes: Sequence[Echo] = (),
+        self, asked: ChoicesRequest, prompts: list[list[int]], model: str, tokenizer: Tokenizer, texts: TokenTexts
     ) -> None:
-        self._asked, self._n_prompt, self._texts = asked, n_prompt, texts
+        self._asked, self._n_prompt, self._texts = asked, [len(ids) for ids in prompts], texts
         self._is_chat = isinstance(asked, ChatRequest)
-        self._echoes = [echo for echo in echoes for _ in range(asked.n_made)]
-        offsets = [len(echo.text) for echo in self._echoes] or [0] * (len(n_prompt) * asked.n_made)
-        self.answers = [Answer(offset) for offset in offsets]
+        given = zip(asked.prompt, prompts, strict=True) if isinstance(asked, CompletionRequest) and asked.echo else ()
+        echoes = [Echo(*pair, tokenizer) for pair in given]
+        starts = [(echo, len(echo.text), echo.text) for echo in echoes] or [()] * len(prompts)
+        self.answers = [Answer(*start) for start in starts for _ in range(asked.n_made)]
         kind, prefix = ("chat.completion", "chatcmpl-") if self._is_chat else ("text_completion", "cmpl-")
         name = prefix + secrets.token_hex(12)
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
@@ -138,11 +127,9 @@ class ResponseBuilder:
             order = [i for group in groups for i in sorted(group, key=lambda i: -answers[i].mean_logprob)[:n]]
         choices = []
         for index, i in enumerate(order):
-            answer, echo = answers[i], self._echoes[i] if self._echoes else None
-            scored = answer.scored if echo is None else [*echo.scored(answer.request), *answer.scored]
-            text = answer.text if echo is None else echo.text + answer.text
-            message = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append(self._choice(index, answer, message if self._is_chat else {"text": text}, scored))
+            text = {"text": answers[i].text}
+            message = {"message": {"role": "assistant", "content": answers[i].text, "refusal": None}}
+            choices.append(self._choice(index, answers[i], message if self._is_chat else text))
         return {**self._head, "choices": choices, "usage": usage(self._n_prompt, answers)}
 
     def opening(self) -> list[bytes]:
@@ -152,17 +139,16 @@ class ResponseBuilder:
 
     def piece(self, index: int, event: TokenEvent) -> list[bytes]:
         """Write the events of one token; before the first token also that of the prompt, if it is sent back."""
-        chunks = []
-        if self._echoes and self.answers[index].request is None:
-            echo = self._echoes[index]
-            choice = self._choice(index, Answer(), {"text": echo.text}, echo.scored(event.request))
-            chunks.append(self._chunk([choice]))
-        part = Answer(self.answers[index].offset).add(event)
-        self.answers[index].add(event)
+        answer, chunks = self.answers[index], []
+        if answer.echo is not None and answer.request is None:
+            prompt = Answer(text=answer.echo.text, scored=answer.echo.scored(event.request))
+            chunks.append(self._chunk([self._choice(index, prompt, {"text": prompt.text})]))
+        part = Answer(offset=answer.offset).add(event)
+        answer.add(event)
         shows_every_token = self._asked.return_loops or self._asked.n_best is not None
         if event.text or event.finish_reason is not None or shows_every_token:
             body = {"delta": {"content": event.text} if event.text else {}} if self._is_chat else {"text": event.text}
-            chunks.append(self._chunk([self._choice(index, part, body, part.scored)]))
+            chunks.append(self._chunk([self._choice(index, part, body)]))
         return chunks
 
     def closing(self) -> list[bytes]:
@@ -181,12 +167,10 @@ class ResponseBuilder:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         return sse({**self._head, "object": kind, "choices": choices, **more})
 
-    def _choice(
-        self, index: int, answer: Answer, body: dict[str, Any], scored: Sequence[ScoredToken]
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, answer: Answer, body: dict[str, Any]) -> dict[str, Any]:
         logprobs = None
         if self._asked.n_best is not None:
-            logprobs = self._of_chat(scored) if self._is_chat else self._of_completion(scored)
+            logprobs = self._of_chat(answer.scored) if self._is_chat else self._of_completion(answer.scored)
         choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": answer.finish_reason}
         if answer.finish_reason is not None and answer.request is not None:
             choice["stop_reason"] = answer.request.stop_reason
@@ -194,7 +178,7 @@ class ResponseBuilder:
             choice |= {"loops": answer.loops, "pieces": answer.pieces}
         return choice
 
-    def _of_chat(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _of_chat(self, scored: list[ScoredToken]) -> dict[str, Any]:
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
             alone = self._texts[token]
             return {"token": alone.text, "logprob": _finite(logprob), "bytes": list(alone.raw)}
@@ -205,7 +189,7 @@ class ResponseBuilder:
             content.append({**entry(each.token, each.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def _of_completion(self, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _of_completion(self, scored: list[ScoredToken]) -> dict[str, Any]:
         return {
             "tokens": [each.text for each in scored],
             "token_logprobs": [_finite(each.logprob) for each in scored],
@@ -225,7 +209,7 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST)
 
 
-def usage(n_prompt: Sequence[int], answers: Sequence[Answer]) -> dict[str, Any]:
+def usage(n_prompt: list[int], answers: list[Answer]) -> dict[str, Any]:
     """Count the tokens and loops of a call; `n_prompt`: tokens of each prompt."""
     loops = [n for answer in answers for n in answer.loops]
     # The first answer to each prompt stands for what the prompt cost.

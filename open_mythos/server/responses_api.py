@@ -84,14 +84,10 @@ ECHOED = {"instructions", "max_output_tokens", "metadata", "parallel_tool_calls"
 
 
 class ResponsesBuilder:
-    """Builds the objects of one answer and the events of its stream.
+    """Builds the objects of one answer to one prompt, and the events of its stream."""
 
-    Args:
-        n_prompt: tokens of the prompt, in a list of one.
-    """
-
-    def __init__(self, asked: ResponseRequest, n_prompt: list[int], model: str) -> None:
-        self._n_prompt, self._n_events = n_prompt, 0
+    def __init__(self, asked: ResponseRequest, prompts: list[list[int]], model: str) -> None:
+        self._n_prompt, self._n_events = [len(ids) for ids in prompts], 0
         self.answers = [Answer()]
         item_id = "msg_" + secrets.token_hex(12)
         self._item = {"id": item_id, "type": "message", "role": "assistant"}

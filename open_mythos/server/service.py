@@ -47,10 +47,9 @@ class Service:
         Raises:
             Refusal: it is still being built.
         """
-        engine = self.async_engine.engine
-        if engine is None:
+        if self.async_engine.engine is None:
             raise Refusal(503, "the model is being loaded; try again in a few seconds")
-        return engine
+        return self.async_engine.engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -108,12 +107,9 @@ class Service:
         n_loops = self._n_loops(asked)
         self._check_work(n * (asked.at(asked.limit_name) or 1), n_loops, asked.limit_name)
         if n > n_places:
-            raise Refusal(
-                400,
-                f"{n_prompts} prompts with n={asked.n_made} are {n} answers, and the server has {n_places} "
-                "places (--max-rows and --max-queue together); ask for fewer at a time",
-                "n" if asked.n_made > 1 else asked.prompt_field,
-            )
+            places = f"the server has {n_places} places (--max-rows and --max-queue together); ask for fewer at a time"
+            message = f"{n_prompts} prompts with n={asked.n_made} are {n} answers, and {places}"
+            raise Refusal(400, message, "n" if asked.n_made > 1 else asked.prompt_field)
         try:
             return await self.async_engine.submit(n, lambda: self._encode(asked, n_loops))
         except (ImportError, TypeError, ValueError) as fault:
@@ -171,8 +167,9 @@ class Service:
     def check_model(self, name: str) -> None:
         """Refuse a model that is not served."""
         if name != self.config.name:
-            message = f"model={name!r:.80} is not served; use {self.config.name!r}"
-            raise Refusal(404, message, "model", "model_not_found")
+            raise Refusal(
+                404, f"model={name!r:.80} is not served; use {self.config.name!r}", "model", "model_not_found"
+            )
 
     def card(self) -> dict[str, Any]:
         """Describe the model, as the list of models has it."""
@@ -193,7 +190,6 @@ class Service:
         """Describe what the engine is doing now."""
         engine, counts, rates = self.engine, self.async_engine.counts, self.metrics.rates()
         block, rows_by_loop = engine.model.recurrent, self.async_engine.rows_by_loop
-        pages = {state: counts[f"pages_{state}"] for state in PAGE_STATES}
         rules = [] if block is None else [name for name in HALTING_RULES if name != "act" or block.act is not None]
         return {
             "model": self.config.name,
@@ -202,7 +198,7 @@ class Service:
             "looping": sum(rows for _, rows in rows_by_loop),
             "waiting": counts["waiting"],
             "admitted": counts["admitted"],
-            "pages": {**pages, "total": engine.n_pages},
+            "pages": {**{state: counts[f"pages_{state}"] for state in PAGE_STATES}, "total": engine.n_pages},
             "tokens_per_s": rates[0],
             "mean_loops": rates[1],
             **self._depths(),

@@ -88,24 +88,24 @@ class Chat(FileTask):
                     if isinstance(record, Skipped):
                         raise BadMessages(KINDS.get(record.reason, record.reason), record.why or record.reason)
                     if (messages := to_messages(record)) is None:
-                        raise BadMessages("no messages", f"{LAYOUTS}, not {_fields(record)}")
+                        fields = f"{', '.join(record):.100}" if isinstance(record, dict) else type(record).__name__
+                        raise BadMessages("no messages", f"{LAYOUTS}, not {fields}")
                     messages = check_messages(messages)
                     found.append((_place(messages), self._render(messages)))
                 except BadMessages as error:
                     skipped.add(Skipped(error.reason, str(error), place=place, file=path))
         reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.counts.most_common())
         table = "".join(f"\n{line}" for line in skipped.lines())
-        n = len(found)
-        share = self._share([place for place, _ in found])
-        parts = [one for place, one in found if place >= share], [one for place, one in found if place < share]
-        if not parts[0]:
+        n, share = len(found), self._share([place for place, _ in found])
+        training, held_out = ([one for place, one in found if (place < share) == side] for side in (False, True))
+        if not training:
             raise ValueError(
                 f"data.paths={self.paths} holds no conversation to train on ({n} whole ones, skipped: "
                 f"{reasons or 'none'}); add some, or use a longer data.seq_len or a smaller data.held_out{table}"
             )
         if skipped:
             warnings.warn(f"{len(skipped)} of {n + len(skipped)} conversations skipped: {reasons}{table}", stacklevel=2)
-        return parts if parts[1] else (parts[0], parts[0])
+        return training, held_out or training
 
     def _share(self, places: list[float]) -> float:
         """The share to hold out of conversations at these places in [0, 1).
@@ -118,11 +118,8 @@ class Chat(FileTask):
             return share
         first, *others = sorted(set(places))
         if self.held_out is None and others:
-            warnings.warn(
-                f"{len(places)} conversations are few: {places.count(first)} of them, all alike, are held out for "
-                "validation; --data.held-out 0 trains on all",
-                stacklevel=2,
-            )
+            few = f"{len(places)} conversations are few: {places.count(first)} of them, all alike, are held out"
+            warnings.warn(f"{few} for validation; --data.held-out 0 trains on all", stacklevel=2)
             return others[0]
         raise ValueError(
             f"data.held_out={share} holds out none of {len(places)} conversations; use --data.held-out 0 to train on "
@@ -185,15 +182,8 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
             disable=not console.is_terminal,
         )  # fmt: skip
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path | str, error: OSError) -> ValueError:
-    return ValueError(f"data.paths: {path} cannot be read ({error.strerror}); name a file of JSON lines")
-
-
-def _fields(record: object) -> str:
-    return f"{', '.join(record):.100}" if isinstance(record, dict) else type(record).__name__
+        what = f"data.paths: {path} cannot be read ({error.strerror})"
+        raise ValueError(f"{what}; name a file of JSON lines") from None
 
 
 def _place(messages: Sequence[Message]) -> float:

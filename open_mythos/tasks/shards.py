@@ -47,9 +47,8 @@ class Shards(FileTask):
         if not isinstance(self.paths, tuple) or not self.paths:
             raise ValueError(f"data.paths={shown(self.paths)} must name folders; use data.paths=('data/text',)")
         if self.weights and len(self.weights) != len(self.paths):
-            raise ValueError(
-                f"data.weights has {len(self.weights)} values for {len(self.paths)} folders; give one for each"
-            )
+            fault = f"data.weights has {len(self.weights)} values for {len(self.paths)} folders"
+            raise ValueError(f"{fault}; give one for each")
         for weight in self.weights:
             check_number("data.weights", weight, 0, 1e100, above=True)
         super().__post_init__()
@@ -68,15 +67,11 @@ class Shards(FileTask):
         sources = [TokenShards(path, split) for path in self.paths]
         for source in sources:
             if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
-                raise ValueError(
-                    f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}; prepare "
-                    "one of them again"
-                )
+                fault = f"data.paths: {source.folder} was made with another tokenizer than {sources[0].folder}"
+                raise ValueError(f"{fault}; prepare one of them again")
             if split == "train" and source.n_tokens <= self.seq_len:
-                raise ValueError(
-                    f"data.seq_len={self.seq_len} must be below the {source.n_tokens} tokens of {source.folder}; use a "
-                    "shorter window or more text"
-                )
+                fault = f"data.seq_len={self.seq_len} must be below the {source.n_tokens} tokens of {source.folder}"
+                raise ValueError(f"{fault}; use a shorter window or more text")
         if split == "validation" and max(source.n_tokens for source in sources) <= self.seq_len:
             raise ValueError(
                 f"no folder of data.paths holds out more than data.seq_len={self.seq_len} tokens; use a shorter "
@@ -85,12 +80,9 @@ class Shards(FileTask):
         return sources
 
     def digests(self) -> dict[str, str]:
-        found = {}
-        for i, source in enumerate(self._train):
-            made_of = [source.info[name] for name in ("splits", "dtype", "tokenizer")]
-            text = json.dumps(made_of, default=vars, sort_keys=True)
-            found[f"data.paths[{i}]"] = hashlib.sha256(text.encode()).hexdigest()
-        return found
+        made_of = [[source.info[name] for name in ("splits", "dtype", "tokenizer")] for source in self._train]
+        texts = [json.dumps(values, default=vars, sort_keys=True) for values in made_of]
+        return {f"data.paths[{i}]": hashlib.sha256(text.encode()).hexdigest() for i, text in enumerate(texts)}
 
     def verify(self, rank: int, size: int, report: Callable[[str], None]) -> None:
         sources = [*self._train, *self._validation]

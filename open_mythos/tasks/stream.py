@@ -89,16 +89,17 @@ class Stream(FileTask):
         check_int("batch_size", batch_size, 1)
         if not rows or rows.step != 1 or rows.start < 0 or rows.stop > batch_size:
             raise ValueError(f"rows={rows} must be some of the {batch_size} rows of the batch; use range({batch_size})")
-        groups = self._groups
+        groups, shape = self._groups, (len(rows), 3 + COMMIT_WORDS)
         if state is None:
-            state = np.zeros((len(rows), 3 + COMMIT_WORDS), np.int64)
-            state[:, 3:] = _to_words(groups.commit)
-        if state.shape != (len(rows), 3 + COMMIT_WORDS):
+            state = np.zeros(shape, np.int64)
+            # The 40 hexadecimal digits of a commit as integers.
+            state[:, 3:] = np.frombuffer(bytes.fromhex(groups.commit).ljust(8 * COMMIT_WORDS, b"\0"), "<i8")
+        if state.shape != shape:
             raise ValueError(
-                f"state has the shape {state.shape}, not {(len(rows), 3 + COMMIT_WORDS)}: it is of other rows; resume "
-                "with the batch size that the run began with"
+                f"state has the shape {state.shape}, not {shape}: it is of other rows; resume with the batch size that "
+                "the run began with"
             )
-        commit = _from_words(state[0, 3:])
+        commit = state[0, 3:].astype("<i8").tobytes()[:20].hex()
         if commit != groups.commit and not self._is_local:
             # The dataset has moved on since the run began; the run stays where it was.
             groups = replace(self, revision=commit)._groups
@@ -158,11 +159,11 @@ class Stream(FileTask):
         groups, found, left = self._groups, [], n_tokens
         for i in permute(np.arange(len(groups)), len(groups), (0,)):
             for text in groups.read(int(i)):
-                if isinstance(text, str) and place_of(text) < self.held_out:
-                    ids = encode(text, self._tokenizer)
-                    if isinstance(ids, np.ndarray):
-                        found.append((len(text.encode("utf-8")), ids))
-                        left -= len(ids)
+                if not isinstance(text, str) or place_of(text) >= self.held_out:
+                    continue
+                if isinstance(ids := encode(text, self._tokenizer), np.ndarray):
+                    found.append((len(text.encode("utf-8")), ids))
+                    left -= len(ids)
                 if left <= 0:
                     return found
         if not found:
@@ -241,16 +242,5 @@ class _Lane:
                     last = turn
                     yield turn, at, ids
             turn, row = turn + 1, 0
-        raise ValueError(
-            f"data.dataset={self._task.dataset!r} has no document to train on (skipped: {dict(self.skipped)}); use "
-            "another, or another column"
-        )
-
-
-def _to_words(commit: str) -> np.ndarray:
-    """The 40 hexadecimal digits of a commit as integers, (3,) int64."""
-    return np.frombuffer(bytes.fromhex(commit).ljust(8 * COMMIT_WORDS, b"\0"), "<i8")
-
-
-def _from_words(words: np.ndarray) -> str:
-    return words.astype("<i8").tobytes()[:20].hex()
+        fault = f"data.dataset={self._task.dataset!r} has no document to train on (skipped: {dict(self.skipped)})"
+        raise ValueError(f"{fault}; use another, or another column")

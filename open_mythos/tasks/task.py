@@ -44,10 +44,8 @@ class Batch:
         """Make a batch of arrays of integers."""
         return cls(to_tensor(ids), to_tensor(labels), None if documents is None else to_tensor(documents))
 
-    @classmethod
-    def shifted(
-        cls, ids: np.ndarray, is_label: np.ndarray | None = None, documents: np.ndarray | None = None
-    ) -> "Batch":
+    @staticmethod
+    def shifted(ids: np.ndarray, is_label: np.ndarray | None = None, documents: np.ndarray | None = None) -> "Batch":
         """Make a batch of rows of T + 1 tokens, in which each token is to be predicted from those before it.
 
         Args:
@@ -56,7 +54,7 @@ class Batch:
             documents: (B, T + 1).
         """
         labels = ids if is_label is None else np.where(is_label, ids, IGNORE)
-        return cls.of(ids[:, :-1], labels[:, 1:], None if documents is None else documents[:, :-1])
+        return Batch.of(ids[:, :-1], labels[:, 1:], None if documents is None else documents[:, :-1])
 
     def take(self, rows: "slice | Tensor") -> "Batch":
         """Return some of the rows; by an index, copies of them."""

@@ -50,8 +50,7 @@ class Text(FileTask):
         return text[:cut], text[cut:]
 
     def digests(self) -> dict[str, str]:
-        text = "".join(self._parts)
-        return {"data.path": hashlib.sha256(text.encode()).hexdigest()}
+        return {"data.path": hashlib.sha256("".join(self._parts).encode()).hexdigest()}
 
     def resume(self, digests: Mapping[str, str], tokenizer: Tokenizer) -> None:
         # Another version of the `tokenizers` library could train another one, whose ids the weights do not know.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_mythos.checks import check_choice, check_number
-from open_mythos.ops.linear import MANY_PRODUCTS, linear, uses_onednn
+from open_mythos.ops.linear import linear, uses_onednn
 from open_mythos.train.config import AdjustLR
 
 # Quintic coefficients of Jordan et al.: the steepest slope at 0 that keeps singular values within about 0.7 .. 1.2.
@@ -40,7 +40,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         y = y.mT
     # A matrix without gradient (an expert that saw no token) stays 0 instead of becoming NaN.
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if uses_onednn(y) and y.size(-2) * y[:1].numel() >= MANY_PRODUCTS:
+    if uses_onednn(y, y.size(-2), y[:1].numel()):
         y = torch.stack([_iterate_alone(one) for one in y])
     else:
         y = _iterate(y)

@@ -63,5 +63,5 @@ def test_table_is_at_least_float32() -> None:
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        cos, sin = rotary_table(torch.arange(5), 8, 10000.0, dtype)
+        cos, sin, _ = rotary_table(torch.arange(5), 8, 10000.0, dtype)
         assert cos.dtype == sin.dtype == expected and cos.shape == (5, 4)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_mythos.ops.linear import _WIDE_CPU, linear
+from open_mythos.ops import routes
+from open_mythos.ops.linear import linear
 
 
 class _Weights(TorchDispatchMode):
@@ -22,8 +23,9 @@ class _Weights(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(not _WIDE_CPU, reason="no oneDNN with AVX-512")
-def test_onednn_gets_no_weight_with_gaps() -> None:
+@pytest.mark.skipif(not routes.HAS_ONEDNN, reason="no oneDNN with AVX-512")
+def test_onednn_gets_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "table", lambda n_threads: [[True] * len(routes.ROWS)] * len(routes.WEIGHTS))
     # A slice of a wider tensor, as the latent of mla is: the gradient of the weight takes it for a weight itself.
     torch.manual_seed(0)
     x, weight = torch.randn(160, 160, requires_grad=True), torch.randn(160, 256, requires_grad=True)

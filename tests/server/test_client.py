@@ -126,7 +126,7 @@ def test_candidates_that_are_no_text_of_their_own_are_told_apart() -> None:
     request = Sequence(0, [1], SamplingParams(), 1, None, True, 1)
     event = TokenEvent(request, 97, "a", 1, "a", logprob=-1.5, top_logprobs=best)
     asked = CompletionRequest(prompt=["a"], logprobs=3)
-    (data,) = ResponseBuilder(asked, [1], MODEL, TokenTexts(ByteTokenizer())).piece(0, event)
+    (data,) = ResponseBuilder(asked, [[1]], MODEL, ByteTokenizer(), TokenTexts(ByteTokenizer())).piece(0, event)
     (choice,) = json.loads(data.removeprefix(b"data: "))["choices"]
     told = {"bytes:\\xe6": -0.5, "a": -1.5, "bytes:\\xe7": -2.5, "<eos>": -3.5}
     assert list(choice["logprobs"]["top_logprobs"][0].items()) == list(told.items())

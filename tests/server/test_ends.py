@@ -184,7 +184,7 @@ def test_a_dead_engine_is_told_and_ends_the_server(monkeypatch: pytest.MonkeyPat
         # One that was let in before is told too.
         late = asyncio.run_coroutine_threadsafe(submitted(served), served.service.async_engine._loop)
         assert isinstance(late.exception(10), EngineDead)
-        served.server._give_up()
+        served.server.should_exit = True
         until(lambda: not served.server.server_state.connections)
         assert served.service.fatal and not served.service.async_engine.submissions
 

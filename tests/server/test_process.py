@@ -231,7 +231,7 @@ def test_the_model_is_not_looked_through_for_garbage(
 
     def run(_: object, service: Service, listener: socket.socket) -> bool:
         listener.close()
-        return made.append(service.async_engine._make()) is None
+        return made.append(service.async_engine.make()) is None
 
     monkeypatch.setattr("open_mythos.server.connection.run", run)
     handlers, level = logging.root.handlers[:], logging.getLogger("open_mythos.serve").level

@@ -153,7 +153,7 @@ def test_damaged_shards_are_refused_before_anything_is_written(tmp_path: Path, s
 def test_shards_with_another_tokenizer_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", 1)
     BPETokenizer.train_from_text("\n".join(sentences(1)), 259).save(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"another tokenizer \(.*tokenizer\.json.*\) than its text was encoded"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(.*tokenizer\.json.*\) than its text was encoded with"):
         trainer(tmp_path / "run", small(Shards((str(tmp_path / "data"),), seq_len=9)))
 
 
