@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+AutoDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+"""The dtype of a model that only answers; "auto": see `ops.routes.faster_dtype`."""
 
 
 def setup_device(device: Device = "auto", threads: int | None = None) -> "torch.device":

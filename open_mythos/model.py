@@ -9,7 +9,7 @@ Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from open_mythos import model_folder
 from open_mythos.accounting import count_parameters
-from open_mythos.checks import check_int, check_number
+from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.config import MythosConfig
+from open_mythos.device import AutoDtype
 from open_mythos.generation.generate import GenerationMixin
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache
@@ -33,6 +34,7 @@ from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.nn.view import View
 from open_mythos.ops.linear import Linear, autocasts, linear
+from open_mythos.ops.routes import faster_dtype
 
 
 @dataclass
@@ -339,9 +341,13 @@ class OpenMythos(GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
     ) -> "OpenMythos":
         """Load a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub. Nothing is unpickled.
+
+        Args:
+            dtype: of the weights; None: the file's. "auto": bfloat16 where this machine computes this model's products
+                faster in it, else float32. Other names are those of torch.
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it lacks a file.
@@ -352,6 +358,11 @@ class OpenMythos(GenerationMixin):
         model, state = cls.without_weights(folder), model_folder.load(folder)
         model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
         model.head.weight = model.embed.weight
+        if dtype == "auto":
+            dtype = faster_dtype(model.parameters(), torch.device(device))
+        elif isinstance(dtype, str):
+            check_choice("dtype", dtype, get_args(AutoDtype))
+            dtype = getattr(torch, dtype)
         return model.to(device=device, dtype=dtype).eval()
 
     def _train_output(self, result: RecurrentOutput, view: View) -> TrainOutput:

@@ -270,3 +270,14 @@ def test_a_path_that_is_neither_here_nor_on_the_hub(error: Exception, monkeypatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(FileNotFoundError, match=r"'runs/typo' is no folder here .* check the path"):
         OpenMythos.from_pretrained("runs/typo")
+
+
+def test_the_dtype_may_be_named_or_chosen(tmp_path, monkeypatch) -> None:
+    scaled(tiny()).to(torch.float32).save_pretrained(tmp_path)
+    load = OpenMythos.from_pretrained
+    assert load(tmp_path, dtype="bfloat16").dtype is load(tmp_path, dtype=torch.bfloat16).dtype is torch.bfloat16
+    assert load(tmp_path, dtype="auto").dtype is torch.float32  # small
+    monkeypatch.setattr("open_mythos.model.faster_dtype", lambda weights, device: torch.bfloat16)
+    assert load(tmp_path, dtype="auto").dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="dtype='half'"):
+        load(tmp_path, dtype="half")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from open_mythos.checks import PositiveInt, check_int
 from open_mythos.cli.options import Exit, ModelOptions
 from open_mythos.config import MAX_LOOPS
+from open_mythos.device import AutoDtype
 
 if TYPE_CHECKING:
     from open_mythos.analysis.section import Subject
@@ -33,6 +34,8 @@ class Analyze(ModelOptions):
     out: Path | None = None
     """Folder of the report; left out: FOLDER/analysis."""
     seed: int = 0
+    dtype: AutoDtype = "float32"
+    """As for the other commands; loops are compared, so the exact one is the default."""
 
     def run(self, rest: list[str]) -> None:
         """look at what a model does in each loop"""
@@ -56,12 +59,12 @@ class Analyze(ModelOptions):
                 found = sections[name] = section(subject)
                 parts += [f"## {found.title}\n\n{found.finding}", *found.parts]
                 line.advance(label=name)
-        rows, tokens = subject.input_ids.shape
+        (rows, tokens), dtype = subject.input_ids.shape, str(subject.model.dtype).removeprefix("torch.")
         results = {
             "name": "analyze",
             "title": f"What {self.folder} does in each loop",
             "question": "What does each loop do, and where does the state go?",
-            "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {self.dtype}. "
+            "protocol": f"{rows} prompt{'s' * (rows > 1)} of {tokens} tokens, halting off, {dtype}. "
             f"Trained depth: {subject.model.cfg.max_loop_iters} loops; run to {subject.n_beyond}. "
             "docs/analysis.md explains what each number means and what it cannot show.",
             "command": f"mythos analyze {shlex.join(rest)}",
@@ -157,6 +160,8 @@ class Eval(ModelOptions):
     FOLDER is RUN/final, else the model's max_seq_len."""
     column: str = "text"
     """Field of a JSON line, or column of a parquet file, with the text."""
+    dtype: AutoDtype = "float32"
+    """As for the other commands; scores are compared, so the exact one is the default."""
 
     def loops(self) -> list[int]:
         """Return the numbers of `n_loops`."""

@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from open_mythos.checks import PositiveInt, check_section, did_you_mean
 from open_mythos.config import HALTING_RULES
-from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.device import AutoDtype, Device, setup_device
 from open_mythos.generation.sampling_params import OPTIONS, check_bounds
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class ModelOptions:
     """Options of commands that load a model."""
 
     device: Device = "auto"
-    dtype: Dtype = "float32"
+    dtype: AutoDtype = "auto"
+    """auto: bfloat16 where this machine computes the model faster in it, else float32, which is exact."""
     threads: PositiveInt | None = None
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of the model and its tokenizer, such as RUN/final."""
@@ -85,7 +86,11 @@ class ModelOptions:
 
         device = setup_device(self.device, self.threads)
         tokenizer = load_tokenizer(self.folder)
-        return OpenMythos.from_pretrained(self.folder, device=device, dtype=getattr(torch, self.dtype)), tokenizer
+        model = OpenMythos.from_pretrained(self.folder, device=device, dtype=self.dtype)
+        if self.dtype == "auto" and model.dtype is not torch.float32:
+            name = str(model.dtype).removeprefix("torch.")
+            print(f"The model runs in {name}, which is faster here; --dtype float32 is exact.", file=sys.stderr)
+        return model, tokenizer
 
 
 def check_folder(folder: Path) -> None:

@@ -105,7 +105,7 @@ def _make_engine(args: Serve, config: "EngineConfig") -> "Engine":
         )
     # The objects made so far stay; to search them again and again for garbage would hold up every request.
     gc.freeze()
-    log.info("ready: %s", args.name)
+    log.info("ready: %s, in %s", args.name, str(engine.model.dtype).removeprefix("torch."))
     return engine
 
 

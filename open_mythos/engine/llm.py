@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.device import AutoDtype, Device, setup_device
 from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.engine import Engine
 from open_mythos.engine.sequence import Sequence
@@ -79,7 +77,7 @@ class LLM:
     Args:
         model: a model's folder, such as RUN/final, or a model.
         tokenizer: left out: the folder's. A model without one answers ids with ids.
-        device, dtype: those of a folder's model; left out: "auto" and "float32".
+        device, dtype: those of a folder's model; left out: "auto".
         config: the engine's. A list of prompts of any length may wait here: `max_queue` has no effect.
 
     Raises:
@@ -93,7 +91,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         device: Device | None = None,
-        dtype: Dtype | None = None,
+        dtype: AutoDtype | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         if isinstance(model, OpenMythos):
@@ -105,7 +103,7 @@ class LLM:
                 raise FileNotFoundError(f"folder {folder} does not exist; give a model's folder, such as RUN/final")
             tokenizer = tokenizer or load_tokenizer(folder)
             where = setup_device(device or "auto")
-            model = OpenMythos.from_pretrained(folder, device=where, dtype=getattr(torch, dtype or "float32"))
+            model = OpenMythos.from_pretrained(folder, device=where, dtype=dtype or "auto")
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, tokenizer, replace(config or EngineConfig(), max_queue=2**31 - 1))
         if self.engine.config.batch_invariant and not self.engine.invariant:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from open_mythos.checks import check_int
 from open_mythos.data.documents import cut_into_units, find_files, read_documents
 from open_mythos.data.records import Reading
 from open_mythos.data.skipped import SkipLog, Skipped
-from open_mythos.device import Device, Dtype, setup_device
+from open_mythos.device import AutoDtype, Device, setup_device
 from open_mythos.evals.bits_per_byte import TextScore, bits_per_byte, windows
 from open_mythos.files import blamed_on, read_yaml, write_text
 from open_mythos.model import OpenMythos
@@ -38,7 +37,7 @@ def evaluate_files(
     context: int | None = None,
     column: str = "text",
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: AutoDtype = "float32",
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def evaluate_files(
         ValueError, OSError: an argument is unusable; nothing has been scored.
     """
     require_matplotlib()
-    model = OpenMythos.from_pretrained(folder, setup_device(device, threads), getattr(torch, dtype))
+    model = OpenMythos.from_pretrained(folder, setup_device(device, threads), dtype)
     tokenizer, cfg = load_tokenizer(folder), model.cfg
     if not n_loops:
         most = 2 * cfg.max_loop_iters if cfg.recurrent_layers else 1
@@ -76,7 +75,7 @@ def evaluate_files(
         "bytes": scores[0].n_bytes,
         "tokens": scores[0].n_tokens,
         **how,
-        "dtype": dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "scores": _rows(scores),
     }
     out = folder / "eval" if out is None else out

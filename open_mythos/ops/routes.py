@@ -1,22 +1,26 @@
-"""Which of torch's two libraries for float32 products is faster on this machine: measured once, and kept on disk.
+"""What is faster on this machine, measured once and kept on disk: the library for float32 products, and bfloat16.
 
 MKL leaves AVX-512 unused on AMD (105 against oneDNN's 242 GFLOP/s on one core of a Zen 5) and is ahead almost always on
-Intel (39 against 245 microseconds for one row), so no constant fits both. The table is a file in the user's cache
-folder, one for each processor, version of torch and number of threads. It is never changed once it is there, so that
+Intel (39 against 245 microseconds for one row), so no constant fits both. What was measured is a file in the user's
+cache folder, for each processor, version of torch and number of threads. It is never changed once it is there, so that
 runs stay reproducible; delete it to measure again.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
-import tempfile
 import time
 from bisect import bisect
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +37,19 @@ SIZE_BOUNDS = (2**17, 2**20)
 """Least values of a weight of every class but the first."""
 MARGIN = 0.9
 """Share of plain torch's time that oneDNN may take at most to be chosen."""
-REPEATS = 5
+REPEATS = 3
+LEAST_GAIN = 1.3
+"""Speed of bfloat16 over float32 from which it is chosen."""
+LARGEST = 2**20
+"""Values of a weight that are measured at most."""
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 """True where oneDNN is worth measuring."""
 
 Table = list[list[bool]]
 """True where oneDNN is chosen, by class of weight and class of rows."""
+Shapes = tuple[tuple[tuple[int, int], int], ...]
+"""(outputs, inputs) of a model's matrices, and how many of each there are."""
 
 log = logging.getLogger(__name__)
 
@@ -58,70 +68,140 @@ def prefers_onednn(n_rows: int, weight_values: int) -> bool:
 @functools.cache
 def table(n_threads: int) -> Table:
     """Return this machine's table; the first process measures it. All false, plain torch, if it cannot be stored."""
-    path = _folder() / f"{_name(n_threads)}.json"
-    if (known := _read(path)) is not None:
-        return known
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial") as file:
-            json.dump({"machine": _machine(n_threads), "onednn": measure()}, file)
-            file.flush()
-            path.unlink(missing_ok=True)  # a damaged one
-            # Unlike a rename, a link never replaces the table of a process that was faster.
-            with suppress(FileExistsError):
-                os.link(file.name, path)
-    except OSError as error:
-        log.warning("%s cannot be written (%s), so products use torch's own choice of library", path, error.strerror)
-    return _read(path) or [[False] * len(ROWS) for _ in WEIGHTS]
+    found = _stored("products", n_threads, measure, _is_table)
+    return [[False] * len(ROWS) for _ in WEIGHTS] if found is None else found
+
+
+def faster_dtype(weights: Iterable[Tensor], device: torch.device) -> torch.dtype:
+    """Return bfloat16 where it computes a model's products clearly faster than float32, else float32.
+
+    On a CPU the model's own matrices are measured, at the rows of a decode step and of a prompt. Without a large one
+    nothing is measured: calling the operations then takes longer than they do.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    # A slice of a large matrix stands for all of it.
+    counts = Counter((min(x.shape[-2], LARGEST // x.shape[-1]), x.shape[-1]) for x in weights if x.ndim > 1)
+    has_large = any(n * k >= SIZE_BOUNDS[0] for n, k in counts)
+    gain = bfloat16_gain(tuple(sorted(counts.items()))) if has_large else 1.0
+    return torch.bfloat16 if gain >= LEAST_GAIN else torch.float32
+
+
+@functools.cache
+def bfloat16_gain(shapes: Shapes, rows: tuple[int, ...] = (1, 8, 64)) -> float:
+    """Return how many times as fast products of these shapes are in bfloat16 as in float32, on this CPU.
+
+    Args:
+        rows: numbers of rows that count alike; the result is the geometric mean over them. 1.0 if it cannot be stored.
+    """
+
+    def measure_gain() -> float:
+        with _undisturbed():
+            return math.prod(_gain(shapes, n) for n in rows) ** (1 / len(rows))
+
+    found = _stored(f"bfloat16 {shapes} {rows}", torch.get_num_threads(), measure_gain, _is_ratio)
+    return 1.0 if found is None else found
 
 
 def measure() -> Table:
     """Time both libraries on every class of product, in about half a second."""
-    with torch.inference_mode(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+    with _undisturbed():
         return [[_is_faster(n_rows, shape) for n_rows in ROWS] for shape in WEIGHTS]
 
 
+@contextmanager
+def _undisturbed() -> Generator[None]:
+    """Measure without gradients, autocast and whatever watches the operations of the caller."""
+    with torch.inference_mode(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 def _is_faster(n_rows: int, shape: tuple[int, int]) -> bool:
+    x, weight = _operands(n_rows, shape, torch.float32)
+    plain, one = _best(n_rows * weight.numel(), [lambda: F.linear(x, weight), lambda: onednn(x, weight)])
+    return one < MARGIN * plain
+
+
+def _gain(shapes: Shapes, n_rows: int) -> float:
+    total = [0.0, 0.0]
+    for shape, count in shapes:
+        pairs = [_operands(n_rows, shape, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        best = _best(n_rows * shape[0] * shape[1], [functools.partial(_product, *pair) for pair in pairs])
+        total = [seconds + count * more for seconds, more in zip(total, best, strict=True)]
+    return total[0] / total[1]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x @ weight^T by the library that float32 products of this shape take."""
+    is_float32 = x.dtype is torch.float32
+    return (onednn if is_float32 and prefers_onednn(len(x), weight.numel()) else F.linear)(x, weight)
+
+
+def _operands(n_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = torch.linspace(-1, 1, shape[0] * shape[1]).view(shape)
-    x = torch.linspace(-1, 1, n_rows * shape[1]).view(n_rows, -1)
+    return torch.linspace(-1, 1, n_rows * shape[1]).view(n_rows, -1).to(dtype), weight.to(dtype)
+
+
+def _best(multiplications: int, ways: list[Callable[[], Tensor]]) -> list[float]:
+    """Return the seconds of each way, tried in turns."""
     # Enough calls to last longer than the clock's steps, and the best of a few: other processes only ever add time.
-    n_calls = max(1, 2**23 // (n_rows * weight.numel()))
-    best = {F.linear: float("inf"), onednn: float("inf")}
+    n_calls = max(1, 2**23 // multiplications)
+    best = [math.inf] * len(ways)
     for _ in range(REPEATS):
-        for product in best:
+        for i, way in enumerate(ways):
             start = time.perf_counter()
             for _ in range(n_calls):
-                product(x, weight)
-            best[product] = min(best[product], time.perf_counter() - start)
-    return best[onednn] < MARGIN * best[F.linear]
+                way()
+            best[i] = min(best[i], (time.perf_counter() - start) / n_calls)
+    return best
 
 
-def _read(path: Path) -> Table | None:
-    """Return a stored table, or None if there is none that is whole."""
+def _stored(subject: str, n_threads: int, measure: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
+    """Return what was measured before, or measure it and store it; None if it cannot be stored."""
+    machine = f"{_processor()}, torch {torch.__version__}, {n_threads} threads"
+    name = hashlib.sha256(f"{subject}, {machine}".encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos" / f"{name}.json"
+    if (known := _read(path, is_whole)) is not None:
+        return known
     try:
-        found = json.loads(path.read_text())["onednn"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            # One process at a time: two would disturb each other's clock, and then use different results.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _read(path, is_whole) is None:
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps({"machine": machine, "subject": subject, "measured": measure()}))
+                os.replace(partial, path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s), so torch's own choices are taken", path, error.strerror)
+    return _read(path, is_whole)
+
+
+def _read(path: Path, is_whole: Callable[[Any], bool]) -> Any:
+    """Return the measurement of a file, or None if there is none that is whole."""
+    try:
+        found = json.loads(path.read_text())["measured"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    rows = found if isinstance(found, list) and len(found) == len(WEIGHTS) else [[]]
-    whole = all(isinstance(row, list) and list(map(type, row)) == [bool] * len(ROWS) for row in rows)
-    return found if whole else None
+    return found if is_whole(found) else None
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+def _is_table(value: Any) -> bool:
+    rows = value if isinstance(value, list) and len(value) == len(WEIGHTS) else [[]]
+    return all(isinstance(row, list) and list(map(type, row)) == [bool] * len(ROWS) for row in rows)
 
 
-def _name(n_threads: int) -> str:
-    return "products-" + hashlib.sha256(_machine(n_threads).encode()).hexdigest()[:16]
+def _is_ratio(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
 
 
-def _machine(n_threads: int) -> str:
-    """Describe what the table depends on."""
+def _processor() -> str:
+    """Name the processor. A virtual machine's name may say little; family, model and stepping say which it is."""
     try:
-        # A virtual machine's name of a processor may say little; its family, model and stepping say which it is.
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        cpu = " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model", "stepping"))
     except OSError:
-        cpu = platform.processor()
-    return f"{cpu}, torch {torch.__version__}, {n_threads} threads"
+        return platform.processor()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return " ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model", "stepping"))

@@ -31,7 +31,7 @@ def test_a_table_is_measured_once(folder: Path) -> None:
     first = routes.table(1)
     routes.table.cache_clear()  # as in another process
     assert routes.table(1) == first != routes.table(2)
-    assert sorted(json.loads(file.read_text())["machine"][-9:] for file in folder.iterdir()) == [
+    assert sorted(json.loads(file.read_text())["machine"][-9:] for file in folder.glob("*.json")) == [
         "1 threads",
         "2 threads",
     ]
@@ -50,19 +50,19 @@ def test_processes_that_start_together_get_one_table(folder: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(each == found[0] for each in found)
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"onednn": 1}', '{"onednn": [[true]]}', '{"onednn": [[1,1,1,1,1]]}', "null"]
+    "text", ["", "{", "[]", "{}", '{"measured": 1}', '{"measured": [[true]]}', '{"measured": [[1,1,1,1,1]]}', "null"]
 )
 def test_a_damaged_table_is_replaced(folder: Path, text: str) -> None:
     first = routes.table(1)
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.json")
     file.write_text(text)
     routes.table.cache_clear()
     assert routes.table(1) != first
-    assert routes._read(file) == routes.table(1)
+    assert json.loads(file.read_text())["measured"] == routes.table(1)
 
 
 def test_without_a_place_for_the_table_torch_chooses(
@@ -87,3 +87,28 @@ def test_measuring_disturbs_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [len(row) for row in routes.measure()] == [len(routes.ROWS)] * len(routes.WEIGHTS)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(1.29, torch.float32), (1.3, torch.bfloat16)])
+def test_bfloat16_is_taken_where_it_is_clearly_faster(
+    gain: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(routes, "bfloat16_gain", lambda shapes: asked.append(shapes) or gain)
+    weights = [torch.empty(2, 1024, 512), torch.empty(512, 1024), torch.empty(512), torch.empty(2**20, 64)]
+    assert routes.faster_dtype(weights, torch.device("cpu")) is dtype
+    assert asked == [(((512, 1024), 1), ((1024, 512), 1), ((2**14, 64), 1))]
+
+
+def test_small_models_stay_in_float32_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "bfloat16_gain", lambda shapes: 100.0)
+    assert routes.faster_dtype([torch.empty(64, 64), torch.empty(64)], torch.device("cpu")) is torch.float32
+
+
+def test_the_gain_is_measured_and_stored(folder: Path) -> None:
+    routes.bfloat16_gain.cache_clear()
+    gain = routes.bfloat16_gain((((64, 64), 2),), (1, 4))
+    assert 0.001 < gain < 1000
+    routes.bfloat16_gain.cache_clear()
+    assert routes.bfloat16_gain((((64, 64), 2),), (1, 4)) == gain
+    routes.bfloat16_gain.cache_clear()
