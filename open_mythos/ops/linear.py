@@ -134,7 +134,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     # A decode step asks this for every product, so what is cheap and often says no comes first.
     if not HAS_ONEDNN or x.dtype is not torch.float32 or weight.dtype is not torch.float32 or not x.is_cpu:
         return False
-    n_rows, size = x.numel() // x.shape[-1], weight.numel()
+    n_rows, size = x.numel() // max(1, x.shape[-1]), weight.numel()
     if torch.is_grad_enabled() and n_rows * size < MANY_PRODUCTS:
         return False
     if not prefers_onednn(INVARIANT_ROWS if invariant() else n_rows, size) or torch.is_autocast_enabled("cpu"):

@@ -59,7 +59,6 @@ def onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
-@torch.compiler.assume_constant_result
 def prefers_onednn(n_rows: int, weight_values: int) -> bool:
     """Return whether float32 products of so many rows with a weight of so many values go to oneDNN."""
     return HAS_ONEDNN and table(torch.get_num_threads())[bisect(SIZE_BOUNDS, weight_values)][bisect(ROW_BOUNDS, n_rows)]
@@ -70,6 +69,11 @@ def table(n_threads: int) -> Table:
     """Return this machine's table; the first process measures it. All false, plain torch, if it cannot be stored."""
     found = _stored("products", n_threads, measure, _is_table)
     return [[False] * len(ROWS) for _ in WEIGHTS] if found is None else found
+
+
+# A compiler calls it and takes the result as a constant. `torch.compiler.assume_constant_result` does the same, but
+# imports the whole compiler.
+prefers_onednn._dynamo_marked_constant = True  # ty: ignore[unresolved-attribute]
 
 
 def faster_dtype(weights: Iterable[Tensor], device: torch.device) -> torch.dtype:
@@ -158,11 +162,16 @@ def _best(multiplications: int, ways: list[Callable[[], Tensor]]) -> list[float]
     return best
 
 
+def cache_folder() -> Path:
+    """Return the folder of the measurements."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+
+
 def _stored(subject: str, n_threads: int, measure: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
     """Return what was measured before, or measure it and store it; None if it cannot be stored."""
     machine = f"{_processor()}, torch {torch.__version__}, {n_threads} threads"
     name = hashlib.sha256(f"{subject}, {machine}".encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos" / f"{name}.json"
+    path = cache_folder() / f"{name}.json"
     if (known := _read(path, is_whole)) is not None:
         return known
     try:

@@ -38,3 +38,12 @@ def test_onednn_gets_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert x.grad is not None
     torch.testing.assert_close(y, sliced @ gaps.T)
     torch.testing.assert_close(x.grad[:, :128], y.detach() @ gaps.detach())
+
+
+def test_products_of_nothing() -> None:
+    """A process whose experts got no token multiplies empty tensors, also for the gradient of the weights."""
+    x, weight = torch.zeros(0, 8, requires_grad=True), torch.zeros(4, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+    with torch.no_grad():
+        assert linear(torch.zeros(3, 0), torch.zeros(4, 0)).shape == (3, 4)
