@@ -73,7 +73,7 @@ def table(n_threads: int) -> Table:
 
 # A compiler calls it and takes the result as a constant. `torch.compiler.assume_constant_result` does the same, but
 # imports the whole compiler.
-prefers_onednn._dynamo_marked_constant = True  # ty: ignore[unresolved-attribute]
+prefers_onednn._dynamo_marked_constant = True  # ty: ignore[missing-attribute]
 
 
 def faster_dtype(weights: Iterable[Tensor], device: torch.device) -> torch.dtype:
