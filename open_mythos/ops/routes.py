@@ -6,6 +6,7 @@ cache folder, for each processor, version of torch and number of threads. It is 
 runs stay reproducible; delete it to measure again.
 """
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -87,7 +88,7 @@ def faster_dtype(weights: Iterable[Tensor], device: torch.device) -> torch.dtype
     if device.type != "cpu":
         return torch.float32
     # A slice of a large matrix stands for all of it.
-    counts = Counter((min(x.shape[-2], LARGEST // x.shape[-1]), x.shape[-1]) for x in weights if x.ndim > 1)
+    counts = Counter((min(x.shape[-2], max(1, LARGEST // x.shape[-1])), x.shape[-1]) for x in weights if x.ndim > 1)
     has_large = any(n * k >= SIZE_BOUNDS[0] for n, k in counts)
     gain = bfloat16_gain(tuple(sorted(counts.items()))) if has_large else 1.0
     return torch.bfloat16 if gain >= LEAST_GAIN else torch.float32
@@ -163,18 +164,21 @@ def _best(multiplications: int, ways: list[Callable[[], Tensor]]) -> list[float]
 
 
 def cache_folder() -> Path:
-    """Return the folder of the measurements."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+    """Return the folder of the measurements. Raises OSError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_mythos"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "the user has no home folder; set XDG_CACHE_HOME") from None
 
 
 def _stored(subject: str, n_threads: int, measure: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
     """Return what was measured before, or measure it and store it; None if it cannot be stored."""
     machine = f"{_processor()}, torch {torch.__version__}, {n_threads} threads"
     name = hashlib.sha256(f"{subject}, {machine}".encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}.json"
-    if (known := _read(path, is_whole)) is not None:
-        return known
     try:
+        path = cache_folder() / f"{name}.json"
+        if (known := _read(path, is_whole)) is not None:
+            return known
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             # One process at a time: two would disturb each other's clock, and then use different results.
@@ -184,7 +188,8 @@ def _stored(subject: str, n_threads: int, measure: Callable[[], Any], is_whole: 
                 partial.write_text(json.dumps({"machine": machine, "subject": subject, "measured": measure()}))
                 os.replace(partial, path)
     except OSError as error:
-        log.warning("%s cannot be written (%s), so torch's own choices are taken", path, error.strerror)
+        log.warning("what is faster here cannot be stored (%s), so torch's own choices are taken", error.strerror)
+        return None
     return _read(path, is_whole)
 
 

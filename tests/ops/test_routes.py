@@ -71,7 +71,7 @@ def test_without_a_place_for_the_table_torch_chooses(
     folder.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         assert not any(map(any, routes.table(1)))
-    assert "cannot be written" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 @pytest.mark.skipif(not routes.HAS_ONEDNN, reason="no oneDNN with AVX-512")
@@ -112,3 +112,13 @@ def test_the_gain_is_measured_and_stored(folder: Path) -> None:
     routes.bfloat16_gain.cache_clear()
     assert routes.bfloat16_gain((((64, 64), 2),), (1, 4)) == gain
     routes.bfloat16_gain.cache_clear()
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert not any(map(any, routes.table.__wrapped__(1)))
+    assert "set XDG_CACHE_HOME" in caplog.text
