@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-AutoDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+AutoDtype = Literal["auto", Dtype]
 """The dtype of a model that only answers; "auto": see `ops.routes.faster_dtype`."""
 
 

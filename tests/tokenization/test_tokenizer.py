@@ -90,9 +90,17 @@ def test_symbol_roles_must_exist() -> None:
         SymbolTokenizer(["a"], eos="$")
 
 
-@pytest.mark.parametrize("vocab_size", [258, 0, True, 300.0])
-def test_bpe_refuses_a_vocabulary_without_room_for_bytes(vocab_size) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"vocab_size=.* must be .*; use vocab_size=4096"):
+@pytest.mark.parametrize(
+    ("vocab_size", "error", "rule"),
+    [
+        (258, ValueError, "between 259 and 524288"),
+        (0, ValueError, "between 259 and 524288"),
+        (True, TypeError, "int, not bool"),
+        (300.0, TypeError, "int, not float"),
+    ],
+)
+def test_bpe_refuses_a_vocabulary_without_room_for_bytes(vocab_size, error, rule) -> None:
+    with pytest.raises(error, match=f"vocab_size={vocab_size} must be {rule}; use vocab_size=4096"):
         BPETokenizer.train_from_text("text", vocab_size)
 
 
