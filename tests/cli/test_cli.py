@@ -211,3 +211,10 @@ def test_demo_writes_what_it_names(
     with pytest.raises(ValueError, match="no demo wrote"):
         demo.run_demo(tmp_path / "mine", "cpu", "float32", 1, 0)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "info"])
+def test_a_line_break_in_a_folders_name_stays_in_the_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "a\nb\x1b[31m"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and r"a\nb\x1b[31m" in error
