@@ -20,7 +20,7 @@ import platform
 import time
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def _operands(n_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[
     return torch.linspace(-1, 1, n_rows * shape[1]).view(n_rows, -1).to(dtype), weight.to(dtype)
 
 
-def _best(multiplications: int, ways: list[Callable[[], Tensor]]) -> list[float]:
+def _best(multiplications: int, ways: Sequence[Callable[[], Tensor]]) -> list[float]:
     """Return the seconds of each way, tried in turns."""
     # Enough calls to last longer than the clock's steps, and the best of a few: other processes only ever add time.
     n_calls = max(1, 2**23 // multiplications)
