@@ -89,11 +89,16 @@ def faster_dtype(weights: Iterable[Tensor], device: torch.device) -> torch.dtype
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type != "cpu":
         return torch.float32
-    # A slice of a large matrix stands for all of it.
-    counts = Counter((min(x.shape[-2], max(1, LARGEST // x.shape[-1])), x.shape[-1]) for x in weights if x.ndim > 1)
-    has_large = any(n * k >= SIZE_BOUNDS[0] for n, k in counts)
-    gain = bfloat16_gain(tuple(sorted(counts.items()))) if has_large else 1.0
+    shapes = shapes_of(weights)
+    has_large = any(n * k >= SIZE_BOUNDS[0] for (n, k), _ in shapes)
+    gain = bfloat16_gain(shapes) if has_large else 1.0
     return torch.bfloat16 if gain >= LEAST_GAIN else torch.float32
+
+
+def shapes_of(weights: Iterable[Tensor]) -> Shapes:
+    """Count the matrices by shape. A slice of a large one stands for all of it."""
+    counts = Counter((min(x.shape[-2], max(1, LARGEST // x.shape[-1])), x.shape[-1]) for x in weights if x.ndim > 1)
+    return tuple(sorted(counts.items()))
 
 
 @functools.cache
@@ -101,14 +106,19 @@ def bfloat16_gain(shapes: Shapes, rows: tuple[int, ...] = (1, 8, 64)) -> float:
     """Return how many times as fast products of these shapes are in bfloat16 as in float32, on this CPU.
 
     Args:
-        rows: numbers of rows that count alike; the result is the geometric mean over them. 1.0 if it cannot be stored.
+        rows: numbers of rows that count alike; the result is the geometric mean over them.
     """
 
     def measure_gain() -> float:
         with _undisturbed():
             return math.prod(_gain(shapes, n) for n in rows) ** (1 / len(rows))
 
-    found = _stored(f"bfloat16 {shapes} {rows}", torch.get_num_threads(), measure_gain, _is_ratio)
+    return stored_gain(f"bfloat16 {shapes} {rows}", measure_gain)
+
+
+def stored_gain(subject: str, measure: Callable[[], float]) -> float:
+    """Return a ratio of speeds that was measured before, or measure and store it; 1.0 if it cannot be stored."""
+    found = _stored(subject, torch.get_num_threads(), measure, _is_ratio)
     return 1.0 if found is None else found
 
 
