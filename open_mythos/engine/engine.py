@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.engine.calibration import measure_costs, run_once
+from open_mythos.engine.calibration import measure_costs, run_once, store_weights
 from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.model_runner import ModelRunner
 from open_mythos.engine.paged_kv_cache import PagedKVCache
@@ -65,7 +65,7 @@ class Engine:
         costs: StepCosts | None = None,
         refill: Refill | None = None,
     ) -> None:
-        """Put the model in eval mode, allocate the pages and measure the costs of a step.
+        """Put the model in eval mode, store its weights anew, allocate the pages and measure the costs of a step.
 
         Args:
             tokenizer: for prompts and stop strings that are text.
@@ -74,6 +74,7 @@ class Engine:
         """
         config = config or EngineConfig()
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        store_weights(model)
         cfg = model.cfg
         self.n_pages = -(-self._kv_tokens() // config.page_tokens) * n_layers(cfg, cfg.max_loop_iters)
         self.kv = PagedKVCache(cfg, self.n_pages, config.page_tokens, config.max_rows, model.dtype, model.device)

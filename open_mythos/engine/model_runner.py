@@ -69,7 +69,7 @@ class ModelRunner:
 
     @contextmanager
     def _computing(self) -> Generator[None]:
-        with torch.no_grad(), batch_invariant(self.invariance):
+        with torch.inference_mode(), batch_invariant(self.invariance):
             yield
 
     def release(self, seq: Sequence) -> None:

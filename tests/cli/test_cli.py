@@ -110,8 +110,9 @@ def test_help_names_every_recipe(capsys: pytest.CaptureFixture) -> None:
 )
 def test_a_recipe_may_stand_anywhere(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *args, "--device", "cpu", "--threads", "1"]) == 0
-    assert TrainConfig.load("run/config.yaml") == dataclasses.replace(load_recipe("tiny-text"), steps=1)
+    assert main(["train", *args, "--device", "cpu", "--threads", "1", "--dtype", "float32"]) == 0
+    expected = dataclasses.replace(load_recipe("tiny-text"), steps=1, dtype="float32")
+    assert TrainConfig.load("run/config.yaml") == expected
 
 
 @pytest.mark.parametrize("model", ["1b", "mythos_1b"])
