@@ -31,7 +31,7 @@ class Args:
     cases: tuple[str, ...] = ()
     """Names of cases, with spaces or commas between, or patterns such as 'engine_*'; none: all."""
     out: Path = Path("docs/results")
-    """Folder of the pages; each has a folder of its name beside it, with results.json and the figures."""
+    """Folder of the pages; each has a folder of its name beside it, with each machine's results, tables and figures."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     """Threads of each worker; one worker computes at a time."""
@@ -61,12 +61,12 @@ def main(args: Args) -> int:
         raise SystemExit(f"--threads {args.threads} must be at least 1; use --threads 1")
     failed = False
     for page in ("against",) if args.against else PAGES:
-        results = Results(args.out / page)
+        results = Results(args.out / page / f"{machine.file_name(machine.describe()['cpu'])}.json")
         cases = [case for case in chosen if args.against or case.page == page]
         if cases and not args.report:
             run(args, cases, results, console)
-        if cases and (results.data["cases"] or not args.report):
-            console.print(f"Wrote {write_report(results, args.out / page)}.", highlight=False)
+        if cases and (args.out / page).is_dir():
+            console.print(f"Wrote {write_report(args.out / page)}.", highlight=False)
             failed |= any(case["error"] for case in results.data["cases"].values())
     return int(failed)
 

@@ -109,10 +109,10 @@ class Case:
 
 
 class Results:
-    """The file `results.json` of a folder, written after every case."""
+    """The file of one machine's results, written after every case."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
         text = self.path.read_text() if self.path.exists() else '{"machine": {}, "cases": {}}'
         self.data: dict[str, Any] = json.loads(text)
 

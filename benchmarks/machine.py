@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def describe() -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def file_name(cpu: str) -> str:
+    """Name the results of a processor: AMD EPYC -> amd-epyc."""
+    return re.sub(r"[^a-z0-9]+", "-", cpu.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
 def load() -> float:

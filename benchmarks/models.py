@@ -35,6 +35,11 @@ _REST = {"rope_theta": _DEFAULT.rope_theta, "halting": _DEFAULT.halting}
 MID = published(replace(adaptive_text().model, vocab_size=8192, **_REST))
 """39.2M parameters; 87.1 MFLOP per token at 8 loops."""
 
+_OTHER = sized(1024, 320, 5, 5, 512, 6, 2, 6, 1, 2, 224, coda_layers=1, lora_rank=4)
+_HEADS = {"kv_lora_rank": 64, "q_lora_rank": 96, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
+OTHER = {"gqa": published(_OTHER), "mla": published(replace(_OTHER, attn_type="mla", **_HEADS))}
+"""Sizes that no fast path was made for: (d)."""
+
 _LAYOUT = {"max_loop_iters": 16, "prelude_layers": 1, "coda_layers": 1, "n_experts": 16, "expert_dim": 512}
 LOOP_HEAVY: dict[str, Any] = {**MID, "vocab_size": 1024, **_LAYOUT}
 """20.8M parameters, nearly all of the work in the loop: 236.1 MFLOP per token at 16 loops."""

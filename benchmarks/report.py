@@ -1,4 +1,7 @@
-"""The tables and figures of the pages performance and engine, made from results.json alone."""
+"""The tables and figures of the pages performance and engine, made from the recorded results alone.
+
+A page begins with an overview of all machines; each machine has a page of its own with every case.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 from benchmarks.case import Results
 from benchmarks.cases import reach_of
 from benchmarks.cases.engine import AT_ONCE, DROPPED, FIXED, OURS, POLICIES, SIMPLE, SUBJECTS, TOGETHER
+from benchmarks.overview import draw_overview, overview
 from benchmarks.page import table, write_page
 from benchmarks.stats import Spread, differs
 from open_mythos.reports.figures import Curve, draw_curves
@@ -21,25 +25,29 @@ CLOCKS = {
 SWEEPS = {"tokens": "tokens of one row, 8 loops", "loops": "loops, 256 tokens", "rows": "rows of 64 tokens, 8 loops"}
 
 
-def write_report(results: Results, out: Path) -> Path:
-    """Draw the figures into the folder of the results, and write the page beside it, under its name."""
-    cases = results.data["cases"]
-    if curves := cases.get("scaling", {}).get("curves"):
-        draw_scaling(curves, out / "scaling.png")
-    if policies := _of(cases, "exits"):
-        for ending in (".png", ".svg"):
-            draw_policies(policies, out / f"throughput{ending}")
-    return write_page(out.with_suffix(".md"), render(results.data, out.name), out.name.capitalize())
+def write_report(folder: Path) -> Path:
+    """Write a page for each machine whose results are in the folder, and the overview beside it, under its name."""
+    machines = {path.stem: Results(path).data for path in sorted(folder.glob("*.json"))}
+    for name, data in machines.items():
+        if curves := data["cases"].get("scaling", {}).get("curves"):
+            draw_scaling(curves, folder / f"{name}-scaling.png")
+        if policies := _of(data["cases"], "exits"):
+            for ending in (".png", ".svg"):
+                draw_policies(policies, folder / f"{name}-throughput{ending}")
+        title = f"{folder.name.capitalize()}: {data['machine'].get('cpu', name)}"
+        write_page(folder / f"{name}.md", render(data, folder.name, name), title)
+    draw_overview(machines, folder.name, folder / "overview.svg")
+    return write_page(folder.with_suffix(".md"), overview(machines, folder.name), folder.name.capitalize())
 
 
-def render(data: Record, folder: str) -> str:
-    """Write the tables; `folder` is where the figures are, seen from the page."""
+def render(data: Record, page: str, stem: str) -> str:
+    """Write the tables of one machine; `stem` begins the names of its files."""
     cases: Cases = data["cases"]
     lines = []
     if any(case["made_by"]["quick"] for case in cases.values()):
         lines = ["**Made with `--quick`: this shows that the harness runs. No figure here is to be quoted.**", ""]
-    for title, section in ENGINE if folder == "engine" else PERFORMANCE:
-        if found := section(data, folder):
+    for title, section in ENGINE if page == "engine" else PERFORMANCE:
+        if found := section(data, stem):
             lines += [*([f"## {title}", ""] if title else []), *found, ""]
     return "\n".join(lines)
 
@@ -47,7 +55,7 @@ def render(data: Record, folder: str) -> str:
 # The page of comparisons.
 
 
-def _comparisons(data: Record, folder: str) -> list[str]:
+def _comparisons(data: Record, stem: str) -> list[str]:
     cases: Cases = data["cases"]
     runs = {(case["made_by"]["device"], case["made_by"]["threads"]) for case in cases.values()}
     clocks = sorted({"device" if device == "cuda" else "cpu" if n == 1 else "wall" for device, n in runs})
@@ -83,7 +91,7 @@ def _quartiles(spread: Spread) -> str:
     return f"{spread.q1:.2f}-{spread.q3:.2f} ({spread.min:.2f}-{spread.max:.2f})"
 
 
-def _machine(data: Record, folder: str) -> list[str]:
+def _machine(data: Record, stem: str) -> list[str]:
     machine = data["machine"]
     if not machine:
         return ["Not recorded."]
@@ -108,7 +116,7 @@ def _machine(data: Record, folder: str) -> list[str]:
     return table(("", ""), rows.items())
 
 
-def _scaling(data: Record, folder: str) -> list[str]:
+def _scaling(data: Record, stem: str) -> list[str]:
     if not (curves := data["cases"].get("scaling", {}).get("curves")):
         return []
     rows = [
@@ -116,7 +124,7 @@ def _scaling(data: Record, folder: str) -> list[str]:
         for sweep, curve in curves.items()
         for size, time, deviation in zip(curve["sizes"], curve["times"], curve["deviations"], strict=True)
     ]
-    lines = [f"![time against size, with the line fitted to it]({folder}/scaling.png)", ""]
+    lines = [f"![time against size, with the line fitted to it]({stem}-scaling.png)", ""]
     return lines + table(("sweep", "size", "time", "over the line's"), rows)
 
 
@@ -172,7 +180,7 @@ def _side(found: Record, machine: Record) -> str:
     return ", ".join(parts or ["nothing besides the figure"]) + "."
 
 
-def _products(data: Record, folder: str) -> list[str]:
+def _products(data: Record, stem: str) -> list[str]:
     rates: dict[tuple[int, ...], dict[str, float]] = {}
     for case in data["cases"].values():
         limits = {} if case["error"] else case["limits"]
@@ -221,7 +229,7 @@ def draw_policies(policies: list[Record], path: Path) -> None:
     draw_curves(panels, path, ("requests in work", "tokens per second"), columns=3, ticks=places, log="xy")
 
 
-def _summary(data: Record, folder: str) -> list[str]:
+def _summary(data: Record, stem: str) -> list[str]:
     """Compare every figure that is to reach something with its bound, the worst case by name."""
     found: dict[tuple[str, str], list[tuple[float, str, bool]]] = {}
     for case in data["cases"].values():
@@ -259,10 +267,10 @@ def _policy_row(case: Record) -> list[str]:
     return [str(case["n_rows"]), *rates, over_fixed, *limits, *own]
 
 
-def _policies(data: Record, folder: str) -> list[str]:
+def _policies(data: Record, stem: str) -> list[str]:
     if not (policies := _of(data["cases"], "exits")):
         return []
-    lines = [f"![tokens per second by requests in work, for each policy]({folder}/throughput.svg)", ""]
+    lines = [f"![tokens per second by requests in work, for each policy]({stem}-throughput.svg)", ""]
     for (subject, law), group in _groups(policies).items():
         title = SUBJECTS[subject][0]
         lines += [f"### {title[0].upper()}{title[1:]}, {law}", "", *table(POLICY_COLUMNS, map(_policy_row, group)), ""]
@@ -277,12 +285,12 @@ def _policies(data: Record, folder: str) -> list[str]:
     return [*lines, "### Costs measured at the start, in ms", "", *table(("model", "of", *sizes), rows)]
 
 
-def _other_cases(data: Record, folder: str) -> list[str]:
+def _other_cases(data: Record, stem: str) -> list[str]:
     cases = {name: case for name, case in data["cases"].items() if "exits" not in case.get("curves", {})}
-    return _comparisons({"cases": cases}, folder) if cases else []
+    return _comparisons({"cases": cases}, stem) if cases else []
 
 
-def _runs(data: Record, folder: str) -> list[str]:
+def _runs(data: Record, stem: str) -> list[str]:
     cases, machine, failures = data["cases"], data["machine"], []
     dates, commits = ({case[name] for case in cases.values()} for name in ("date", "commit"))
     load = [max(each) for each in zip(*(case["load"] for case in cases.values()), strict=True)] or [0.0, 0.0]

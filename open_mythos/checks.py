@@ -39,6 +39,11 @@ class _Short(reprlib.Repr):
 shown = _Short().repr
 
 
+def printable(text: str) -> str:
+    """Return the text with escapes for what a terminal would act on: names of files and fields may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def check_int(name: str, value: object, low: int, high: int = MAX_INT, remedy: str = "") -> None:
     """Refuse anything but an int in [low, high]; without a `remedy` the message names the nearest allowed int."""
     if type(value) is not int:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 AutoDtype = Literal["auto", Dtype]
-"""The dtype of a model that only answers; "auto": see `ops.routes.faster_dtype`."""
+"""A dtype, or "auto": the faster one here, by `ops.routes.faster_dtype` for a model that answers and by
+`train.dtypes` for a run."""
 
 
 def setup_device(device: Device = "auto", threads: int | None = None) -> "torch.device":

@@ -368,3 +368,12 @@ def test_front_page_leads_to_every_record() -> None:
     page = (ROOT / "docs" / "results" / "README.md").read_text(encoding="utf-8")
     records = [path.parent.name for path in (ROOT / "docs" / "results").glob("*/report.json")]
     assert records and all(f"({name}/report.md)" in page for name in records)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    tests = list((ROOT / "tests").rglob("*.py"))
+    known = {path.stem for path in tests} | {
+        name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert set(re.findall(r"\btest_\w+", page.read_text())) <= known

@@ -38,10 +38,10 @@ def _pair(name: str, title: str, job: Job, reach: float | Mapping[str, Reach] = 
     return Case(name, title, pair, job, reach, **fields)
 
 
-def _both(name: str, title: str, job: Job, reach: float, **fields: Any) -> list[Case]:
-    """Compare a task with 0.5.0, and once more with ours compiled."""
+def _both(name: str, title: str, job: Job, reach: float, compiled_reach: float = 0, **fields: Any) -> list[Case]:
+    """Compare a task with 0.5.0, and once more with ours compiled, which is to reach the same or its own bound."""
     case = _pair(name, title, job, reach, **fields)
-    compiled = replace(case, ours={"compiled": True}, memory=False)
+    compiled = replace(case, ours={"compiled": True}, memory=False, reach={"": Reach(compiled_reach or reach)})
     return [case, replace(compiled, name=f"{name}_compiled", title=f"{title}, ours compiled")]
 
 
@@ -51,6 +51,23 @@ def _small(kind: str, compiled: bool) -> Case:
     if not compiled:
         return _pair(name, f"{title}eager", job, 1.6)
     return _pair(f"{name}_compiled", f"{title}ours compiled", job, 2.2, ours={"compiled": True}, memory=False)
+
+
+def _others() -> list[Case | list[Case]]:
+    """Model (d), whose sizes no path was made for: a step, a forward pass, and 24 tokens after 40."""
+    found: list[Case | list[Case]] = []
+    for kind, model in models.OTHER.items():
+        job = Job("train", model, rows=3, tokens=192, n_loops=6)
+        found.append(_pair(f"train_other_{kind}", f"training step, model (d) {kind}", job, 1.4))
+        found.append(
+            _pair(f"forward_other_{kind}", f"forward pass, model (d) {kind}", replace(job, task="forward"), 1.4)
+        )
+        for rows in (1, 3):
+            asked = replace(job, task="generate", rows=rows, tokens=40, new_tokens=24)
+            found.append(
+                _both(f"generate_other_{kind}_b{rows}", f"generate, model (d) {kind}, batch {rows}", asked, 1.5, 2.5)
+            )
+    return found
 
 
 def _depths(name: str, model: str, job: Job, reach: Mapping[str, Reach]) -> Case:
@@ -96,6 +113,7 @@ _TABLE: list[Case | list[Case]] = [
     _depths("train_mid_poisson", "(c)", MID, {"": Reach(1.3), ".allowed": Reach(0.9)}),
     _generate(1, 2.2),
     _generate(4, 2.0),
+    *_others(),
     exits.cases(),
     _decode(128, 3.0),
     _decode(512, 3.0),

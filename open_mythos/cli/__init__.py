@@ -7,7 +7,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
-from open_mythos.checks import as_typed, did_you_mean
+from open_mythos.checks import as_typed, did_you_mean, printable
 from open_mythos.cli import plugins
 from open_mythos.cli.analyze import Analyze, Eval
 from open_mythos.cli.costs import Info, Plan
@@ -61,6 +61,9 @@ def main(args: list[str] | None = None) -> int:
         message = str(error)
         if not isinstance(error, FileError):
             message = as_typed(message, _flags(COMMANDS[command]))
+        for word in rest:
+            # What was typed is shown without what a terminal would act on, such as a line break in a folder's name.
+            message = message if word.isprintable() else message.replace(word, printable(word))
         print(f"mythos {command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from open_mythos.checks import Range
+from open_mythos.checks import Range, printable
 from open_mythos.cli.options import ModelOptions
 from open_mythos.device import setup_device
 from open_mythos.extras import load
@@ -116,7 +116,7 @@ class LogHandler(logging.StreamHandler):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().format(record))
+        return printable(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

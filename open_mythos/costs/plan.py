@@ -82,6 +82,8 @@ def make_plan(
     if price_per_hour is not None:
         check_number("price_per_hour", price_per_hour, 0)
     _check_spread(cfg, gpus)
+    if cfg.dtype == "auto":  # every card of the table has bfloat16
+        cfg = replace(cfg, dtype="bfloat16")
     card, execution = CARDS[gpu], execution_of(cfg)
     loops, grad_loops = (mean_loops(cfg.loops, window) * cfg.batch_size for window in (False, True))
     if not cfg.model.recurrent_layers:

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from open_mythos.checks import printable
+
 PLACES = 5
 """Places that are shown for one file and reason."""
 SHOWN = 20
@@ -87,13 +89,8 @@ class SkipLog:
             n_files = len({group.first.file for group in groups})
             yield f"Skipped, {reason}: {n:,} in {n_files:,} file{'s' * (n_files > 1)}"
             for group in groups[:SHOWN]:
-                yield _printable(f"  {group}")
+                yield printable(f"  {group}")
                 if group.first.remedy:
-                    yield _printable(f"      -> {group.first.remedy}")
+                    yield printable(f"      -> {group.first.remedy}")
             if len(groups) > SHOWN:
                 yield f"  and {sum(group.n for group in groups[SHOWN:]):,} more"
-
-
-def _printable(text: str) -> str:
-    """Return the text with escapes for what a terminal would act on: names of files and fields may hold anything."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

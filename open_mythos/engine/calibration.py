@@ -1,18 +1,24 @@
-"""Measurements before the first request: the times of a step, and the numbers of rows that are batch-invariant."""
+"""What an engine finds out before its first request: how to store weights, the times of a step, rows of a call."""
 
 import math
 import time
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from open_mythos.accounting import n_layers
 from open_mythos.engine.model_runner import ModelRunner
 from open_mythos.engine.readout_policy import Curve, StepCosts
 from open_mythos.engine.sequence import GRID, Block, Sequence
 from open_mythos.generation.sampling_params import SamplingParams
+from open_mythos.model import OpenMythos
 from open_mythos.nn.halting import Fixed
+from open_mythos.nn.moe import MoEFFN
 from open_mythos.ops.batch_invariant import REFERENCE, SIZES
+from open_mythos.ops.experts import computes_all
+from open_mythos.ops.linear import Linear
+from open_mythos.ops.routes import MARGIN, stored_transposed, transposed_gain
 
 LOOPS = 3
 """Loops of the tokens that are timed."""
@@ -20,6 +26,23 @@ MAX_ROUNDS = 8
 """Rounds over all sizes, at most."""
 ENOUGH_S = 1.5
 """Seconds after which no further round begins."""
+
+
+def store_weights(model: OpenMythos) -> None:
+    """Store float32 matrices as products of a few rows are fastest on this CPU; names, shapes and values stay."""
+    if model.device.type != "cpu" or transposed_gain(torch.get_num_threads()) * MARGIN < 1:
+        return
+    for module in model.modules():
+        weights: list[Tensor] = []
+        # The embedding is also a table, whose rows have to lie together.
+        if isinstance(module, Linear) and module.weight is not model.embed.weight:
+            weights = [module.weight]
+        # Where all experts are computed, they are one matrix.
+        if isinstance(module, MoEFFN) and not computes_all(1, module.n_chosen, module.experts.down):
+            weights = [module.experts.gate_up, module.experts.down]
+        for weight in weights:
+            if weight.dtype is torch.float32 and weight.is_contiguous():
+                weight.data = stored_transposed(weight.data)
 
 
 def measure_costs(runner: ModelRunner) -> StepCosts:

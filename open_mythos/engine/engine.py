@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.accounting import kv_bytes_per_token, n_layers
-from open_mythos.engine.calibration import measure_costs, run_once
+from open_mythos.engine.calibration import measure_costs, run_once, store_weights
 from open_mythos.engine.config import EngineConfig
 from open_mythos.engine.model_runner import ModelRunner
 from open_mythos.engine.paged_kv_cache import PagedKVCache
@@ -23,7 +23,7 @@ from open_mythos.engine.structured_outputs import Grammars
 from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
-from open_mythos.nn.halting import Fixed
+from open_mythos.nn.halting import Fixed, LastDecides
 from open_mythos.tokenization.detokenizer import AnswerText
 from open_mythos.tokenization.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ class Engine:
         costs: StepCosts | None = None,
         refill: Refill | None = None,
     ) -> None:
-        """Put the model in eval mode, allocate the pages and measure the costs of a step.
+        """Put the model in eval mode, store its weights anew, allocate the pages and measure the costs of a step.
 
         Args:
             tokenizer: for prompts and stop strings that are text.
@@ -74,6 +74,7 @@ class Engine:
         """
         config = config or EngineConfig()
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        store_weights(model)
         cfg = model.cfg
         self.n_pages = -(-self._kv_tokens() // config.page_tokens) * n_layers(cfg, cfg.max_loop_iters)
         self.kv = PagedKVCache(cfg, self.n_pages, config.page_tokens, config.max_rows, model.dtype, model.device)
@@ -120,10 +121,10 @@ class Engine:
             ImportError: `json_schema` needs a library that is not installed.
             QueueFull: `max_queue` requests wait already.
         """
-        params, cfg = params or SamplingParams(), self.model.cfg
+        params, cfg, config = params or SamplingParams(), self.model.cfg, self.config
         ids = encode_prompt(prompt, self.tokenizer, cfg)
         check_request(params, len(ids), cfg, has_tokenizer=self.tokenizer is not None)
-        rule, n_loops, depth_key = depth_of(params, self.model, self.rules)
+        rule, n_loops, depth_key = depth_of(params, self.model, self.rules, config.prompts_leave_together)
         matcher = None if params.schema is None or self.grammars is None else self.grammars.matcher(params.schema)
         seq = Sequence(
             id=self.n_requests,
@@ -136,6 +137,7 @@ class Engine:
             rule=rule,
             sampler=SamplerState.of(params, matcher),
             stop_ids=frozenset(params.stop_token_ids),
+            whole_prompt=isinstance(rule, LastDecides),
         )
         if self.tokenizer is not None:
             seq.detokenizer = AnswerText(self.tokenizer, params.stop_strings, ids)

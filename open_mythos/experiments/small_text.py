@@ -35,7 +35,8 @@ WORTH = {"higher": "worse", "lower": "better", "undecided": "undecided"}
 
 def arms(quick: bool) -> dict[str, TrainConfig]:
     """The recipe; a fixed depth; plain transformers with its parameters and with its FLOPs; and one choice undone."""
-    base = vary(load_recipe("small-text"), eval=EvalConfig(), **({"steps": 4, "batch_size": 2} if quick else {}))
+    size = {"steps": 4, "batch_size": 2} if quick else {}
+    base = vary(load_recipe("small-text"), dtype="float32", eval=EvalConfig(), **size)
     model, flat = base.model, vary(base, loops=LoopsConfig())
     outside = model.prelude_layers + model.coda_layers
     return {

@@ -59,6 +59,8 @@ class Lab:
 
     def trained(self, label: str, cfg: TrainConfig) -> OpenMythos:
         """Train what the configuration says, unless that was done, and return the model in eval mode."""
+        if cfg.dtype == "auto":
+            raise ValueError(f"{label}: dtype='auto' lets the machine choose what is measured; use dtype='float32'")
         folder = self.runs / label
         final, config = folder / "final", folder / "config.yaml"
         if config.exists() and not _is_of(config, cfg):

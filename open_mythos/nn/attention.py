@@ -3,6 +3,7 @@
 Shapes: B rows, T query tokens, S key tokens, H query heads, G key/value heads, K head width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,8 +12,9 @@ from open_mythos.nn.layer_costs import Execution, LayerCosts
 from open_mythos.nn.norm import RMSNorm
 from open_mythos.nn.rope import apply_rope
 from open_mythos.nn.view import View
-from open_mythos.ops.causal_attention import CausalAttention, takes_blocks
+from open_mythos.ops.causal_attention import CausalAttention, prefers_float32, takes_blocks
 from open_mythos.ops.linear import Linear
+from open_mythos.ops.precision import no_autocast
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: float = 0.0) -> Tensor:
@@ -22,6 +24,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, scale: float, dropout: f
     """
     if view.is_square and not dropout and takes_blocks(q):
         return CausalAttention.apply(q, k, v, scale, view.starts)
+    if prefers_float32(q):
+        with no_autocast(q):
+            out = attend(q.float(), k.float(), v.float(), view, scale, dropout)
+        return out.to(torch.get_autocast_dtype(q.device.type))
     width = v.shape[-1]
     # Values as wide as the keys keep torch on its fused kernels; the zeros are cut off again.
     v = F.pad(v, (0, k.shape[-1] - width)) if width < k.shape[-1] else v
@@ -80,15 +86,17 @@ class GQAttention(Attention):
 
         def saved(execution: Execution, T: int) -> float:
             w, stat, blocks = execution.value_bytes, execution.state_bytes, execution.attends_in_blocks(T)
-            q, k = w * H * K, w * G * K
-            projected = q + 2 * k
-            # Torch's kernel takes v as a view, which keeps the whole projection alive; the blocks take a copy.
-            v = k if blocks else projected
+            copies = execution.attends_in_float32(T, K)
+            a = stat if copies else w
+            q, k, projected = a * H * K, a * G * K, w * (H + 2 * G) * K
+            # Torch's kernel takes v as a view, which keeps the whole projection alive; the others take a copy.
+            v = k if blocks or copies else projected
+            out = q + (w * H * K if copies else 0)
             norms = 0
             if cfg.qk_norm:
-                norms = (projected if blocks else 0) + stat * (H + G)
+                norms = (projected if blocks or copies else 0) + stat * (H + G)
             # The layer's input, q, k, v, the output, and the logarithms of the softmax's sums.
-            return w * D + q + k + v + q + stat * H + norms
+            return w * D + q + k + v + out + stat * H + norms
 
         maps = (D, D, G * K, G * K), (D, D)
         return LayerCosts(maps, saved, 2 * K if cfg.qk_norm else 0, (H, K, K))

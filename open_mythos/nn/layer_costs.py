@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from open_mythos.ops.causal_attention import BLOCK, takes_blocks
+from open_mythos.ops.causal_attention import BLOCK, SHORT, takes_blocks
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Execution:
             return False
         with torch.enable_grad():
             return takes_blocks(torch.empty(1, T, 1, 1))
+
+    def attends_in_float32(self, T: int, head_width: int) -> bool:
+        """Return true where attention with gradient takes float32 copies of its bfloat16 inputs."""
+        return self.device == "cpu" and self.autocast and T * head_width < SHORT
 
     def keys_of_kernel(self, T: int) -> float:
         """Return the keys that torch's kernel multiplies with a query; on a GPU it skips blocks above the diagonal."""

@@ -57,17 +57,21 @@ class MLAttention(Attention):
 
         def saved(execution: Execution, T: int) -> float:
             w, stat = execution.value_bytes, execution.state_bytes
+            copies = execution.attends_in_float32(T, K)
+            a = stat if copies else w
             # The latents twice, before the norms, which read views of them, and after.
             latents = 2 * w * (Q + R + P) + 2 * stat
             if execution.attends_in_blocks(T):
                 v = out = w * H * W
             elif W < K:
                 # v is padded to the keys' width; cutting the padding off the result makes a copy.
-                v, out = w * H * K, w * H * (K + W)
+                v, out = a * H * K, H * (a * K + w * W)
+            elif copies:
+                v, out = a * H * W, (a + w) * H * W
             else:
                 v, out = w * H * (N + W), w * H * W
             # The layer's input, the latents, q and k, v, the output, and the logarithms of the softmax's sums.
-            return w * D + latents + 2 * w * H * K + v + out + stat * H
+            return w * D + latents + 2 * a * H * K + v + out + stat * H
 
         maps = (D, Q, R, P), (Q, H * K), (R, H * (N + W)), (H * W, D)
         return LayerCosts(maps, saved, Q + R, (H, K, W), decode_heads=(H, R + P, R))

@@ -43,10 +43,8 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
     pays = n_pairs <= FEW_PAIRS and n_pairs * (values + CALL_VALUES) <= n_experts * values
     if pays and not is_traced() and not torch.is_grad_enabled():
         return by_pair(x, chosen, gates, weights)
-    # Eight rows take as long as one: reading the weights is what a product of fewer waits for. In half precision an
-    # expert that was never meant for a token could overflow, and zero times infinity is NaN.
-    n_left = n_experts - chosen.shape[1]
-    if x.element_size() >= 4 and max(n_rows, GROUP_MULTIPLE) * n_left * values <= FEW_PRODUCTS:
+    # In half precision an expert that was never meant for a token could overflow, and zero times infinity is NaN.
+    if x.element_size() >= 4 and computes_all(n_rows, chosen.shape[1], down):
         return all_experts(x, chosen, gates, weights)
     if prefers_compiled_sum(x):
         return by_gather(x, chosen, gates, weights)
@@ -55,6 +53,13 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
     if torch.is_grad_enabled():
         return _OneByOne.apply(x, chosen, gates, *weights)
     return by_pair(x, chosen, gates, weights) if n_pairs <= FEW_PAIRS else by_expert(x, chosen, gates, weights)
+
+
+def computes_all(n_rows: int, n_chosen: int, down: Tensor) -> bool:
+    """Return whether every expert is computed for every token, since sorting so many tokens would take longer."""
+    # Eight rows take as long as one: reading the weights is what a product of fewer waits for.
+    n_left, values = down.shape[0] - n_chosen, 3 * down.shape[1] * down.shape[2]
+    return max(n_rows, GROUP_MULTIPLE) * n_left * values <= FEW_PRODUCTS
 
 
 def by_group(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:

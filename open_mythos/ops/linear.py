@@ -134,6 +134,8 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     # A decode step asks this for every product, so what is cheap and often says no comes first.
     if not HAS_ONEDNN or x.dtype is not torch.float32 or weight.dtype is not torch.float32 or not x.is_cpu:
         return False
+    if invariant() and not weight.is_contiguous():
+        return False  # an engine stores weights transposed where torch's own choice is then the faster one
     n_rows, size = x.numel() // max(1, x.shape[-1]), weight.numel()
     if torch.is_grad_enabled() and n_rows * size < MANY_PRODUCTS:
         return False

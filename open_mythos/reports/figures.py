@@ -1,4 +1,4 @@
-"""Figures: panels of curves with their intervals, and a heat map. Needs matplotlib, which is the extra `plot`."""
+"""Figures: curves with their intervals, ratios, and a heat map. Needs matplotlib, which is the extra `plot`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +132,40 @@ def heat_map(
 def require_matplotlib() -> None:
     """Raise before long work when the figures at its end could not be drawn."""
     _pyplot()
+
+
+def draw_ratios(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], path: Path) -> None:
+    """Draw ratios on a logarithmic axis with a line at 1, a panel for each title, a line of marks for each label.
+
+    Args:
+        panels: title -> label -> series -> (low, middle, high). A series has one colour in every panel.
+        path: its ending, .png or .svg, names the format.
+    """
+    plt = _pyplot()
+    sizes = [len(rows) for rows in panels.values()]
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=(7.2, 1.2 + 0.8 * len(panels) + 0.24 * sum(sizes)), layout="constrained",
+        squeeze=False, sharex=True, height_ratios=sizes,
+    )  # fmt: skip
+    names = list(dict.fromkeys(name for rows in panels.values() for row in rows.values() for name in row))
+    for axes, (title, rows) in zip(grid.flat, panels.items(), strict=True):
+        for i, name in enumerate(names):
+            found = [(y, row[name]) for y, row in enumerate(rows.values()) if name in row]
+            middles = [middle for _, (_, middle, _) in found]
+            errors = [[m - low for _, (low, m, _) in found], [high - m for _, (_, m, high) in found]]
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            places = [y + 0.18 * (i - (len(names) - 1) / 2) for y, _ in found]
+            axes.errorbar(middles, places, xerr=errors, linestyle="none", capsize=2, label=name, **style)
+        axes.axvline(1, color="0.45", linestyle="--", zorder=1)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    if len(names) > 1:
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
+    _save(plt, figure, path)
 
 
 def _pyplot() -> Any:

@@ -24,7 +24,7 @@ from open_mythos.checks import (
     shown,
 )
 from open_mythos.config import MAX_LOOPS, MythosConfig, check_part
-from open_mythos.device import Dtype
+from open_mythos.device import AutoDtype
 from open_mythos.files import blamed_on, parse_yaml, read_yaml
 from open_mythos.tasks import TASKS, Task
 from open_mythos.train.depth_sampling import LoopsConfig
@@ -38,6 +38,7 @@ Rows = Annotated[int, Range(1, 2**24)]
 """Rows of one step or one evaluation."""
 BelowOne = Annotated[float, Range(0, 1, below=True)]
 AdjustLR = Literal["match_rms_adamw", "original"]
+MuonDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class OptimConfig:
     """Peak rate of Muon; with adjust_lr="match_rms_adamw" on the scale of AdamW's."""
     momentum: BelowOne = 0.95
     adjust_lr: AdjustLR = "match_rms_adamw"
+    muon_dtype: MuonDtype | None = None
+    """Dtype of Muon's iteration; None: bfloat16 with dtype="bfloat16", with dtype="auto" the faster one, else that of
+    the weights."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
 
@@ -139,9 +143,10 @@ class TrainConfig:
     batch_size: Rows
     """Rows of one optimizer step."""
     seed: NonNegativeInt = 0
-    dtype: Dtype = "float32"
+    dtype: AutoDtype = "float32"
     """float32; bfloat16 and float16: autocast over float32 weights, slow on CPUs without such units, float16 with a
-    scaled loss for GPUs without bfloat16; float64: weights too."""
+    scaled loss for GPUs without bfloat16; float64: weights too; auto: float32 or bfloat16, whichever this machine
+    computes a step faster in, which the run's config.yaml then names."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loops: LoopsConfig = field(default_factory=LoopsConfig)

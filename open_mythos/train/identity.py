@@ -14,6 +14,7 @@ from open_mythos.train.checkpoint import read_state
 from open_mythos.train.config import TrainConfig, flat_fields
 
 CONFIG_FILE = "config.yaml"
+DTYPES = ("dtype", "optim.muon_dtype")
 MAX_NAMED = 5
 """Most differences that a message names."""
 
@@ -65,7 +66,8 @@ def open_data(cfg: TrainConfig, checkpoint: Path | None) -> tuple[Tokenizer, dic
 
 
 def check_config(cfg: TrainConfig, path: Path) -> TrainConfig:
-    """Return the configuration at `path`, which `cfg` continues: equal but for `parallel`, or for more steps.
+    """Return the configuration at `path`, which `cfg` continues: equal but for `parallel`, for more steps, or for
+    dtypes that `cfg` leaves open.
 
     Raises:
         ValueError: they differ, and the message names each differing field with its two values; or it is damaged.
@@ -83,7 +85,9 @@ def check_config(cfg: TrainConfig, path: Path) -> TrainConfig:
     found = [
         f"{name}: {shown(before.get(name))} in the run, {shown(now.get(name))} now"
         for name in names
-        if not name.startswith("parallel.") and not (name == "steps" and cfg.steps > theirs.steps)
+        if not name.startswith("parallel.")
+        and not (name == "steps" and cfg.steps > theirs.steps)
+        and not (cfg.dtype == "auto" and name in DTYPES and now[name] in ("auto", None))
     ]
     if found:
         more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""

@@ -27,13 +27,15 @@ STRIP = 192
 """Rows of a symmetric product that are computed at a time: fewer save more of its half, and are slower each."""
 
 
-def orthogonalize(x: Tensor) -> Tensor:
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Push the singular values of every matrix towards 1: U S V^T -> about U V^T.
 
     Args:
-        x: (N, R, C). On a GPU the iteration runs in bfloat16, elsewhere in at least float32.
+        x: (N, R, C).
+        dtype: dtype of the iteration, bfloat16 or float32; float64 matrices take at least their own with the latter.
     """
-    dtype = torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    if dtype is torch.float32:
+        dtype = torch.promote_types(x.dtype, dtype)
     tall = x.size(-2) > x.size(-1)
     y = x.to(dtype)
     if tall:
@@ -161,8 +163,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adjust_lr: AdjustLR = "match_rms_adamw",
         widths: dict[Tensor, tuple[int, ...]] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.widths = widths or {}
+        self.widths, self.dtype = widths or {}, dtype
         check_number("lr", lr, 0)
         check_number("momentum", momentum, 0, 1, below=True)
         check_number("weight_decay", weight_decay, 0)
@@ -218,7 +221,7 @@ class Muon(torch.optim.Optimizer):
             for part, into in zip(u.split(widths, dim=-2), out.split(widths, dim=-2), strict=True):
                 by_shape[(*part.shape[-2:], u.dtype, u.device)].append((part, into))
         for (rows, columns, *_), pairs in by_shape.items():
-            whole = orthogonalize(torch.cat([part.reshape(-1, rows, columns) for part, _ in pairs]))
+            whole = orthogonalize(torch.cat([part.reshape(-1, rows, columns) for part, _ in pairs]), self.dtype)
             whole *= lr_factor(rows, columns, adjust_lr)
             counts = [part.numel() // (rows * columns) for part, _ in pairs]
             for (_, into), update in zip(pairs, whole.split(counts), strict=True):

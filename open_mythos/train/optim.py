@@ -23,8 +23,18 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
     return in_block and p.ndim >= 2 and ".router." not in name
 
 
-def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Build one optimizer, or two with Muon; every trainable parameter is in exactly one group."""
+def muon_dtype(cfg: OptimConfig, dtype: str) -> torch.dtype:
+    """Return the dtype of Muon's iteration in a run of this dtype."""
+    name = cfg.muon_dtype or ("bfloat16" if dtype == "bfloat16" else "float32")
+    return getattr(torch, name)
+
+
+def build_optimizers(model: nn.Module, cfg: OptimConfig, dtype: str = "float32") -> list[torch.optim.Optimizer]:
+    """Build one optimizer, or two with Muon; every trainable parameter is in exactly one group.
+
+    Args:
+        dtype: the run's.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if is_hidden_matrix(name, p)]
     rest = [p for name, p in named if not is_hidden_matrix(name, p)]
@@ -38,7 +48,8 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Opt
     ]
     if cfg.kind == "muon" and matrices:
         widths = {m.weight: m.widths for m in model.modules() if isinstance(m, Linear)}
-        optimizers.append(Muon(matrices, cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.adjust_lr, widths))
+        rates = (cfg.muon_lr, cfg.momentum, cfg.weight_decay, cfg.adjust_lr)
+        optimizers.append(Muon(matrices, *rates, widths, muon_dtype(cfg, dtype)))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

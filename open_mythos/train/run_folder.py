@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -53,6 +54,10 @@ class RunFolder:
             # The folder's own file may be lost or replaced.
             saved = check_config(cfg, self.newest / CONFIG_FILE)
             run = run or saved
+        if run is not None:
+            # A run goes on in the dtypes that it began with, on another machine too.
+            muon_dtype = cfg.optim.muon_dtype or run.optim.muon_dtype
+            self.cfg = replace(cfg, dtype=run.dtype, optim=replace(cfg.optim, muon_dtype=muon_dtype))
         for left in (self.final, self.metrics):
             if run is None and left.exists():
                 raise ValueError(

@@ -3,7 +3,8 @@
     Trainer(recipe(), "runs/first").run()
 
 A run is decided by its TrainConfig alone: the same configuration on the same machine with the same number of processes
-gives the same weights bit for bit. Elsewhere sums may round differently.
+gives the same weights bit for bit. Elsewhere sums may round differently. The run's config.yaml names the dtypes that
+dtype="auto" has chosen.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from open_mythos.tasks.task import IGNORE, Batch
 from open_mythos.train.checkpoint import CheckpointConfig, Checkpoints, optimizer_shards, read_state, restore_optimizer
 from open_mythos.train.config import EXPERT_BIAS_RATE, TrainConfig
 from open_mythos.train.distributed import Interrupted, World, signals_into
+from open_mythos.train.dtypes import settled
 from open_mythos.train.evaluate import Score, evaluate, rows_of_rank, spectral_radius
 from open_mythos.train.identity import CONFIG_FILE, open_data, verify_data
 from open_mythos.train.init_from import open_initial
@@ -106,12 +108,13 @@ class Trainer:
         world.check_fit(cfg.parallel, cfg.batch_size)
         self.checkpoints = Checkpoints(self.out_dir / CHECKPOINTS, checkpoint, world, self._describe)
         self.folder = RunFolder(self.out_dir, cfg, self.checkpoints, world, resume)
+        self.cfg = cfg = self.folder.cfg = settled(self.folder.cfg, self.device, world, self._report)
         self.tokenizer, self.digests = open_data(cfg, self.folder.newest)
         world.agree({"data": _hash(repr(self.digests).encode())})
         self.validation = cfg.data.validation_batch(stream(cfg.seed, 0, Purpose.VALIDATION), cfg.eval.rows)
         self.sharded = ShardedModel(cfg, world, self.device)
         self.model = self.sharded.model
-        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.optimizers = build_optimizers(self.model, cfg.optim, cfg.dtype)
         self.guard = StepGuard(cfg.guard, scaled=cfg.dtype == "float16")
         self.rows = world.rows(cfg.batch_size)
         place = None

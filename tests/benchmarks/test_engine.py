@@ -36,7 +36,7 @@ from open_mythos.nn.halting import LatentDiff
 from open_mythos.variants import mythos_200k
 
 COSTS = {"seconds": {1: [1.0, 1.0], 64: [2.0, 2.0]}, "least_rows": 1}
-RECORDED = json.loads((Path(__file__).parents[2] / "docs/results/engine/results.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[2] / "docs/results/engine/amd-epyc.json").read_text())
 MODEL = dataclasses.replace(mythos_200k(), vocab_size=1024).to_dict()
 
 
@@ -150,7 +150,7 @@ def small(case: Case, rows: int) -> Case:
 
 
 def test_cases_make_their_records(tmp_path: Path) -> None:
-    bench, results = Bench(Settings(quick=True)), Results(tmp_path / "engine")
+    bench, results = Bench(Settings(quick=True)), Results(tmp_path / "engine" / "zen.json")
     for name in ("engine_geometric_8", "engine_modes_8"):
         outcome = CASES[name].measure(small(CASES[name], 2), bench)
         made = {
@@ -163,7 +163,7 @@ def test_cases_make_their_records(tmp_path: Path) -> None:
         }
         results.put(name, (), json.loads(json.dumps(dataclasses.asdict(outcome))) | made | {"error": None})
         assert all(row.value > 0 for row in outcome.rows)
-    text = render(results.data, "engine")
+    text = render(results.data, "engine", "zen")
     assert (
         "| over the best of (a), (b) and (c) | >= 0.97 |" in text
         and "batch_invariant on over off, heavy, R = 2" in text
@@ -203,27 +203,28 @@ def record(case: str, value: float, share: float, **changes: Any) -> dict[str, A
 
 
 def test_report(tmp_path: Path) -> None:
-    results = Results(tmp_path / "engine")
+    results = Results(tmp_path / "engine" / "zen.json")
     names = ("engine_geometric_8", "engine_geometric_64")
     results.data["cases"] = {
         name: record(name, v, s) for name, v, s in zip(names, (2.5, 3.25), (0.7, 0.95), strict=True)
     }
-    results.data["cases"]["c"] = record(names[0], 1, 1, error="Failed: x", rows=[])
+    results.put("c", (), record(names[0], 1, 1, error="Failed: x", rows=[]))
     page = tmp_path / "engine.md"
     page.write_text(f"# The engine\n\nBefore.\n\n{BEGIN}\nstale\n{END}\n\nAfter.\n")
-    assert write_report(results, tmp_path / "engine") == page
+    assert write_report(tmp_path / "engine") == page
     text = page.read_text()
-    assert "stale" not in text
+    assert "stale" not in text and "| 8 requests, geometric depths | **2.50** (" in text
     assert text.startswith("# The engine\n\nBefore.\n")
     assert text.endswith("\nAfter.\n")
+    text = (tmp_path / "engine" / "zen.md").read_text()
     assert "| over fixed depth, heavy, geometric | >= 3 | **2.50** | heavy, geometric, R = 8 |" in text
     assert "no (1 of 2)" in text
     assert "| over the best of (a), (b) and (c) | >= 0.97 | **1.20** |" in text
     assert "No figure for `c`: Failed: x" in text
-    assert (tmp_path / "engine" / "throughput.png").stat().st_size > 10_000
+    assert (tmp_path / "engine" / "zen-throughput.png").stat().st_size > 10_000
     page.write_text("no marks")
     with pytest.raises(ValueError, match="marks"):
-        write_report(results, tmp_path / "engine")
+        write_report(tmp_path / "engine")
 
 
 def test_reach_is_that_of_the_issue() -> None:

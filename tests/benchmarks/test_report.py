@@ -12,7 +12,8 @@ from benchmarks import peers
 from benchmarks.__main__ import Args, main
 from benchmarks.case import Outcome, Reach, Results, Row, plain
 from benchmarks.cases import CASES, reach_of
-from benchmarks.machine import describe
+from benchmarks.machine import describe, file_name
+from benchmarks.overview import HEADLINES, overview
 from benchmarks.page import BEGIN, END
 from benchmarks.peers import Peer, install
 from benchmarks.report import render, write_report
@@ -65,7 +66,7 @@ def line(text: str, starts: str) -> str:
 
 def test_report_says_what_was_found() -> None:
     cases = {"train_mid": record(outcome(1.5)), "decode_128": record(error="Different: logits | differ\nmore")}
-    text = render({"machine": MACHINE, "cases": cases}, "performance")
+    text = render({"machine": MACHINE, "cases": cases}, "performance", "some-processor")
     assert line(text, "| a training step") == (
         "| a training step (`train_mid`) | 2.00 s | 1.00 s | **1.50** | >= 1.4 | yes | 1.48-1.52 (1.45-1.55), n=3 "
         "| 0.99-1.01 (0.98-1.02) | 1.90 | 31%, 62% |"
@@ -96,14 +97,18 @@ def test_report_says_what_was_found() -> None:
 def test_sides_that_are_not_timed() -> None:
     row = Row("kv_cache_bytes", "a cache", 2.67, peer="61,440 B/token", ours="23,040 B/token")
     sides = {"ours": {"bytes": 3041280, "bytes_per_token": 23040.0}, "open_mythos_0_5": {"error": 0.03}}
-    text = render({"machine": {}, "cases": {"kv_cache_bytes": record(Outcome([row], sides))}}, "performance")
+    text = render(
+        {"machine": {}, "cases": {"kv_cache_bytes": record(Outcome([row], sides))}}, "performance", "some-processor"
+    )
     assert "- ours: 3,041,280 bytes, 23,040 per token." in text
     assert line(text, "| a cache").split(" | ")[3:6] == ["**2.67**", ">= 2.67", "yes"]
 
 
 def test_training_has_tokens_and_a_share_of_the_peak() -> None:
     sides = {"ours": {"seconds": 2.0, "flops": 90e9, "tokens_per_s": 1024.0}}
-    text = render({"machine": MACHINE, "cases": {"train_mid": record(Outcome(sides=sides))}}, "performance")
+    text = render(
+        {"machine": MACHINE, "cases": {"train_mid": record(Outcome(sides=sides))}}, "performance", "some-processor"
+    )
     assert (
         "- ours: 90 GFLOP at 45 GFLOP/s, 1,024 tok/s, 50% of what the machine's largest float32 products reach." in text
     )
@@ -116,12 +121,16 @@ def test_figures_within_the_noise_claim_nothing() -> None:
         (1.05, (1.0, 1.0, 1.0), "no"),
         (0.7, (1.0, 1.0, 1.0), "no"),
     ):
-        text = render({"machine": {}, "cases": {"train_mid": record(outcome(value, itself))}}, "performance")
+        text = render(
+            {"machine": {}, "cases": {"train_mid": record(outcome(value, itself))}}, "performance", "some-processor"
+        )
         assert line(text, "| a training step").split(" | ")[5] == met
 
 
 def test_quick_figures_are_marked() -> None:
-    text = render({"machine": {}, "cases": {"train_mid": record(outcome(1.5), quick=True)}}, "performance")
+    text = render(
+        {"machine": {}, "cases": {"train_mid": record(outcome(1.5), quick=True)}}, "performance", "some-processor"
+    )
     assert "No figure here is to be quoted" in text
 
 
@@ -134,11 +143,28 @@ def test_scaling_has_a_table_and_a_figure(tmp_path: Path) -> None:
         "line": [0.1, 0.2],
         "deviations": [0.05, -0.12],
     }
-    results = Results(tmp_path / "performance")
+    results = Results(tmp_path / "performance" / "zen.json")
     results.put("scaling", (), record(Outcome(curves={"loops": curve, "rows": curve})))
-    path = write_report(Results(tmp_path / "performance"), tmp_path / "performance")
-    assert path == tmp_path / "performance.md" and "| loops | 2 | 200 ms | -12% |" in path.read_text()
-    assert (tmp_path / "performance" / "scaling.png").stat().st_size > 1000
+    assert write_report(tmp_path / "performance") == tmp_path / "performance.md"
+    assert "| loops | 2 | 200 ms | -12% |" in (tmp_path / "performance" / "zen.md").read_text()
+    assert (tmp_path / "performance" / "zen-scaling.png").stat().st_size > 1000
+
+
+def test_the_overview_has_a_column_for_each_machine(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "performance"
+    for cpu, value in (("AMD EPYC", 1.5), ("Intel(R) Xeon(R) Processor", 0.9)):
+        results = Results(folder / f"{file_name(cpu)}.json")
+        results.data["machine"] = MACHINE | {"cpu": cpu}
+        results.put("train_mid", (), record(outcome(value)))
+    text = write_report(folder).read_text()
+    assert "|  | AMD EPYC | Intel Xeon Processor |" in text
+    assert line(text, "| training step, (c)") == "| training step, (c) | **1.50** (1.48-1.52) | **0.90** (0.88-0.93) |"
+    assert "[Intel Xeon Processor](performance/intel-xeon-processor.md): 1 of " in text and "0 of 1 bounds" in text
+    assert (folder / "intel-xeon-processor.md").is_file() and (folder / "overview.svg").stat().st_size > 1000
+    # Every row of the overview is a row of some case.
+    ids = {id for page in HEADLINES.values() for labels in page.values() for id in labels}
+    assert all(any(id.startswith(name) for name in CASES) for id in ids)
 
 
 def test_reach() -> None:
@@ -154,10 +180,10 @@ def test_reach() -> None:
 
 
 def test_finished_cases_are_not_done_again(tmp_path: Path) -> None:
-    results = Results(tmp_path / "out")
+    results = Results(tmp_path / "out.json")
     for name, case in (("decode_128", record(error="WorkerError: it died")), ("train_mid", record(outcome(1.5)))):
         results.put(name, ("train_addition", "train_mid", "decode_128"), case)
-    read = Results(tmp_path / "out")
+    read = Results(tmp_path / "out.json")
     assert list(read.data["cases"]) == ["train_mid", "decode_128"]
     assert read.data == json.loads(json.dumps(results.data))
     made = {"title": "a title", "made_by": MADE_BY}
@@ -221,13 +247,20 @@ def test_the_published_peer_installs() -> None:
 
 @pytest.mark.parametrize("page", ["performance", "engine"])
 def test_pages_are_what_the_recorded_figures_make(page: str, repo_root: Path) -> None:
-    results = repo_root / "docs" / "results"
-    text = (results / f"{page}.md").read_text()
-    data = Results(results / page).data
-    assert text.partition(BEGIN)[2].partition(END)[0].strip() == render(data, page).strip()
-    # Every recorded value of a row stands in the page.
-    for case in data["cases"].values():
-        assert case["error"] is None
-        for row in case["rows"]:
-            assert f"{row['value']:.2f}" in text or f"{row['value']:.3g}" in text or f"{row['value']:.0%}" in text
-    assert set(data["cases"]) == {case.name for case in CASES.values() if case.page == page}
+    folder = repo_root / "docs" / "results" / page
+    machines = {path.stem: Results(path).data for path in sorted(folder.glob("*.json"))}
+
+    def written(path: Path) -> str:
+        return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+
+    assert machines and written(folder.with_suffix(".md")) == overview(machines, page).strip()
+    names = {case.name for case in CASES.values() if case.page == page}
+    for stem, data in machines.items():
+        text = written(folder / f"{stem}.md")
+        assert text == render(data, page, stem).strip()
+        assert set(data["cases"]) <= names
+        # Every recorded value of a row stands in the page.
+        for case in data["cases"].values():
+            assert case["error"] is None
+            for row in case["rows"]:
+                assert f"{row['value']:.2f}" in text or f"{row['value']:.3g}" in text or f"{row['value']:.0%}" in text

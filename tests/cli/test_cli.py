@@ -110,8 +110,9 @@ def test_help_names_every_recipe(capsys: pytest.CaptureFixture) -> None:
 )
 def test_a_recipe_may_stand_anywhere(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *args, "--device", "cpu", "--threads", "1"]) == 0
-    assert TrainConfig.load("run/config.yaml") == dataclasses.replace(load_recipe("tiny-text"), steps=1)
+    assert main(["train", *args, "--device", "cpu", "--threads", "1", "--dtype", "float32"]) == 0
+    expected = dataclasses.replace(load_recipe("tiny-text"), steps=1, dtype="float32")
+    assert TrainConfig.load("run/config.yaml") == expected
 
 
 @pytest.mark.parametrize("model", ["1b", "mythos_1b"])
@@ -210,3 +211,10 @@ def test_demo_writes_what_it_names(
     with pytest.raises(ValueError, match="no demo wrote"):
         demo.run_demo(tmp_path / "mine", "cpu", "float32", 1, 0)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "info"])
+def test_a_line_break_in_a_folders_name_stays_in_the_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "a\nb\x1b[31m"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and r"a\nb\x1b[31m" in error

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos import GQAttention, MLAttention, MythosConfig
+from open_mythos.nn.attention import attend
 from open_mythos.nn.inputs import make_view
 from tests import reference
 from tests.models import tiny, worst, worst_of
@@ -119,3 +120,25 @@ def test_decode_attends_in_the_latent() -> None:
     """One new token takes the absorbed form, so the past is never expanded; a long prompt takes the other."""
     attn = build(tiny(attn_type="mla", kv_lora_rank=64, qk_nope_head_dim=16, v_head_dim=16), torch.float32)
     assert attn._absorbing_is_cheaper(1) and not attn._absorbing_is_cheaper(512)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_short_rows_under_autocast_are_attended_to_in_float32(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    mask = torch.tensor([[0] * 4 + [1] * 20, [1] * 24]) if padded else None
+    view = make_view((2, 24), 16, 1e4, torch.float32, torch.device("cpu"), mask)
+    inputs = [torch.randn(2, 24, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+
+    def run(short: int) -> list[Tensor]:
+        monkeypatch.setattr("open_mythos.ops.causal_attention.SHORT", short)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attend(*inputs, view, 0.25)
+        assert out.dtype is torch.bfloat16
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    out = attend(*wide, view, 0.25)
+    exact = [out, *torch.autograd.grad(out.square().sum(), wide)]
+    short, long = run(2**14), run(0)
+    assert torch.equal(short[0], out.bfloat16()) and not torch.equal(long[0], short[0])
+    for got, right in zip(short, exact, strict=True):
+        assert worst(got.float(), right) < 0.01

@@ -48,7 +48,7 @@ class Recorder:
 
 
 def run_config(steps: int = 4) -> TrainConfig:
-    recipe = load_recipe("tiny-text")
+    recipe = dataclasses.replace(load_recipe("tiny-text"), dtype="float32")
     evaluation = dataclasses.replace(recipe.eval, every=2, rows=2, loops=(1,))
     model = dataclasses.replace(recipe.model, dim=32, n_heads=2, n_kv_heads=2, expert_dim=32)
     data = Text(seq_len=16)

@@ -1,0 +1,123 @@
+"""The dtypes of a run that leaves them open: those in which this machine is faster, measured before the first step.
+
+A step is timed and not only its products: on a Xeon with AMX the latter are 2 to 4 times as fast in bfloat16, and steps
+0.5 to 1.8 times while torch's attention had a slow kernel. The results are stored as those of `ops.routes` are, and the
+run's config.yaml names the choice, so that the run goes on in it anywhere.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from open_mythos.accounting import count_parameters
+from open_mythos.config import MAX_LOOPS
+from open_mythos.model import OpenMythos
+from open_mythos.nn.depth import LoopPlan
+from open_mythos.ops import routes
+from open_mythos.train.config import TrainConfig
+from open_mythos.train.distributed import World
+from open_mythos.train.losses import total_loss
+from open_mythos.train.muon import orthogonalize
+from open_mythos.train.optim import is_hidden_matrix
+
+LEAST_GAIN = 1.1
+"""Speed of bfloat16 over float32 from which it is chosen."""
+WORK = 2**33
+"""Parameters times tokens times loops of the measured step, unless one row has more or the run's step less: a second
+on one core. Fewer tokens would do for a large model, but stay in the cache for a small one."""
+ROUNDS, SECONDS = (2, 4), 1.0
+"""Least and most rounds, and the time after which there is no further one. The first has costs of its own."""
+WIDEST = 256
+"""Rows and columns of the measured iteration of Muon at most."""
+
+log = logging.getLogger(__name__)
+
+
+def settled(cfg: TrainConfig, device: torch.device, world: World, report: Callable[[str], None]) -> TrainConfig:
+    """Return the run with the dtypes that dtype="auto" leaves open. Rank 0 chooses for all processes."""
+    if cfg.dtype != "auto":
+        return cfg
+    gains = measured_gains(cfg, device, len(world.rows(cfg.batch_size))) if world.is_first else None
+    step_gain, muon_gain = json.loads(world.exchange(json.dumps(gains))[0])
+    dtype, muon_dtype = ("bfloat16" if gain >= LEAST_GAIN else "float32" for gain in (step_gain, muon_gain))
+    line = f"dtype auto: steps in {dtype} (bfloat16 is {step_gain:.2f} times as fast as float32 here)"
+    optim = cfg.optim
+    if optim.kind == "muon" and optim.muon_dtype is None:
+        optim = replace(optim, muon_dtype=muon_dtype)
+        line += f", Muon in {muon_dtype} ({muon_gain:.2f} times)"
+    if world.is_first:
+        log.info(line)
+    report(f"{line}; --dtype float32 is exact")
+    return replace(cfg, dtype=dtype, optim=optim)
+
+
+def measured_gains(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[float, float]:
+    """Return how many times as fast bfloat16 is as float32, for a step of so many rows and for Muon's iteration."""
+    with torch.device("meta"):
+        model = OpenMythos(cfg.model)
+    if device.type != "cpu":
+        gain = 2.0 if routes.faster_dtype((), device) is torch.bfloat16 else 1.0
+        return gain, gain
+    matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
+    muon_gain = _muon_gain(matrices) if matrices and cfg.optim.kind == "muon" else 1.0
+    # Without fast products, which take a moment to measure, a step could take minutes.
+    gain = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
+    return gain if gain < LEAST_GAIN else _step_gain(cfg, n_rows), muon_gain
+
+
+def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
+    """Measure the forward and the backward pass of some rows, uncompiled, on a model that is then thrown away."""
+    depth = min(round(cfg.loops.mean), cfg.loops.max_loops or MAX_LOOPS)
+    fitting = WORK // (count_parameters(cfg.model).total * cfg.data.seq_len * depth)
+    rows = max(1, min(n_rows, cfg.parallel.rows or n_rows, fitting))
+    plan = LoopPlan((depth,) * rows, cfg.loops.backprop_depth)
+
+    def measure() -> float:
+        model = OpenMythos(cfg.model)
+        if model.recurrent is not None:
+            model.recurrent.checkpoint_loops = cfg.checkpoint_loops
+        ids = torch.randint(cfg.model.vocab_size, (rows, cfg.data.seq_len))
+
+        def step(autocast: bool) -> None:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+                out = model(ids, plan=plan, trace=cfg.losses.per_loop)
+            total_loss(out, ids, cfg.losses)[0].backward()
+
+        return _ratio([functools.partial(step, autocast) for autocast in (False, True)])
+
+    shown = json.dumps([cfg.model.to_dict(), cfg.loops.backprop_depth, cfg.losses.per_loop, cfg.checkpoint_loops])
+    return routes.stored_gain(f"bfloat16 step of {rows} x {cfg.data.seq_len} tokens, {depth} loops, {shown}", measure)
+
+
+def _muon_gain(matrices: Sequence[Tensor]) -> float:
+    """Measure the iteration on one matrix, cut from the stack that takes the longest."""
+    longest = max(matrices, key=lambda p: p.numel() * min(p.shape[-2:]))
+    shape = [min(n, WIDEST) for n in longest.shape[-2:]]
+
+    def measure() -> float:
+        x = torch.randn(1, *shape)
+        return _ratio([functools.partial(orthogonalize, x, dtype) for dtype in (torch.float32, torch.bfloat16)])
+
+    return routes.stored_gain(f"bfloat16 Muon {shape}", measure)
+
+
+def _ratio(ways: list[Callable[[], object]]) -> float:
+    """Return how many times as fast the second way is as the first, tried in turns."""
+    best, began = [math.inf, math.inf], time.perf_counter()
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() - began > SECONDS:
+            break
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
