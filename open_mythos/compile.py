@@ -4,9 +4,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, Literal, get_args
 
@@ -138,18 +138,26 @@ def _graphs(stage: FunctionType, backend: str) -> Callable[..., Any]:
     return call
 
 
-def decode_record(model: Any, n_rows: int, rule: HaltingRule | None) -> Path | None:
-    """Return the path of an empty file that is there once decoding of such a model has been compiled on this machine.
+def compile_decode(model: Any, n_rows: int, rule: HaltingRule | None, wanted: bool | None) -> Callable[[], None] | None:
+    """Compile `model` for decoding so many rows if it is `wanted`, or None and has been done on this machine before.
 
-    None where nothing can be stored: the model is not on a CPU or compiled by another backend, a part has no source
-    file, or the user no cache folder.
+    Returns: None if the model is to decode without; else a function to call when it has decoded, which notes that down.
     """
-    if model.device.type != "cpu" or "encode" in vars(model):
+    record = None
+    # Nothing is stored for a model on another device or compiled by another backend.
+    if wanted is not False and model.device.type == "cpu" and "encode" not in vars(model):
+        with suppress(Unstorable, OSError):
+            record = path_of(f"decode {n_rows} {describe(rule, nn.ModuleList([model]))}", model).with_suffix(".made")
+    if not wanted and (record is None or not record.exists()):
         return None
-    try:
-        return path_of(f"decode {n_rows} {describe(rule, nn.ModuleList([model]))}", model).with_suffix(".made")
-    except (Unstorable, OSError):
-        return None
+    compile_model(model, "decode")
+
+    def note() -> None:
+        with suppress(OSError):  # a warning has said that nothing can be stored
+            if record is not None:
+                record.touch()
+
+    return note
 
 
 def _check_compiler() -> None:

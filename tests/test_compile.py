@@ -189,7 +189,7 @@ def test_machine_code_is_used_once_it_is_there(monkeypatch: pytest.MonkeyPatch, 
     path_of(".", model).parent.mkdir(parents=True)
     assert not uses(model)
     assert uses(model, compiled=True) and {"TransformerBlock.forward", "RecurrentBlock.advance"} <= set(calls)
-    assert uses(model) and uses(scaled(tiny(), dtype=torch.float64, seed=1))
+    assert uses(model.train()) and uses(scaled(tiny(), dtype=torch.float64, seed=1))
     assert not uses(model, rows=3) and not uses(model, exit="latent_diff") and not uses(model.float())
     assert not uses(scaled(tiny(rope_theta=100.0), dtype=torch.float64))
     # Nothing was decoded by machine code, so none is there.

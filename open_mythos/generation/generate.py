@@ -4,7 +4,6 @@ Shapes: B rows, T prompt tokens, N new tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_int
-from open_mythos.compile import compile_model, decode_record
+from open_mythos.compile import compile_decode
 from open_mythos.config import MythosConfig
 from open_mythos.generation.prompts import check_room, encode_prompt
 from open_mythos.generation.sampling import generator_of, sample
@@ -94,16 +93,9 @@ class GenerationMixin(nn.Module):
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
         check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
-        record = None if compiled is False else decode_record(self, len(prompts.ids), rule)
-        if compiled := (compiled or (record is not None and record.exists())):
-            compile_model(self, "decode")
         with evaluating(self):
-            new, loops = self._decode(
-                prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, compiled
-            )
-        if compiled and record is not None and max(map(len, new)) > 1:
-            with suppress(OSError):  # a warning has said that nothing can be stored
-                record.touch()
+            code = compile_decode(self, len(prompts.ids), rule, compiled)
+            new, loops = self._decode(prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, code)
         return prompts.answer(new, loops, stops, pad_id, return_loops)
 
     def _decode(
@@ -116,9 +108,13 @@ class GenerationMixin(nn.Module):
         generators: torch.Generator | list[torch.Generator] | None,
         stops: "_Stops",
         on_token: OnToken | None,
-        compiled: bool,
+        compiled: Callable[[], None] | None,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return every row's new tokens, and the loops of each. A row that has stopped leaves, unless `compiled`."""
+        """Return every row's new tokens, and the loops of each.
+
+        Args:
+            compiled: the result of `compile_decode`; None: a row that has stopped leaves.
+        """
         n_rows, T = prompts.ids.shape
         # The last token is never fed back.
         cache = self.make_cache(n_rows, T + max_new_tokens - 1, depth if self.cfg.recurrent_layers else None)
@@ -163,8 +159,10 @@ class GenerationMixin(nn.Module):
                 seen, answered = (None if x is None else x[index] for x in (seen, answered))
                 if isinstance(generators, list):
                     generators = [generators[i] for i in keep]
-            if compiled and not isinstance(cache, StaticKVCache):
+            if compiled is not None and not isinstance(cache, StaticKVCache):
                 cache = StaticKVCache.over(cache)
+        if compiled is not None and max(map(len, new)) > 1:
+            compiled()
         return new, used
 
 

@@ -68,9 +68,12 @@ class MachineCode:
         facts: list[Any] = [torch.get_num_threads()]
         _flatten(args, tensors, facts, lengths)
         libraries, key = self.loaded.setdefault(module, {}), tuple(facts)
-        if key not in libraries:
-            libraries[key] = _Library(_Traced(self.function, module, args), tensors, lengths)
-        return libraries[key](tensors)
+        library = libraries.get(key)
+        weights = None if library is None else library.weights()
+        if library is None or weights is None:
+            libraries[key] = library = _Library(_Traced(self.function, module, args), tensors, lengths)
+            weights = library.weights()
+        return pytree.tree_unflatten(library.run(weights + tensors), library.outputs)
 
 
 class _Library:
@@ -90,11 +93,14 @@ class _Library:
             if (outputs := _outputs(path)) is None:
                 traced.compile(tensors, lengths, path)
                 outputs = _outputs(path)
-            self.outputs, self.weights = outputs, traced.weights()
+            self.outputs, self.places = outputs, traced.places()
+            self.strides = [table[name].stride() for table, name in self.places]
             self.run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        return pytree.tree_unflatten(self.run([named[name] for named, name in self.weights] + tensors), self.outputs)
+    def weights(self) -> list[Tensor] | None:
+        """Return the module's present weights; None if they lie in memory in another order than the code expects."""
+        weights = [table[name] for table, name in self.places]
+        return weights if [x.stride() for x in weights] == self.strides else None
 
 
 class _Traced:
@@ -105,14 +111,14 @@ class _Traced:
         self.roots = nn.ModuleList([module])
         self.description = repr(describe(args, self.roots))
 
-    def weights(self) -> list[tuple[dict[str, Any], str]]:
+    def places(self) -> list[tuple[dict[str, Any], str]]:
         """Return for each weight the dictionary of its module that it is in, and its name there."""
         tables = [table for module in self.roots.modules() for table in (module._parameters, module._buffers)]
         return [(table, name) for table in tables for name, x in table.items() if x is not None]
 
     def call(self, *tensors: Tensor) -> Any:
         """Call the function with other weights and other tensors in its arguments."""
-        places = self.weights()
+        places = self.places()
         own = [table[name] for table, name in places]
         try:
             for (table, name), x in zip(places, tensors, strict=False):
@@ -124,7 +130,7 @@ class _Traced:
 
     def compile(self, tensors: list[Tensor], lengths: dict[int, int], path: Path) -> None:
         """Write the library to `path`, and beside it its hash and the structure of its outputs."""
-        inputs = [table[name] for table, name in self.weights()] + tensors
+        inputs = [table[name] for table, name in self.places()] + tensors
         dynamic = tuple({lengths[id(x)]: torch.export.Dim.DYNAMIC} if id(x) in lengths else None for x in inputs)
         # Other tensors, because one that is given twice would be taken for one input. Their values do not matter.
         examples = tuple(map(torch.empty_like, inputs))
