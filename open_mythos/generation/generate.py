@@ -94,8 +94,11 @@ class GenerationMixin(nn.Module):
             raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
         check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
         with evaluating(self):
-            code = compile_decode(self, len(prompts.ids), rule, compiled)
-            new, loops = self._decode(prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, code)
+            note = compile_decode(self, len(prompts.ids), rule, compiled)
+            args = prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, note is not None
+            new, loops = self._decode(*args)
+        if note is not None and max(map(len, new)) > 1:
+            note()
         return prompts.answer(new, loops, stops, pad_id, return_loops)
 
     def _decode(
@@ -108,13 +111,9 @@ class GenerationMixin(nn.Module):
         generators: torch.Generator | list[torch.Generator] | None,
         stops: "_Stops",
         on_token: OnToken | None,
-        compiled: Callable[[], None] | None,
+        compiled: bool,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return every row's new tokens, and the loops of each.
-
-        Args:
-            compiled: the result of `compile_decode`; None: a row that has stopped leaves.
-        """
+        """Return every row's new tokens, and the loops of each. A row that has stopped leaves, unless `compiled`."""
         n_rows, T = prompts.ids.shape
         # The last token is never fed back.
         cache = self.make_cache(n_rows, T + max_new_tokens - 1, depth if self.cfg.recurrent_layers else None)
@@ -159,10 +158,8 @@ class GenerationMixin(nn.Module):
                 seen, answered = (None if x is None else x[index] for x in (seen, answered))
                 if isinstance(generators, list):
                     generators = [generators[i] for i in keep]
-            if compiled is not None and not isinstance(cache, StaticKVCache):
+            if compiled and not isinstance(cache, StaticKVCache):
                 cache = StaticKVCache.over(cache)
-        if compiled is not None and max(map(len, new)) > 1:
-            compiled()
         return new, used
 
 

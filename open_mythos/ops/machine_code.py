@@ -68,12 +68,9 @@ class MachineCode:
         facts: list[Any] = [torch.get_num_threads()]
         _flatten(args, tensors, facts, lengths)
         libraries, key = self.loaded.setdefault(module, {}), tuple(facts)
-        library = libraries.get(key)
-        weights = None if library is None else library.weights()
-        if library is None or weights is None:
-            libraries[key] = library = _Library(_Traced(self.function, module, args), tensors, lengths)
-            weights = library.weights()
-        return pytree.tree_unflatten(library.run(weights + tensors), library.outputs)
+        if key not in libraries or not libraries[key].fits():
+            libraries[key] = _Library(_Traced(self.function, module, args), tensors, lengths)
+        return libraries[key](tensors)
 
 
 class _Library:
@@ -97,10 +94,12 @@ class _Library:
             self.strides = [table[name].stride() for table, name in self.places]
             self.run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 
-    def weights(self) -> list[Tensor] | None:
-        """Return the module's present weights; None if they lie in memory in another order than the code expects."""
-        weights = [table[name] for table, name in self.places]
-        return weights if [x.stride() for x in weights] == self.strides else None
+    def fits(self) -> bool:
+        """Return whether the module's weights lie in memory in the order that the code expects."""
+        return [table[name].stride() for table, name in self.places] == self.strides
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        return pytree.tree_unflatten(self.run([table[name] for table, name in self.places] + tensors), self.outputs)
 
 
 class _Traced:
