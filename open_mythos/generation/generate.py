@@ -66,9 +66,8 @@ class GenerationMixin(nn.Module):
             on_token: called with (row, token_id, loops) for every new token.
             return_loops: also return the loops of each new token, which are those of the position that predicted it.
             pad_id: fills the rows of a tensor that stopped before the longest.
-            compiled: decode with machine code made for this model and number of rows; see `compile_model`. Rows that
-                have stopped are then computed until all have. True makes it if it is not in the user's cache folder,
-                in tens of seconds; None uses it if it is there.
+            compiled: decode with machine code for this model and number of rows, and all rows until the last has stopped.
+                True makes it if need be, in tens of seconds; None uses what is stored; see `compile_model`.
 
         Returns:
             Prompts with their continuations, of the kind that was given: a (B, T + N) tensor, one string, one list of
