@@ -66,7 +66,7 @@ class GenerationMixin(nn.Module):
             on_token: called with (row, token_id, loops) for every new token.
             return_loops: also return the loops of each new token, which are those of the position that predicted it.
             pad_id: fills the rows of a tensor that stopped before the longest.
-            compiled: decode with machine code for this model and number of rows, and no row leaves before the last stops.
+            compiled: decode with machine code for this model and number of rows, and no row leaves before the last.
                 True makes it if need be, in tens of seconds; None uses what is stored; see `compile_model`.
 
         Returns:
