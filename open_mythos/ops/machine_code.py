@@ -1,9 +1,9 @@
 """Functions of modules as machine code in the user's cache folder: a later process runs it without a compiler.
 
 torch.export traces a function and AOTInductor compiles it. The weights are inputs of the library, so it serves any
-weights of these shapes. Its name is a hash of everything that it depends on: the
-module, the arguments' shapes, the source, the processor, torch and the number of threads. As with torch's own cache,
-whoever can write to that folder can run code as this user.
+weights of these shapes. Its name is a hash of everything that it depends on: the module, the arguments' shapes, the
+source, the processor, torch and the number of threads. As with torch's own cache, whoever can write to that folder can
+run code as this user.
 """
 
 import dataclasses
@@ -135,6 +135,7 @@ class _Traced:
         examples = tuple(map(torch.empty_like, inputs))
         with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             warnings.simplefilter("ignore")
+            # A weight as a constant would be compiled in, if it had few values.
             program = torch.export.export(_Program(self), examples, dynamic_shapes={"tensors": dynamic})
             if program.constants:
                 names = ", ".join(program.constants)
@@ -142,6 +143,7 @@ class _Traced:
             options = OPTIONS | {"aot_inductor.output_path": folder}
             library = str(torch._inductor.aot_compile(program.module(check_guards=False), examples, options=options))
             outputs = pytree.treespec_dumps(program.call_spec.out_spec)
+            # The facts come last: a library without those that fit it is not loaded.
             facts = {"sha256": hashlib.sha256(Path(library).read_bytes()).hexdigest(), "outputs": outputs}
             (partial := Path(folder) / "facts").write_text(json.dumps(facts))
             os.replace(library, path)
