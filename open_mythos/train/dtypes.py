@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,10 +34,12 @@ LEAST_GAIN = 1.1
 WORK = 2**33
 """Parameters times tokens times loops of the measured step, unless one row has more or the run's step less: a second
 on one core. Fewer tokens would do for a large model, but stay in the cache for a small one."""
-ROUNDS, SECONDS = (2, 4), 1.0
+ROUNDS, SECONDS = (2, 32), 1.0
 """Least and most rounds, and the time after which there is no further one. The first has costs of its own."""
-WIDEST = 256
-"""Rows and columns of the measured iteration of Muon at most."""
+WITHOUT_UNITS = 0.3
+"""Speed of products in bfloat16 over float32 below which no step is tried in it: it could take minutes."""
+MOST, WIDEST = 8, 256
+"""Matrices, and rows and columns of each, in the measured iteration of Muon at most."""
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +71,8 @@ def measured_gains(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple
         return gain, gain
     matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
     muon_gain = _muon_gain(matrices) if matrices and cfg.optim.kind == "muon" else 1.0
-    # Without fast products, which take a moment to measure, a step could take minutes.
-    gain = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
-    return gain if gain < LEAST_GAIN else _step_gain(cfg, n_rows), muon_gain
+    products = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
+    return products if products < WITHOUT_UNITS else _step_gain(cfg, n_rows), muon_gain
 
 
 def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
@@ -99,12 +101,15 @@ def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
 
 
 def _muon_gain(matrices: Sequence[Tensor]) -> float:
-    """Measure the iteration on one matrix, cut from the stack that takes the longest."""
-    longest = max(matrices, key=lambda p: p.numel() * min(p.shape[-2:]))
-    shape = [min(n, WIDEST) for n in longest.shape[-2:]]
+    """Measure the iteration on some matrices of the shape that takes the longest."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for p in matrices:
+        counts[p.shape[-2], p.shape[-1]] += math.prod(p.shape[:-2])
+    (rows, columns), n = max(counts.items(), key=lambda item: item[1] * math.prod(item[0]) * min(item[0]))
+    shape = min(n, MOST), min(rows, WIDEST), min(columns, WIDEST)
 
     def measure() -> float:
-        x = torch.randn(1, *shape)
+        x = torch.randn(shape)
         return _ratio([functools.partial(orthogonalize, x, dtype) for dtype in (torch.float32, torch.bfloat16)])
 
     return routes.stored_gain(f"bfloat16 Muon {shape}", measure)
@@ -112,12 +117,13 @@ def _muon_gain(matrices: Sequence[Tensor]) -> float:
 
 def _ratio(ways: list[Callable[[], object]]) -> float:
     """Return how many times as fast the second way is as the first, tried in turns."""
-    best, began = [math.inf, math.inf], time.perf_counter()
+    # The processor's time, which does not count other processes; threads that wait for one another spin, and do count.
+    best, began = [math.inf, math.inf], time.process_time()
     for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - began > SECONDS:
+        if done >= ROUNDS[0] and time.process_time() - began > SECONDS:
             break
         for i, way in enumerate(ways):
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.process_time() - start)
     return best[0] / best[1]
