@@ -47,9 +47,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if invariant():
         # The weight alone decides the route, and `by_rows` the number of rows.
         product = _onednn if _takes_onednn(x, weight) else F.linear
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         out = by_rows(product, rows, weight, product is _onednn) if len(rows) else product(rows, weight)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
     if not _takes_onednn(x, weight):
         return F.linear(x, weight)
     if torch.compiler.is_compiling():

@@ -114,7 +114,15 @@ def one_token_at_a_time(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tenso
 
 @pytest.mark.parametrize("n", [1, 7, 63])
 @pytest.mark.parametrize(
-    "way", [experts.by_group, experts.all_experts, experts.by_pair, experts.by_gather, experts.by_expert]
+    "way",
+    [
+        experts.by_group,
+        experts.all_experts,
+        experts.by_pair,
+        experts.by_gather,
+        experts.by_expert,
+        experts.by_expert_together,
+    ],
 )
 @torch.no_grad()
 def test_every_way_through_the_experts(way: object, n: int) -> None:
