@@ -4,11 +4,14 @@ Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -57,9 +60,13 @@ class MythosPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.net.embed
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
         if self.net.recurrent is None:
             raise ValueError("recurrent_layers=0 makes a plain transformer, which has no checkpoints; leave it off")
+        if every_n_layers != 1 or getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+            raise ValueError("a checkpoint is one loop in the device's memory; leave every_n_layers and offload out")
         self.net.recurrent.checkpoint_loops = enable
 
     @property
@@ -167,7 +174,11 @@ class MythosModel(MythosPreTrainedModel):
             depth = check_n_loops(n_loops, net.cfg, store.n_loops)
         check_room(input_ids, store, net.cfg, net.dtype, net.device)
         # 2. The stages of `OpenMythos`, without the head.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and store is None):
+        plain = self.config._attn_implementation == "eager"
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and store is None),
+            sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
+        ):
             view = net.make_view((input_ids.shape[0], input_ids.shape[1]), mask, store)
             result = net.run_loop(input_ids, view, depth, rule, store, None, bool(trace))
             hidden = net.decode(result.out, view)
