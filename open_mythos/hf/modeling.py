@@ -44,7 +44,6 @@ class MythosPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Blocks of the loop run many times on states that never leave their device.
     _no_split_modules = ["OpenMythos"]  # noqa: RUF012
     _prefix: str
     """Prefix of a tensor's name here, which it lacks in the file."""
@@ -67,11 +66,7 @@ class MythosPreTrainedModel(PreTrainedModel):
             raise ValueError("recurrent_layers=0 makes a plain transformer, which has no checkpoints; leave it off")
         if every_n_layers != 1 or getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
             raise ValueError("a checkpoint is one loop in the device's memory; leave every_n_layers and offload out")
-        self.net.recurrent.checkpoint_loops = enable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.net.recurrent is not None and self.net.recurrent.checkpoint_loops
+        self.net.recurrent.checkpoint_loops = self.gradient_checkpointing = enable
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -96,13 +91,9 @@ class MythosPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **options: Any,
-    ) -> None:
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         """Write the folder of `OpenMythos.save_pretrained`, and `generation_config.json`. The weights are one file.
 
         Args:
@@ -233,13 +224,11 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         hidden = outputs.last_hidden_state
         mask = _of_new_tokens(attention_mask, hidden.shape[1])
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep == 1 and mask is not None:
+        if type(logits_to_keep) is int and logits_to_keep == 1 and mask is not None:
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
         else:
-            hidden = hidden[:, -logits_to_keep:]
+            hidden = hidden[:, slice(-logits_to_keep, None) if type(logits_to_keep) is int else logits_to_keep]
         logits, loss = self.net.head(hidden), None
         if labels is not None:
             loss = self.loss_function(

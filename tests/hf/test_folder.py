@@ -48,7 +48,9 @@ def test_dtype_is_ours(folder: Path) -> None:
     assert same(model.net, OpenMythos.from_pretrained(folder, dtype="bfloat16"))
 
 
-def test_a_clean_process_loads_the_folder_by_its_code(folder: Path) -> None:
+def test_a_clean_process_loads_the_folder_by_its_code(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    scaled(tiny()).save_pretrained(folder)
     code = (
         "import sys; from transformers import AutoModelForCausalLM as A; assert 'open_mythos' not in sys.modules;"
         f"m = A.from_pretrained({str(folder)!r}, trust_remote_code=True);"
