@@ -14,7 +14,7 @@ endif
 # Without byte-compiling every `import torch` takes twice as long.
 export UV_COMPILE_BYTECODE ?= 1
 
-.PHONY: setup demo test test-slow test-gpu bench lint
+.PHONY: setup demo test test-slow test-gpu test-ecosystem bench lint
 
 setup: $(STAMP)
 
@@ -45,6 +45,19 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(VENV)/bin/python -m pytest -m gpu
+
+# The heavier tools that use this package, each version pinned, in an environment on top of .venv: torch comes from there.
+ECOSYSTEM := .venv-ecosystem
+$(ECOSYSTEM)/.installed: constraints-ecosystem.txt $(STAMP)
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -c "import site, subprocess; \
+		base = subprocess.check_output(['$(VENV)/bin/python', '-c', 'import site; print(site.getsitepackages()[0])'], text=True); \
+		open(site.getsitepackages()[0] + '/base.pth', 'w').write('import site; site.addsitedir(%r)' % base.strip())"
+	$(ECOSYSTEM)/bin/python -m pip install -q -r constraints-ecosystem.txt
+	@touch $@
+
+test-ecosystem: $(ECOSYSTEM)/.installed
+	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/hf
 
 # Hours. BENCH passes options on: make bench BENCH='--quick --cases train_mid'
 bench: $(STAMP)
