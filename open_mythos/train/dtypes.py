@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -104,8 +105,10 @@ def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
 
 def _muon_gain(matrices: Sequence[Tensor]) -> float:
     """Measure the iteration on some matrices of the shape that takes the longest."""
-    rows, columns = max(matrices, key=lambda p: p.numel() * min(p.shape[-2:])).shape[-2:]
-    n = sum(p.numel() for p in matrices if p.shape[-2:] == (rows, columns)) // (rows * columns)
+    counts: Counter[tuple[int, int]] = Counter()
+    for p in matrices:
+        counts[p.shape[-2], p.shape[-1]] += math.prod(p.shape[:-2])
+    (rows, columns), n = max(counts.items(), key=lambda item: item[1] * math.prod(item[0]) * min(item[0]))
     shape = min(n, MOST), min(rows, WIDEST), min(columns, WIDEST)
 
     def measure() -> float:
