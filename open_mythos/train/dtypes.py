@@ -48,27 +48,30 @@ def settled(cfg: TrainConfig, device: torch.device, world: World, report: Callab
     """Return the run with the dtypes that dtype="auto" leaves open. Rank 0 chooses for all processes."""
     if cfg.dtype != "auto":
         return cfg
-    gains = measured_gains(cfg, device, len(world.rows(cfg.batch_size))) if world.is_first else None
-    step_gain, muon_gain = json.loads(world.exchange(json.dumps(gains))[0])
-    dtype, muon_dtype = ("bfloat16" if gain >= LEAST_GAIN else "float32" for gain in (step_gain, muon_gain))
-    line = f"dtype auto: steps in {dtype} (bfloat16 is {step_gain:.2f} times as fast as float32 here)"
-    optim = cfg.optim
-    if optim.kind == "muon" and optim.muon_dtype is None:
-        optim = replace(optim, muon_dtype=muon_dtype)
-        line += f", Muon in {muon_dtype} ({muon_gain:.2f} times)"
-    if world.is_first:
-        log.info(line)
-    report(f"{line}; --dtype float32 is exact")
-    return replace(cfg, dtype=dtype, optim=optim)
+    mine = _choose(cfg, device, len(world.rows(cfg.batch_size))) if world.is_first else None
+    dtype, muon_dtype, line = json.loads(world.exchange(json.dumps(mine))[0])
+    log.info(line)
+    report(line)
+    return replace(cfg, dtype=dtype, optim=replace(cfg.optim, muon_dtype=cfg.optim.muon_dtype or muon_dtype))
 
 
-def measured_gains(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[float, float]:
-    """Return how many times as fast bfloat16 is as float32, for a step of so many rows and for Muon's iteration."""
+def _choose(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[str, str | None, str]:
+    """Return the dtype of a step, that of Muon's iteration or None for the same, and a line that says why."""
+    if device.type != "cpu":
+        dtype = str(routes.faster_dtype((), device)).removeprefix("torch.")
+        return dtype, None, f"dtype auto: steps in {dtype}, as {device.type} suggests; --dtype float32 is exact"
+    gains = measured_gains(cfg, n_rows)
+    dtype, muon_dtype = ("bfloat16" if gain >= LEAST_GAIN else "float32" for gain in gains)
+    line = f"dtype auto: steps in {dtype} (bfloat16 is {gains[0]:.2f} times as fast as float32 here)"
+    if cfg.optim.kind == "muon" and cfg.optim.muon_dtype is None:
+        line += f", Muon in {muon_dtype} ({gains[1]:.2f} times)"
+    return dtype, muon_dtype if cfg.optim.kind == "muon" else None, f"{line}; --dtype float32 is exact"
+
+
+def measured_gains(cfg: TrainConfig, n_rows: int) -> tuple[float, float]:
+    """Return how many times as fast a CPU is in bfloat16, in a step of so many rows and in Muon's iteration."""
     with torch.device("meta"):
         model = OpenMythos(cfg.model)
-    if device.type != "cpu":
-        gain = 2.0 if routes.faster_dtype((), device) is torch.bfloat16 else 1.0
-        return gain, gain
     matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
     muon_gain = _muon_gain(matrices) if matrices and cfg.optim.kind == "muon" else 1.0
     products = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
