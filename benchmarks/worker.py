@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.job import Job
 
-SIDES = ("ours", "exits", "trainer", "engine", "open_mythos_0_5", "hf", "limits")
+SIDES = ("ours", "exits", "trainer", "engine", "clients", "open_mythos_0_5", "hf", "limits")
 
 
 class Worker:

@@ -238,7 +238,7 @@ class OpenMythos(GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache, documents)
             if plan is not None:
-                return self._train_output(self._loop(input_ids, view, depth, rule, cache, generator, trace), view)
+                return self._train_output(self.run_loop(input_ids, view, depth, rule, cache, generator, trace), view)
             logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
         if result.hidden is not None and result.halt_weight is not None:
             return LoopTrace(logits, result.hidden, result.halt_weight, result.loops - 1)
@@ -256,13 +256,13 @@ class OpenMythos(GenerationMixin):
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
         """Compute `forward` from checked arguments; return logits and the result of the loop."""
-        result = self._loop(input_ids, view, depth, rule, cache, generator, trace)
+        result = self.run_loop(input_ids, view, depth, rule, cache, generator, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
             cache.advance(input_ids.shape[1], view.valid)
         return logits, result
 
-    def _loop(
+    def run_loop(
         self,
         input_ids: Tensor,
         view: View,
@@ -272,7 +272,7 @@ class OpenMythos(GenerationMixin):
         generator: torch.Generator | None,
         trace: bool,
     ) -> RecurrentOutput:
-        """Embedding, prelude and loop."""
+        """Compute embedding, prelude and loop from checked arguments."""
         e = self.encode(input_ids, view)
         if self.recurrent is None:
             return RecurrentOutput(e, torch.zeros_like(input_ids))

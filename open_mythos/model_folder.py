@@ -22,7 +22,14 @@ from open_mythos.config import MythosConfig
 from open_mythos.files import blamed_on, inside, make_folder, open_ordinary, parse_json, read_json, to_disk, writing
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-FOLDER_KEYS = {"model_type": "open_mythos", "architectures": ["OpenMythosForCausalLM"]}
+REMOTE_CODE = "modeling_open_mythos"
+"""Module in a folder by which transformers finds this package: it only imports `open_mythos.hf`."""
+HUB_CLASSES = {"AutoConfig": "MythosHFConfig", "AutoModel": "MythosModel", "AutoModelForCausalLM": "MythosForCausalLM"}
+FOLDER_KEYS = {
+    "model_type": "open_mythos",
+    "architectures": [HUB_CLASSES["AutoModelForCausalLM"]],
+    "auto_map": {auto: f"{REMOTE_CODE}.{name}" for auto, name in HUB_CLASSES.items()},
+}
 SAVED_CONFIG, SAVED_DIGEST = "open_mythos_config", "saved_config_sha256"
 """The keys of the configuration, behind its digest, in the weights' metadata, and of the digest in `config.json`."""
 MAX_CONFIG_BYTES = 2**20
@@ -42,6 +49,8 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
     with writing(folder):
+        imports = f"from open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
+        (folder / f"{REMOTE_CODE}.py").write_text("# pip install 'open-mythos-rdt[hf]'\n" + imports, "utf-8")
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
             to_disk(path)

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from open_mythos import LoopPlan, OpenMythos
 from open_mythos.compile import compile_model
+from open_mythos.ops.machine_code import _Traced, path_of
 from open_mythos.tasks import Addition
 from open_mythos.train.config import EvalConfig, TrainConfig
 from open_mythos.train.losses import LossConfig, total_loss
@@ -167,6 +168,35 @@ def test_compiled_text_is_the_eager_text(attn_type: str) -> None:
     assert len({len(row) for row in answers[0][1]}) > 1 and len({n for row in answers[0][1] for n in row}) > 1
 
 
+def test_machine_code_is_used_once_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a call that leaves `compiled` out: for the same model, number of rows and rule, whatever the weights."""
+    calls: list[str] = []
+
+    def stand_in(stage):
+        return lambda lengths, *args: (calls.append(stage.__qualname__), stage(*args))[1]
+
+    def uses(model: OpenMythos, rows: int = 2, **options) -> bool:
+        calls.clear()
+        ids = random_ids(model.cfg, rows, 4)
+        text = model.generate(ids, 5, temperature=0, **options)
+        used = bool(calls)
+        assert torch.equal(text, model.generate(ids, 5, temperature=0, **options | {"compiled": False}))
+        return used
+
+    monkeypatch.setattr("open_mythos.compile.MachineCode", stand_in)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = scaled(tiny(), dtype=torch.float64)
+    path_of(".", model).parent.mkdir(parents=True)
+    assert not uses(model)
+    assert uses(model, compiled=True) and {"TransformerBlock.forward", "RecurrentBlock.advance"} <= set(calls)
+    assert uses(model.train()) and uses(scaled(tiny(), dtype=torch.float64, seed=1))
+    assert not uses(model, rows=3) and not uses(model, exit="latent_diff") and not uses(model.float())
+    assert not uses(scaled(tiny(rope_theta=100.0), dtype=torch.float64))
+    # Nothing was decoded by machine code, so none is there.
+    model.generate(random_ids(model.cfg, 1, 4), 1, compiled=True)
+    assert not uses(model, rows=1)
+
+
 @torch.no_grad()
 def test_stages_called_by_hand_stay_as_they_were() -> None:
     """One loop at a time on a static cache, and arguments by name, before and after compiling."""
@@ -231,6 +261,7 @@ def test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch._inductor.exc.InvalidCxxCompiler
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"install g\+\+ \(or set CXX to another\)"):
         compile_model(model)
 
@@ -280,6 +311,25 @@ def test_machine_code_decodes_the_same(attn_type: str, rows: int, dtype: torch.d
         if dtype is torch.float32:
             assert worst_of([got], [eager]) < 1e-5
         assert (got - truth).norm() < 1.5 * (eager - truth).norm() + 1e-5 * truth.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attn_type", "options"), [("gqa", {}), ("mla", {}), ("gqa", {"exit": "kl", "exit_threshold": 0.03})]
+)
+def test_a_later_process_compiles_nothing(attn_type: str, options: dict, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = scaled(tiny(attn_type=attn_type))
+    ids, made = random_ids(model.cfg, 3, 6), []
+    compile = _Traced.compile
+    monkeypatch.setattr(_Traced, "compile", lambda *args: (made.append(args[-1]), compile(*args)))
+    eager, first = (model.generate(ids, 12, 6, 0.0, **options, compiled=compiled) for compiled in (False, True))
+    n_made = len(made)
+    # A copy has loaded nothing; half of its cache is longer. `compiled` left out finds what there is.
+    other = copy.deepcopy(model)
+    assert torch.equal(eager, first) and torch.equal(other.generate(ids, 12, 6, 0.0, **options), eager)
+    assert torch.equal(other.generate(ids, 20, 6, 0.0, **options, compiled=True)[:, :18], eager)
+    assert len(made) == n_made == len(set(made))
 
 
 @pytest.mark.parametrize("attn_type", [pytest.param("gqa", marks=pytest.mark.slow), "mla"])

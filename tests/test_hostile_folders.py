@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a large vocabulary": (lambda f: config(f, vocab_size=2**30), "does not fit"),
     "many experts": (lambda f: config(f, n_experts=2**16), "does not fit"),
     "a fraction": (lambda f: config(f, dim=0.5), "dim=0.5 must be int"),
-    "an unknown field": (lambda f: config(f, auto_map={"AutoModel": "evil.py"}), "'auto_map' is no field"),
+    "an unknown field": (lambda f: config(f, rope_scaling={}), "'rope_scaling' is no field"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "no JSON object"),
     "a nested configuration": (lambda f: (f / CONFIG).write_text("[" * 10**5), "cannot be read as JSON"),
     "no JSON": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "is no UTF-8 text"),

@@ -38,7 +38,7 @@ def test_round_trip(attn_type: str, part: str, tmp_path: Path) -> None:
     ids = random_ids(model.cfg, 2, 7)
     with torch.no_grad():
         assert torch.equal(loaded(ids), model(ids))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS, "modeling_open_mythos.py"]
 
 
 def test_loaded_model_trains(tmp_path: Path) -> None:

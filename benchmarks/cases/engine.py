@@ -1,5 +1,6 @@
 """The engine against simpler policies, against what else answers the same requests, and against itself."""
 
+import itertools
 import random
 import statistics
 from collections import Counter
@@ -65,7 +66,10 @@ def policies(case: Case, bench: Bench) -> Outcome:
     subject, law = case.job.arguments["subject"], case.job.arguments.get("law", OWN)
     data: dict[str, Any] = {"subject": subject, "law": law, "n_rows": case.job.rows}
     data |= summarize(samples, costs["costs"], case.job.n_loops, case.job.rows)
-    rows = [Row(f"{case.name}.share", "share of Amdahl's limit over fixed depth", data["share"])]
+    rows = [
+        Row(f"{case.name}.share", "share of Amdahl's limit over fixed depth", data["share"]),
+        Row(f"{case.name}.ideal", "share of the ideal: loops that the tokens need, over rows x loops", data["ideal"]),
+    ]
     for suffix, what, figure, peer in (
         ("", f"over fixed depth, {subject}, {law}", "over_fixed", FIXED),
         (".best", "over the best of (a), (b) and (c)", "over_best", data["best"]),
@@ -118,6 +122,7 @@ def summarize(samples: Samples, points: dict[str, Any], n_loops: int, rows: int)
         "threshold_rows": at,
         "over_fixed": over,
         "share": over.median / limit,
+        "ideal": ideal_share(samples.readings[OURS], rows),
         "best": best,
         "over_best": ratios(rates[OURS], rates[best]),
         "over_at_once": ratios(rates[OURS], rates[AT_ONCE]),
@@ -179,7 +184,7 @@ def fairness(case: Case, bench: Bench) -> Outcome:
     gets an equal part of the loop-tokens, at most one a tick, a tick being as many loop-tokens as there are rows."""
     half = case.job.arguments["clients"] // 2
     depths = {"mixed": [1, DEEPEST] * half, "shallow": [1] * 2 * half, "again": [1] * 2 * half}
-    with bench.workers("engine") as [worker]:
+    with bench.workers("clients") as [worker]:
         costs: dict[str, Any] = {}
         for name, each in depths.items():
             job = _load(case.job, bench, costs, depths=each)
@@ -205,6 +210,38 @@ def fairness(case: Case, bench: Bench) -> Outcome:
     return Outcome(rows)
 
 
+def arrivals(case: Case, bench: Bench) -> Outcome:
+    """Answer requests that arrive at random, {case.title}; the full load is what that many rows could answer with no
+    row ever waiting. Gate: all policies give the same answers. Normalised latency: the seconds from the arrival of a
+    request to its end, by its tokens."""
+    n_requests = (2 if bench.settings.quick else 6) * case.job.rows
+    policies = {name: name.removesuffix(" again") for name in (OURS, DROPPED, AT_ONCE, AGAIN)}
+    with bench.workers("clients") as [worker]:
+        costs: dict[str, Any] = {}
+        for name, policy in policies.items():
+            job = _load(case.job, bench, costs, policy=policy, requests=n_requests)
+            costs = worker.prepare(name, replace(job, task="arrivals"))
+        samples = bench.interleave({name: (worker, name) for name in policies}, WINDOWS, rotate=True)
+    windows = samples.readings
+    answers = {name: {n: a for window in windows[name] for n, a in window["answers"].items()} for name in SAME}
+    if any(answers[name][n] != answers[OURS][n] for name in SAME for n in answers[name].keys() & answers[OURS].keys()):
+        raise Different("policies answer the same requests with other tokens or loops")
+    found = []
+    for figure, title, of in (
+        ("median", "median normalised latency", lambda window: statistics.median(window["latencies"])),
+        ("p95", "p95 of the normalised latency", lambda window: _p95(window["latencies"])),
+        ("rate", "tokens a second", lambda window: window["rate"]),
+    ):
+        values = {name: [of(window) for window in found] for name, found in windows.items()}
+        noise = ratios(values[AGAIN], values[OURS])
+        for peer in (DROPPED, AT_ONCE):
+            ratio = ratios(values[OURS], values[peer])
+            shown = (f"{statistics.median(values[name]):.3g}" for name in (peer, OURS))
+            id, what = f"{case.name}.{figure}.{peer}", f"{case.title}: {title}, over {peer}"
+            found.append(Row(id, what, ratio.median, "x", *shown, spread=ratio, noise=noise))
+    return Outcome(found)
+
+
 def _load(job: Job, bench: Bench, costs: dict[str, Any], **arguments: Any) -> Job:
     """Make the job of one load; `costs` is the information on an earlier one, whose costs it shares."""
     given = {"seconds": 0.2 if bench.settings.quick else 1.0, **job.arguments, **arguments}
@@ -223,6 +260,12 @@ def mean(depths: Counter[int]) -> float:
 def amdahl(n_loops: int, depth: float, loop_s: float, outer_s: float) -> float:
     """Return Amdahl's limit over fixed depth: a full loop costs `loop_s`, everything around the loops `outer_s`."""
     return (n_loops * loop_s + outer_s) / (depth * loop_s + outer_s)
+
+
+def ideal_share(windows: list[dict[str, Any]], rows: int) -> float:
+    """Return the loops that tokens needed over those that the rows could have run: every step is a loop of all rows."""
+    needed = sum(depth * n for window in windows for depth, n in window["depths"].items())
+    return needed / (rows * sum(len(window["looping_s"]) + len(window["reading_s"]) for window in windows))
 
 
 def best_threshold(costs: StepCosts, depths: Counter[int], n_loops: int, rows: int) -> tuple[float, int]:
@@ -277,6 +320,10 @@ def cases() -> list[Case]:
             name = f"engine_modes_{rows}" if subject == "heavy" else f"engine_modes_{subject}_{rows}"
             given = replace(job, rows=rows, arguments={"subject": subject, "law": "geometric"})
             found.append(Case(name, f"{subject}, batch_invariant, R = {rows}", modes, given, page="engine"))
+    for rows, share in itertools.product((8, 32), (0.5, 0.8)):
+        job = replace(heavy, rows=rows, arguments={**heavy.arguments, "share": share})
+        about = f"engine_arrivals_{rows}_{share:.0%}".rstrip("%"), f"{share:.0%} of the load, R = {rows}", arrivals
+        found.append(Case(*about, job, page="engine"))
     for clients in (CROWD_ROWS, 2 * CROWD_ROWS):
         job = replace(heavy, rows=CROWD_ROWS, arguments={**heavy.arguments, "clients": clients})
         about = f"engine_fairness_{clients}", f"{clients} clients", fairness

@@ -9,7 +9,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -298,76 +297,4 @@ class OneByOne(EngineTask):
         self.model.generate(prompt, self.new_tokens, depth, 1.0, None, seed=self.seed, **self.rule)
 
 
-@dataclass
-class Pending:
-    """A request of a crowd that is not complete."""
-
-    depth: int
-    arrived: float
-    """Tick of its arrival."""
-    whole: bool
-    """False for the first ones, which are shortened so that later ones end evenly."""
-    last: float | None = None
-    """CPU seconds at which its last token came."""
-
-
-class Crowd(EngineTask):
-    """An engine and its clients, each of which asks again as soon as its answer is complete.
-
-    A tick is as many loop-tokens as the engine has rows. `arguments` has the clients' depths and `new_tokens`.
-    """
-
-    def setup(self) -> None:
-        super().setup()
-        job, self.busy, depths = self.job, self.engine(), self.job.arguments["depths"]
-        self.pending: dict[int, Pending] = {}
-        self.clock = self.ticks = 0.0
-        self.n_added = 0
-        # Prompts are computed beforehand; requests find them in reused pages.
-        for depth in set(depths):
-            for prompt in self.prompts:
-                self.busy.add(prompt, SamplingParams(max_tokens=1, n_loops=depth, exit="fixed", seed=0))
-        while self.busy.busy:
-            self.busy.step()
-        for i, depth in enumerate(depths):
-            self._ask(depth, 1 + i % job.new_tokens)
-
-    def time(self) -> dict[str, float]:
-        """Serve for so many CPU seconds. The reading is by depth: CPU seconds between tokens of a request (gaps), and
-        ticks from the arrival of a request to its first token (waits) and to its end (turnarounds)."""
-        self.measured = {depth: {"gaps": [], "waits": [], "turnarounds": []} for depth in self.job.arguments["depths"]}
-        begun, end = time.perf_counter(), self.clock + self.seconds
-        while self.clock < end:
-            started = time.process_time()
-            events = self.busy.step()
-            self.clock += time.process_time() - started
-            self.ticks += sum(event.loops for event in events) / self.job.rows
-            for event in events:
-                self._note(event)
-        return {"cpu": self.seconds, "wall": time.perf_counter() - begun}
-
-    def _note(self, event: Any) -> None:
-        request = self.pending[event.request.id]
-        seen: dict[str, list[float]] = self.measured[request.depth]
-        if request.last is None:
-            seen["waits"].append(self.ticks - request.arrived)
-        else:
-            seen["gaps"].append(self.clock - request.last)
-        request.last = self.clock
-        if event.finish_reason:
-            seen["turnarounds"] += [self.ticks - request.arrived] * request.whole
-            del self.pending[event.request.id]
-            self._ask(request.depth, self.job.new_tokens)
-
-    def _ask(self, depth: int, max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens, seed=self.n_added, n_loops=depth, exit="fixed", ignore_eos=True)
-        request = self.busy.add(self.prompts[self.n_added % N_PROMPTS], params)
-        self.pending[request.id] = Pending(depth, self.ticks, max_tokens == self.job.new_tokens)
-        self.n_added += 1
-
-    def waiting(self) -> list[tuple[int, float]]:
-        """Return depth and ticks of the requests that have waited so long without a token."""
-        return [(r.depth, self.ticks - r.arrived) for r in self.pending.values() if r.last is None]
-
-
-TASKS: dict[str, type[Task]] = {"load": Load, "one_by_one": OneByOne, "crowd": Crowd}
+TASKS: dict[str, type[Task]] = {"load": Load, "one_by_one": OneByOne}

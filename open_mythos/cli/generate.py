@@ -25,9 +25,9 @@ class Generate(SamplingOptions, ModelOptions):
     """The prompt is a user's message, in the template that the recipe chat trains; only the answer is printed."""
     show_loops: bool = False
     """Colour every token by the loops it took."""
-    compiled: bool = False
-    """Decode with machine code made for this model: 10 to 20 s at first, then up to twice as fast. Needs a C++
-    compiler on a CPU."""
+    compiled: bool | None = None
+    """Decode with machine code made for this model, which takes tens of seconds at first and needs a C++ compiler on a
+    CPU. Left out: if it has been made before."""
 
     def run(self, rest: list[str]) -> None:
         """continue a prompt, with as many loops as you like"""

@@ -136,7 +136,7 @@ def _size_and_time(args: Train, recipe: str, trainer: "Trainer") -> list[str]:
         f"{cfg.steps * cfg.batch_size * cfg.data.seq_len:,} tokens in all."
     ]
     if trainer.steps_done:
-        lines.append(f"It continues after step {trainer.steps_done:,}.")
+        lines.append(f"It continues after step {trainer.steps_done:,}, in {cfg.dtype}.")
     whole = load_recipe(recipe) if recipe in CPU_SECONDS else None
     # The dtype of Muon's iteration changes a step by a fifth.
     same = {"steps": cfg.steps, "seed": cfg.seed, "dtype": "float32"}

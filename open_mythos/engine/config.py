@@ -29,6 +29,8 @@ class EngineConfig:
     """Reuse the keys and values of equal prefixes."""
     batch_invariant: bool = True
     """Give every request the same bits whatever else runs, at a small cost in speed; see docs/engine.md."""
+    prompts_leave_together: bool = False
+    """Let all tokens of a prompt leave the loop with its last one, which then reuses no pages; see docs/engine.md."""
 
     def __post_init__(self) -> None:
         check_int("max_rows", self.max_rows, 1, 2**16, "use max_rows=32")
@@ -41,3 +43,4 @@ class EngineConfig:
             raise ValueError(f"page_tokens={self.page_tokens} must be 8, 16, 32 or 64; use page_tokens=16")
         check_bool("prefix_reuse", self.prefix_reuse)
         check_bool("batch_invariant", self.batch_invariant)
+        check_bool("prompts_leave_together", self.prompts_leave_together)

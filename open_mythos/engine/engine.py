@@ -23,7 +23,7 @@ from open_mythos.engine.structured_outputs import Grammars
 from open_mythos.generation.prompts import encode_prompt
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
-from open_mythos.nn.halting import Fixed
+from open_mythos.nn.halting import Fixed, LastDecides
 from open_mythos.tokenization.detokenizer import AnswerText
 from open_mythos.tokenization.tokenizer import Tokenizer
 
@@ -121,10 +121,10 @@ class Engine:
             ImportError: `json_schema` needs a library that is not installed.
             QueueFull: `max_queue` requests wait already.
         """
-        params, cfg = params or SamplingParams(), self.model.cfg
+        params, cfg, config = params or SamplingParams(), self.model.cfg, self.config
         ids = encode_prompt(prompt, self.tokenizer, cfg)
         check_request(params, len(ids), cfg, has_tokenizer=self.tokenizer is not None)
-        rule, n_loops, depth_key = depth_of(params, self.model, self.rules)
+        rule, n_loops, depth_key = depth_of(params, self.model, self.rules, config.prompts_leave_together)
         matcher = None if params.schema is None or self.grammars is None else self.grammars.matcher(params.schema)
         seq = Sequence(
             id=self.n_requests,
@@ -137,6 +137,7 @@ class Engine:
             rule=rule,
             sampler=SamplerState.of(params, matcher),
             stop_ids=frozenset(params.stop_token_ids),
+            whole_prompt=isinstance(rule, LastDecides),
         )
         if self.tokenizer is not None:
             seq.detokenizer = AnswerText(self.tokenizer, params.stop_strings, ids)

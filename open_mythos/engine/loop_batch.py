@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.engine.paged_kv_cache import Tokens
-from open_mythos.nn.halting import Exit, Fixed, HaltingRule, Probe, State
+from open_mythos.nn.halting import Exit, Fixed, HaltingRule, LastDecides, Probe, State
 from open_mythos.ops.precision import at_least_float32
 
 
@@ -52,12 +52,15 @@ class LoopBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def join(self, tokens: Tokens, h: Tensor, e: Tensor) -> None:
-        """Add tokens that stand before their first loop."""
+    def join(self, tokens: Tokens, is_last: np.ndarray, h: Tensor, e: Tensor) -> None:
+        """Add tokens that stand before their first loop; `is_last`: a prompt's last one, or one of an answer."""
         rows = {"h": h, "e": e, "n_loops": torch.from_numpy(tokens.n_loops).to(h.device)}
         if self.rule.weighted:
             rows["out"] = torch.zeros_like(at_least_float32(h))
         state = self.rule.init(h, rows["n_loops"])
+        if isinstance(self.rule, LastDecides):
+            state["is_last"] = torch.from_numpy(is_last)[:, None].to(h.device)
+            state["sequence"] = torch.from_numpy(tokens.row).to(h.device)
         # Everything that belongs to a token is a row of some tensor, so that joining is concatenation.
         if len(self):
             rows = {name: torch.cat((self.rows[name], x)) for name, x in rows.items()}

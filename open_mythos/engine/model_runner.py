@@ -105,6 +105,7 @@ class ModelRunner:
         tokens = Tokens.join([Tokens.of(seq) for seq in seqs])
         n, n_rows = len(tokens), self._n_rows(len(tokens))
         ids = np.fromiter((i for seq in seqs for i in seq.chunk), np.int64, n)
+        is_last = tokens.position >= np.repeat([seq.n_prompt - 1 for seq in seqs], [seq.n_running for seq in seqs])
         with self._computing():
             view = Layout(self.kv, tokens, n_rows).view()
             e = self.model.encode(self.kv.index(padded(ids, n_rows))[:, None], view)
@@ -118,7 +119,7 @@ class ModelRunner:
             for rule, group in groupby(seqs, key=lambda seq: seq.rule):
                 assert rule is not None
                 part = slice(end, end := end + sum(seq.n_running for seq in group))
-                self._batch_of(rule).join(tokens.take(part), h[part], e[part])
+                self._batch_of(rule).join(tokens.take(part), is_last[part], h[part], e[part])
         self.layout = None
 
     def _batch_of(self, rule: HaltingRule) -> LoopBatch:

@@ -9,7 +9,7 @@ from open_mythos.generation.prompts import check_room
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.model import OpenMythos
 from open_mythos.nn.depth import check_n_loops
-from open_mythos.nn.halting import Fixed, HaltingRule, make_rule
+from open_mythos.nn.halting import Fixed, HaltingRule, LastDecides, make_rule
 
 Rules = WeakValueDictionary[Hashable, HaltingRule]
 """Exit rules in use, by the options that requests give for them."""
@@ -31,8 +31,14 @@ def check_request(params: SamplingParams, n_prompt: int, cfg: MythosConfig, has_
         raise ValueError("json_schema is about text, which needs a tokenizer; give one to the engine")
 
 
-def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[HaltingRule, int, Hashable]:
-    """Return the exit rule, the most loops, and a key that is equal for equal depths; add a new rule to `rules`."""
+def depth_of(
+    params: SamplingParams, model: OpenMythos, rules: Rules, together: bool
+) -> tuple[HaltingRule, int, Hashable]:
+    """Return the exit rule, the most loops, and a key that is equal for equal depths; add a new rule to `rules`.
+
+    Args:
+        together: a prompt's tokens leave with its last one, by any rule that lets them leave.
+    """
     cfg, block = model.cfg, model.recurrent
     n_loops = check_n_loops(params.n_loops, cfg)
     exit, threshold, min_loops = params.exit, params.exit_threshold, params.min_loops
@@ -46,6 +52,8 @@ def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[H
     if isinstance(exit, HaltingRule):
         if min_loops is not None or threshold is not None:
             raise ValueError("min_loops and exit_threshold are for a rule given by name; set the rule's own")
+        if together and not isinstance(exit, Fixed | LastDecides):
+            exit = rules.setdefault(exit, LastDecides(exit))
         return exit, n_loops, (n_loops, exit)
     if exit is None and threshold is not None:
         raise ValueError(f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' too")
@@ -53,4 +61,6 @@ def depth_of(params: SamplingParams, model: OpenMythos, rules: Rules) -> tuple[H
     own = "fixed" if block.act is None else "act"
     key = (own if exit is None else exit, threshold, cfg.min_loops if min_loops is None else min_loops)
     rule = make_rule(*key, cfg, block.act)
+    if together and not isinstance(rule, Fixed):
+        rule = LastDecides(rule)
     return rules.setdefault(key, rule), n_loops, (n_loops, *key)

@@ -86,6 +86,11 @@ class Scheduler:
         # The last new token is never computed, so it needs no page.
         n_tokens = seq.n_prompt + seq.max_tokens - 1
         n_blocks = self.block_manager.n_pages // seq.pages_per_block
+        if seq.whole_prompt and seq.n_prompt > self._config.max_prefill_tokens:
+            raise ValueError(
+                f"the prompt has {seq.n_prompt} tokens, which leave the loop together, and at most "
+                f"max_prefill_tokens={self._config.max_prefill_tokens} run at once; give the engine more of them"
+            )
         if self._n_blocks(n_tokens) > n_blocks:
             raise ValueError(
                 f"max_tokens={seq.max_tokens} behind a prompt of {seq.n_prompt} tokens needs room for {n_tokens} at "
@@ -128,7 +133,7 @@ class Scheduler:
         seq.n_computed += seq.n_running
         seq.n_running = 0
         end = seq.n_computed // self._config.page_tokens
-        if self._config.prefix_reuse and first < end:
+        if self._config.prefix_reuse and first < end and not seq.whole_prompt:
             self.block_manager.cache_blocks(seq, first, end)
         self._move(seq, Phase.READY)
 
@@ -206,11 +211,11 @@ class Scheduler:
         while self._waiting and self.n_admitted < self._config.max_rows:
             # 1. The next request waits for room for a whole chunk, or for its whole prompt if that is shorter.
             seq = self._waiting[0][2]
-            if self._room < min(GRID, seq.n_prompt):
+            if self._room < (seq.n_prompt if seq.whole_prompt else min(GRID, seq.n_prompt)):
                 return
             # 2. Blocks of an equal prefix are reused, except where the log-probabilities of the prompt are asked for:
             # they need every token to be computed.
-            if self._config.prefix_reuse and seq.params.prompt_logprobs is None:
+            if self._config.prefix_reuse and seq.params.prompt_logprobs is None and not seq.whole_prompt:
                 seq.n_computed = seq.n_cached = self.block_manager.match_prefix(seq)
             # 3. Without pages for the first chunk the request goes on waiting, and no later one passes it.
             n = self._chunk_size(seq)

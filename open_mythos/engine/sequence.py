@@ -82,6 +82,8 @@ class Sequence:
     finished_s: float | None = None
 
     # For the scheduler.
+    whole_prompt: bool = False
+    """True if all tokens of the prompt have to run together, and share no pages: their depths depend on each other."""
     phase: Phase = Phase.WAITING
     tag: float = 0.0
     """Place in the queue: the waiting sequence with the smallest tag is next."""

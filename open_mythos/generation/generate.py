@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.checks import check_int
-from open_mythos.compile import compile_model
+from open_mythos.compile import compile_decode
 from open_mythos.config import MythosConfig
 from open_mythos.generation.prompts import check_room, encode_prompt
 from open_mythos.generation.sampling import generator_of, sample
@@ -47,7 +47,7 @@ class GenerationMixin(nn.Module):
         exit_threshold: float | None = None, stop: int | str | Sequence[int | str] = (),
         tokenizer: Tokenizer | None = None, seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None, on_token: OnToken | None = None, return_loops: bool = False,
-        pad_id: int = 0, compiled: bool = False,
+        pad_id: int = 0, compiled: bool | None = None,
     ) -> Any:  # fmt: skip
         """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
 
@@ -66,8 +66,8 @@ class GenerationMixin(nn.Module):
             on_token: called with (row, token_id, loops) for every new token.
             return_loops: also return the loops of each new token, which are those of the position that predicted it.
             pad_id: fills the rows of a tensor that stopped before the longest.
-            compiled: decode with machine code made for this model and number of rows, which takes tens of seconds at
-                the first call; see `compile_model`. Rows that have stopped are then computed until all have.
+            compiled: decode with machine code for this model and number of rows, and no row leaves before the last.
+                True makes it if need be, in tens of seconds; None uses what is stored; see `compile_model`.
 
         Returns:
             Prompts with their continuations, of the kind that was given: a (B, T + N) tensor, one string, one list of
@@ -92,12 +92,12 @@ class GenerationMixin(nn.Module):
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
         check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
-        if compiled:
-            compile_model(self, "decode")
         with evaluating(self):
-            new, loops = self._decode(
-                prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, compiled
-            )
+            note = compile_decode(self, len(prompts.ids), rule, compiled)
+            args = prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, note is not None
+            new, loops = self._decode(*args)
+        if note is not None and max(map(len, new)) > 1:
+            note()
         return prompts.answer(new, loops, stops, pad_id, return_loops)
 
     def _decode(

@@ -189,3 +189,11 @@ class KVCache:
         self.n_valid = self.n_valid + (n_tokens if valid is None else valid.sum(1))
         self.padded = self.padded or valid is not None
         self.length += n_tokens
+
+    def rewind(self, length: int) -> None:
+        """Forget every slot from `length` on; nothing waits."""
+        if not 0 <= length <= self.max_len:
+            raise ValueError(f"length={length} must be 0 to max_len={self.max_len}; use cache.length for all there is")
+        self.valid[:, length:] = False
+        self.n_valid.copy_(self.valid.sum(1))
+        self.length = length

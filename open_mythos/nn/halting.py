@@ -146,6 +146,36 @@ class Fixed(HaltingRule):
         return state, torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
 
 
+class LastDecides(HaltingRule):
+    """Another rule for calls on whole prompts: every token leaves with its row's last one, unless it has left before.
+
+    The last token itself sees the same in the loop as by the other rule, so without a coda the next token is the same.
+    The coda, and later tokens that run more loops, find the prompt's tokens as they were when the last one left.
+    """
+
+    def __init__(self, rule: HaltingRule) -> None:
+        super().__init__(rule.threshold, rule.min_loops)
+        self.rule, self.needs_probe, self.weighted = rule, rule.needs_probe, rule.weighted
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        is_last = torch.arange(h.shape[1], device=h.device) == h.shape[1] - 1
+        return {**self.rule.init(h, n_loops), "is_last": is_last.expand(h.shape[:2])}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        after, done = self.rule.update(state, h_prev, h, loop_index, probe)
+        leaves = (done & state["is_last"]).any(1)
+        # An engine's tokens are rows of their own: `sequence` says which of them belong together.
+        if (sequence := state.get("sequence")) is not None:
+            leaves = ((sequence[:, None] == sequence) & leaves).any(1)
+        fixed = {name: state[name] for name in ("is_last", "sequence") if name in state}
+        return {**after, **fixed}, done | leaves[:, None]
+
+    def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
+        return self.rule.weigh(before, after, exit_mask)
+
+
 class ACTHalting(nn.Module):
     """The learned halting probability of a state: sigmoid(w . h + b), (B, T, D) -> (B, T), in at least float32.
 

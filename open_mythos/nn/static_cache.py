@@ -74,13 +74,8 @@ class StaticKVCache(KVCache):
         self.length += n_tokens
 
     def rewind(self, length: int) -> None:
-        """Forget every slot from `length` on, on the device and in the host's count; nothing waits."""
-        if not 0 <= length <= self.max_len:
-            raise ValueError(f"length={length} must be 0 to max_len={self.max_len}; use cache.length for all there is")
-        self.valid[:, length:] = False
-        self.n_valid.copy_(self.valid.sum(1))
+        super().rewind(length)
         self.cursor.fill_(length)
-        self.length = length
 
     def _new_slots(self, n: int) -> Tensor:
         """Return the slots that the next `n` tokens are written to, (n,) int64."""

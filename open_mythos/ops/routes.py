@@ -210,7 +210,7 @@ def cache_folder() -> Path:
 
 def _stored(subject: str, n_threads: int, measure: Callable[[], Any], is_whole: Callable[[Any], bool]) -> Any:
     """Return what was measured before, or measure it and store it; None if it cannot be stored."""
-    machine = f"{_processor()}, torch {torch.__version__}, {n_threads} threads"
+    machine = f"{processor()}, torch {torch.__version__}, {n_threads} threads"
     name = hashlib.sha256(f"{subject}, {machine}".encode()).hexdigest()[:16]
     try:
         path = cache_folder() / f"{name}.json"
@@ -248,7 +248,7 @@ def _is_ratio(value: Any) -> bool:
     return isinstance(value, float) and 0 < value < math.inf
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name the processor. A virtual machine's name may say little; family, model and stepping say which it is."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,10 +34,12 @@ LEAST_GAIN = 1.1
 WORK = 2**33
 """Parameters times tokens times loops of the measured step, unless one row has more or the run's step less: a second
 on one core. Fewer tokens would do for a large model, but stay in the cache for a small one."""
-ROUNDS, SECONDS = (2, 4), 1.0
+ROUNDS, SECONDS = (2, 32), 1.0
 """Least and most rounds, and the time after which there is no further one. The first has costs of its own."""
-WIDEST = 256
-"""Rows and columns of the measured iteration of Muon at most."""
+WITHOUT_UNITS = 0.3
+"""Speed of products in bfloat16 over float32 below which no step is tried in it: it could take minutes."""
+MOST, WIDEST = 8, 256
+"""Matrices, and rows and columns of each, in the measured iteration of Muon at most."""
 
 log = logging.getLogger(__name__)
 
@@ -45,32 +48,34 @@ def settled(cfg: TrainConfig, device: torch.device, world: World, report: Callab
     """Return the run with the dtypes that dtype="auto" leaves open. Rank 0 chooses for all processes."""
     if cfg.dtype != "auto":
         return cfg
-    gains = measured_gains(cfg, device, len(world.rows(cfg.batch_size))) if world.is_first else None
-    step_gain, muon_gain = json.loads(world.exchange(json.dumps(gains))[0])
-    dtype, muon_dtype = ("bfloat16" if gain >= LEAST_GAIN else "float32" for gain in (step_gain, muon_gain))
-    line = f"dtype auto: steps in {dtype} (bfloat16 is {step_gain:.2f} times as fast as float32 here)"
-    optim = cfg.optim
-    if optim.kind == "muon" and optim.muon_dtype is None:
-        optim = replace(optim, muon_dtype=muon_dtype)
-        line += f", Muon in {muon_dtype} ({muon_gain:.2f} times)"
-    if world.is_first:
-        log.info(line)
-    report(f"{line}; --dtype float32 is exact")
-    return replace(cfg, dtype=dtype, optim=optim)
+    mine = _choose(cfg, device, len(world.rows(cfg.batch_size))) if world.is_first else None
+    dtype, muon_dtype, line = json.loads(world.exchange(json.dumps(mine))[0])
+    log.info(line)
+    report(line)
+    return replace(cfg, dtype=dtype, optim=replace(cfg.optim, muon_dtype=cfg.optim.muon_dtype or muon_dtype))
 
 
-def measured_gains(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[float, float]:
-    """Return how many times as fast bfloat16 is as float32, for a step of so many rows and for Muon's iteration."""
+def _choose(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[str, str | None, str]:
+    """Return the dtype of a step, that of Muon's iteration or None for the same, and a line that says why."""
+    if device.type != "cpu":
+        dtype = str(routes.faster_dtype((), device)).removeprefix("torch.")
+        return dtype, None, f"dtype auto: steps in {dtype}, as {device.type} suggests; --dtype float32 is exact"
+    gains = measured_gains(cfg, n_rows)
+    dtype, muon_dtype = ("bfloat16" if gain >= LEAST_GAIN else "float32" for gain in gains)
+    line = f"dtype auto: steps in {dtype} (bfloat16 is {gains[0]:.2f} times as fast as float32 here)"
+    if cfg.optim.kind == "muon" and cfg.optim.muon_dtype is None:
+        line += f", Muon in {muon_dtype} ({gains[1]:.2f} times)"
+    return dtype, muon_dtype if cfg.optim.kind == "muon" else None, f"{line}; --dtype float32 is exact"
+
+
+def measured_gains(cfg: TrainConfig, n_rows: int) -> tuple[float, float]:
+    """Return how many times as fast a CPU is in bfloat16, in a step of so many rows and in Muon's iteration."""
     with torch.device("meta"):
         model = OpenMythos(cfg.model)
-    if device.type != "cpu":
-        gain = 2.0 if routes.faster_dtype((), device) is torch.bfloat16 else 1.0
-        return gain, gain
     matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
     muon_gain = _muon_gain(matrices) if matrices and cfg.optim.kind == "muon" else 1.0
-    # Without fast products, which take a moment to measure, a step could take minutes.
-    gain = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
-    return gain if gain < LEAST_GAIN else _step_gain(cfg, n_rows), muon_gain
+    products = routes.bfloat16_gain(routes.shapes_of(model.parameters()), (64,))
+    return products if products < WITHOUT_UNITS else _step_gain(cfg, n_rows), muon_gain
 
 
 def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
@@ -99,12 +104,15 @@ def _step_gain(cfg: TrainConfig, n_rows: int) -> float:
 
 
 def _muon_gain(matrices: Sequence[Tensor]) -> float:
-    """Measure the iteration on one matrix, cut from the stack that takes the longest."""
-    longest = max(matrices, key=lambda p: p.numel() * min(p.shape[-2:]))
-    shape = [min(n, WIDEST) for n in longest.shape[-2:]]
+    """Measure the iteration on some matrices of the shape that takes the longest."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for p in matrices:
+        counts[p.shape[-2], p.shape[-1]] += math.prod(p.shape[:-2])
+    (rows, columns), n = max(counts.items(), key=lambda item: item[1] * math.prod(item[0]) * min(item[0]))
+    shape = min(n, MOST), min(rows, WIDEST), min(columns, WIDEST)
 
     def measure() -> float:
-        x = torch.randn(1, *shape)
+        x = torch.randn(shape)
         return _ratio([functools.partial(orthogonalize, x, dtype) for dtype in (torch.float32, torch.bfloat16)])
 
     return routes.stored_gain(f"bfloat16 Muon {shape}", measure)
@@ -112,12 +120,13 @@ def _muon_gain(matrices: Sequence[Tensor]) -> float:
 
 def _ratio(ways: list[Callable[[], object]]) -> float:
     """Return how many times as fast the second way is as the first, tried in turns."""
-    best, began = [math.inf, math.inf], time.perf_counter()
+    # The processor's time, which does not count other processes; threads that wait for one another spin, and do count.
+    best, began = [math.inf, math.inf], time.process_time()
     for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - began > SECONDS:
+        if done >= ROUNDS[0] and time.process_time() - began > SECONDS:
             break
         for i, way in enumerate(ways):
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.process_time() - start)
     return best[0] / best[1]

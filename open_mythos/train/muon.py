@@ -32,7 +32,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Args:
         x: (N, R, C).
-        dtype: dtype of the iteration, bfloat16 or float32; float64 matrices take at least their own with the latter.
+        dtype: dtype of the iteration, bfloat16 or float32; in the latter case float64 matrices keep their own.
     """
     if dtype is torch.float32:
         dtype = torch.promote_types(x.dtype, dtype)

@@ -11,10 +11,12 @@ import torch
 
 from benchmarks.case import Case, Results
 from benchmarks.cases import CASES, engine
-from benchmarks.harness import Bench, Settings
+from benchmarks.cases.engine import OURS
+from benchmarks.harness import Bench, Budget, Settings
 from benchmarks.job import Job
 from benchmarks.page import BEGIN, END
 from benchmarks.report import render, write_report
+from benchmarks.sides.clients import Arrivals, Crowd
 from benchmarks.sides.engine import (
     AT_ONCE,
     DEEPEST,
@@ -25,7 +27,6 @@ from benchmarks.sides.engine import (
     N_PROMPTS,
     NEW_TOKENS,
     REFILL,
-    Crowd,
     Load,
     PrescribedDepths,
     UntilAllAreDone,
@@ -144,6 +145,24 @@ def test_crowd_counts_turnarounds_in_loop_tokens() -> None:
     assert min(seen["gaps"]) > 0
 
 
+def test_arrivals_at_random_are_all_answered() -> None:
+    windows = []
+    for policy in (OURS, DROPPED):
+        task = Arrivals(job("arrivals", 2, law="geometric", share=0.5, requests=3, policy=policy, costs=COSTS))
+        seconds = task.time()
+        assert len(task.measured["latencies"]) == len(task.measured["answers"]) == 3
+        assert all(1 <= len(tokens) <= NEW_TOKENS for tokens, _ in task.measured["answers"].values())
+        assert min(task.measured["latencies"]) > 0 < seconds["cpu"]
+        windows.append(task.measured["answers"])
+    assert windows[0] == windows[1] and sorted(windows[0]) == [0, 1, 2]
+
+
+def test_the_ideal_is_that_no_row_waits() -> None:
+    window = {"depths": Counter({4: 2}), "looping_s": [1.0] * 3, "reading_s": [1.0]}
+    assert engine.ideal_share([window], 2) == 1.0
+    assert engine.ideal_share([window | {"looping_s": [1.0] * 7}], 2) == 0.5
+
+
 def small(case: Case, rows: int) -> Case:
     given = dataclasses.replace(case.job, model=MODEL, rows=rows, arguments=case.job.arguments | {"seconds": 0.05})
     return dataclasses.replace(case, job=given)
@@ -168,6 +187,13 @@ def test_cases_make_their_records(tmp_path: Path) -> None:
         "| over the best of (a), (b) and (c) | >= 0.97 |" in text
         and "batch_invariant on over off, heavy, R = 2" in text
     )
+
+
+def test_arrivals_are_compared_by_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "WINDOWS", Budget(0.0, 1, 1))
+    case = CASES["engine_arrivals_8_50"]
+    outcome = case.measure(small(case, 1), Bench(Settings(quick=True)))
+    assert len(outcome.rows) == 6 and all(row.value > 0 for row in outcome.rows)
 
 
 def test_amdahl() -> None:
@@ -236,4 +262,4 @@ def test_reach_is_that_of_the_issue() -> None:
         if reach.met(reach.value)
     }
     assert bounds == {">= 0.9", ">= 3", ">= 1.5", ">= 0.97", "<= 1.5"}
-    assert sum(case.page == "engine" for case in CASES.values()) == 25 + 3 + 6 + 2
+    assert sum(case.page == "engine" for case in CASES.values()) == 25 + 3 + 6 + 4 + 2

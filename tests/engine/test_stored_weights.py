@@ -8,9 +8,11 @@ import torch
 from open_mythos import OpenMythos
 from open_mythos.engine import calibration
 from open_mythos.engine.engine import Engine, EngineConfig
+from open_mythos.generation.sampling_params import SamplingParams
 from tests.engine.mixes import COSTS
 from tests.engine.test_bits import WIDE, check
 from tests.models import random_ids, scaled, tiny
+from tests.nn.test_lean_steps import Operations
 
 WITH_EXPERTS = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "expert_dim": 256, "n_experts": 16}
 
@@ -51,3 +53,14 @@ def test_experts_that_are_one_matrix_stay(transposed: bool) -> None:
 
 def test_bits(transposed: bool) -> None:
     assert check(range(5, 20, 7), torch.float32, n_requests=9, **WIDE)["tokens"] > 0
+
+
+def test_a_loop_dispatches_few_operations() -> None:
+    model = scaled(tiny(**WITH_EXPERTS), dtype=torch.float32)
+    engine = Engine(model, config=EngineConfig(max_rows=1, kv_tokens=64), costs=COSTS)
+    engine.add([1, 2, 3], SamplingParams(max_tokens=3, exit="fixed"))
+    while engine.runner.n_looping.sum() != 1 or engine.scheduler.looping[0].loop != 1:
+        engine.step()
+    with torch.inference_mode(), Operations() as loop:
+        engine.step()
+    assert loop.counts.total() <= 140, loop.counts.most_common()

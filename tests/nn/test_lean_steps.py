@@ -11,7 +11,7 @@ from open_mythos.model import OpenMythos
 from tests.models import random_ids, scaled, tiny
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts the operations that Python calls, views included."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ def operations(model: OpenMythos, n_loops: int, **options: Any) -> Counter[str]:
     with torch.inference_mode():
         for new in (ids[:, :4], ids[:, 4:5]):
             model(new, cache=cache, n_loops=n_loops, **options)
-        with _Operations() as step:
+        with Operations() as step:
             model(ids[:, 5:], cache=cache, n_loops=n_loops, **options)
     return step.counts
 

@@ -14,6 +14,7 @@ from open_mythos.train import dtypes
 from open_mythos.train.checkpoint import CheckpointConfig
 from open_mythos.train.config import LossConfig, OptimConfig, TrainConfig
 from open_mythos.train.depth_sampling import LoopsConfig
+from open_mythos.train.distributed import World
 from open_mythos.train.muon import orthogonalize
 from open_mythos.train.optim import build_optimizers
 from open_mythos.train.trainer import Trainer
@@ -90,6 +91,11 @@ def test_a_run_goes_on_in_its_dtypes_on_a_machine_that_would_choose_others(
         trainer(tmp_path / "run", config(dtype="float32"), resume=True)
 
 
+def test_a_run_without_muon_names_no_dtype_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains(monkeypatch, FAST)
+    assert chosen(trainer(tmp_path / "run", config(optim=OptimConfig("adamw"))).cfg) == ("bfloat16", None)
+
+
 def test_float32_by_choice_is_float32_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gains(monkeypatch, SLOW)
     auto, named = (trainer(tmp_path / name, config(dtype=name)) for name in ("auto", "float32"))
@@ -99,10 +105,9 @@ def test_float32_by_choice_is_float32_by_name(tmp_path: Path, monkeypatch: pytes
 
 def train_as_rank(folder: str) -> None:
     """Let every rank measure something else."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
-    dtypes.measured_gains = lambda cfg, device, n_rows: FAST if torch.distributed.get_rank() == 0 else SLOW
+    dtypes.measured_gains = lambda cfg, n_rows: FAST if torch.distributed.get_rank() == 0 else SLOW
     run = trainer(folder, config(), progress=False)
-    assert rank is None and chosen(run.cfg) == ("bfloat16", "bfloat16")
+    assert chosen(run.cfg) == ("bfloat16", "bfloat16")
     run.run()
 
 
@@ -115,14 +120,22 @@ def test_ranks_agree(tmp_path: Path) -> None:
 def test_a_real_step_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: LossConfig) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dtypes.routes, "bfloat16_gain", lambda *_: 2.0)
-    cfg, cpu = config(losses=losses, loops=LoopsConfig("fixed", 2, per="batch")), torch.device("cpu")
-    found = dtypes.measured_gains(cfg, cpu, 4)
+    cfg = config(losses=losses, loops=LoopsConfig("fixed", 2, per="batch"))
+    found = dtypes.measured_gains(cfg, 4)
     assert all(0 < gain < math.inf for gain in found) and len(list(tmp_path.rglob("*.json"))) == 2
-    assert dtypes.measured_gains(cfg, cpu, 4) == found
+    assert dtypes.measured_gains(cfg, 4) == found
     # Without fast products no step is tried: on a processor without bfloat16 it could take minutes.
     monkeypatch.setattr(dtypes.routes, "bfloat16_gain", lambda *_: 0.01)
     monkeypatch.setattr(dtypes, "_step_gain", None)
-    assert dtypes.measured_gains(cfg, cpu, 4)[0] == 0.01
+    assert dtypes.measured_gains(cfg, 4)[0] == 0.01
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_gpu_decides_by_what_it_has(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_units)
+    world = World(torch.device("cpu"), config().parallel)
+    cfg = dtypes.settled(config(), torch.device("cuda"), world, print)
+    assert chosen(cfg) == ("bfloat16" if has_units else "float32", None)
 
 
 def test_an_unknown_dtype_is_refused() -> None:
