@@ -14,7 +14,7 @@ endif
 # Without byte-compiling every `import torch` takes twice as long.
 export UV_COMPILE_BYTECODE ?= 1
 
-.PHONY: setup demo test test-slow test-gpu test-ecosystem bench lint
+.PHONY: setup demo test test-slow test-gpu test-ecosystem test-ecosystem-all bench lint
 
 setup: $(STAMP)
 
@@ -46,18 +46,26 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(VENV)/bin/python -m pytest -m gpu
 
-# The heavier tools that use this package, each version pinned, in an environment on top of .venv: torch comes from there.
-ECOSYSTEM := .venv-ecosystem
-$(ECOSYSTEM)/.installed: constraints-ecosystem.txt $(STAMP)
+# Tools that use this package, each pinned, in an environment on top of .venv, where torch is.
+# make test-ecosystem TRANSFORMERS=5.16.0 tests an older version; test-ecosystem-all those that the extra `hf` spans.
+TRANSFORMERS ?= 5.24.0
+ECOSYSTEM = .venv-ecosystem/$(TRANSFORMERS)
+OVER_VENV = import site, subprocess; \
+	own, code = site.getsitepackages()[0], 'import site; print(site.getsitepackages()[0])'; \
+	base = subprocess.check_output(['$(VENV)/bin/python', '-c', code], text=True).strip(); \
+	open(own + '/base.pth', 'w').write('import site; site.addsitedir(%r)' % base)
+
+$(ECOSYSTEM)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/python -c "import site, subprocess; \
-		base = subprocess.check_output(['$(VENV)/bin/python', '-c', 'import site; print(site.getsitepackages()[0])'], text=True); \
-		open(site.getsitepackages()[0] + '/base.pth', 'w').write('import site; site.addsitedir(%r)' % base.strip())"
-	$(ECOSYSTEM)/bin/python -m pip install -q -r constraints-ecosystem.txt
+	$(ECOSYSTEM)/bin/python -c "$(OVER_VENV)"
+	$(ECOSYSTEM)/bin/python -m pip install -q transformers==$(TRANSFORMERS) accelerate==1.15.0
 	@touch $@
 
 test-ecosystem: $(ECOSYSTEM)/.installed
 	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/hf
+
+test-ecosystem-all:
+	for version in 5.16.0 5.20.0 5.23.0 5.24.0; do $(MAKE) test-ecosystem TRANSFORMERS=$$version || exit 1; done
 
 # Hours. BENCH passes options on: make bench BENCH='--quick --cases train_mid'
 bench: $(STAMP)

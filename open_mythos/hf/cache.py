@@ -64,21 +64,13 @@ class MythosCache(Cache):
         """Return the slots of a static cache; -1 for one that grows."""
         return (self._max_len or -1) if self._static else -1
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; transformers gives their number as a negative one."""
         if tokens_to_remove and self.store is not None:
             self.store.rewind(self.store.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        """Forget all tokens; a static cache keeps its memory."""
-        if self._static and self.store is not None:
-            self.store.rewind(0)
-            self.store.row_seed, self.store.padded = None, False
-        else:
-            self.store = None
+        self.store = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
@@ -104,12 +96,5 @@ class MythosCache(Cache):
     def is_compileable(self) -> bool:
         return self._static
 
-    @property
-    def is_initialized(self) -> bool:
-        return self.store is not None
-
     def __len__(self) -> int:
         return 0 if self.store is None else len(self.store.layers)
-
-    def __repr__(self) -> str:
-        return f"MythosCache(length={self.get_seq_length()}, static={self._static})"

@@ -4,11 +4,14 @@ Shapes: B rows, T new tokens, D width, L loops, V vocabulary.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -41,7 +44,6 @@ class MythosPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Blocks of the loop run many times on states that never leave their device.
     _no_split_modules = ["OpenMythos"]  # noqa: RUF012
     _prefix: str
     """Prefix of a tensor's name here, which it lacks in the file."""
@@ -57,14 +59,14 @@ class MythosPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.net.embed
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
         if self.net.recurrent is None:
             raise ValueError("recurrent_layers=0 makes a plain transformer, which has no checkpoints; leave it off")
-        self.net.recurrent.checkpoint_loops = enable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.net.recurrent is not None and self.net.recurrent.checkpoint_loops
+        if every_n_layers != 1 or getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+            raise ValueError("a checkpoint is one loop in the device's memory; leave every_n_layers and offload out")
+        self.net.recurrent.checkpoint_loops = self.gradient_checkpointing = enable
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
@@ -89,13 +91,9 @@ class MythosPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **options: Any,
-    ) -> None:
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         """Write the folder of `OpenMythos.save_pretrained`, and `generation_config.json`. The weights are one file.
 
         Args:
@@ -167,7 +165,11 @@ class MythosModel(MythosPreTrainedModel):
             depth = check_n_loops(n_loops, net.cfg, store.n_loops)
         check_room(input_ids, store, net.cfg, net.dtype, net.device)
         # 2. The stages of `OpenMythos`, without the head.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and store is None):
+        plain = self.config._attn_implementation == "eager"
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and store is None),
+            sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
+        ):
             view = net.make_view((input_ids.shape[0], input_ids.shape[1]), mask, store)
             result = net.run_loop(input_ids, view, depth, rule, store, None, bool(trace))
             hidden = net.decode(result.out, view)
@@ -222,13 +224,11 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         hidden = outputs.last_hidden_state
         mask = _of_new_tokens(attention_mask, hidden.shape[1])
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep == 1 and mask is not None:
+        if type(logits_to_keep) is int and logits_to_keep == 1 and mask is not None:
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
         else:
-            hidden = hidden[:, -logits_to_keep:]
+            hidden = hidden[:, slice(-logits_to_keep, None) if type(logits_to_keep) is int else logits_to_keep]
         logits, loss = self.net.head(hidden), None
         if labels is not None:
             loss = self.loss_function(

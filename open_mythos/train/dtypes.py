@@ -65,7 +65,7 @@ def _choose(cfg: TrainConfig, device: torch.device, n_rows: int) -> tuple[str, s
     line = f"dtype auto: steps in {dtype} (bfloat16 is {gains[0]:.2f} times as fast as float32 here)"
     if cfg.optim.kind == "muon" and cfg.optim.muon_dtype is None:
         line += f", Muon in {muon_dtype} ({gains[1]:.2f} times)"
-    return dtype, muon_dtype, f"{line}; --dtype float32 is exact"
+    return dtype, muon_dtype if cfg.optim.kind == "muon" else None, f"{line}; --dtype float32 is exact"
 
 
 def measured_gains(cfg: TrainConfig, n_rows: int) -> tuple[float, float]:

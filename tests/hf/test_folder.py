@@ -10,10 +10,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from open_mythos.assets import novel
 from open_mythos.hf import MythosForCausalLM, MythosHFConfig, MythosModel
 from open_mythos.model import OpenMythos
+from open_mythos.tokenization.chat_template import render, save_template
+from open_mythos.tokenization.tokenizer import BPETokenizer
 from tests.models import random_ids, scaled, tiny
 
 
@@ -45,7 +48,9 @@ def test_dtype_is_ours(folder: Path) -> None:
     assert same(model.net, OpenMythos.from_pretrained(folder, dtype="bfloat16"))
 
 
-def test_a_clean_process_loads_the_folder_by_its_code(folder: Path) -> None:
+def test_a_clean_process_loads_the_folder_by_its_code(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    scaled(tiny()).save_pretrained(folder)
     code = (
         "import sys; from transformers import AutoModelForCausalLM as A; assert 'open_mythos' not in sys.modules;"
         f"m = A.from_pretrained({str(folder)!r}, trust_remote_code=True);"
@@ -88,3 +93,30 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 def test_a_bad_field_is_named() -> None:
     with pytest.raises(ValueError, match="n_heads=7 must divide dim=2048"):
         MythosHFConfig(n_heads=7, attn_type="gqa")
+
+
+def test_the_tokenizer_is_ours(tmp_path: Path) -> None:
+    ours = BPETokenizer.train_from_text(novel()[:20_000], 400)
+    scaled(tiny(vocab_size=ours.vocab_size)).save_pretrained(tmp_path)
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = novel()[30_000:31_000] + " \u00e9\u4e16\U0001f600\n\n  x"
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+
+
+def test_the_chat_template_is_ours(tmp_path: Path) -> None:
+    ours = BPETokenizer.train_from_text(novel()[:20_000], 400)
+    scaled(tiny(vocab_size=ours.vocab_size)).save_pretrained(tmp_path)
+    ours.save(tmp_path)
+    save_template(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "It is 4."},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == render(messages, ours, reply=True)[0]

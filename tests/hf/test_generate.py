@@ -1,6 +1,5 @@
 """`generate` of transformers against ours: the same tokens, with a cache, a static one and none."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,33 +11,14 @@ pytest.importorskip("transformers")
 from open_mythos.hf import MythosCache, MythosForCausalLM
 from open_mythos.hf.modeling import CACHE
 from open_mythos.model import OpenMythos
+from tests.hf.conftest import N, greedy, padded
 from tests.models import random_ids, worst
 
-N = 12
 CACHES: dict[str, dict[str, Any]] = {
     "cached": {},
     "uncached": {"use_cache": False},
     "static": {"cache_implementation": "static"},
 }
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> MythosForCausalLM:
-    return MythosForCausalLM.from_pretrained(folder)
-
-
-def padded(side: str, net: OpenMythos) -> tuple[Tensor, Tensor]:
-    ids, mask = random_ids(net.cfg, 3, 7), torch.ones(3, 7, dtype=torch.int64)
-    for row, n in enumerate((0, 2, 5)):
-        if side == "left":
-            mask[row, :n] = 0
-        elif n:
-            mask[row, -n:] = 0
-    return ids * mask, mask
-
-
-def greedy(model: MythosForCausalLM, ids: Tensor, **options: Any) -> Tensor:
-    return model.generate(ids, max_new_tokens=N, do_sample=False, pad_token_id=0, **options)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -73,11 +53,13 @@ def test_a_cache_changes_no_logit(model: MythosForCausalLM, net: OpenMythos) -> 
 
 def test_the_cache_is_used(model: MythosForCausalLM, net: OpenMythos, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class with the old argument's name decodes on 5.24 without a cache, and says nothing."""
-    widths = []
-    run_loop = OpenMythos.run_loop
-    monkeypatch.setattr(
-        OpenMythos, "run_loop", lambda self, ids, *args: (widths.append(ids.shape[1]), run_loop(self, ids, *args))[1]
-    )
+    widths, run_loop = [], OpenMythos.run_loop
+
+    def recorded(self: OpenMythos, ids: Tensor, *args: Any) -> Any:
+        widths.append(ids.shape[1])
+        return run_loop(self, ids, *args)
+
+    monkeypatch.setattr(OpenMythos, "run_loop", recorded)
     out = greedy(model, random_ids(net.cfg, 2, 5), return_dict_in_generate=True)
     assert widths == [5] + [1] * (N - 1)
     assert getattr(out, CACHE).get_seq_length() == 5 + N - 1

@@ -91,6 +91,11 @@ def test_a_run_goes_on_in_its_dtypes_on_a_machine_that_would_choose_others(
         trainer(tmp_path / "run", config(dtype="float32"), resume=True)
 
 
+def test_a_run_without_muon_names_no_dtype_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains(monkeypatch, FAST)
+    assert chosen(trainer(tmp_path / "run", config(optim=OptimConfig("adamw"))).cfg) == ("bfloat16", None)
+
+
 def test_float32_by_choice_is_float32_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gains(monkeypatch, SLOW)
     auto, named = (trainer(tmp_path / name, config(dtype=name)) for name in ("auto", "float32"))
