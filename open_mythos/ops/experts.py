@@ -46,6 +46,8 @@ def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeig
     pays = n_pairs <= FEW_PAIRS and n_pairs * (values + CALL_VALUES) <= n_experts * values
     if pays and not is_traced() and not torch.is_grad_enabled():
         return by_pair(x, chosen, gates, weights)
+    if pays and prefers_compiled_sum(x):
+        return by_gather(x, chosen, gates, weights)
     # In half precision an expert that was never meant for a token could overflow, and zero times infinity is NaN.
     if x.element_size() >= 4 and computes_all(n_rows, chosen.shape[1], down):
         return all_experts(x, chosen, gates, weights)

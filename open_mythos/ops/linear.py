@@ -18,7 +18,9 @@ from open_mythos.ops.routes import HAS_ONEDNN, onednn, prefers_onednn
 MANY_PRODUCTS = 2**21
 """Multiplications from which oneDNN may win over the ten microseconds that a gradient of its own costs in Python."""
 FEW_ROWS = 8
-"""Rows of x up to which a compiled sum over weight * x, which reads each weight once, beats a product."""
+"""Rows of x up to which a compiled sum over weight * x beats the product of a slow library: it reads weights once."""
+FEWER_ROWS = 2
+"""The same, in float32 where torch's own choice of library is fast for a few rows."""
 INVARIANT_ROWS = 16
 """Rows for which batch-invariant calls choose the library, whatever their number of rows."""
 
@@ -120,8 +122,11 @@ def prefers_compiled_sum(x: Tensor) -> bool:
 
     For few rows it reads the weight 1.5 times as fast, and fuses the operations before and behind.
     """
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
-    return torch.compiler.is_compiling() and few and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    # In compiled code a float32 product goes to torch's own choice, MKL, which is slow where oneDNN is chosen.
+    is_fast = x.dtype is torch.float32 and not prefers_onednn(FEW_ROWS // 2, MANY_PRODUCTS // FEW_ROWS)
+    return x.numel() <= (FEWER_ROWS if is_fast else FEW_ROWS) * x.shape[-1]
 
 
 def materialize(x: Tensor) -> Tensor:

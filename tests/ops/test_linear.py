@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos.ops import routes
-from open_mythos.ops.linear import linear
+from open_mythos.ops.linear import linear, prefers_compiled_sum
 
 
 class _Weights(TorchDispatchMode):
@@ -47,3 +47,15 @@ def test_products_of_nothing() -> None:
     assert weight.grad is not None and not weight.grad.any()
     with torch.no_grad():
         assert linear(torch.zeros(3, 0), torch.zeros(4, 0)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(("is_slow", "dtype", "most"), [(True, 32, 8), (False, 32, 2), (False, 16, 8)])
+def test_compiled_sums_are_for_few_rows(monkeypatch: pytest.MonkeyPatch, is_slow: bool, dtype: int, most: int) -> None:
+    """For fewer of them where the library is fast; never outside of a compiler, nor with gradients."""
+    monkeypatch.setattr("open_mythos.ops.linear.prefers_onednn", lambda n_rows, size: is_slow)
+    x = torch.ones(12, 3, dtype=torch.float32 if dtype == 32 else torch.bfloat16)
+    with torch.no_grad():
+        assert not prefers_compiled_sum(x[:1])
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert [n for n in range(1, 13) if prefers_compiled_sum(x[:n])] == list(range(1, most + 1))
+    assert not prefers_compiled_sum(x[:1])

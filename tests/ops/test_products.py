@@ -131,6 +131,17 @@ def test_every_way_through_the_experts(way: object, n: int) -> None:
         assert worst(way(x, chosen, gates, tuple(weights)), one_token_at_a_time(x, chosen, gates, *weights)) < tolerance
 
 
+@torch.no_grad()
+def test_compiled_code_reads_the_chosen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as that is less than to read every expert once."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(experts, "by_gather", lambda *args: "gather")
+    monkeypatch.setattr(experts, "all_experts", lambda *args: "all")
+    weights = torch.ones(6, 448, 320), torch.ones(6, 320, 224)
+    ways = [experts.routed_experts(torch.ones(n, 320), torch.zeros(n, 2, dtype=int), None, weights) for n in (1, 2, 3)]
+    assert ways == ["gather", "gather", "all"]
+
+
 @pytest.mark.parametrize("n", [1, 7, 63, 400])
 def test_gradients_of_experts_one_by_one(n: int) -> None:
     """By x, by the gates and by both weights; an expert without tokens has zeros, not what its memory held before."""
