@@ -20,6 +20,7 @@ from open_mythos.train.distributed import World
 from open_mythos.train.identity import CONFIG_FILE, check_config
 from open_mythos.train.lock import RunLock
 from open_mythos.train.metrics import METRICS_FILE, last_step
+from open_mythos.train.model_card import save_model_card
 
 CHECKPOINTS, FINAL = "checkpoints", "final"
 
@@ -152,14 +153,14 @@ class RunFolder:
 
 
 def save_model_folder(
-    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, has_turns: bool = False
+    cfg: MythosConfig, state: dict[str, Tensor], tokenizer: Tokenizer, folder: Path, run: TrainConfig | None = None
 ) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer to `folder`, which must not exist.
 
     The folder appears complete or not at all: it is written beside its place and renamed.
 
     Args:
-        has_turns: write the chat template too, since the model was trained on conversations.
+        run: write the model card of this run too, and the chat template if it trained on conversations.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; use another folder or remove it")
@@ -169,8 +170,10 @@ def save_model_folder(
     with writing(folder):
         model_folder.save(partial, cfg, state)
         tokenizer.save(partial)
-        if has_turns:
-            save_template(partial)
+        if run is not None:
+            save_model_card(partial, run, tokenizer)
+            if run.data.has_turns:
+                save_template(partial)
         for path in (*partial.iterdir(), partial):
             to_disk(path)
         partial.rename(folder)

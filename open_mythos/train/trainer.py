@@ -173,7 +173,7 @@ class Trainer:
             if self.world.is_first:
                 self.folder.lock.check()
                 try:
-                    save_model_folder(self.cfg.model, state, self.tokenizer, final, self.cfg.data.has_turns)
+                    save_model_folder(self.cfg.model, state, self.tokenizer, final, self.cfg)
                 except OSError as error:
                     raise OSError(f"{error}, with --resume: it goes on from the newest checkpoint") from error
             self.folder.is_done = True

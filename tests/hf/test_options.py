@@ -138,7 +138,7 @@ def test_loss_and_gradients_are_ours(folder: Path, net: OpenMythos, checkpointin
     model = MythosForCausalLM.from_pretrained(folder).train()
     if checkpointing:
         checkpoint(model)
-    assert model.is_gradient_checkpointing == checkpointing
+    assert model.net.recurrent.checkpoint_loops == checkpointing
     torch.manual_seed(0)  # of noise as the initial state
     out = model(ids, attention_mask=mask, labels=labels)
     out.loss.backward()
