@@ -28,14 +28,15 @@ class Quantize:
         from open_mythos.model import OpenMythos
         from open_mythos.model_folder import WEIGHTS_FILE
         from open_mythos.quantize import quantize
-        from open_mythos.tokenization.chat_template import turns_unknown
+        from open_mythos.tokenization.chat_template import save_template, turns_unknown
         from open_mythos.tokenization.tokenizer import load_tokenizer
         from open_mythos.train.run_folder import save_model_folder
 
         tokenizer = load_tokenizer(self.folder)
         model = quantize(OpenMythos.from_pretrained(self.folder))
-        has_turns = not turns_unknown(self.folder, "")
-        save_model_folder(model.cfg, model.state_dict(), tokenizer, self.out, has_turns)
+        save_model_folder(model.cfg, model.state_dict(), tokenizer, self.out)
+        if not turns_unknown(self.folder, ""):
+            save_template(self.out)
         before, after = ((folder / WEIGHTS_FILE).stat().st_size for folder in (self.folder, self.out))
         print(f"{self.out} has {after:,} bytes of weights, {after / before:.0%} of {before:,}.")
         # A run's folder says what it was trained on, this one does not.
