@@ -5,7 +5,7 @@ halting, injection, depth LoRA and latent attention's `kv_up`, which is used in 
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ from open_mythos.nn.moe import MoEFFN, StackedExperts
 from open_mythos.ops.experts import StoredExperts
 from open_mythos.ops.int8 import Int8Weight, quantize_tensor
 from open_mythos.ops.linear import linear
-
-if TYPE_CHECKING:
-    from open_mythos.model import OpenMythos
 
 MAPS: dict[type[nn.Module], tuple[str, ...]] = {
     GQAttention: ("wqkv", "wo"),
@@ -106,8 +103,8 @@ def _store(module: nn.Module, prefix: str, weight: Tensor) -> None:
     module.register_buffer(f"{prefix}scales", found.scales)
 
 
-def quantize(model: "OpenMythos") -> "OpenMythos":
-    """Round a model's large matrices to int8, in place, and return it in eval mode, without gradients.
+def quantize(model: Any) -> Any:
+    """Round an `OpenMythos`'s large matrices to int8, in place, and return it in eval mode, without gradients.
 
     Raises:
         ValueError: the model is quantized already, or a weight is not finite; nothing has changed.
@@ -122,7 +119,7 @@ def quantize(model: "OpenMythos") -> "OpenMythos":
     return model.eval()
 
 
-def use_int8(model: "OpenMythos") -> None:
+def use_int8(model: Any) -> None:
     """Replace the modules that hold the large matrices by those with int8 weights, empty on the meta device."""
     for owner in list(model.modules()):
         for name in MAPS.get(type(owner), ()):
@@ -131,5 +128,5 @@ def use_int8(model: "OpenMythos") -> None:
         if isinstance(owner, MoEFFN):
             owner.experts = Int8Experts(owner.experts.gate_up, owner.experts.down)
     embed = Int8Embedding(model.embed.weight)
-    model.embed, model.head = embed, Int8Head(embed)  # ty: ignore[invalid-assignment]
+    model.embed, model.head = embed, Int8Head(embed)
     model.requires_grad_(False)
