@@ -30,12 +30,12 @@ from open_mythos.nn.initial_state import check_generator, initial_state
 from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
 from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.quantized import use_int8
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.nn.view import View
 from open_mythos.ops.linear import Linear, autocasts, linear
 from open_mythos.ops.routes import faster_dtype
-from open_mythos.quantize import use_int8
 
 
 @dataclass

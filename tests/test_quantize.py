@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from open_mythos import LLM, OpenMythos, SamplingParams
 from open_mythos.cli import main
+from open_mythos.nn.quantized import Int8Experts, Int8Head, Int8Linear, quantize
 from open_mythos.ops import int8
 from open_mythos.ops.int8 import Int8Weight, int8_linear, quantize_tensor
-from open_mythos.quantize import Int8Experts, Int8Head, Int8Linear, quantize
 from open_mythos.recipes import load_recipe
 from open_mythos.tokenization.tokenizer import ByteTokenizer
 from tests.models import random_ids, scaled, tiny

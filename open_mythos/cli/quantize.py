@@ -27,7 +27,7 @@ class Quantize:
         from open_mythos.evals.by_loops import trained_context
         from open_mythos.model import OpenMythos
         from open_mythos.model_folder import WEIGHTS_FILE
-        from open_mythos.quantize import quantize
+        from open_mythos.nn.quantized import quantize
         from open_mythos.tokenization.chat_template import save_template, turns_unknown
         from open_mythos.tokenization.tokenizer import load_tokenizer
         from open_mythos.train.run_folder import save_model_folder
