@@ -359,8 +359,7 @@ class OpenMythos(GenerationMixin):
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it lacks a file.
-            ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
-                names them.
+            ValueError: the file is damaged, or its tensors are not those of the configuration; the message says which.
         """
         folder = model_folder.locate(folder_or_repo)
         model, state = cls.without_weights(folder), model_folder.load(folder)
