@@ -93,14 +93,20 @@ class OpenMythos(GenerationMixin):
         with NoDraws():
             self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
             self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
-            self.prelude_norm = RMSNorm(cfg.dim) if cfg.prelude_norm else nn.Identity()
+            self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
             self.recurrent = RecurrentBlock(cfg) if cfg.recurrent_layers else None
             self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
-            self.norm = RMSNorm(cfg.dim)
+            # With state_norm="loop" the loop has the final norm, and the coda no layers.
+            self.norm = nn.Identity() if cfg.state_norm == "loop" else RMSNorm(cfg.dim, cfg.norm_eps)
             self.head = Linear(cfg.dim, cfg.vocab_size)
-        self.head.weight = self.embed.weight
+        self.tie_head()
         if not self.embed.weight.is_meta:
             init_weights(self, cfg)
+
+    def tie_head(self) -> None:
+        """Make the embedding the head, unless the head has a matrix of its own."""
+        if self.cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +121,7 @@ class OpenMythos(GenerationMixin):
     def encode(self, input_ids: Tensor, view: View) -> Tensor:
         """Embedding and prelude: (B, T) int64 -> e (B, T, D)."""
         x = self.embed(input_ids)
+        x = x if self.cfg.embed_scale == 1 else x * self.cfg.embed_scale
         for layer, block in enumerate(self.prelude):
             x = self._run_block(block, x, view, layer)
         return self.prelude_norm(x)
@@ -133,6 +140,7 @@ class OpenMythos(GenerationMixin):
     def decode(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
         """Coda and norm: (B, T, D) -> what the head reads, (B, T, D), or (B, 1, D) of the last position."""
         first = self.cfg.prelude_layers + self.cfg.recurrent_layers
+        out = self.norm(out) if self.cfg.state_norm == "coda" else out
         for i, block in enumerate(self.coda):
             out = self._run_block(block, out, view, first + i)
         return self.norm(out[:, -1:] if last_only else out)

@@ -33,9 +33,10 @@ class MythosHFConfig(PreTrainedConfig):
         values.pop(SAVED_DIGEST, None)
         known = [field.name for field in dataclasses.fields(MythosConfig)]
         own = {name: values.pop(name) for name in known if name in values}
-        for name, value in MythosConfig.from_dict(own).to_dict().items():
-            setattr(self, name, value)
-        self.use_cache, self.tie_word_embeddings = True, True
+        cfg = MythosConfig.from_dict(own)
+        for name in known:
+            setattr(self, name, getattr(cfg, name))
+        self.use_cache, self.tie_word_embeddings = True, cfg.tie_embeddings
         super().__init__(**values)
 
     @property

@@ -40,11 +40,11 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
     """
     path = weights.locate(folder)
     theirs, state = weights.read_config(path), weights.open_slices(path)
-    ours = cfg.to_dict()
-    for name, value in theirs.to_dict().items():
-        if name not in FREE and ours[name] != value:
+    for name in (field.name for field in dataclasses.fields(cfg)):
+        ours, value = getattr(cfg, name), getattr(theirs, name)
+        if name not in FREE and ours != value:
             raise ValueError(
-                f"model.{name}={ours[name]!r} is not the {value!r} of init_from={folder!r}; use model.{name}={value!r}"
+                f"model.{name}={ours!r} is not the {value!r} of init_from={folder!r}; use model.{name}={value!r}"
             )
     if tokenizer_digest(tokenizer) != tokenizer_digest(load_tokenizer(path)):
         raise ValueError(
