@@ -219,8 +219,9 @@ class MythosConfig:
             )
         if self.state_norm == "loop" and (self.coda_layers or not self.recurrent_layers):
             raise ValueError(
-                f"state_norm='loop' needs a loop whose state the head takes, not recurrent_layers={self.recurrent_layers} "
-                f"and coda_layers={self.coda_layers}; use coda_layers=0 or state_norm='coda'"
+                f"state_norm='loop' needs a loop whose state the head takes, not "
+                f"recurrent_layers={self.recurrent_layers} and coda_layers={self.coda_layers}; use coda_layers=0 or "
+                "state_norm='coda'"
             )
         if self.loop_embedding and self.dim < 8:
             raise ValueError(

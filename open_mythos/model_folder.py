@@ -43,7 +43,7 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     folder = Path(folder)
     make_folder(folder)
     # The head is the embedding; safetensors refuses to store one memory twice.
-    tensors = {name: x.detach().contiguous() for name, x in state.items() if name != "head.weight"}
+    tensors = {name: x.detach().contiguous() for name, x in state.items() if name not in tied(cfg)}
     saved = json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, sort_keys=True)
     config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
@@ -180,6 +180,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tied(cfg: MythosConfig) -> set[str]:
+    """Return the names in a model's state that are other names of a tensor, and not stored."""
+    return {"head.weight"} if cfg.tie_embeddings else set()
+
+
 def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:
     """Refuse a configuration far beyond what the file holds, of which not even an empty model should be made."""
     held = sum(map(math.prod, shapes.values()))
@@ -190,10 +195,10 @@ def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layer
         )
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> None:
+def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor], cfg: MythosConfig) -> None:
     """Refuse shapes of tensors that are missing, unknown or of another shape than those of a model's state."""
     expected = {name: tuple(x.shape) for name, x in model.items()}
-    names = expected.keys() - {"head.weight"}
+    names = expected.keys() - tied(cfg)
     problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
     problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
     problems += [

@@ -4,7 +4,6 @@ Shapes: B rows, T query tokens, S key tokens, H query heads, G key/value heads, 
 """
 
 import torch
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

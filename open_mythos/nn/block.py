@@ -21,8 +21,8 @@ FEED_FORWARDS.update(swiglu=Expert)
 class TransformerBlock(nn.Module):
     """x + attn(norm(x)), then x + ffn(norm(x)), with the norms where `block_norm` places them.
 
-    pre: as above. sandwich (Huginn, arXiv 2502.05171): also on each sum. branch (Ouro, arXiv 2510.25741): also on what is
-    added. post (OLMo 2, arXiv 2501.00656): on what is added alone.
+    pre: as above. sandwich (Huginn, arXiv 2502.05171): also on each sum. branch (Ouro, arXiv 2510.25741): also on
+    what is added. post (OLMo 2, arXiv 2501.00656): on what is added alone.
 
     `recurrent` blocks have the mixture of experts, or without experts one dense feed-forward of width `expert_dim`; the
     others have a dense one of width `dense_dim`.

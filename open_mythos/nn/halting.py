@@ -259,9 +259,7 @@ class Ouro(HaltingRule):
         self.gate = gate
 
     @classmethod
-    def make(
-        cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None
-    ) -> "Ouro | Fixed":
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "Ouro | Fixed":
         if act is None or cfg.halting != "ouro":
             raise ValueError("exit='ouro' needs a model with halting='ouro'; use exit='kl', which needs no training")
         threshold = cfg.act_threshold if threshold is None else threshold
@@ -364,6 +362,28 @@ def make_rule(
     if threshold is not None:
         check_threshold(name, threshold)
     return HALTING_RULES[name].make(threshold, min_loops, cfg, act)
+
+
+def rule_of_call(
+    exit: str | HaltingRule | None, threshold: float | None, cfg: MythosConfig, act: Callable[[], ACTHalting | None]
+) -> HaltingRule | None:
+    """Return the rule for `exit` and `exit_threshold` of a call; None: the model's own halting, which `act` returns."""
+    if exit is None:
+        if threshold is not None:
+            raise ValueError(
+                f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' or another rule too"
+            )
+        return None
+    learned = act()
+    if isinstance(exit, HaltingRule):
+        if threshold is not None:
+            raise ValueError(f"exit_threshold={threshold} is for a rule given by name; set the rule's own threshold")
+        return exit
+    if not isinstance(exit, str):
+        raise TypeError(
+            f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
+        )
+    return make_rule(exit, threshold, cfg.min_loops, cfg, learned)
 
 
 def check_threshold(name: str, threshold: object) -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.view import View
 
@@ -72,18 +73,41 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def check_state(state: Tensor | None, like: Tensor) -> None:
-    """Refuse a first state that is not as `like` (B, T, D): a floating-point tensor of this shape on this device."""
+def first_state(
+    cfg: MythosConfig,
+    e: Tensor,
+    view: View,
+    cache: KVCache | None,
+    start: torch.Generator | Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Return h_0 (B, T, D): `start` itself if it is a state, else the configuration's with `start` for its noise."""
+    if isinstance(start, Tensor):
+        return start.to(e.dtype)
+    return initial_state(cfg.initial_state, e, view, cache, start, training, cfg.state_std)
+
+
+def check_start(
+    generator: torch.Generator | None, state: Tensor | None, ids: Tensor, dim: int
+) -> torch.Generator | Tensor | None:
+    """Return the given one of the two.
+
+    Raises:
+        TypeError, ValueError: the generator is none of torch's, or the state no (B, T, D) tensor of floats on the
+            device of the ids (B, T).
+    """
+    check_generator(generator)
     if state is None:
-        return
+        return generator
     if not isinstance(state, Tensor) or not state.is_floating_point():
         kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
         raise TypeError(f"initial_state must be a (B, T, D) tensor of floats, not {kind}; use torch.zeros(B, T, D)")
-    if state.shape != like.shape or state.device != like.device:
+    if state.shape != (*ids.shape, dim) or state.device != ids.device:
         raise ValueError(
             f"initial_state has shape {tuple(state.shape)} on {state.device}, but the new tokens' states have "
-            f"{tuple(like.shape)} on {like.device}; give one state for each new token"
+            f"{(*ids.shape, dim)} on {ids.device}; give one state for each new token"
         )
+    return state
 
 
 def check_generator(generator: torch.Generator | None) -> None:

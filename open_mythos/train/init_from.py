@@ -1,6 +1,7 @@
 """Starting a run from the weights of a model folder."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,5 +53,7 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             f"with it: data.tokenizer_from={folder!r} for chat, mythos prepare-data --tokenizer {folder} for shards"
         )
     with torch.device("meta"):
-        weights.check({name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict())
+        weights.check(
+            {name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict(), cfg
+        )
     return state
