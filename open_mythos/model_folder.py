@@ -49,7 +49,7 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
     with writing(folder):
-        code = f"# transformers reads this file; it needs the package open_mythos.\nfrom open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
+        code = f"# Needs the package open_mythos.\nfrom open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
         (folder / f"{REMOTE_CODE}.py").write_text(code, "utf-8")
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
