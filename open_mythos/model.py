@@ -30,6 +30,7 @@ from open_mythos.nn.initial_state import check_generator, initial_state
 from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
 from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.quantized import use_int8
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.nn.view import View
@@ -101,14 +102,21 @@ class OpenMythos(GenerationMixin):
         self.head.weight = self.embed.weight
         if not self.embed.weight.is_meta:
             init_weights(self, cfg)
+        if cfg.weights == "int8":
+            use_int8(self)
+
+    def train(self, mode: bool = True) -> "OpenMythos":
+        if mode and self.cfg.weights == "int8":
+            raise ValueError("weights='int8' cannot be trained; train the model that this one was made from")
+        return super().train(mode)
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     # The stages.
 
@@ -343,7 +351,7 @@ class OpenMythos(GenerationMixin):
     def from_pretrained(
         cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
     ) -> "OpenMythos":
-        """Load a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub. Nothing is unpickled.
+        """Load a folder of `save_pretrained`, or a repository of the Hugging Face hub. Nothing is unpickled.
 
         Args:
             dtype: of the weights; None: the file's. "auto": bfloat16 where this machine computes this model's products
@@ -351,15 +359,15 @@ class OpenMythos(GenerationMixin):
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it lacks a file.
-            ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
-                names them.
+            ValueError: the file is damaged, or its tensors are not those of the configuration; the message says which.
         """
         folder = model_folder.locate(folder_or_repo)
         model, state = cls.without_weights(folder), model_folder.load(folder)
-        model.load_state_dict({**state, "head.weight": state["embed.weight"]}, assign=True)
-        model.head.weight = model.embed.weight
+        model.load_state_dict(state, strict=False, assign=True)  # all names are checked but the head's
+        if model.cfg.weights == "float":
+            model.head.weight = model.embed.weight
         if dtype == "auto":
-            dtype = faster_dtype(model.parameters(), torch.device(device))
+            dtype = faster_dtype(state.values(), torch.device(device))
         elif isinstance(dtype, str):
             check_choice("dtype", dtype, get_args(AutoDtype))
             dtype = getattr(torch, dtype)

@@ -99,13 +99,14 @@ def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model folder's tensors, which stay on disk.
 
     Raises:
-        ValueError: the file is damaged, or a tensor is not of floating point.
+        ValueError: the file is damaged, or a tensor is not of floating point, or `values` not int8.
     """
     slices = open_slices(folder)
     for name, rows in slices.items():
-        if rows.get_dtype() not in DTYPES:
+        allowed = ("I8",) if name.endswith("values") else DTYPES
+        if rows.get_dtype() not in allowed:
             raise ValueError(
-                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(DTYPES)}; save it again"
+                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(allowed)}; save it again"
             )
     return {name: tuple(rows.get_shape()) for name, rows in slices.items()}
 
