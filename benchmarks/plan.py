@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from benchmarks.machine import describe
 from benchmarks.page import table, write_page
 from open_mythos.accounting import count_parameters
 from open_mythos.costs.depth_distribution import with_gradient
@@ -196,7 +197,7 @@ def main(args: Args) -> None:
         return
     sizes = ("peak planned", "measured", "off")
     columns = ("case", "parameters", "FLOPs planned", "measured", "off", *sizes, "highest in")
-    lines = [f"torch {torch.__version__}, CPU.", "", *table(columns, rows(chosen)), ""]
+    lines = [f"{describe()['cpu']}, torch {torch.__version__}.", "", *table(columns, rows(chosen)), ""]
     found_ranks: list[list[str]] = []
     for how in (["--kind", "ddp"], ["--kind", "fsdp"], ["--kind", "fsdp", "--experts", "2"]):
         found_ranks += ranks(["--cases", "30m", *how])

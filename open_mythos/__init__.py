@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from open_mythos.nn.mlp import Expert as Expert
     from open_mythos.nn.moe import MoEFFN as MoEFFN
     from open_mythos.nn.norm import RMSNorm as RMSNorm
+    from open_mythos.nn.quantized import quantize as quantize
     from open_mythos.nn.recurrent import RecurrentBlock as RecurrentBlock
     from open_mythos.nn.rope import apply_rope as apply_rope
     from open_mythos.recipes import load_recipe as load_recipe

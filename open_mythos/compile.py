@@ -48,10 +48,12 @@ def compile_model(model: Any, scope: Scope = "model", backend: str = "inductor")
         backend: of torch.compile.
 
     Raises:
-        ValueError: `scope` is unknown, or "block" for a model without one.
+        ValueError: `scope` is unknown, or "block" for a model without one, or the weights are int8.
         RuntimeError: the backend is "inductor", the model is on a CPU and there is no C++ compiler.
     """
     check_choice("scope", scope, get_args(Scope))
+    if model.cfg.weights == "int8":
+        raise ValueError("weights='int8' cannot be compiled yet; use compiled=False, or the model it was made from")
     if backend == "inductor" and model.device.type == "cpu":
         _check_compiler()
     if scope == "model":

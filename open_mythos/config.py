@@ -148,6 +148,8 @@ class MythosConfig:
     """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
     feed_forward: str = "swiglu"
     """Dense feed-forward of prelude and coda and, with n_experts=0, of the recurrent block."""
+    weights: Literal["float", "int8"] = "float"
+    """How the large matrices are stored. int8: for inference only, made by `open_mythos.quantize`."""
 
     # What published looped models need beside the above; see docs/families.md.
     norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-6

@@ -31,6 +31,7 @@ from open_mythos.nn.initial_state import check_start, first_state
 from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
 from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
+from open_mythos.nn.quantized import use_int8
 from open_mythos.nn.recurrent import RecurrentBlock, RecurrentOutput
 from open_mythos.nn.static_cache import StaticKVCache
 from open_mythos.nn.view import View
@@ -97,12 +98,18 @@ class OpenMythos(GenerationMixin):
             self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
             self.recurrent = RecurrentBlock(cfg) if cfg.recurrent_layers else None
             self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
-            # With state_norm="loop" the loop has the final norm, and the coda no layers.
             self.norm = nn.Identity() if cfg.state_norm == "loop" else RMSNorm(cfg.dim, cfg.norm_eps)
             self.head = Linear(cfg.dim, cfg.vocab_size)
         self.tie_head()
         if not self.embed.weight.is_meta:
             init_weights(self, cfg)
+        if cfg.weights == "int8":
+            use_int8(self)
+
+    def train(self, mode: bool = True) -> "OpenMythos":
+        if mode and self.cfg.weights == "int8":
+            raise ValueError("weights='int8' cannot be trained; train the model that this one was made from")
+        return super().train(mode)
 
     def tie_head(self) -> None:
         """Make the embedding the head, unless the head has a matrix of its own."""
@@ -110,12 +117,16 @@ class OpenMythos(GenerationMixin):
             self.head.weight = self.embed.weight
 
     @property
+    def _last_norm(self) -> Any:
+        return self.norm if self.cfg.state_norm != "loop" else self._recurrent().out_norm
+
+    @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self._last_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self._last_norm.weight.dtype
 
     # The stages.
 
@@ -256,10 +267,7 @@ class OpenMythos(GenerationMixin):
         trace: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
-        """Compute `forward` from checked arguments; return logits and the result of the loop.
-
-        `start`: the state before the first loop, or a generator of its noise.
-        """
+        """Compute `forward` from checked arguments; return logits and the result of the loop."""
         result = self.run_loop(input_ids, view, depth, rule, cache, start, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
@@ -341,8 +349,7 @@ class OpenMythos(GenerationMixin):
     def from_pretrained(
         cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
     ) -> "OpenMythos":
-        """Load a folder that `save_pretrained` wrote or in the layout of a family in docs/families.md, or such a
-        repository of the Hugging Face hub. Nothing is unpickled.
+        """Load a folder of `save_pretrained` or of docs/families.md, or such a hub repository. Nothing is unpickled.
 
         Args:
             dtype: of the weights; None: the file's. "auto": bfloat16 where this machine computes this model's products
@@ -350,17 +357,16 @@ class OpenMythos(GenerationMixin):
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or it lacks a file.
-            ValueError: the file is damaged, or its tensors are not exactly those of the configuration; the message
-                names them.
+            ValueError: the file is damaged, or its tensors are not those of the configuration; the message says which.
         """
         folder = model_folder.locate(folder_or_repo)
         model, source = cls.without_weights(folder), find_published(folder)
         state = model_folder.load(folder) if source is None else source.load()
-        # A tied head is not stored.
-        model.load_state_dict({"head.weight": state["embed.weight"], **state}, assign=True)
-        model.tie_head()
+        model.load_state_dict(state, strict=False, assign=True)  # all names are checked but a tied head's
+        if model.cfg.weights == "float":
+            model.tie_head()
         if dtype == "auto":
-            dtype = faster_dtype(model.parameters(), torch.device(device))
+            dtype = faster_dtype(state.values(), torch.device(device))
         elif isinstance(dtype, str):
             check_choice("dtype", dtype, get_args(AutoDtype))
             dtype = getattr(torch, dtype)

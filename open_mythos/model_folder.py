@@ -49,8 +49,8 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
     with writing(folder):
-        imports = f"from open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
-        (folder / f"{REMOTE_CODE}.py").write_text("# pip install 'open-mythos-rdt[hf]'\n" + imports, "utf-8")
+        code = f"# Needs the package open_mythos.\nfrom open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
+        (folder / f"{REMOTE_CODE}.py").write_text(code, "utf-8")
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
             to_disk(path)
@@ -99,13 +99,14 @@ def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model folder's tensors, which stay on disk.
 
     Raises:
-        ValueError: the file is damaged, or a tensor is not of floating point.
+        ValueError: the file is damaged, or a tensor is not of floating point, or `values` not int8.
     """
     slices = open_slices(folder)
     for name, rows in slices.items():
-        if rows.get_dtype() not in DTYPES:
+        allowed = ("I8",) if name.endswith("values") else DTYPES
+        if rows.get_dtype() not in allowed:
             raise ValueError(
-                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(DTYPES)}; save it again"
+                f"{WEIGHTS_FILE} has {name:.80} in {rows.get_dtype()}, not one of {', '.join(allowed)}; save it again"
             )
     return {name: tuple(rows.get_shape()) for name, rows in slices.items()}
 

@@ -15,6 +15,7 @@ from open_mythos.cli.data import FetchCorpus, PrepareData, TrainTokenizer
 from open_mythos.cli.exp import Exp
 from open_mythos.cli.generate import Chat, Generate
 from open_mythos.cli.options import flags, read
+from open_mythos.cli.quantize import Quantize
 from open_mythos.cli.serve import Serve
 from open_mythos.cli.train import Demo, RunOptions, Train, read_run
 from open_mythos.extras import DISTRIBUTION
@@ -104,5 +105,6 @@ COMMANDS: dict[str, Any] = {
     "analyze": Analyze,
     "exp": Exp,
     "info": Info,
+    "quantize": Quantize,
 }
 """Commands: a class with the options, whose `run` runs the command; its docstring is the line of `mythos --help`."""

@@ -30,7 +30,11 @@ ENOUGH_S = 1.5
 
 def store_weights(model: OpenMythos) -> None:
     """Store float32 matrices as products of a few rows are fastest on this CPU; names, shapes and values stay."""
-    if model.device.type != "cpu" or transposed_gain(torch.get_num_threads()) * MARGIN < 1:
+    if (
+        model.device.type != "cpu"
+        or model.cfg.weights != "float"
+        or transposed_gain(torch.get_num_threads()) * MARGIN < 1
+    ):
         return
     for module in model.modules():
         weights: list[Tensor] = []

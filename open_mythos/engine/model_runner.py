@@ -47,7 +47,7 @@ class ModelRunner:
         self.max_rows = max_rows
         block = model.recurrent
         with self._computing():
-            self.constants = None if block is None else block.constants(model.embed.weight[:1, None])
+            self.constants = None if block is None else block.constants(model._last_norm.weight[None, None])
         self.clear()
 
     def clear(self) -> None:

@@ -26,7 +26,7 @@ class MythosHFConfig(PreTrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "max_position_embeddings": "max_seq_len",
     }
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(self, **values: Any) -> None:
         # The digest belongs to the file, and a changed configuration would carry it along.

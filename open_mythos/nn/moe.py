@@ -14,7 +14,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.nn.mlp import Expert
 from open_mythos.nn.token_dispatch import dispatch_and_combine
 from open_mythos.nn.view import View
-from open_mythos.ops.experts import ExpertWeights, routed_experts
+from open_mythos.ops.experts import StoredExperts, routed_experts
 from open_mythos.ops.linear import Linear, autocasts
 from open_mythos.ops.precision import as_dtype, float32_linear
 
@@ -103,14 +103,14 @@ class StackedExperts(nn.Module):
         self.gate_up, self.down = (nn.Parameter(p.detach()[mine].clone()) for p in (self.gate_up, self.down))
         self.group = group
 
-    def weights(self, x: Tensor) -> ExpertWeights:
+    def weights(self, x: Tensor) -> StoredExperts:
         """Return the parameters in the dtype of products with x: under autocast these are copies."""
         if not autocasts(x):
             return self.gate_up, self.down
         dtype = torch.get_autocast_dtype(x.device.type)
         return self.gate_up.to(dtype), self.down.to(dtype)
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights | None = None) -> Tensor:
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, weights: StoredExperts | None = None) -> Tensor:
         """Compute x (N, D), chosen (N, C) int64, gates (N, C) -> (N, D) in x.dtype, or in autocast's.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.nn.rope import Rotation
-from open_mythos.ops.experts import ExpertWeights
+from open_mythos.ops.experts import StoredExperts
 
 KeyValues = tuple[Tensor, ...]
 """Tensors that an attention stores, each (B, S, ...): `gqa` keys and values, `mla` a latent with its rotary key."""
@@ -60,7 +60,7 @@ class LoopConstants:
     """(max_loop_iters, D)"""
     decay: Any
     """(D,), the result of the injection's `get_A`; None for one without a decay."""
-    experts: dict[int, ExpertWeights]
+    experts: dict[int, StoredExperts]
     """Under autocast the routed experts in its dtype, by layer, so that not every loop makes a copy of its own."""
 
 

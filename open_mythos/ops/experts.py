@@ -17,11 +17,13 @@ from torch import Tensor
 
 from open_mythos.ops.batch_invariant import invariant, size_of
 from open_mythos.ops.grouped_linear import grouped_linear
+from open_mythos.ops.int8 import Int8Weight
 from open_mythos.ops.linear import is_traced, linear, linear_by_head, materialize, outer, prefers_compiled_sum
 from open_mythos.ops.swiglu import silu_product, swiglu_backward
 
 ExpertWeights = tuple[Tensor, Tensor]
 """gate_up (E, 2 F, D), down (E, D, F)"""
+StoredExperts = ExpertWeights | tuple[Int8Weight, Int8Weight]
 
 FEW_PAIRS = 16
 """Number of pairs up to which each is computed alone: sorting them would cost more than reading an expert twice."""
@@ -35,9 +37,13 @@ GROUP_MULTIPLE = 8
 """Rows of a group are padded to a multiple of this: oneDNN compiles a kernel for each shape (0.3 ms), so few shapes."""
 
 
-def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
+def routed_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: StoredExperts) -> Tensor:
     """Compute the sum over each token's chosen experts of gate * expert(x), by the best way for shapes and device."""
     gate_up, down = weights
+    if isinstance(gate_up, Int8Weight) or isinstance(down, Int8Weight):
+        # Neither reads an expert that no token chose.
+        return (by_pair if chosen.numel() <= FEW_PAIRS else by_expert)(x, chosen, gates, weights)
+    weights = gate_up, down
     if x.device.type != "cpu":
         return by_group(x, chosen, gates, weights)
     n_experts, values = gate_up.shape[0], 3 * down.shape[1] * down.shape[2]
@@ -95,7 +101,7 @@ def all_experts(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights
     return linear_by_head(mixed, down).sum(1)
 
 
-def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) -> Tensor:
+def by_pair(x: Tensor, chosen: Tensor, gates: Tensor, weights: StoredExperts) -> Tensor:
     """Compute one matrix-vector product after another, for the few tokens of a decode step. No autograd."""
     gate_up, down = weights
     experts = chosen.tolist()
@@ -114,7 +120,7 @@ def by_gather(x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights) 
 
 
 def by_expert(
-    x: Tensor, chosen: Tensor, gates: Tensor, weights: ExpertWeights, hiddens: list[Tensor] | None = None
+    x: Tensor, chosen: Tensor, gates: Tensor, weights: StoredExperts, hiddens: list[Tensor] | None = None
 ) -> Tensor:
     """Compute one expert after another, so that values between its steps stay in the processor's cache. No autograd.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from open_mythos.ops.batch_invariant import by_rows, invariant
+from open_mythos.ops.int8 import Int8Weight, int8_linear
 from open_mythos.ops.routes import HAS_ONEDNN, onednn, prefers_onednn
 
 MANY_PRODUCTS = 2**21
@@ -23,6 +24,9 @@ FEWER_ROWS = 2
 """The same, in float32 where torch's own choice of library is fast for a few rows."""
 INVARIANT_ROWS = 16
 """Rows for which batch-invariant calls choose the library, whatever their number of rows."""
+
+
+Weight = Tensor | Int8Weight
 
 
 class Linear(nn.Linear):
@@ -40,8 +44,10 @@ class Linear(nn.Linear):
         return linear(x, self.weight).split(self.widths, dim=-1)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute x @ weight^T: (..., K), (N, K) -> (..., N), differentiable."""
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Compute x @ weight^T: (..., K), (N, K) -> (..., N), differentiable but for int8 weights."""
+    if isinstance(weight, Int8Weight):
+        return int8_linear(x, weight)
     if prefers_compiled_sum(x):
         # A few rows under a compiler: it fuses a sum over weight * x.
         rows = materialize(x.reshape(-1, x.shape[-1]))

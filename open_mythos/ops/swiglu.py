@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.ops.linear import autocasts, is_traced, linear, outer
+from open_mythos.ops.linear import Weight, autocasts, is_traced, linear, outer
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """Compute down(silu(gate(x)) * up(x)): (..., D), gate_up (2 F, D), down (D, F) -> (..., D)."""
-    if torch.is_grad_enabled() and not is_traced() and not autocasts(x):
+    if torch.is_grad_enabled() and isinstance(gate_up, Tensor) and not is_traced() and not autocasts(x):
         return _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_up, down).view_as(x)
     return linear(silu_product(linear(x, gate_up)), down)
 

@@ -189,6 +189,7 @@ class TrainConfig:
         return {
             f"model.max_seq_len={model.max_seq_len} is shorter than the {data.seq_len} tokens of a row of data "
             f"{data.name!r}; use model.max_seq_len={data.seq_len}": data.seq_len > model.max_seq_len,
+            "model.weights='int8' cannot be trained; use model.weights='float'": model.weights == "int8",
             f"loops.backprop_depth={loops.backprop_depth} must be None with model.halting='act', which needs the "
             "gradient of every loop; use loops.backprop_depth=None or model.halting='none'": (
                 model.halting == "act" and loops.backprop_depth is not None
