@@ -14,9 +14,10 @@ from open_mythos.nn.layer_costs import InjectionCosts
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts by part. The head is the embedding and counts once."""
+    """Parameter counts by part."""
 
     embedding: int
+    """With the head, which counts once where it is the embedding."""
     prelude: int
     coda: int
     routed_experts: int
@@ -68,7 +69,7 @@ class Parameters:
 def count_parameters(cfg: MythosConfig) -> Parameters:
     """Count the parameters of a model built from `cfg`."""
     D, n_blocks = cfg.dim, cfg.recurrent_layers
-    block = attention_costs(cfg).parameters + (4 if cfg.block_norm == "sandwich" else 2) * D
+    block = attention_costs(cfg).parameters + (4 if cfg.block_norm in ("sandwich", "branch") else 2) * D
     plain = block + feed_forward_costs(cfg, recurrent=False).parameters
     expert = 3 * D * cfg.expert_dim
     routed = chosen = 0
@@ -79,10 +80,10 @@ def count_parameters(cfg: MythosConfig) -> Parameters:
     injection, around, other_loops = InjectionCosts(), 0, 0
     if n_blocks:
         injection = injection_costs(cfg)
-        around = (2 * D + 1) * cfg.lora_rank + (D + 1 if cfg.halting == "act" else 0)
+        around = (2 * D + 1) * cfg.lora_rank + (D + 1 if cfg.halting != "none" else 0)
         other_loops = (cfg.max_loop_iters - 1) * cfg.lora_rank
     return Parameters(
-        embedding=cfg.vocab_size * D,
+        embedding=cfg.vocab_size * D * (1 if cfg.tie_embeddings else 2),
         prelude=cfg.prelude_layers * plain,
         coda=cfg.coda_layers * plain,
         routed_experts=routed,

@@ -56,6 +56,8 @@ def check_latent_heads(cfg: "MythosConfig") -> None:
         raise ValueError(f"qk_rope_head_dim={cfg.qk_rope_head_dim} must be even; use {cfg.qk_rope_head_dim + 1}")
     if cfg.qk_norm:
         raise ValueError("qk_norm=True needs attn_type='gqa': mla already normalises its latents; use qk_norm=False")
+    if cfg.qk_bias:
+        raise ValueError("qk_bias=True needs attn_type='gqa'; use qk_bias=False")
 
 
 def _divisor(whole: int, near: int) -> int:
@@ -68,8 +70,10 @@ def _divisor(whole: int, near: int) -> int:
 # (docs/extending.md). Import them from nn/block.py, nn/injection.py and nn/halting.py.
 ATTENTIONS: dict[str, Any] = {"mla": NotImported(check_latent_heads), "gqa": NotImported(check_grouped_heads)}
 FEED_FORWARDS: dict[str, Any] = {"swiglu": NotImported()}
-INJECTIONS: dict[str, Any] = dict.fromkeys(("lti", "diagonal", "concat", "add"), NotImported())
-HALTING_RULES: dict[str, Any] = dict.fromkeys(("fixed", "act", "latent_diff", "second_difference", "kl"), NotImported())
+INJECTIONS: dict[str, Any] = dict.fromkeys(("lti", "diagonal", "concat", "add", "linear", "none"), NotImported())
+HALTING_RULES: dict[str, Any] = dict.fromkeys(
+    ("fixed", "act", "ouro", "latent_diff", "second_difference", "kl"), NotImported()
+)
 
 
 def check_part(name: str, value: object, table: Mapping[str, Any], table_name: str) -> None:
@@ -123,25 +127,47 @@ class MythosConfig:
     dropout: Share = 0.0
 
     injection: str = "lti"
-    """Way of the prelude's output e into every loop: lti, diagonal, concat or add (see nn/injection.py)."""
-    initial_state: Literal["e", "zero", "normal"] = "e"
-    """State before the first loop: e, zero, or normal (noise that depends on the row's seed and the position)."""
+    """Way of the prelude's output e into every loop: lti, diagonal, concat, add, linear, none (see nn/injection.py)."""
+    initial_state: Literal["e", "zero", "normal", "truncated"] = "e"
+    """State before the first loop: e, zero, or noise that depends on the row's seed and the position (normal clamped,
+    or truncated, at three standard deviations)."""
     loop_embedding: bool = True
-    halting: Literal["act", "none"] = "act"
-    """Halting of the model itself. act: learned, the output is the weighted sum of states. none: the last state."""
+    halting: Literal["act", "ouro", "none"] = "act"
+    """Halting of the model itself. act: learned, the output is the weighted sum of states. ouro: learned, the state at
+    which a token exits. none: the last state."""
     min_loops: int = 1
     """Number of loops before which no token exits, whatever the rule."""
     recurrent_layers: Layers = 1
     """Number of blocks inside the loop; with 0 the model is a plain transformer, which takes no `n_loops`."""
     prelude_norm: bool = False
     """RMSNorm on the prelude's output before it is injected."""
-    block_norm: Literal["pre", "sandwich"] = "pre"
+    block_norm: Literal["pre", "sandwich", "branch", "post"] = "pre"
+    """Places of a block's norms: pre, on the input of each branch; sandwich, also on the stream behind it; branch, on
+    input and output of each branch; post, on the output alone."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before the rotation (`gqa` only; `mla` normalises its latents)."""
     feed_forward: str = "swiglu"
     """Dense feed-forward of prelude and coda and, with n_experts=0, of the recurrent block."""
     weights: Literal["float", "int8"] = "float"
     """How the large matrices are stored. int8: for inference only, made by `open_mythos.quantize`."""
+
+    # What published looped models need beside the above; see docs/families.md.
+    norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-6
+    tie_embeddings: bool = True
+    """Use of the embedding as the head; with False the head has a matrix of its own."""
+    embed_scale: Annotated[float, Range(0, above=True)] = 1.0
+    """Factor of the embedding."""
+    dense_dim: Annotated[int, Range(0, 2**22)] = 0
+    """Hidden width of the dense feed-forward of prelude and coda; 0: dim * 4 // 3."""
+    qk_bias: bool = False
+    """Bias of each head's queries and keys before the rotation (`gqa` only)."""
+    state_norm: Literal["none", "loop", "coda"] = "none"
+    """Further place of the final norm. loop: on every loop's state instead, where the next loop and the head take it.
+    coda: also on the last state before the coda."""
+    state_std: Annotated[float, Range(0, above=True)] = 0.4**0.5
+    """Standard deviation of the noise of `initial_state` before it is cut."""
+    trained_loops: Annotated[int, Range(0, MAX_LOOPS)] = 0
+    """Loops that the weights were trained for, beyond which a call warns; 0: not known."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -152,7 +178,13 @@ class MythosConfig:
         return self.dim // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return every field, but those of published models only where they differ from their defaults.
+
+        So what the other models write stays as it was before there were these fields.
+        """
+        fields = dataclasses.fields(self)
+        new = [f for f in fields[[f.name for f in fields].index("norm_eps") :] if getattr(self, f.name) == f.default]
+        return {name: x for name, x in dataclasses.asdict(self).items() if name not in {f.name for f in new}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MythosConfig":
@@ -166,7 +198,7 @@ class MythosConfig:
         """Check every field, and the fields that have to fit each other."""
         check_section(self)
         check_int("min_loops", self.min_loops, 1, self.max_loop_iters)
-        for name in ("act_threshold", "rope_theta", "dropout"):
+        for name in ("act_threshold", "rope_theta", "dropout", "norm_eps", "embed_scale", "state_std"):
             setattr(self, name, float(getattr(self, name)))
         for name, table_name, table in (
             ("attn_type", "ATTENTIONS", ATTENTIONS),
@@ -186,6 +218,12 @@ class MythosConfig:
         if self.recurrent_layers == 0 and self.prelude_layers + self.coda_layers == 0:
             raise ValueError(
                 "recurrent_layers=0, prelude_layers=0 and coda_layers=0 leave no layer; use prelude_layers=1"
+            )
+        if self.state_norm == "loop" and (self.coda_layers or not self.recurrent_layers):
+            raise ValueError(
+                f"state_norm='loop' needs a loop whose state the head takes, not "
+                f"recurrent_layers={self.recurrent_layers} and coda_layers={self.coda_layers}; use coda_layers=0 or "
+                "state_norm='coda'"
             )
         if self.loop_embedding and self.dim < 8:
             raise ValueError(

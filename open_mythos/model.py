@@ -19,14 +19,15 @@ from open_mythos import model_folder
 from open_mythos.accounting import count_parameters
 from open_mythos.checks import check_choice, check_int, check_number
 from open_mythos.config import MythosConfig
+from open_mythos.convert.published import find_published
 from open_mythos.device import AutoDtype
 from open_mythos.generation.generate import GenerationMixin
 from open_mythos.nn.block import ATTENTIONS, TransformerBlock
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.depth import LoopPlan, check_n_loops, check_plan
-from open_mythos.nn.halting import HaltingRule, make_rule
+from open_mythos.nn.halting import HaltingRule, rule_of_call
 from open_mythos.nn.init import NoDraws, init_weights
-from open_mythos.nn.initial_state import check_generator, initial_state
+from open_mythos.nn.initial_state import check_start, first_state
 from open_mythos.nn.inputs import check_documents, check_ids, check_mask, check_room, make_view, refuse_unknown
 from open_mythos.nn.moe import MoEFFN, check_load
 from open_mythos.nn.norm import RMSNorm
@@ -94,12 +95,12 @@ class OpenMythos(GenerationMixin):
         with NoDraws():
             self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
             self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
-            self.prelude_norm = RMSNorm(cfg.dim) if cfg.prelude_norm else nn.Identity()
+            self.prelude_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.prelude_norm else nn.Identity()
             self.recurrent = RecurrentBlock(cfg) if cfg.recurrent_layers else None
             self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
-            self.norm = RMSNorm(cfg.dim)
+            self.norm = nn.Identity() if cfg.state_norm == "loop" else RMSNorm(cfg.dim, cfg.norm_eps)
             self.head = Linear(cfg.dim, cfg.vocab_size)
-        self.head.weight = self.embed.weight
+        self.tie_head()
         if not self.embed.weight.is_meta:
             init_weights(self, cfg)
         if cfg.weights == "int8":
@@ -110,19 +111,29 @@ class OpenMythos(GenerationMixin):
             raise ValueError("weights='int8' cannot be trained; train the model that this one was made from")
         return super().train(mode)
 
+    def tie_head(self) -> None:
+        """Make the embedding the head, unless the head has a matrix of its own."""
+        if self.cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def _last_norm(self) -> Any:
+        return self.norm if self.cfg.state_norm != "loop" else self._recurrent().out_norm
+
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        return self._last_norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+        return self._last_norm.weight.dtype
 
     # The stages.
 
     def encode(self, input_ids: Tensor, view: View) -> Tensor:
         """Embedding and prelude: (B, T) int64 -> e (B, T, D)."""
         x = self.embed(input_ids)
+        x = x if self.cfg.embed_scale == 1 else x * self.cfg.embed_scale
         for layer, block in enumerate(self.prelude):
             x = self._run_block(block, x, view, layer)
         return self.prelude_norm(x)
@@ -141,6 +152,7 @@ class OpenMythos(GenerationMixin):
     def decode(self, out: Tensor, view: View, last_only: bool = False) -> Tensor:
         """Coda and norm: (B, T, D) -> what the head reads, (B, T, D), or (B, 1, D) of the last position."""
         first = self.cfg.prelude_layers + self.cfg.recurrent_layers
+        out = self.norm(out) if self.cfg.state_norm == "coda" else out
         for i, block in enumerate(self.coda):
             out = self._run_block(block, out, view, first + i)
         return self.norm(out[:, -1:] if last_only else out)
@@ -196,27 +208,27 @@ class OpenMythos(GenerationMixin):
         trace: bool = False,
         last_only: bool = False,
         generator: torch.Generator | None = None,
+        initial_state: Tensor | None = None,
         documents: Tensor | None = None,
         **removed: Any,
     ) -> Tensor | LoopTrace | TrainOutput:
         """Return the logits of every position.
 
         Args:
-            input_ids: (B, T) int64, T new tokens per row.
-            n_loops: loops for every row, 1 to 4096; None takes the cache's depth, else `max_loop_iters`. Beyond
-                `max_loop_iters` the depth LoRA and the loop embedding stay at their last index.
-            attention_mask: (B, T), nonzero for tokens and zero for padding (on the left for generation). It covers the
-                new tokens only: a cache remembers the earlier ones. None: no padding.
+            input_ids: (B, T) int64, new tokens.
+            n_loops: loops for every row; None takes the cache's depth, else `max_loop_iters`, beyond which the depth
+                LoRA and the loop embedding stay at their last index.
+            attention_mask: (B, T), zero for padding (on the left for generation), of the new tokens only; None: none.
             cache: from `make_cache`. The call appends its tokens (any number at a time), runs without gradients, and
                 may use fewer loops than the cache has levels: the last loop run then stands for the deeper ones.
             plan: training. One depth per row and the window of back-propagation; the result is a `TrainOutput`.
-            exit: a rule that replaces the model's halting for this call: "fixed", "act", "latent_diff",
-                "second_difference", "kl" or a `HaltingRule`. The output is then the last state ("act" keeps its sum).
+            exit: a rule that replaces the model's halting for this call: a name in HALTING_RULES, or a `HaltingRule`.
             exit_threshold: of that rule; None takes its default.
             trace: return a `LoopTrace` instead of logits. With `plan`, whose depths then have to be equal and the
                 model's halting "none", the `TrainOutput` holds logits of every loop.
             last_only: logits of the last position only, (B, 1, V): all that sampling needs.
             generator: draws the noise of `initial_state="normal"`. None: fixed noise in eval mode, torch's in training.
+            initial_state: (B, T, D), the state of the new tokens before the first loop, in place of the model's own.
             documents: (B, T) int64, each token's document, never falling: attention stays inside. Not with a cache.
 
         Raises:
@@ -226,7 +238,7 @@ class OpenMythos(GenerationMixin):
         check_ids(input_ids, self.cfg)
         check_mask(input_ids, attention_mask)
         check_room(input_ids, cache, self.cfg, self.dtype, self.device)
-        check_generator(generator)
+        start = check_start(generator, initial_state, input_ids, self.cfg.dim)
         depth: int | LoopPlan = check_n_loops(n_loops, self.cfg, None if cache is None else cache.n_loops)
         if plan is not None:
             others = {"n_loops": n_loops, "cache": cache, "exit": exit, "last_only": last_only or None}
@@ -238,8 +250,8 @@ class OpenMythos(GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             view = self.make_view((input_ids.shape[0], input_ids.shape[1]), attention_mask, cache, documents)
             if plan is not None:
-                return self._train_output(self.run_loop(input_ids, view, depth, rule, cache, generator, trace), view)
-            logits, result = self.run(input_ids, view, depth, rule, cache, generator, trace, last_only)
+                return self._train_output(self.run_loop(input_ids, view, depth, rule, cache, start, trace), view)
+            logits, result = self.run(input_ids, view, depth, rule, cache, start, trace, last_only)
         if result.hidden is not None and result.halt_weight is not None:
             return LoopTrace(logits, result.hidden, result.halt_weight, result.loops - 1)
         return logits
@@ -251,12 +263,12 @@ class OpenMythos(GenerationMixin):
         depth: int | LoopPlan,
         rule: HaltingRule | None = None,
         cache: KVCache | None = None,
-        generator: torch.Generator | None = None,
+        start: torch.Generator | Tensor | None = None,
         trace: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, RecurrentOutput]:
         """Compute `forward` from checked arguments; return logits and the result of the loop."""
-        result = self.run_loop(input_ids, view, depth, rule, cache, generator, trace)
+        result = self.run_loop(input_ids, view, depth, rule, cache, start, trace)
         logits = self.readout(result.out, view, last_only)
         if cache is not None:
             cache.advance(input_ids.shape[1], view.valid)
@@ -269,36 +281,19 @@ class OpenMythos(GenerationMixin):
         depth: int | LoopPlan,
         rule: HaltingRule | None,
         cache: KVCache | None,
-        generator: torch.Generator | None,
+        start: torch.Generator | Tensor | None,
         trace: bool,
     ) -> RecurrentOutput:
         """Compute embedding, prelude and loop from checked arguments."""
         e = self.encode(input_ids, view)
         if self.recurrent is None:
             return RecurrentOutput(e, torch.zeros_like(input_ids))
-        h = initial_state(self.cfg.initial_state, e, view, cache, generator, self.training)
+        h = first_state(self.cfg, e, view, cache, start, self.training)
         return self.recurrent(h, e, view, depth, rule, self._probe, trace)
 
     def exit_rule(self, exit: str | HaltingRule | None, threshold: float | None = None) -> HaltingRule | None:
         """Return the rule for `exit` and `exit_threshold` of a call; None: the model's own halting."""
-        if exit is None:
-            if threshold is not None:
-                raise ValueError(
-                    f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' or another rule too"
-                )
-            return None
-        act = self._recurrent().act
-        if isinstance(exit, HaltingRule):
-            if threshold is not None:
-                raise ValueError(
-                    f"exit_threshold={threshold} is for a rule given by name; set the rule's own threshold"
-                )
-            return exit
-        if not isinstance(exit, str):
-            raise TypeError(
-                f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
-            )
-        return make_rule(exit, threshold, self.cfg.min_loops, self.cfg, act)
+        return rule_of_call(exit, threshold, self.cfg, lambda: self._recurrent().act)
 
     @torch.no_grad()
     def update_expert_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> Tensor:
@@ -339,19 +334,22 @@ class OpenMythos(GenerationMixin):
         Raises:
             As `from_pretrained`.
         """
+        if (source := find_published(folder)) is not None:
+            with torch.device("meta"):
+                return cls(source.cfg)
         cfg, shapes = model_folder.read_config(folder), model_folder.read_shapes(folder)
         layers = cfg.prelude_layers + cfg.recurrent_layers + cfg.coda_layers
         model_folder.check_size(shapes, count_parameters(cfg).total, layers)
         with torch.device("meta"):
             model = cls(cfg)
-        model_folder.check(shapes, model.state_dict())
+        model_folder.check(shapes, model.state_dict(), cfg)
         return model
 
     @classmethod
     def from_pretrained(
         cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
     ) -> "OpenMythos":
-        """Load a folder of `save_pretrained`, or a repository of the Hugging Face hub. Nothing is unpickled.
+        """Load a folder of `save_pretrained` or of docs/families.md, or such a hub repository. Nothing is unpickled.
 
         Args:
             dtype: of the weights; None: the file's. "auto": bfloat16 where this machine computes this model's products
@@ -362,10 +360,11 @@ class OpenMythos(GenerationMixin):
             ValueError: the file is damaged, or its tensors are not those of the configuration; the message says which.
         """
         folder = model_folder.locate(folder_or_repo)
-        model, state = cls.without_weights(folder), model_folder.load(folder)
-        model.load_state_dict(state, strict=False, assign=True)  # all names are checked but the head's
+        model, source = cls.without_weights(folder), find_published(folder)
+        state = model_folder.load(folder) if source is None else source.load()
+        model.load_state_dict(state, strict=False, assign=True)  # all names are checked but a tied head's
         if model.cfg.weights == "float":
-            model.head.weight = model.embed.weight
+            model.tie_head()
         if dtype == "auto":
             dtype = faster_dtype(state.values(), torch.device(device))
         elif isinstance(dtype, str):

@@ -43,14 +43,14 @@ def save(folder: str | Path, cfg: MythosConfig, state: dict[str, Tensor]) -> Non
     folder = Path(folder)
     make_folder(folder)
     # The head is the embedding; safetensors refuses to store one memory twice.
-    tensors = {name: x.detach().contiguous() for name, x in state.items() if name != "head.weight"}
+    tensors = {name: x.detach().contiguous() for name, x in state.items() if name not in tied(cfg)}
     saved = json.dumps({**FOLDER_KEYS, **cfg.to_dict()}, sort_keys=True)
     config = {**FOLDER_KEYS, SAVED_DIGEST: _digest(saved), **cfg.to_dict()}
     partial = {name: folder / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     save_tensors(tensors, partial[WEIGHTS_FILE], {"format": "pt", SAVED_CONFIG: f"{_digest(saved)} {saved}"})
     with writing(folder):
-        imports = f"from open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
-        (folder / f"{REMOTE_CODE}.py").write_text("# pip install 'open-mythos-rdt[hf]'\n" + imports, "utf-8")
+        code = f"# Needs the package open_mythos.\nfrom open_mythos.hf import {', '.join(HUB_CLASSES.values())}\n"
+        (folder / f"{REMOTE_CODE}.py").write_text(code, "utf-8")
         partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for path in partial.values():
             to_disk(path)
@@ -181,6 +181,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tied(cfg: MythosConfig) -> set[str]:
+    """Return the names in a model's state that are other names of a tensor, and not stored."""
+    return {"head.weight"} if cfg.tie_embeddings else set()
+
+
 def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layers: int) -> None:
     """Refuse a configuration far beyond what the file holds, of which not even an empty model should be made."""
     held = sum(map(math.prod, shapes.values()))
@@ -191,10 +196,10 @@ def check_size(shapes: Mapping[str, tuple[int, ...]], n_parameters: int, n_layer
         )
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> None:
+def check(shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor], cfg: MythosConfig) -> None:
     """Refuse shapes of tensors that are missing, unknown or of another shape than those of a model's state."""
     expected = {name: tuple(x.shape) for name, x in model.items()}
-    names = expected.keys() - {"head.weight"}
+    names = expected.keys() - tied(cfg)
     problems = [f"{name} is missing" for name in sorted(names - shapes.keys())]
     problems += [f"{name:.80} is unknown" for name in sorted(shapes.keys() - names)]
     problems += [

@@ -21,13 +21,13 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = "prelude_layers coda_layers recurrent_layers n_experts n_shared_experts lora_rank".split()
 INTEGERS = POSITIVE + NOT_NEGATIVE
-FLOATS = "act_threshold rope_theta dropout".split()
+FLOATS = "act_threshold rope_theta dropout norm_eps embed_scale state_std".split()
 CHOICES = {
     "attn_type": ["bogus", "GQA", "gpa", ""],
     "injection": ["lit", "diag", "LTI"],
     "initial_state": ["noise", "zeros"],
     "halting": ["ACT", "never"],
-    "block_norm": ["post", "sandwitch"],
+    "block_norm": ["last", "sandwitch"],
 }
 LARGEST = {
     name: limits.high
@@ -130,7 +130,9 @@ def test_dict_round_trip() -> None:
     cfg = tiny(attn_type="mla", injection="concat", dropout=0.1, loop_embedding=False)
     values = cfg.to_dict()
     assert MythosConfig.from_dict(values) == cfg
-    assert list(values) == [field.name for field in dataclasses.fields(MythosConfig)]
+    names = [field.name for field in dataclasses.fields(MythosConfig)]
+    assert list(values) == names[: names.index("norm_eps")], "fields of published models appear where they are used"
+    assert list(dataclasses.replace(cfg, trained_loops=4).to_dict()) == [*values, "trained_loops"]
     assert all(type(value) in (int, float, str, bool) for value in values.values())
     assert type(MythosConfig(dropout=0).dropout) is float
 

@@ -37,7 +37,7 @@ def begin(model: OpenMythos, input_ids: Tensor) -> tuple[Tensor, Tensor, View]:
         raise ValueError("recurrent_layers=0 makes a plain transformer; an analysis of loops needs a model with a loop")
     view = model.make_view((input_ids.shape[0], input_ids.shape[1]))
     e = model.encode(input_ids, view)
-    return initial_state(model.cfg.initial_state, e, view), e, view
+    return initial_state(model.cfg.initial_state, e, view, std=model.cfg.state_std), e, view
 
 
 def run(model: OpenMythos, h: Tensor, e: Tensor, loops: range, view: View) -> list[Tensor]:

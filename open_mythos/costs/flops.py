@@ -45,7 +45,7 @@ def matrix_sizes(cfg: MythosConfig) -> MatrixSizes:
         if cfg.n_experts:
             ffn += D * cfg.n_experts + cfg.n_experts_per_tok * 3 * D * cfg.expert_dim
         loop += cfg.recurrent_layers * (attention + ffn) + 2 * D * cfg.lora_rank
-        loop += D if cfg.halting == "act" else 0
+        loop += D if cfg.halting != "none" else 0
     outer = (cfg.prelude_layers + cfg.coda_layers) * plain
     return MatrixSizes(outer, cfg.coda_layers * plain, prepared, loop, cfg.vocab_size * D)
 

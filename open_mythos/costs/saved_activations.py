@@ -128,5 +128,5 @@ def _norm(width: int, value_bytes: int, execution: Execution) -> float:
 
 def _norms(cfg: MythosConfig, stream_bytes: int) -> float:
     """Return the bytes of a block's norms."""
-    n = 4 if cfg.block_norm == "sandwich" else 2
+    n = 4 if cfg.block_norm in ("sandwich", "branch") else 2
     return n * (stream_bytes * cfg.dim + max(4, stream_bytes))

@@ -47,7 +47,7 @@ class ModelRunner:
         self.max_rows = max_rows
         block = model.recurrent
         with self._computing():
-            self.constants = None if block is None else block.constants(model.norm.weight[None, None])
+            self.constants = None if block is None else block.constants(model._last_norm.weight[None, None])
         self.clear()
 
     def clear(self) -> None:
@@ -113,7 +113,7 @@ class ModelRunner:
                 self._exit(ExitedTokens(tokens, np.zeros(n, dtype=np.int64), e[:n]))
                 return
             # Every token gets its first state and joins the batch of its rule.
-            h = initial_state(self.model.cfg.initial_state, e, view)
+            h = initial_state(self.model.cfg.initial_state, e, view, std=self.model.cfg.state_std)
             e = self.model.recurrent.injection.prepare(e)
             end = 0
             for rule, group in groupby(seqs, key=lambda seq: seq.rule):

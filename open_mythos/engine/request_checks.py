@@ -58,7 +58,7 @@ def depth_of(
     if exit is None and threshold is not None:
         raise ValueError(f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' too")
     # Equal options share one rule object, so that their tokens form one batch in the loop.
-    own = "fixed" if block.act is None else "act"
+    own = "fixed" if block.act is None else cfg.halting
     key = (own if exit is None else exit, threshold, cfg.min_loops if min_loops is None else min_loops)
     rule = make_rule(*key, cfg, block.act)
     if together and not isinstance(rule, Fixed):

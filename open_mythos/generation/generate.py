@@ -14,8 +14,9 @@ from open_mythos.checks import check_int
 from open_mythos.compile import compile_decode
 from open_mythos.config import MythosConfig
 from open_mythos.generation.prompts import check_room, encode_prompt
-from open_mythos.generation.sampling import generator_of, sample
+from open_mythos.generation.sampling import DIVERGED, generator_of, sample
 from open_mythos.generation.sampling_params import Biases, Sampling
+from open_mythos.generation.speculative import speculate
 from open_mythos.nn.depth import check_n_loops
 from open_mythos.nn.eval_mode import evaluating
 from open_mythos.nn.halting import HaltingRule
@@ -47,7 +48,7 @@ class GenerationMixin(nn.Module):
         exit_threshold: float | None = None, stop: int | str | Sequence[int | str] = (),
         tokenizer: Tokenizer | None = None, seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None, on_token: OnToken | None = None, return_loops: bool = False,
-        pad_id: int = 0, compiled: bool | None = None,
+        pad_id: int = 0, compiled: bool | None = None, draft_loops: int | None = None, num_speculative_tokens: int = 4,
     ) -> Any:  # fmt: skip
         """Continue prompts, in eval mode and without gradients; the model's mode is restored afterwards.
 
@@ -68,6 +69,8 @@ class GenerationMixin(nn.Module):
             pad_id: fills the rows of a tensor that stopped before the longest.
             compiled: decode with machine code for this model and number of rows, and no row leaves before the last.
                 True makes it if need be, in tens of seconds; None uses what is stored; see `compile_model`.
+            draft_loops, num_speculative_tokens: draft so many tokens of one row with so many loops, and verify them at
+                once: the same text as without if greedy, the same distribution if not; see `speculative`.
 
         Returns:
             Prompts with their continuations, of the kind that was given: a (B, T + N) tensor, one string, one list of
@@ -82,17 +85,15 @@ class GenerationMixin(nn.Module):
         penalties = repetition_penalty, frequency_penalty, presence_penalty
         params = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias)
         prompts = _read_prompts(input_ids, attention_mask, tokenizer, cfg, next(self.parameters()).device)
-        check_int("max_new_tokens", max_new_tokens, 1)
-        check_room(prompts.ids.shape[1], max_new_tokens, cfg, "max_new_tokens")
-        for token, _ in params.biases:
-            check_int("logit_bias", token, 0, cfg.vocab_size - 1)
+        _check_rest(prompts, max_new_tokens, params, on_token, pad_id, cfg)
         depth, rule = check_n_loops(n_loops, cfg), self.exit_rule(exit, exit_threshold)
         stops = _Stops(stop, prompts, tokenizer, cfg.vocab_size)
         generators = _generators(seed, generator, len(prompts.ids))
-        if on_token is not None and not callable(on_token):
-            raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
-        check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
         with evaluating(self):
+            if draft_loops is not None:
+                drafting = self, draft_loops, num_speculative_tokens, depth, rule, params, generators, compiled
+                new, loops = speculate(*drafting, prompts.ids, prompts.mask, max_new_tokens, stops.hit, on_token)
+                return prompts.answer(new, loops, stops, pad_id, return_loops)
             note = compile_decode(self, len(prompts.ids), rule, compiled)
             args = prompts, max_new_tokens, depth, rule, params, generators, stops, on_token, note is not None
             new, loops = self._decode(*args)
@@ -131,9 +132,7 @@ class GenerationMixin(nn.Module):
             # At fixed depth the host waits for nothing else in a token.
             news = torch.stack((tokens, result.loops[:, -1], logits.isnan().any(-1)[:, -1])).T.tolist()
             if any(bad for _, _, bad in news):
-                raise FloatingPointError(
-                    "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
-                )
+                raise FloatingPointError(DIVERGED)
             for row, (token, loops, _) in sorted(zip(rows, news, strict=True)):
                 if row in stopped:
                     continue
@@ -237,6 +236,18 @@ def _read_prompts(
     lengths = torch.tensor([len(row) for row in ids], device=device)
     mask = torch.arange(width, device=device) >= width - lengths[:, None] if min(map(len, ids)) < width else None
     return _Prompts(batch, mask, kind, single, rows if kind == "text" else ())
+
+
+def _check_rest(
+    prompts: _Prompts, max_new_tokens: int, params: Sampling, on_token: OnToken | None, pad_id: int, cfg: MythosConfig
+) -> None:
+    check_int("max_new_tokens", max_new_tokens, 1)
+    check_room(prompts.ids.shape[1], max_new_tokens, cfg, "max_new_tokens")
+    for token, _ in params.biases:
+        check_int("logit_bias", token, 0, cfg.vocab_size - 1)
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token={on_token!r} must be a function of (row, token_id, loops); use on_token=print")
+    check_int("pad_id", pad_id, 0, cfg.vocab_size - 1)
 
 
 class _Stops:

@@ -14,6 +14,8 @@ from torch import Tensor
 from open_mythos.generation.sampling_params import Sampling
 from open_mythos.ops.precision import at_least_float32
 
+DIVERGED = "the logits are NaN: the weights have diverged or overflow; use earlier weights, or float32"
+
 
 def generator_of(seed: int) -> torch.Generator:
     """Make a generator on the CPU for any int64.
@@ -49,7 +51,28 @@ def sample(
     Returns:
         (B,) int64.
     """
-    # 1. Penalties and bias.
+    scores = _adjusted(logits, params, previous_ids, answer_ids)
+    if params.temperature == 0:
+        return scores.argmax(-1)
+    mass, candidates = _filtered(scores, params)
+    choice = draw(mass, generator)
+    return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
+
+
+def probabilities(
+    logits: Tensor, params: Sampling, previous_ids: Tensor | None = None, answer_ids: Tensor | None = None
+) -> Tensor:
+    """Return the probability (B, V) with which `sample` chooses each token; greedily it is 1 for one of them."""
+    scores = _adjusted(logits, params, previous_ids, answer_ids)
+    if params.temperature == 0:
+        return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1)
+    mass, candidates = _filtered(scores, params)
+    mass = mass / mass.sum(-1, keepdim=True)
+    return mass if candidates is None else torch.zeros_like(scores).scatter_(-1, candidates, mass)
+
+
+def _adjusted(logits: Tensor, params: Sampling, previous_ids: Tensor | None, answer_ids: Tensor | None) -> Tensor:
+    """Apply penalties and bias."""
     scores = at_least_float32(logits)
     if params.repetition_penalty != 1 and previous_ids is not None:
         scores = _penalize(scores, previous_ids, params.repetition_penalty)
@@ -60,13 +83,16 @@ def sample(
         tokens, biases = zip(*params.biases, strict=True)
         columns = torch.tensor(tokens, device=scores.device)
         scores = scores.index_add(1, columns, scores.new_tensor(biases).expand(len(scores), -1))
-    if params.temperature == 0:
-        return scores.argmax(-1)
-    # 2. Temperature. The best score becomes 0, so that no temperature overflows.
+    return scores
+
+
+def _filtered(scores: Tensor, params: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Apply temperature and filters; return the mass (B, K) to draw from, and its tokens (B, K) if they are sorted."""
+    # 1. Temperature. The best score becomes 0, so that no temperature overflows.
     tiny = torch.finfo(scores.dtype).tiny  # parameters below it would become 0
     scores = (scores - scores.amax(-1, keepdim=True)) / max(params.temperature, tiny)
 
-    # 3. Filters: top-k, then top-p and min-p, both on the probabilities that top-k leaves.
+    # 2. Filters: top-k, then top-p and min-p, both on the probabilities that top-k leaves.
     vocab_size = scores.shape[-1]
     candidates = None  # (B, K) ids in the order of the scores; None while that order is the vocabulary's
     if params.top_k and params.top_k < vocab_size:
@@ -79,9 +105,7 @@ def sample(
     if params.top_p < 1:
         # The sum before a token is compared, so the best token always stays.
         keep &= mass.cumsum(-1) - mass < max(params.top_p, tiny)
-    # 4. One draw from the tokens that are left.
-    choice = _draw(mass * keep, generator)
-    return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
+    return mass * keep, candidates
 
 
 def _penalize(scores: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
@@ -98,23 +122,24 @@ def _counts(ids: Tensor, scores: Tensor) -> Tensor:
     return counts[:, :vocab_size]
 
 
-def _draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+def draw(mass: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """Draw columns (B,) with probabilities proportional to `mass` (B, K), by inverting the cumulative sum."""
     rows = len(mass)
     if generator is None or isinstance(generator, torch.Generator):
-        uniform = _uniform(rows, generator)
+        uniforms = uniform(rows, generator)
     elif len(generator) == rows:
-        uniform = torch.cat([_uniform(1, one) for one in generator])
+        uniforms = torch.cat([uniform(1, one) for one in generator])
     else:
         raise ValueError(f"{len(generator)} generators do not fit logits of {rows} rows; pass one, or one per row")
     cumulative = mass.cumsum(-1)
     # The first column whose sum exceeds the target has mass. A uniform number below 1 times the total rounds below the
     # total, so there is such a column.
-    target = uniform.to(mass)[:, None] * cumulative[:, -1:]
+    target = uniforms.to(mass)[:, None] * cumulative[:, -1:]
     # NaN exceeds nothing: the caller finds a token in the vocabulary, and NaN in its logits.
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
-def _uniform(rows: int, generator: torch.Generator | None) -> Tensor:
+def uniform(rows: int, generator: torch.Generator | None) -> Tensor:
+    """Draw numbers (rows,) in [0, 1)."""
     # Always float32, so that a seed draws the same in every dtype of the model.
     return torch.rand(rows, dtype=torch.float32, generator=generator, device=generator.device if generator else "cpu")

@@ -26,16 +26,17 @@ class MythosHFConfig(PreTrainedConfig):
         "num_key_value_heads": "n_kv_heads",
         "max_position_embeddings": "max_seq_len",
     }
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(self, **values: Any) -> None:
         # The digest belongs to the file, and a changed configuration would carry it along.
         values.pop(SAVED_DIGEST, None)
         known = [field.name for field in dataclasses.fields(MythosConfig)]
         own = {name: values.pop(name) for name in known if name in values}
-        for name, value in MythosConfig.from_dict(own).to_dict().items():
-            setattr(self, name, value)
-        self.use_cache, self.tie_word_embeddings = True, True
+        cfg = MythosConfig.from_dict(own)
+        for name in known:
+            setattr(self, name, getattr(cfg, name))
+        self.use_cache, self.tie_word_embeddings = True, cfg.tie_embeddings
         super().__init__(**values)
 
     @property

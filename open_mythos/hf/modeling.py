@@ -59,6 +59,11 @@ class MythosPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.net.embed
 
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, and the head with it; `resize_token_embeddings` calls this."""
+        self.net.embed, self.net.head.weight = value, value.weight
+        self.net.cfg.vocab_size = self.net.head.out_features = value.num_embeddings
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
@@ -194,6 +199,9 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.net.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Do nothing: the head's weight is the embedding's, which `set_input_embeddings` replaces."""
 
     def draft(self, n_loops: int) -> "MythosForCausalLM":
         """Return this model at `n_loops` loops as `assistant_model` of `generate`; it shares the weights."""

@@ -77,7 +77,14 @@ class GQAttention(Attention):
         self.wqkv = Linear(cfg.dim, cfg.n_heads * cfg.head_dim, kv_width, kv_width)
         self.wo = Linear(cfg.n_heads * cfg.head_dim, cfg.dim)
         if cfg.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(cfg.head_dim), RMSNorm(cfg.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) for _ in range(2))
+        # Of queries, then keys, head by head. Source: Geiping et al. 2025, arXiv 2502.05171.
+        n_biased = cfg.n_heads + cfg.n_kv_heads
+        self.qk_bias = nn.Parameter(torch.empty(n_biased, cfg.head_dim)) if cfg.qk_bias else None
+
+    def reset_parameters(self) -> None:
+        if self.qk_bias is not None:
+            nn.init.zeros_(self.qk_bias)
 
     @staticmethod
     def costs(cfg: MythosConfig) -> LayerCosts:
@@ -99,11 +106,15 @@ class GQAttention(Attention):
             return w * D + q + k + v + out + stat * H + norms
 
         maps = (D, D, G * K, G * K), (D, D)
-        return LayerCosts(maps, saved, 2 * K if cfg.qk_norm else 0, (H, K, K))
+        vectors = (2 * K if cfg.qk_norm else 0) + ((H + G) * K if cfg.qk_bias else 0)
+        return LayerCosts(maps, saved, vectors, (H, K, K))
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Attend, (B, T, D) -> (B, T, D); `layer` is this layer's place in the view's store."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        if self.qk_bias is not None:
+            qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+            heads = torch.cat((qk + self.qk_bias, v), dim=2)
         if self.qk_norm:
             q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
             q, k = apply_rope(self.q_norm(q), *view.rope), apply_rope(self.k_norm(k), *view.rope)

@@ -19,18 +19,21 @@ FEED_FORWARDS.update(swiglu=Expert)
 
 
 class TransformerBlock(nn.Module):
-    """x + attn(norm(x)), then x + ffn(norm(x)); `block_norm="sandwich"` also normalises each sum.
+    """x + attn(norm(x)), then x + ffn(norm(x)), with the norms where `block_norm` places them.
+
+    pre: as above. sandwich (Huginn, arXiv 2502.05171): also on each sum. branch (Ouro, arXiv 2510.25741): also on
+    what is added. post (OLMo 2, arXiv 2501.00656): on what is added alone.
 
     `recurrent` blocks have the mixture of experts, or without experts one dense feed-forward of width `expert_dim`; the
-    others have a dense one of width dim * 4 // 3.
+    others have a dense one of width `dense_dim`.
     """
 
     def __init__(self, cfg: MythosConfig, recurrent: bool = False) -> None:
         super().__init__()
-        sandwich = cfg.block_norm == "sandwich"
-        self.attn_norm, self.ffn_norm = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
-        self.attn_out_norm = RMSNorm(cfg.dim) if sandwich else nn.Identity()
-        self.ffn_out_norm = RMSNorm(cfg.dim) if sandwich else nn.Identity()
+        before, behind = cfg.block_norm != "post", cfg.block_norm != "pre"
+        self.normalises_sum = cfg.block_norm == "sandwich"
+        self.attn_norm, self.ffn_norm = _norm(cfg, before), _norm(cfg, before)
+        self.attn_out_norm, self.ffn_out_norm = _norm(cfg, behind), _norm(cfg, behind)
         self.attn = ATTENTIONS[cfg.attn_type](cfg)
         self.ffn: nn.Module
         if recurrent and cfg.n_experts:
@@ -41,17 +44,24 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Apply the block, (B, T, D) -> (B, T, D); `layer` is its place in the view's store."""
-        x = self.attn_out_norm(x + self.dropout(self.attn(self.attn_norm(x), view, layer)))
+        x = self._add(x, self.attn(self.attn_norm(x), view, layer), self.attn_out_norm)
         u = self.ffn_norm(x)
         y = self.ffn(u, view, layer) if isinstance(self.ffn, MoEFFN) else self.ffn(u)
-        return self.ffn_out_norm(x + self.dropout(y))
+        return self._add(x, y, self.ffn_out_norm)
+
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x + self.dropout(y)) if self.normalises_sum else x + self.dropout(norm(y))
+
+
+def _norm(cfg: MythosConfig, wanted: bool) -> nn.Module:
+    return RMSNorm(cfg.dim, cfg.norm_eps) if wanted else nn.Identity()
 
 
 def dense_width(cfg: MythosConfig, recurrent: bool) -> int:
     """Return the hidden width of a block's dense feed-forward, or beside routed experts that of the shared ones."""
     if recurrent and cfg.n_experts:
         return cfg.n_shared_experts * cfg.n_experts_per_tok * cfg.expert_dim
-    return cfg.expert_dim if recurrent else cfg.dim * 4 // 3
+    return cfg.expert_dim if recurrent else cfg.dense_dim or cfg.dim * 4 // 3
 
 
 def attention_costs(cfg: MythosConfig) -> LayerCosts:

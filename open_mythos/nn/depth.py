@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D width, R rank.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,12 @@ def check_n_loops(n_loops: int | None, cfg: MythosConfig, levels: int | None = N
     if not cfg.recurrent_layers:
         raise ValueError(f"n_loops={n_loops!r}, but recurrent_layers=0 makes a plain transformer; leave n_loops out")
     check_int("n_loops", n_loops, 1, MAX_LOOPS, "use n_loops=8, or leave n_loops out for the model's own")
+    if cfg.trained_loops and n_loops > cfg.trained_loops and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"n_loops={n_loops} is beyond the {cfg.trained_loops} loops that this model was trained for, where answers "
+            "usually become worse",
+            stacklevel=3,
+        )
     if levels is not None and n_loops > levels:
         raise ValueError(
             f"n_loops={n_loops} is deeper than the cache, which has {levels} levels; "

@@ -45,6 +45,8 @@ class HaltingRule(ABC):
     """Threshold of a call that names the rule alone; 0 for a rule without one."""
     max_threshold = math.inf
     """Largest threshold that is accepted."""
+    halting: str | None = None
+    """`halting` that a model needs for the rule; None: any."""
 
     def __init__(self, threshold: float, min_loops: int = 1) -> None:
         self.threshold, self.min_loops = threshold, min_loops
@@ -213,6 +215,7 @@ class ACT(HaltingRule):
     weighted = True
     default_threshold = 0.99
     max_threshold = 1.0
+    halting = "act"
 
     def __init__(self, act: ACTHalting, threshold: float, min_loops: int = 1) -> None:
         super().__init__(threshold, min_loops)
@@ -220,7 +223,7 @@ class ACT(HaltingRule):
 
     @classmethod
     def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "ACT":
-        if act is None:
+        if act is None or cfg.halting != "act":
             raise ValueError("exit='act' needs a model with halting='act'; use exit='kl', which needs no training")
         return cls(act, cfg.act_threshold if threshold is None else threshold, min_loops)
 
@@ -239,6 +242,38 @@ class ACT(HaltingRule):
     def weigh(self, before: State, after: State, exit_mask: Tensor) -> Tensor:
         # The difference of two sums, not p itself: the next weight then makes up for the rounding of this addition.
         return after["sum"].masked_fill(exit_mask, 1) - before["sum"]
+
+
+class Ouro(HaltingRule):
+    """Exit at the first loop by which the token has exited with at least the probability `threshold`.
+
+    The learned probability is one of exiting at this loop, having come so far. At threshold 1 no token exits early, in
+    any dtype. Source: Zhu et al. 2025, arXiv 2510.25741.
+    """
+
+    default_threshold = max_threshold = 1.0
+    halting = "ouro"
+
+    def __init__(self, gate: ACTHalting, threshold: float, min_loops: int = 1) -> None:
+        super().__init__(threshold, min_loops)
+        self.gate = gate
+
+    @classmethod
+    def make(cls, threshold: float | None, min_loops: int, cfg: MythosConfig, act: ACTHalting | None) -> "Ouro | Fixed":
+        if act is None or cfg.halting != "ouro":
+            raise ValueError("exit='ouro' needs a model with halting='ouro'; use exit='kl', which needs no training")
+        threshold = cfg.act_threshold if threshold is None else threshold
+        # Rounded probabilities can add up to 1 early.
+        return Fixed(min_loops) if threshold == 1 else cls(act, threshold, min_loops)
+
+    def init(self, h: Tensor, n_loops: Tensor) -> State:
+        return {"stays": at_least_float32(h).new_ones(h.shape[:2])}
+
+    def update(
+        self, state: State, h_prev: Tensor, h: Tensor, loop_index: Tensor, probe: Tensor | None = None
+    ) -> Decision:
+        stays = state["stays"] * (1 - self.gate(h))
+        return {"stays": stays}, 1 - stays >= self.threshold
 
 
 class LatentDiff(HaltingRule):
@@ -312,7 +347,7 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(at_least_float32(x), dim=-1)
 
 
-HALTING_RULES.update(fixed=Fixed, act=ACT, latent_diff=LatentDiff, second_difference=SecondDifference, kl=KL)
+HALTING_RULES.update(fixed=Fixed, act=ACT, ouro=Ouro, latent_diff=LatentDiff, second_difference=SecondDifference, kl=KL)
 
 
 def make_rule(
@@ -327,6 +362,28 @@ def make_rule(
     if threshold is not None:
         check_threshold(name, threshold)
     return HALTING_RULES[name].make(threshold, min_loops, cfg, act)
+
+
+def rule_of_call(
+    exit: str | HaltingRule | None, threshold: float | None, cfg: MythosConfig, act: Callable[[], ACTHalting | None]
+) -> HaltingRule | None:
+    """Return the rule for `exit` and `exit_threshold` of a call; None: the model's own halting, which `act` returns."""
+    if exit is None:
+        if threshold is not None:
+            raise ValueError(
+                f"exit_threshold={threshold} needs a rule to belong to; pass exit='kl' or another rule too"
+            )
+        return None
+    learned = act()
+    if isinstance(exit, HaltingRule):
+        if threshold is not None:
+            raise ValueError(f"exit_threshold={threshold} is for a rule given by name; set the rule's own threshold")
+        return exit
+    if not isinstance(exit, str):
+        raise TypeError(
+            f"exit={exit!r} must be the name of a rule or a HaltingRule, not {type(exit).__name__}; use exit='kl'"
+        )
+    return make_rule(exit, threshold, cfg.min_loops, cfg, learned)
 
 
 def check_threshold(name: str, threshold: object) -> None:

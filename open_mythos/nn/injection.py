@@ -5,7 +5,9 @@
 | lti      | h + e (normalised by the block) | A*h + B*e + y, A diagonal in (0,1) | OpenMythos                  |
 | diagonal | A*h + dt*(B e), B a matrix      | y                                  | Parcae, arXiv 2604.12946    |
 | concat   | W [h; e]                        | RMSNorm(y)                         | Huginn, arXiv 2502.05171    |
+| linear   | W [h; e]                        | y                                  | Huginn's released model     |
 | add      | h + e                           | y                                  | ablation                    |
+| none     | h                               | y                                  | Ouro, arXiv 2510.25741      |
 
 Two results serve all loops of a call: `prepare(e)`, which takes the place of e in both functions, and `get_A()`, the
 decay that both receive.
@@ -173,13 +175,12 @@ class DiagonalInjection(Injection):
         return as_dtype(torch.addcmul(at_least_float32(e), decay, at_least_float32(h)), h.dtype)
 
 
-class ConcatInjection(Injection):
-    """The block works on W [h; e], and its output is normalised. Source: Geiping et al. 2025, arXiv 2502.05171."""
+class LinearInjection(Injection):
+    """The block works on W [h; e]. Source: Geiping et al. 2025, arXiv 2502.05171, as released."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.adapter = Linear(2 * dim, dim)
-        self.norm = RMSNorm(dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -187,18 +188,12 @@ class ConcatInjection(Injection):
 
     @staticmethod
     def costs(dim: int) -> InjectionCosts:
-        """Return the counts of the adapter's halves and the norm, and the bytes saved for their gradients."""
-
-        def saved(execution: Execution) -> float:
-            # The state, and what the norm behind the block reads.
-            return 2 * execution.value_bytes * dim + execution.state_bytes
-
+        """Return the counts of the adapter's halves, and the bytes of the state saved for their gradients."""
         return InjectionCosts(
             prepared=dim * dim,
             per_loop=dim * dim,
-            vectors=dim,
             saved_once=lambda execution: execution.value_bytes * dim,
-            saved=saved,
+            saved=lambda execution: execution.value_bytes * dim,
             narrows=True,
         )
 
@@ -207,6 +202,24 @@ class ConcatInjection(Injection):
 
     def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
         return linear(h, self.adapter.weight[:, : h.shape[-1]]) + e
+
+
+class ConcatInjection(LinearInjection):
+    """The block works on W [h; e], and its output is normalised. Source: Geiping et al. 2025, arXiv 2502.05171."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.norm = RMSNorm(dim)
+
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        """Return the adapter's costs, the count of the norm, and the bytes of what it reads."""
+        adapter = LinearInjection.costs(dim)
+
+        def saved(execution: Execution) -> float:
+            return adapter.saved(execution) + execution.value_bytes * dim + execution.state_bytes
+
+        return dataclasses.replace(adapter, vectors=dim, saved=saved)
 
     def after(self, h: Tensor, e: Tensor, y: Tensor, decay: Any) -> Tensor:
         return self.norm(y)
@@ -220,7 +233,19 @@ class AddInjection(Injection):
         return InjectionCosts()
 
 
+class NoInjection(AddInjection):
+    """The block works on the state alone. Source: Zhu et al. 2025, arXiv 2510.25741."""
+
+    def before(self, h: Tensor, e: Tensor, decay: Any) -> Tensor:
+        return h
+
+    @staticmethod
+    def costs(dim: int) -> InjectionCosts:
+        return InjectionCosts()
+
+
 INJECTIONS.update(lti=LTIInjection, diagonal=DiagonalInjection, concat=ConcatInjection, add=AddInjection)
+INJECTIONS.update(linear=LinearInjection, none=NoInjection)
 
 
 def injection_costs(cfg: MythosConfig) -> InjectionCosts:

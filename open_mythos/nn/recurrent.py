@@ -13,7 +13,7 @@ from open_mythos.nn.block import TransformerBlock
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.depth import LoopPlan, LoRAAdapter, loop_embeddings
 from open_mythos.nn.driver import Compaction, LoopDriver, RecurrentOutput
-from open_mythos.nn.halting import ACT, ACTHalting, Exit, Fixed, HaltingRule, Probe, Rows, State
+from open_mythos.nn.halting import ACT, ACTHalting, Exit, Fixed, HaltingRule, Ouro, Probe, Rows, State
 from open_mythos.nn.injection import INJECTIONS, Injection
 from open_mythos.nn.moe import MoEFFN
 from open_mythos.nn.norm import RMSNorm
@@ -31,9 +31,10 @@ class RecurrentBlock(nn.Module):
         blocks = [TransformerBlock(cfg, recurrent=True) for _ in range(cfg.recurrent_layers)]
         self.block: nn.Module = blocks[0] if len(blocks) == 1 else nn.ModuleList(blocks)
         self.injection: Injection = INJECTIONS[cfg.injection](cfg.dim)
-        self.act = ACTHalting(cfg.dim, cfg.max_loop_iters) if cfg.halting == "act" else None
+        self.act = None if cfg.halting == "none" else ACTHalting(cfg.dim, cfg.max_loop_iters)
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
-        self.norm = RMSNorm(cfg.dim) if self.injection.normalises_input else None
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps) if self.injection.normalises_input else None
+        self.out_norm = RMSNorm(cfg.dim, cfg.norm_eps) if cfg.state_norm == "loop" else None
         self.checkpoint_loops = False
         """Recompute each loop and each outer block in the backward pass instead of keeping their activations."""
         self.compaction: Compaction = "counts"
@@ -58,6 +59,8 @@ class RecurrentBlock(nn.Module):
         """Halting rule of the model itself."""
         if self.act is None:
             return Fixed(self.cfg.min_loops)
+        if self.cfg.halting == "ouro":
+            return Ouro.make(None, self.cfg.min_loops, self.cfg, self.act)
         return ACT(self.act, self.cfg.act_threshold, self.cfg.min_loops)
 
     def loop(self, h: Tensor, e: Tensor, loop_index: Tensor, view: View) -> Tensor:
@@ -87,7 +90,8 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None:
             u = u + self.lora(u, index)
         # 3. The next state.
-        return self.injection.after(h, e, u, shared.decay)
+        h = self.injection.after(h, e, u, shared.decay)
+        return h if self.out_norm is None else self.out_norm(h)
 
     def advance(
         self, rows: Rows, state: State, e: Tensor, loop_index: Tensor, view: View, exit: Exit

@@ -190,7 +190,8 @@ class Service:
         """Describe what the engine is doing now."""
         engine, counts, rates = self.engine, self.async_engine.counts, self.metrics.rates()
         block, rows_by_loop = engine.model.recurrent, self.async_engine.rows_by_loop
-        rules = [] if block is None else [name for name in HALTING_RULES if name != "act" or block.act is not None]
+        own = (None, engine.model.cfg.halting)
+        rules = [] if block is None else [name for name, rule in HALTING_RULES.items() if rule.halting in own]
         return {
             "model": self.config.name,
             "max_rows": self.config.max_rows,

@@ -1,6 +1,7 @@
 """Starting a run from the weights of a model folder."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
     """
     path = weights.locate(folder)
     theirs, state = weights.read_config(path), weights.open_slices(path)
-    ours = cfg.to_dict()
-    for name, value in theirs.to_dict().items():
-        if name not in FREE and ours[name] != value:
+    for name in (field.name for field in dataclasses.fields(cfg)):
+        ours, value = getattr(cfg, name), getattr(theirs, name)
+        if name not in FREE and ours != value:
             raise ValueError(
-                f"model.{name}={ours[name]!r} is not the {value!r} of init_from={folder!r}; use model.{name}={value!r}"
+                f"model.{name}={ours!r} is not the {value!r} of init_from={folder!r}; use model.{name}={value!r}"
             )
     if tokenizer_digest(tokenizer) != tokenizer_digest(load_tokenizer(path)):
         raise ValueError(
@@ -52,5 +53,7 @@ def open_initial(cfg: MythosConfig, tokenizer: Tokenizer, folder: str) -> dict[s
             f"with it: data.tokenizer_from={folder!r} for chat, mythos prepare-data --tokenizer {folder} for shards"
         )
     with torch.device("meta"):
-        weights.check({name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict())
+        weights.check(
+            {name: tuple(rows.get_shape()) for name, rows in state.items()}, OpenMythos(cfg).state_dict(), cfg
+        )
     return state

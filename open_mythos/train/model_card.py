@@ -19,7 +19,7 @@ A language model that applies one block again and again: {parameters:,} paramete
 others. Trained for {steps:,} steps of {rows} rows of {tokens} tokens with seed {seed}.
 
 ```python
-from transformers import AutoModelForCausalLM  # pip install 'open-mythos-rdt[hf]'
+from transformers import AutoModelForCausalLM
 import open_mythos.hf
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or open_mythos.OpenMythos.from_pretrained(FOLDER)

@@ -81,7 +81,7 @@ class ShardedModel:
         for unit in units:
             fully_shard(unit, mesh=mesh, ignored_params=ignored)
         model.to_empty(device=device)
-        model.head.weight = model.embed.weight
+        model.tie_head()
         # Memory makes other parameters of those that had none.
         self.experts = [p for experts in distributed for p in experts.parameters()]
         with ShardedInit(self):
@@ -116,11 +116,15 @@ class ShardedModel:
         return [(g.to_local() if isinstance(g, DTensor) else g, copies) for g, copies in found]
 
     def shards(self) -> dict[str, TensorShard]:
-        """Return this process's shards of the model's parameters and buffers, by name. The head is the embedding."""
+        """Return this process's shards of the model's parameters and buffers, by name, a tied head's apart."""
         # state_dict first: it lets fully_shard put back what a forward pass has gathered, whose memory is then gone.
         state = self.model.state_dict()
         state |= dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: self.shard(x) for name, x in state.items() if name != "head.weight"}
+        return {
+            name: self.shard(x)
+            for name, x in state.items()
+            if name != "head.weight" or not self.model.cfg.tie_embeddings
+        }
 
     def named_shards(self) -> dict[Tensor, tuple[str, TensorShard]]:
         """Return the name and the shard of each parameter."""

@@ -120,3 +120,15 @@ def test_the_chat_template_is_ours(tmp_path: Path) -> None:
     ]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == render(messages, ours, reply=True)[0]
+
+
+def test_a_larger_vocabulary_is_saved(tmp_path: Path) -> None:
+    """As trainers make it for tokens of their own."""
+    scaled(tiny()).save_pretrained(tmp_path)
+    model, ids = MythosForCausalLM.from_pretrained(tmp_path), random_ids(tiny(), 2, 5)
+    before = model(ids).logits
+    model.resize_token_embeddings(60)
+    assert torch.equal(model(ids).logits[..., :53], before) and model.net.head.weight is model.net.embed.weight
+    model.save_pretrained(tmp_path)
+    assert same(OpenMythos.from_pretrained(tmp_path), model.net) and model.net.embed.num_embeddings == 60
+    assert torch.equal(OpenMythos.from_pretrained(tmp_path)(ids), model(ids).logits)

@@ -32,6 +32,7 @@ LAYERS: dict[str, int] = {
     "ops": 2,
     "nn": 3,
     "tokenization": 3,
+    "convert": 5,
     "compile": 4,
     "generation": 5,
     "model": 6,
