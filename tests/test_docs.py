@@ -352,7 +352,7 @@ def test_thresholds_are_those_of_the_code() -> None:
 
 
 def test_sampling_is_told_as_it_runs() -> None:
-    """The table lists the filters in the order in which `_filtered`, the part of `sample` that has them, applies them."""
+    """The table lists the filters in the order in which `sample` applies them."""
     names = [code(cells[0]) for cells in rows(REFERENCE) if cells[0].strip("`") in ("temperature", "top_k", "top_p")]
     source = inspect.getsource(_filtered)
     assert names == sorted(names, key=lambda name: source.index(f"params.{name}"))
