@@ -28,6 +28,8 @@ class Generate(SamplingOptions, ModelOptions):
     compiled: bool | None = None
     """Decode with machine code made for this model, which takes tens of seconds at first and needs a C++ compiler on a
     CPU. Left out: if it has been made before."""
+    draft_loops: PositiveInt | None = None
+    """Draft four tokens at a time with so few loops, and verify them with all: for one prompt at fixed depth."""
 
     def run(self, rest: list[str]) -> None:
         """continue a prompt, with as many loops as you like"""
@@ -63,6 +65,7 @@ class Generate(SamplingOptions, ModelOptions):
             on_token=show,
             return_loops=True,
             compiled=self.compiled,
+            draft_loops=self.draft_loops,
         )
         write(console, stream.flush() + "\n")
         if self.show_loops:

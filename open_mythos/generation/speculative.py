@@ -19,7 +19,7 @@ from open_mythos.generation.sampling import DIVERGED, draw, probabilities, unifo
 from open_mythos.generation.sampling_params import Sampling
 from open_mythos.nn.cache import KVCache
 from open_mythos.nn.halting import Fixed, HaltingRule
-from open_mythos.nn.initial_state import initial_state
+from open_mythos.nn.initial_state import first_state
 from open_mythos.nn.view import View
 
 
@@ -34,17 +34,19 @@ class Speculation:
     rule: HaltingRule | None
     params: Sampling
     generator: torch.Generator | None
+    n_prompt: int
+    """Tokens of the prompt, padding included."""
 
     def decode(
         self, ids: Tensor, mask: Tensor | None, max_new_tokens: int, hit: Callable[[int, int], bool], on_token: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Continue the prompt (1, T) until `hit`; return the row's new tokens, and the loops of each."""
         # The last token is never fed back.
-        cache = self.model.make_cache(1, ids.shape[1] + max_new_tokens - 1, self.n_loops)
-        view = self.model.make_view((1, ids.shape[1]), mask, cache)
+        cache = self.model.make_cache(1, self.n_prompt + max_new_tokens - 1, self.n_loops)
+        view = self.model.make_view((1, self.n_prompt), mask, cache)
         logits, _ = self.model.run(ids, view, self.n_loops, self.rule, cache, last_only=True)
-        seen, answered = ids if mask is None else ids.where(mask, -1), ids[:, :0]
-        tokens, new = [self._choose(self._probabilities(logits, seen, answered))], []
+        seen, new = ids if mask is None else ids.where(mask, -1), []
+        tokens = [self._choose(self._probabilities(logits, seen))]
         while True:
             for token in tokens:
                 new.append(token)
@@ -52,16 +54,14 @@ class Speculation:
                     on_token(0, token, self.n_loops)
                 if hit(0, token) or len(new) == max_new_tokens:
                     return [new], [[self.n_loops] * len(new)]
-            more = ids.new_tensor([tokens])
-            seen, answered = torch.cat((seen, more), dim=1), torch.cat((answered, more), dim=1)
+            seen = torch.cat((seen, seen.new_tensor([tokens])), dim=1)
             # Verification adds a token of its own.
-            tokens = self._round(seen, answered, cache, min(self.n_drafts, max_new_tokens - len(new) - 1))
+            tokens = self._round(seen, cache, min(self.n_drafts, max_new_tokens - len(new) - 1))
 
-    def _round(self, seen: Tensor, answered: Tensor, cache: KVCache, n_drafts: int) -> list[int]:
-        """Draft and verify tokens; return those accepted and one more, and leave all but that one in the cache.
+    def _round(self, seen: Tensor, cache: KVCache, n_drafts: int) -> list[int]:
+        """Draft after the tokens `seen` (1, S) and verify; return the accepted drafts and one token more.
 
-        Args:
-            seen, answered: (1, S), all tokens, and those of the answer. The last one is not in the cache yet.
+        The last token, of those seen as of those returned, is not in the cache yet.
         """
         start = cache.length
         drafts: list[int] = []
@@ -72,24 +72,21 @@ class Speculation:
             view = self._view(1, cache)
             states.append(self._start(seen[:, -1:], view, cache))
             if i < n_drafts:
-                q.append(self._probabilities(self.model.readout(states[-1][0], view), seen, answered))
+                q.append(self._probabilities(self.model.readout(states[-1][0], view), seen))
                 drafts.append(self._choose(q[-1]))
-                new = seen.new_tensor([drafts[-1:]])
-                seen, answered = torch.cat((seen, new), dim=1), torch.cat((answered, new), dim=1)
+                seen = torch.cat((seen, seen.new_tensor([drafts[-1:]])), dim=1)
             cache.advance(1, None)
         # 2. Verify: the other loops for all tokens at once. The drafts' keys and values in the coda are replaced.
         cache.rewind(start)
         view = self._view(n_drafts + 1, cache)
         h, e = (torch.cat(x, dim=1) for x in zip(*states, strict=True))
         logits = self.model.readout(self._loops(h, e, view, range(self.draft_loops, self.n_loops)), view)
-        p = self._probabilities(logits, *(_prefixes(x, n_drafts) for x in (seen, answered)))
+        p = self._probabilities(logits, _prefixes(seen, n_drafts))
         # 3. Accept a draft with probability min(1, p / q), so that it and what replaces it are distributed as p.
         n_accepted = 0
         while n_accepted < n_drafts and self._accepts(p[n_accepted], q[n_accepted][0], drafts[n_accepted]):
             n_accepted += 1
-        rest = p[n_accepted]
-        if n_accepted < n_drafts:
-            rest = _residual(rest, q[n_accepted][0])
+        rest = p[n_accepted] if n_accepted == n_drafts else _residual(p[n_accepted], q[n_accepted][0])
         cache.advance(n_drafts + 1, None)
         cache.rewind(start + n_accepted + 1)
         return [*drafts[:n_accepted], self._choose(rest[None])]
@@ -100,7 +97,8 @@ class Speculation:
     def _start(self, ids: Tensor, view: View, cache: KVCache) -> tuple[Tensor, Tensor]:
         """Return the state after the drafts' loops, and what the injection has prepared for the others."""
         e = self.model.encode(ids, view)
-        h, e = initial_state(self.model.cfg.initial_state, e, view, cache), self.model.recurrent.injection.prepare(e)
+        h = first_state(self.model.cfg, e, view, cache, None, False)
+        e = self.model.recurrent.injection.prepare(e)
         return self._loops(h, e, view, range(self.draft_loops)), e
 
     def _loops(self, h: Tensor, e: Tensor, view: View, loops: range) -> Tensor:
@@ -109,11 +107,11 @@ class Speculation:
             h = self.model.recurrent.loop(h, e, index, view.at_loop(index, i))
         return h
 
-    def _probabilities(self, logits: Tensor, seen: Tensor, answered: Tensor) -> Tensor:
+    def _probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Return what is sampled from, (T, V), given logits (1, T, V) and the tokens before each position (T, S)."""
         if logits.isnan().any():
             raise FloatingPointError(DIVERGED)
-        return probabilities(logits[0], self.params, seen, answered)
+        return probabilities(logits[0], self.params, seen, seen[:, self.n_prompt :])
 
     def _choose(self, mass: Tensor) -> int:
         """Return a token from the mass (1, V)."""
@@ -163,4 +161,5 @@ def speculate(
     if compiled:
         raise ValueError(f"draft_loops does not go with compiled=True; leave compiled out, or {plain}")
     generator = generators[0] if isinstance(generators, list) else generators
-    return Speculation(model, draft_loops, n_drafts, n_loops, rule, params, generator).decode(ids.long(), *rest)
+    decoder = Speculation(model, draft_loops, n_drafts, n_loops, rule, params, generator, ids.shape[1])
+    return decoder.decode(ids.long(), *rest)

@@ -48,7 +48,7 @@ def test_penalties_bias_and_exit(options: dict[str, Any]) -> None:
 
 
 def test_padding_and_a_plain_prompt_alike() -> None:
-    model = fixed(initial_state="normal")
+    model = fixed(initial_state="normal", state_std=2.0)
     ids = random_ids(model.cfg, 1, 6)
     padded, mask = torch.cat((torch.zeros(1, 3, dtype=torch.int64), ids), dim=1), torch.ones(1, 9, dtype=torch.int64)
     mask[:, :3] = 0
