@@ -122,7 +122,7 @@ def locate(folder_or_repo: str | Path) -> Path:
 
     try:
         # Configuration and tokenizer are JSON.
-        return Path(snapshot_download(str(folder_or_repo), allow_patterns=["*.json", WEIGHTS_FILE]))
+        return Path(snapshot_download(str(folder_or_repo), allow_patterns=["*.json", "model*.safetensors"]))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{str(folder_or_repo)!r} is no folder here and the Hugging Face hub does not give it; check the path, or "

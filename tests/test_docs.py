@@ -24,7 +24,7 @@ from open_mythos.costs import make_plan
 from open_mythos.costs.gpus import CARDS
 from open_mythos.engine.engine import EngineConfig
 from open_mythos.experiments import EXPERIMENTS
-from open_mythos.generation.sampling import sample
+from open_mythos.generation.sampling import _filtered
 from open_mythos.generation.sampling_params import SamplingParams
 from open_mythos.nn.halting import HALTING_RULES
 from open_mythos.recipes import CPU_SECONDS, RECIPES, load_recipe
@@ -354,7 +354,7 @@ def test_thresholds_are_those_of_the_code() -> None:
 def test_sampling_is_told_as_it_runs() -> None:
     """The table lists the filters in the order in which `sample` applies them."""
     names = [code(cells[0]) for cells in rows(REFERENCE) if cells[0].strip("`") in ("temperature", "top_k", "top_p")]
-    source = inspect.getsource(sample)
+    source = inspect.getsource(_filtered)
     assert names == sorted(names, key=lambda name: source.index(f"params.{name}"))
 
 

@@ -13,6 +13,7 @@ from open_mythos import LLM, OpenMythos, SamplingParams
 from open_mythos.cli import main
 from open_mythos.nn.quantized import Int8Experts, Int8Head, Int8Linear, quantize
 from open_mythos.ops import int8
+from open_mythos.ops.batch_invariant import Invariance, batch_invariant
 from open_mythos.ops.int8 import Int8Weight, int8_linear, quantize_tensor
 from open_mythos.recipes import load_recipe
 from open_mythos.tokenization.tokenizer import ByteTokenizer
@@ -78,10 +79,23 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     alone = torch.cat([int8_linear(row[None], weight) for row in x])
     assert torch.equal(int8_linear(x, weight), alone)
     assert not int8_linear(torch.zeros(2, 72), weight).any()
+    assert int8_linear(x[:0], weight).shape == (0, 40)
+
+
+def test_inexact_products_are_batch_invariant_where_calls_have_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "products_are_exact", lambda: False)
+    weight, x, state = quantize_tensor(torch.randn(4096, 1024)), torch.randn(64, 1024), Invariance()
+    with torch.inference_mode(), batch_invariant(state):
+        whole = int8_linear(x, weight)
+        parts = [int8_linear(x[:n], weight) for n in (0, 1, 2, 5, 17)]
+    assert not state.holds or all(torch.equal(whole[: len(part)], part) for part in parts)
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-@pytest.mark.parametrize("fields", [{}, {"n_experts": 0, "n_shared_experts": 0}, {"injection": "concat"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"n_experts": 0, "n_shared_experts": 0}, {"injection": "concat"}, {"tie_embeddings": False}],
+)
 def test_a_model_computes_with_the_rounded_values(attn_type: str, fields: dict[str, object]) -> None:
     model = quantize(model_of(attn_type, **fields))
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
@@ -100,6 +114,14 @@ def test_decoding_is_the_forward_pass() -> None:
         cache = model.make_cache(2, 9, model.cfg.max_loop_iters)
         parts = torch.cat([model(ids[:, i : i + 3], cache=cache) for i in (0, 3, 6)], dim=1)
     assert (whole - parts).norm() < 0.03 * whole.norm()
+
+
+def test_a_head_of_its_own_is_stored_beside_the_embedding(tmp_path: Path) -> None:
+    model = quantize(model_of(tie_embeddings=False))
+    assert not torch.equal(model.head.values, model.embed.values)
+    model.save_pretrained(tmp_path)
+    again = OpenMythos.from_pretrained(tmp_path)
+    assert torch.equal(again.head.values, model.head.values) and torch.equal(again.head.scales, model.head.scales)
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])

@@ -99,9 +99,11 @@ def _counts(counts: Parameters) -> list[tuple[str, int]]:
 def _find(model: str) -> tuple[str, MythosConfig]:
     # A link that leads nowhere is there too, and is refused by name.
     if os.path.lexists(Path(model) / "config.json"):
+        from open_mythos.convert.published import find_published
         from open_mythos.model_folder import read_config
 
-        return model, read_config(model)
+        published = find_published(model)
+        return model, read_config(model) if published is None else published.cfg
     short = model.removeprefix("mythos_")
     if short not in VARIANTS:
         near = difflib.get_close_matches(short, VARIANTS, n=1)

@@ -1,6 +1,6 @@
 """A model with weights of one byte, for inference: half the memory of bfloat16, and decoding that reads half as much.
 
-The maps of the package's attentions and feed-forwards, the experts and the embedding are rounded. Norms, routers,
+The maps of the package's attentions and feed-forwards, the experts, embedding and head are rounded. Norms, routers,
 halting, injection, depth LoRA and latent attention's `kv_up`, which is used in parts, stay as they are.
 """
 
@@ -51,14 +51,14 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(Int8Linear):
-    """The embedding of token ids, which is the head's weight too."""
+    """The embedding of token ids."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.embedding(x, self.values).to(self.scales.dtype) * self.scales[x][..., None]
 
 
 class Int8Head(nn.Module):
-    """The head: a product with the embedding's weight."""
+    """The head of tied embeddings: a product with the embedding's weight."""
 
     def __init__(self, embed: Int8Embedding) -> None:
         super().__init__()
@@ -128,5 +128,6 @@ def use_int8(model: Any) -> None:
         if isinstance(owner, MoEFFN):
             owner.experts = Int8Experts(owner.experts.gate_up, owner.experts.down)
     embed = Int8Embedding(model.embed.weight)
-    model.embed, model.head = embed, Int8Head(embed)
+    head = Int8Head(embed) if model.cfg.tie_embeddings else Int8Linear(model.head.weight)
+    model.embed, model.head = embed, head
     model.requires_grad_(False)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.ops.batch_invariant import by_rows, invariant
+
 LARGEST = 127
 """The largest value stored; -128 is left out, so that the range is symmetric."""
 SMALLEST = 1e-30
@@ -59,21 +61,24 @@ def quantize_tensor(weight: Tensor) -> Int8Weight:
 def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
     """Compute x @ weight^T, (..., K) -> (..., N). On a CPU each row of x is rounded to int8 too.
 
-    Products of integers are exact, so a row's result does not depend on the other rows of a call.
+    Products of integers are exact, so there a row's result does not depend on the other rows of a call. A CPU whose
+    products are not exact multiplies in x's dtype, in blocks of rows where calls have to be batch-invariant.
 
     Raises:
         RuntimeError: x needs a gradient.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("int8 weights are for inference and give no gradient; train the model they were made from")
-    rows = x.reshape(-1, x.shape[-1])
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
     if not x.is_cpu or not products_are_exact():
-        return (F.linear(rows, weight.values.to(x.dtype)) * weight.scales.to(x.dtype)).view(*x.shape[:-1], -1)
+        values = weight.values.to(x.dtype)
+        out = by_rows(F.linear, rows, values) if invariant() and len(rows) else F.linear(rows, values)
+        return (out * weight.scales.to(x.dtype)).view(shape)
     # The largest value of a row becomes 127.
     largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32).clamp_(min=SMALLEST)
     values = (rows * (LARGEST / largest)).round_().to(torch.int8)
     sums = torch._int_mm(values, weight.values.T)
-    return (sums * (largest / LARGEST)).mul_(weight.scales).to(x.dtype).view(*x.shape[:-1], -1)
+    return (sums * (largest / LARGEST)).mul_(weight.scales).to(x.dtype).view(shape)
 
 
 @functools.cache
