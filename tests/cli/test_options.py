@@ -18,7 +18,7 @@ REFUSALS = [
     ("generate . a --n-loops 2.5", "--n-loops 2.5 must be a whole number"),
     ("generate . a --max-new-tokens -1", "--max-new-tokens -1 must be at least 1; use --max-new-tokens 1"),
     ("chat . --max-tokens 0", "--max-tokens 0 must be at least 1"),
-    ("generate . a --exit foo", "--exit foo must be one of fixed, act, latent_diff, second_difference, kl"),
+    ("generate . a --exit foo", "--exit foo must be one of fixed, act, ouro, latent_diff, second_difference, kl"),
     ("generate . a --exit latent_dif", "; did you mean latent_diff?"),
     ("generate . a --exit-threshold 0", "--exit-threshold 0.0 must be a finite number above 0"),
     ("chat . --temperature -1", "--temperature -1.0 must be a finite number of at least 0"),

@@ -42,7 +42,8 @@ def test_greedy_text_is_that_of_plain_decoding(form: dict[str, Any], draft_loops
 def test_penalties_bias_and_exit(options: dict[str, Any]) -> None:
     """Penalties count the drafts before each position; a model with ACT needs exit="fixed"."""
     model = fixed(halting="act" if "exit" in options else "none", coda_layers=2)
-    ids = random_ids(model.cfg, 1, 5)
+    # The prompt holds what the model would say, which frequency and presence penalties must not count.
+    ids = model.generate(random_ids(model.cfg, 1, 5), 15, temperature=0, exit="fixed")
     options |= {"max_new_tokens": 15, "temperature": 0}
     assert model.generate(ids, draft_loops=1, **options).tolist() == model.generate(ids, **options).tolist()
 
@@ -50,10 +51,12 @@ def test_penalties_bias_and_exit(options: dict[str, Any]) -> None:
 def test_padding_and_a_plain_prompt_alike() -> None:
     model = fixed(initial_state="normal", state_std=2.0)
     ids = random_ids(model.cfg, 1, 6)
-    padded, mask = torch.cat((torch.zeros(1, 3, dtype=torch.int64), ids), dim=1), torch.ones(1, 9, dtype=torch.int64)
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "repetition_penalty": 2.0}
+    want = model.generate(ids, **options)
+    options["draft_loops"] = 2
+    # Padding with the tokens that follow: the penalty must not count them.
+    padded, mask = torch.cat((want[:, 6:9], ids), dim=1), torch.ones(1, 9, dtype=torch.int64)
     mask[:, :3] = 0
-    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "draft_loops": 2}
-    want = model.generate(ids, 12, temperature=0)
     assert model.generate(padded, attention_mask=mask, **options)[:, 3:].tolist() == want.tolist()
 
 
