@@ -143,11 +143,12 @@ class _Traced:
             options = OPTIONS | {"aot_inductor.output_path": folder}
             library = str(torch._inductor.aot_compile(program.module(check_guards=False), examples, options=options))
             outputs = pytree.treespec_dumps(program.call_spec.out_spec)
-            # The facts come last: a library without those that fit it is not loaded.
-            facts = {"sha256": hashlib.sha256(Path(library).read_bytes()).hexdigest(), "outputs": outputs}
-            (partial := Path(folder) / "facts").write_text(json.dumps(facts))
+            if (nodes := Path(library).with_suffix(".json")).exists():
+                os.replace(nodes, path.with_suffix(".json"))
             os.replace(library, path)
-            os.replace(partial, path.with_suffix(".json"))
+            # The facts come last: a library without those that fit it is not loaded.
+            (partial := Path(folder) / "facts").write_text(json.dumps({"sha256": _hash(path), "outputs": outputs}))
+            os.replace(partial, path.with_suffix(".facts"))
 
 
 class _Program(nn.Module):
@@ -164,11 +165,16 @@ class _Program(nn.Module):
 def _outputs(path: Path) -> Any:
     """Return the structure of a library's outputs; None if it is not there or not whole, and so must not be loaded."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text())
-        whole = facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        return pytree.treespec_loads(facts["outputs"]) if whole else None
+        facts = json.loads(path.with_suffix(".facts").read_text())
+        return pytree.treespec_loads(facts["outputs"]) if facts["sha256"] == _hash(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _hash(path: Path) -> str:
+    """Hash a library, and the file in which torch looks up the operators of this package that the library calls."""
+    nodes = path.with_suffix(".json")
+    return hashlib.sha256(path.read_bytes() + (nodes.read_bytes() if nodes.exists() else b"")).hexdigest()
 
 
 def path_of(subject: str, roots: nn.Module) -> Path:

@@ -6,6 +6,7 @@ Most tests replace the compiler by one that writes a few bytes, and the loaded c
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import open_mythos.ops.grouped_linear  # noqa: F401 (registers the operator)
 from open_mythos.ops import machine_code
 from open_mythos.ops.machine_code import MachineCode, _digest, _Traced
 
@@ -48,7 +50,7 @@ def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(path)
         path.write_bytes(b"code")
         facts = {"sha256": hashlib.sha256(b"code").hexdigest(), "outputs": pytree.treespec_dumps(NOTHING)}
-        path.with_suffix(".json").write_text(json.dumps(facts))
+        path.with_suffix(".facts").write_text(json.dumps(facts))
 
     monkeypatch.setattr(_Traced, "compile", compile)
     monkeypatch.setattr("torch._C._aoti.AOTIModelContainerRunnerCpu", lambda *args: SimpleNamespace(run=lambda x: []))
@@ -131,7 +133,7 @@ def test_damaged_is_made_anew(compilations: list[Path], damage: str) -> None:
     if damage == "library":
         path.write_bytes(b"cod")
     elif damage == "facts":
-        path.with_suffix(".json").write_text(json.dumps({"sha256": 3}))
+        path.with_suffix(".facts").write_text(json.dumps({"sha256": 3}))
     else:
         path.unlink()
     anew(Scale())
@@ -170,3 +172,26 @@ def test_one_library_serves_any_weights(tmp_path: Path, monkeypatch: pytest.Monk
     module.weight = nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
     call(code, module)
     anew(Scale(), length=5)
+
+
+class Grouped(nn.Module):
+    """A product of groups of rows, an operator of this package that compiled code calls by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4, 3))
+
+    def run(self, x: Tensor, counts: Tensor) -> Tensor:
+        return torch.ops.open_mythos.grouped_product(x, self.weight, counts)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_code_that_calls_this_packages_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module, x, counts = Grouped(), torch.randn(5, 3), torch.tensor([2, 3])
+    with torch.no_grad():
+        # As the process that makes it, and as a later one.
+        for code in (MachineCode(Grouped.run), MachineCode(Grouped.run)):
+            torch.testing.assert_close(code([], module, x, counts), module.run(x, counts))
+    [nodes] = (tmp_path / "open_mythos" / "compiled").glob("*.json")
+    assert "grouped_product" in nodes.read_text()
