@@ -20,10 +20,11 @@ import tyro
 from torch import Tensor
 
 from benchmarks.case import commit
+from benchmarks.gpu_page import render
 from benchmarks.job import Job
 from benchmarks.machine import describe
 from benchmarks.models import as_published
-from benchmarks.page import table, write_page
+from benchmarks.page import write_page
 from benchmarks.peers import OPEN_MYTHOS, install
 from benchmarks.sides import open_mythos_0_5, ours
 from benchmarks.stats import Spread, ratios
@@ -345,28 +346,6 @@ def run_section(name: str, args: Args) -> None:
     write(args.out, data)
 
 
-def render(data: dict[str, Any]) -> str:
-    """Write the figures as Markdown."""
-    lines = [
-        f"On `{data['device']}`, {data['seconds']:.0f} s. "
-        + ("**A rehearsal: no figure means anything.**" if data["device"] == "cpu" else "")
-    ]
-    for name, section in data["sections"].items():
-        lines += ["", f"## {name}: {section['state']}", "", SECTIONS[name].__doc__ or "", ""]
-        lines += [f"`{section['error']}`", ""] if "error" in section else []
-        lines += table(("figure", "value"), ((k, _cell(v)) for k, v in section["figures"].items()))
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    """Write a figure; of a spread, the median and the quartiles."""
-    if isinstance(value, dict) and "median" in value:
-        return f"{value['median']:.4g} ({value['q1']:.4g} to {value['q3']:.4g})"
-    if isinstance(value, dict):
-        return "; ".join(f"{k}: {_cell(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main(args: Args) -> int:
     """Run the sections one after the other -> 0 if all are complete."""
     if args.child:
@@ -377,7 +356,9 @@ def main(args: Args) -> int:
         check_choice("sections", name, tuple(SECTIONS))
     args.out.mkdir(parents=True, exist_ok=True)
     start, total = time.monotonic(), args.minutes * 60
-    new = {name: {"state": "skipped", "figures": {}} for name in args.sections or SECTIONS}
+    new = {
+        name: {"state": "skipped", "what": SECTIONS[name].__doc__, "figures": {}} for name in args.sections or SECTIONS
+    }
     write(args.out, {"device": args.device, "seconds": 0.0, "sections": new})
     for name in new:
         limit = min(SHARES[name] * total, total - (time.monotonic() - start))
