@@ -151,15 +151,19 @@ class Bench:
         return samples
 
     def _warm_up(self, client: Client, id: str) -> tuple[float, bool]:
-        """Call for a second and three times, or ten seconds -> wall seconds of the last call, and `Task.whole`."""
+        """Call for a second and three times, or ten seconds -> wall seconds of the last call, and `Task.whole`.
+
+        A whole sample is called once: its seconds may be those of a token.
+        """
         least = 0.1 if self.settings.quick else 1.0
-        spent, done, once, whole = 0.0, 0, 0.0, False
-        while spent < least or (done < WARM_UP and spent < 10 * least and not whole):
+        spent, done = 0.0, 0
+        while True:
             self.tell("warm-up", done, done + 1)
             answer = client.ask("call", id=id)
             once, whole = answer["seconds"].get("wall", answer["seconds"]["cpu"]), answer["whole"]
             spent, done = spent + once, done + 1
-        return once, whole
+            if whole or (spent >= least and done >= WARM_UP) or spent >= 10 * least:
+                return once, whole
 
     def peak_bytes(self, side: str, job: Job, calls: int = 2) -> int:
         """Return the peak memory of a process of its own that builds the job's model and runs it."""
