@@ -189,7 +189,7 @@ class Grouped(nn.Module):
 
 
 def check_grouped() -> None:
-    """Compare compiled code with the function, in a process of its own: torch's compiler changes what `distutils` is."""
+    """Compare compiled code with the function; in a process of its own, for torch's compiler replaces `distutils`."""
     module, x, counts = Grouped(), torch.randn(5, 3), torch.tensor([2, 3])
     with torch.no_grad():
         torch.testing.assert_close(MachineCode(Grouped.run)([], module, x, counts), module.run(x, counts))
