@@ -22,6 +22,10 @@ MAX_INT = 2**63 - 1
 """Largest integer of a tensor or an array."""
 
 
+MOST_NAMED = 30
+"""Fields that a message lists at most."""
+
+
 class _Short(reprlib.Repr):
     """Writes a value for a message, cut to a line; the work does not grow with the size of the value."""
 
@@ -163,7 +167,9 @@ def check_field(name: object, fields: Sequence[str], section: str = "") -> None:
     """Refuse a name that is none of `fields`; `section` is their prefix, such as "optim."."""
     if name not in fields:
         near = difflib.get_close_matches(name[:80], fields, n=1) if isinstance(name, str) else []
-        remedy = f"did you mean {section + near[0]!r}?" if near else f"the fields are {', '.join(fields)}"
+        more = f" and {len(fields) - MOST_NAMED} more" if len(fields) > MOST_NAMED else ""
+        known = f"the fields are {', '.join(fields[:MOST_NAMED])}{more}"
+        remedy = f"did you mean {section + near[0]!r}?" if near else known
         raise ValueError(
             f"{shown(f'{section}{name}' if isinstance(name, str) else name)} is no field of the configuration; {remedy}"
         )

@@ -133,7 +133,7 @@ def test_every_field_of_a_run(task: str) -> None:
             except (TypeError, ValueError) as error:
                 # A value may be one that the field takes and the model has no room for.
                 named = place[-1] in str(error) or str(error).startswith(("model.max_seq_len", "model.vocab_size"))
-                assert named and len(str(error)) < 800, (place, value, error)
+                assert named and len(str(error)) < 600, (place, value, error)
                 n += 1
     assert n > 10 * len(places)
 
